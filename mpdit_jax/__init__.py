@@ -1,0 +1,1 @@
+"""MPDiT in JAX (the public API arrives with the modules that carry it)."""

@@ -1,0 +1,33 @@
+"""The errors a user can cause, one class a boundary.
+
+Each message is one sentence that names the offending value, says what was expected and how to fix it. Commands print
+it and exit with status 1; libraries that import mpdit_jax can catch `MPDiTError`, or the built-in class beside it.
+"""
+
+
+class MPDiTError(Exception):
+    """Base of every error this package raises for bad input."""
+
+
+class ConfigError(MPDiTError, ValueError):
+    """A configuration field, preset or flag has an impossible value."""
+
+
+class InputError(MPDiTError, ValueError):
+    """An array handed to a function has the wrong shape, dtype or range."""
+
+
+class DataError(MPDiTError, ValueError):
+    """A data set is missing, damaged or does not fit the config."""
+
+
+class WeightsError(MPDiTError, ValueError):
+    """A weights file or state dict cannot be read into the model it is meant for."""
+
+
+class CheckpointError(MPDiTError, RuntimeError):
+    """A workdir or checkpoint is missing, damaged, or belongs to another configuration."""
+
+
+class MissingExtraError(MPDiTError, ImportError):
+    """An optional dependency is needed; the message names the extra that brings it."""

@@ -1,0 +1,1 @@
+"""Flow matching: objective, solvers, guidance, sampler."""

@@ -1,0 +1,1 @@
+"""The model: levels, blocks, embeddings, and what they cost."""
