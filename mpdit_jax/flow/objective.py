@@ -1,0 +1,94 @@
+"""The flow-matching objective: the linear path, how times are drawn, and the loss (paper, section 3)."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from mpdit_jax.errors import ConfigError, InputError
+from mpdit_jax.flow.protocols import Velocity
+
+
+class TimeDistribution(Protocol):
+    """How training times are drawn."""
+
+    def sample(self, key: jax.Array, count: int) -> jax.Array:
+        """`count` times in (0, 1), float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitNormal:
+    """t = sigmoid(mean + std n), n ~ N(0, 1): the paper's, with mean 0 and std 1."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise ConfigError(f"time.std={self.std}: expected a positive number (the paper uses 1.0).")
+
+    def sample(self, key: jax.Array, count: int) -> jax.Array:
+        """`count` times in (0, 1), float32."""
+        return jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (count,)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """t uniform in [0, 1)."""
+
+    def sample(self, key: jax.Array, count: int) -> jax.Array:
+        """`count` times in [0, 1), float32."""
+        return jax.random.uniform(key, (count,))
+
+
+def interpolate(x: jax.Array, noise: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The point z_t = (1 - t) x + t noise on the path, and its velocity noise - x; both (B, H, W, C)."""
+    t = t[:, None, None, None]
+    return (1 - t) * x + t * noise, noise - x
+
+
+def flow_matching_loss(
+    model: Velocity,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    key: jax.Array | None = None,
+    t: jax.Array | None = None,
+    noise: jax.Array | None = None,
+    time_distribution: TimeDistribution = LogitNormal(),  # noqa: B008  (frozen)
+) -> tuple[jax.Array, jax.Array]:
+    """Mean squared error between the model's velocity and the path's.
+
+    Deterministic when `t` and `noise` are given; what is not given is drawn from `key`.
+
+    Args:
+        model: called as model(z, t, y).
+        x: clean latents (B, H, W, C), float32.
+        y: labels (B,), int32.
+        key: needed unless both `t` and `noise` are given.
+        t: times (B,).
+        noise: standard normal (B, H, W, C).
+        time_distribution: how times are drawn when not given.
+
+    Returns:
+        The loss, a float32 scalar, and per_example (B,), whose mean it is.
+
+    Raises:
+        InputError: no key and something to draw, or shapes that do not fit each other.
+    """
+    if key is None and (t is None or noise is None):
+        raise InputError("flow_matching_loss needs key=… unless both t=… and noise=… are given.")
+    if t is None or noise is None:
+        time_key, noise_key = jax.random.split(key)
+        t = time_distribution.sample(time_key, x.shape[0]) if t is None else t
+        noise = jax.random.normal(noise_key, x.shape) if noise is None else noise
+    if noise.shape != x.shape or t.shape != x.shape[:1] or y.shape != x.shape[:1] or x.ndim != 4:
+        raise InputError(
+            f"x {x.shape}, y {y.shape}, t {t.shape}, noise {noise.shape}: "
+            "expected x and noise (B, H, W, C), y and t (B,)."
+        )
+    z, velocity = interpolate(x, noise, t)
+    error = model(z, t, y).astype(jnp.float32) - velocity
+    per_example = jnp.square(error).mean(axis=(1, 2, 3))  # (B,)
+    return per_example.mean(), per_example

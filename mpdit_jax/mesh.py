@@ -1,0 +1,98 @@
+"""Devices and sharding: the mesh, and the one table that says how every array lies on it.
+
+The mesh has two axes. `data` splits the batch; `fsdp` splits the batch too and, with it, parameters, optimizer state
+and EMA. Nothing is split along the sequence. With one device both axes have size 1 and everything below is a no-op.
+"""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mpdit_jax.errors import ConfigError
+
+AXES = ("data", "fsdp")
+
+# The first pattern that matches a parameter's dotted path says which dimension `fsdp` splits. Stacked layers carry
+# the layer index first, which a scan must find whole. An array too small to divide stays replicated.
+PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    ("levels.*.blocks.layers.*.kernel", PartitionSpec(None, "fsdp", None)),  # (layers, in, out)
+    ("*.kernel", PartitionSpec("fsdp", None)),  # (in, out)
+    ("class_embedding.table", PartitionSpec(None, "fsdp")),  # (classes + 1, tokens * width)
+    ("*", PartitionSpec()),  # biases, FNO weights: a few kilobytes
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+    """Arrange the devices as a (data, fsdp) mesh with automatic axes.
+
+    Args:
+        data: size of the data axis; -1 takes every device that `fsdp` leaves.
+        fsdp: size of the fsdp axis; -1 takes every device that `data` leaves.
+        devices: the devices to use; default all of them, of every process.
+
+    Raises:
+        ConfigError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count, sizes = len(devices), {"data": data, "fsdp": fsdp}
+    for axis, size in sizes.items():
+        if size == 0 or size < -1:
+            raise ConfigError(f"mesh.{axis}={size}: expected a positive number of devices, or -1 for all that are left.")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) == 2:
+        raise ConfigError("mesh.data=-1 and mesh.fsdp=-1: at most one axis can take the devices that are left.")
+    taken = int(np.prod([size for size in sizes.values() if size != -1]))
+    if free:
+        sizes[free[0]] = max(count // taken, 1)
+    if sizes["data"] * sizes["fsdp"] != count:
+        raise ConfigError(
+            f"mesh.data={data}, mesh.fsdp={fsdp} does not fit {count} {devices[0].platform} device(s): "
+            f"the product must be {count}; set one axis to a divisor of {count} and the other to -1."
+        )
+    return jax.make_mesh((sizes["data"], sizes["fsdp"]), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array whose first dimension is the batch: split over both axes, the rest whole."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Sharding of the parameter at dotted `path`, by the first matching row of `PARAMETER_RULES`."""
+    spec = next(spec for pattern, spec in PARAMETER_RULES if fnmatchcase(path, pattern))
+    fits = all(axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=False))
+    return NamedSharding(mesh, spec if fits else PartitionSpec())
+
+
+def parameter_shardings(mesh: Mesh, parameters: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, NamedSharding]:
+    """`parameter_sharding` of every entry of a flat dict."""
+    return {path: parameter_sharding(mesh, path, leaf.shape) for path, leaf in parameters.items()}
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Raise ConfigError unless the global batch divides over the mesh's devices."""
+    if batch_size % mesh.size:
+        raise ConfigError(
+            f"batch_size={batch_size} does not divide over {mesh.size} devices: "
+            f"use a multiple of {mesh.size}, such as {-(-batch_size // mesh.size) * mesh.size}."
+        )
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Ask the compiler to keep `x` (batch first) split over the ambient mesh, as set by `jax.set_mesh`.
+
+    Without this the partitioner replicates activations inside a scan whose weights are sharded. Outside a mesh, under
+    a caller's own mesh or `shard_map`, or with a batch that does not divide, the array is returned as it is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(AXES) <= set(mesh.auto_axes) or mesh.size == 1 or x.shape[0] % mesh.size:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(AXES, *[None] * (x.ndim - 1)))

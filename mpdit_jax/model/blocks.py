@@ -1,0 +1,120 @@
+"""The transformer block, and a stack of blocks run by a scan."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mpdit_jax.mesh import constrain_batch
+from mpdit_jax.model.config import ModelConfig
+from mpdit_jax.model.linear import linear
+
+
+class Modulation(NamedTuple):
+    """The six vectors (B, D) that condition every block on time (paper, section 3.2)."""
+
+    shift1: jax.Array
+    scale1: jax.Array
+    gate1: jax.Array
+    shift2: jax.Array
+    scale2: jax.Array
+    gate2: jax.Array
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """Normalize the last axis, without affine parameters, ε = 1e-6; float32 inside, the dtype of `x` outside."""
+    y = x.astype(jnp.float32)
+    mean = y.mean(axis=-1, keepdims=True)
+    variance = jnp.square(y - mean).mean(axis=-1, keepdims=True)
+    return ((y - mean) * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x * (1 + scale) + shift` with (B, D) vectors broadcast over the tokens of x (B, T, D)."""
+    return x * (1 + scale[:, None].astype(x.dtype)) + shift[:, None].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with a fused qkv map whose output index is (q|k|v, head, channel)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        width = config.hidden_size
+        self.heads, self.implementation = config.num_heads, config.attention
+        self.qkv = linear(width, 3 * width, rngs, dtype=config.dtype)
+        self.out = linear(width, width, rngs, dtype=config.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, T, D) to (B, T, D)."""
+        batch, length, width = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.heads, width // self.heads)  # (B, T, 3, heads, d)
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # each (B, T, heads, d)
+        with jax.default_matmul_precision("highest"):
+            y = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)
+        return self.out(y.reshape(batch, length, width))
+
+
+class MLP(nnx.Module):
+    """Linear, tanh GELU, Linear."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.inner = linear(config.hidden_size, config.mlp_size, rngs, dtype=config.dtype)
+        self.outer = linear(config.mlp_size, config.hidden_size, rngs, dtype=config.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, T, D) to (B, T, D)."""
+        return self.outer(jax.nn.gelu(self.inner(x), approximate=True))
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block whose norms and residuals are modulated by time."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.attention = Attention(config, rngs)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x: jax.Array, modulation: Modulation) -> jax.Array:
+        """(B, T, D) to (B, T, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        gate1, gate2 = gate1[:, None].astype(x.dtype), gate2[:, None].astype(x.dtype)
+        x = x + gate1 * self.attention(modulate(layer_norm(x), shift1, scale1))
+        return x + gate2 * self.mlp(modulate(layer_norm(x), shift2, scale2))
+
+
+class BlockStack(nnx.Module):
+    """`depth` blocks with stacked parameters, run by one scan: compile time does not grow with depth."""
+
+    def __init__(self, depth: int, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        create = nnx.split_rngs(splits=depth)(nnx.vmap(lambda layer_rngs: Block(config, layer_rngs)))
+        self.layers = create(rngs)  # every parameter has a leading axis of size depth
+        self.remat = config.remat
+
+    def __call__(self, x: jax.Array, modulation: Modulation) -> jax.Array:
+        """(B, T, D) to (B, T, D)."""
+        structure, stacked = nnx.split(self.layers)
+
+        def apply_layer(x: jax.Array, parameters: nnx.State) -> tuple[jax.Array, None]:
+            block: Block = nnx.merge(structure, parameters)
+            return constrain_batch(block(x, modulation)), None
+
+        return jax.lax.scan(REMAT[self.remat](apply_layer), constrain_batch(x), stacked)[0]
+
+
+_Step = Callable[[jax.Array, nnx.State], tuple[jax.Array, None]]
+
+
+def _keep_everything(step: _Step) -> _Step:
+    return step
+
+
+def _keep_dots(step: _Step) -> _Step:
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(step, policy=policy, prevent_cse=False)
+
+
+def _keep_nothing(step: _Step) -> _Step:
+    return jax.checkpoint(step, prevent_cse=False)
+
+
+REMAT: dict[str, Callable[[_Step], _Step]] = {"none": _keep_everything, "dots": _keep_dots, "full": _keep_nothing}

@@ -1,0 +1,162 @@
+"""`ModelConfig`: every choice that shapes the model, checked when it is made."""
+
+import dataclasses
+import difflib
+from collections.abc import Collection
+from typing import Any
+
+from mpdit_jax.errors import ConfigError
+
+TIME_EMBEDDINGS = ("fno", "sinusoidal")
+DTYPES = ("float32", "bfloat16")
+REMAT_POLICIES = ("none", "dots", "full")
+ATTENTIONS = ("xla", "cudnn")
+FNO_GRID = 32  # points of the FNO time embedding's grid
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and numerics of one MPDiT. Hashable; lists become tuples; impossible values raise ConfigError.
+
+    Attributes:
+        patch_sizes: patch size of each level, coarse to fine, each dividing the one before: (4, 2) is the paper's model.
+        depths: transformer blocks of each level.
+        hidden_size: token width D; divisible by num_heads and by 4.
+        num_heads: attention heads.
+        input_size: latent height and width (one number for a square).
+        in_channels: latent channels.
+        num_classes: classes; index `num_classes` is the null class of classifier-free guidance.
+        mlp_ratio: MLP width over D.
+        class_tokens: tokens that carry the class, in front of the image tokens.
+        time_embedding: "fno" (the paper's) or "sinusoidal" (DiT's).
+        fno_width, fno_modes, fno_layers: channels, Fourier modes and layers of the FNO time embedding.
+        skip: add a linear projection of the level's own patches when entering a finer level.
+        dtype: compute dtype of linear layers and attention, "float32" or "bfloat16"; parameters are always float32,
+            and so are norms, softmax, FFT and the output.
+        remat: what the backward pass recomputes: "none", "dots" (all but matrix products) or "full" (whole blocks).
+        attention: "xla" anywhere, or "cudnn" on NVIDIA GPUs.
+    """
+
+    patch_sizes: tuple[int, ...] = (4, 2)
+    depths: tuple[int, ...] = (6, 6)
+    hidden_size: int = 768
+    num_heads: int = 12
+    input_size: tuple[int, int] = (32, 32)
+    in_channels: int = 4
+    num_classes: int = 1000
+    mlp_ratio: float = 4.0
+    class_tokens: int = 16
+    time_embedding: str = "fno"
+    fno_width: int = 32
+    fno_modes: int = 16
+    fno_layers: int = 3
+    skip: bool = True
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "xla"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.input_size, int):
+            object.__setattr__(self, "input_size", (self.input_size, self.input_size))
+        for name in ("patch_sizes", "depths", "input_size"):
+            object.__setattr__(self, name, _integers(name, getattr(self, name)))
+        object.__setattr__(self, "mlp_ratio", _number("mlp_ratio", self.mlp_ratio))
+        for name in ("hidden_size", "num_heads", "in_channels", "num_classes", "class_tokens"):
+            _positive(name, getattr(self, name))
+        for name in ("fno_width", "fno_modes", "fno_layers"):
+            _positive(name, getattr(self, name))
+        if not isinstance(self.skip, bool):
+            raise ConfigError(f"model.skip={self.skip!r}: expected True or False.")
+        _choice("time_embedding", self.time_embedding, TIME_EMBEDDINGS)
+        _choice("dtype", self.dtype, DTYPES)
+        _choice("remat", self.remat, REMAT_POLICIES)
+        _choice("attention", self.attention, ATTENTIONS)
+        self._check_levels()
+        self._check_widths()
+
+    def _check_levels(self) -> None:
+        if len(self.patch_sizes) != len(self.depths):
+            raise ConfigError(
+                f"model.patch_sizes={self.patch_sizes} has {len(self.patch_sizes)} level(s) and "
+                f"model.depths={self.depths} has {len(self.depths)}: give one depth for each patch size."
+            )
+        for coarse, fine in zip(self.patch_sizes, self.patch_sizes[1:], strict=False):
+            if coarse <= fine or coarse % fine:
+                raise ConfigError(
+                    f"model.patch_sizes={self.patch_sizes}: {fine} must be smaller than {coarse} and divide it; "
+                    "list patch sizes coarse to fine, such as (4, 2)."
+                )
+        if len(self.input_size) != 2:
+            raise ConfigError(f"model.input_size={self.input_size}: expected one number or (height, width).")
+        for side in self.input_size:
+            if side % self.patch_sizes[0]:
+                raise ConfigError(
+                    f"model.input_size={self.input_size} does not divide into patches of {self.patch_sizes[0]}: "
+                    f"both sides must be multiples of {self.patch_sizes[0]} (pad the data or change patch_sizes)."
+                )
+
+    def _check_widths(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"model.hidden_size={self.hidden_size} is not divisible by model.num_heads={self.num_heads}: "
+                "the heads share the width equally."
+            )
+        if self.hidden_size % 4:
+            raise ConfigError(
+                f"model.hidden_size={self.hidden_size} is not divisible by 4, which the 2-D sin-cos positions need."
+            )
+        if self.mlp_ratio <= 0 or int(self.hidden_size * self.mlp_ratio) < 1:
+            raise ConfigError(f"model.mlp_ratio={self.mlp_ratio}: expected a positive number, such as 4.0.")
+        if self.fno_modes > FNO_GRID // 2 + 1:
+            raise ConfigError(
+                f"model.fno_modes={self.fno_modes}: a grid of {FNO_GRID} points has {FNO_GRID // 2 + 1} Fourier modes; "
+                "use that many or fewer."
+            )
+
+    @property
+    def mlp_size(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+    def grid(self, level: int) -> tuple[int, int]:
+        """Rows and columns of image tokens at `level`."""
+        height, width = self.input_size
+        return height // self.patch_sizes[level], width // self.patch_sizes[level]
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        """A copy with fields changed and checked again; an unknown field raises ConfigError."""
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise ConfigError(f"unknown model field {name!r}{suggest(name, known)}; fields: {', '.join(known)}.")
+        return dataclasses.replace(self, **changes)
+
+
+def suggest(name: str, known: Collection[str]) -> str:
+    """`" (did you mean 'x'?)"` for the known name nearest to `name`, or nothing."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _integers(name: str, value: Any) -> tuple[int, ...]:
+    items = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if not items or any(isinstance(item, bool) or not isinstance(item, int) or item < 1 for item in items):
+        raise ConfigError(f"model.{name}={value!r}: expected positive whole numbers, such as (4, 2).")
+    return items
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"model.{name}={value!r}: expected a number.")
+    return float(value)
+
+
+def _positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"model.{name}={value!r}: expected a positive whole number.")
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        hint = suggest(value, choices) if isinstance(value, str) else ""
+        raise ConfigError(f"model.{name}={value!r}{hint}: expected one of {', '.join(choices)}.")

@@ -1,0 +1,74 @@
+"""Everything that turns an input into tokens or vectors: patches, positions, class tokens, time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mpdit_jax.model.config import ModelConfig
+from mpdit_jax.model.linear import linear
+
+TIME_FEATURES = 256  # sinusoids of the DiT time embedding
+NORMAL_002 = nnx.initializers.normal(0.02)
+
+
+def patchify(x: jax.Array, patch: int) -> jax.Array:
+    """Cut (B, H, W, C) into (B, H/p * W/p, p*p*C) patches, feature index (row, column, channel)."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // patch, patch, width // patch, patch, channels)  # (B, h, p, w, p, C)
+    x = x.transpose(0, 1, 3, 2, 4, 5)  # (B, h, w, p, p, C)
+    return x.reshape(batch, (height // patch) * (width // patch), patch * patch * channels)
+
+
+def unpatchify(x: jax.Array, patch: int, grid: tuple[int, int]) -> jax.Array:
+    """Inverse of `patchify`: (B, h*w, p*p*C) to (B, h*p, w*p, C)."""
+    batch, (rows, columns) = x.shape[0], grid
+    x = x.reshape(batch, rows, columns, patch, patch, -1)  # (B, h, w, p, p, C)
+    x = x.transpose(0, 1, 3, 2, 4, 5)  # (B, h, p, w, p, C)
+    return x.reshape(batch, rows * patch, columns * patch, -1)
+
+
+def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
+    """Fixed 2-D sin-cos table, float32 (rows * columns, width): column index in the first half, row index in the second.
+
+    Each half is [sin(pos ω), cos(pos ω)] with ω_i = 10000^(-i / (width/4)), computed in float64.
+    """
+    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    quarter = width // 4
+    omega = 1.0 / 10000 ** (np.arange(quarter, dtype=np.float64) / quarter)
+    halves = []
+    for index in (columns, rows):
+        angles = index.reshape(-1, 1).astype(np.float64) * omega  # (rows * columns, width / 4)
+        halves.extend([np.sin(angles), np.cos(angles)])
+    return np.concatenate(halves, axis=1).astype(np.float32)
+
+
+class ClassTokens(nnx.Module):
+    """A learned table of `class_tokens` tokens a class, with one more row for the null class (paper, section 3.3)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.tokens, self.dtype = config.class_tokens, config.dtype
+        shape = (config.num_classes + 1, config.class_tokens * config.hidden_size)
+        self.table = nnx.Param(NORMAL_002(rngs.params(), shape, jnp.float32))
+
+    def __call__(self, labels: jax.Array) -> jax.Array:
+        """Tokens (B, m, D) of int labels (B,). A label beyond the table gives NaN, never a neighbour's tokens."""
+        rows = jnp.take(self.table[...], labels, axis=0, mode="fill", fill_value=jnp.nan)  # (B, m * D)
+        return rows.reshape(labels.shape[0], self.tokens, -1).astype(self.dtype)
+
+
+class SinusoidalTime(nnx.Module):
+    """DiT's time embedding: 256 sinusoids of t (not rescaled), then Linear, SiLU, Linear."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        width = config.hidden_size
+        self.inner = linear(TIME_FEATURES, width, rngs, kernel_init=NORMAL_002)
+        self.outer = linear(width, width, rngs, kernel_init=NORMAL_002)
+
+    def __call__(self, t: jax.Array) -> jax.Array:
+        """Time vectors (B, D) float32 of times (B,) in [0, 1]."""
+        half = TIME_FEATURES // 2
+        frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
+        angles = t.astype(jnp.float32)[:, None] * frequencies  # (B, 128)
+        features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)  # (B, 256)
+        return self.outer(nnx.silu(self.inner(features)))

@@ -1,0 +1,61 @@
+"""Named models, and the one function that makes a model."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from mpdit_jax.errors import ConfigError
+from mpdit_jax.model.config import ModelConfig, suggest
+from mpdit_jax.model.mpdit import MPDiT
+
+_BASE = {"hidden_size": 768, "num_heads": 12}
+_LARGE = {"hidden_size": 1024, "num_heads": 16}
+_XLARGE = {"hidden_size": 1152, "num_heads": 16}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "mpdit_b": {"patch_sizes": (4, 2), "depths": (6, 6), **_BASE},
+    "mpdit_l": {"patch_sizes": (4, 2), "depths": (18, 6), **_LARGE},
+    "mpdit_xl": {"patch_sizes": (4, 2), "depths": (22, 6), **_XLARGE},
+    "mpdit3_b": {"patch_sizes": (8, 4, 2), "depths": (6, 4, 2), "input_size": (64, 64), **_BASE},
+    "mpdit3_l": {"patch_sizes": (8, 4, 2), "depths": (14, 6, 4), "input_size": (64, 64), **_LARGE},
+    "mpdit3_xl": {"patch_sizes": (8, 4, 2), "depths": (14, 8, 6), "input_size": (64, 64), **_XLARGE},
+    "mpdit3_xl_paper": {"patch_sizes": (8, 4, 2), "depths": (18, 6, 4), "input_size": (64, 64), **_XLARGE},
+}
+
+
+def presets() -> tuple[str, ...]:
+    """Names that `create_model` and `config.model.preset` accept."""
+    return tuple(PRESETS)
+
+
+def model_config(preset: str, **overrides: Any) -> ModelConfig:
+    """The preset's ModelConfig with fields replaced.
+
+    Raises:
+        ConfigError: unknown preset, unknown field, or an impossible value.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(
+            f"unknown preset {preset!r}{suggest(str(preset), PRESETS)}: expected one of {', '.join(PRESETS)}."
+        )
+    return ModelConfig().replace(**{**PRESETS[preset], **overrides})
+
+
+def create_model(preset: str = "mpdit_b", *, seed: int = 0, **overrides: Any) -> MPDiT:
+    """A freshly initialized model.
+
+    Args:
+        preset: a name from `presets()`.
+        seed: seed of the initialization.
+        **overrides: any field of `ModelConfig`, such as input_size, in_channels, num_classes, depths, dtype.
+
+    Raises:
+        ConfigError: unknown preset, unknown field, or an impossible value.
+    """
+    return build_model(model_config(preset, **overrides), jax.random.key(seed))
+
+
+def build_model(config: ModelConfig, key: jax.Array) -> MPDiT:
+    """A freshly initialized model of `config`; may be traced."""
+    return MPDiT(config, nnx.Rngs(params=key))
