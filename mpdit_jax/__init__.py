@@ -1,1 +1,44 @@
-"""MPDiT in JAX (the public API arrives with the modules that carry it)."""
+"""MPDiT in JAX: the multi-patch diffusion transformer, its training and its sampling.
+
+Names are imported when first used, so `import mpdit_jax` itself is fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpdit_jax.checkpoint import load_checkpoint as load_checkpoint
+    from mpdit_jax.errors import MPDiTError as MPDiTError
+    from mpdit_jax.flow.objective import flow_matching_loss as flow_matching_loss
+    from mpdit_jax.flow.sampler import make_sampler as make_sampler
+    from mpdit_jax.interop.mpdit_torch import load_torch as load_torch
+    from mpdit_jax.interop.mpdit_torch import to_torch as to_torch
+    from mpdit_jax.model.accounting import count as count
+    from mpdit_jax.model.presets import create_model as create_model
+    from mpdit_jax.model.presets import presets as presets
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "MPDiTError": "mpdit_jax.errors",
+    "count": "mpdit_jax.model.accounting",
+    "create_model": "mpdit_jax.model.presets",
+    "flow_matching_loss": "mpdit_jax.flow.objective",
+    "load_checkpoint": "mpdit_jax.checkpoint",
+    "load_torch": "mpdit_jax.interop.mpdit_torch",
+    "make_sampler": "mpdit_jax.flow.sampler",
+    "presets": "mpdit_jax.model.presets",
+    "to_torch": "mpdit_jax.interop.mpdit_torch",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(_HOME)}")
+    return vars(import_module(_HOME[name]))[name]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -31,3 +31,7 @@ class CheckpointError(MPDiTError, RuntimeError):
 
 class MissingExtraError(MPDiTError, ImportError):
     """An optional dependency is needed; the message names the extra that brings it."""
+
+
+class DivergedError(MPDiTError, ArithmeticError):
+    """Training produced numbers that are not finite."""

@@ -40,7 +40,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = 
     count, sizes = len(devices), {"data": data, "fsdp": fsdp}
     for axis, size in sizes.items():
         if size == 0 or size < -1:
-            raise ConfigError(f"mesh.{axis}={size}: expected a positive number of devices, or -1 for all that are left.")
+            raise ConfigError(
+                f"mesh.{axis}={size}: expected a positive number of devices, or -1 for all that are left."
+            )
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) == 2:
         raise ConfigError("mesh.data=-1 and mesh.fsdp=-1: at most one axis can take the devices that are left.")

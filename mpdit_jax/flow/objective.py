@@ -42,6 +42,14 @@ class Uniform:
         return jax.random.uniform(key, (count,))
 
 
+TIME_DISTRIBUTIONS = {"logit_normal": LogitNormal, "uniform": Uniform}
+
+
+def time_distribution(name: str, mean: float, std: float) -> TimeDistribution:
+    """The distribution of that name; `mean` and `std` are of the logit."""
+    return LogitNormal(mean, std) if name == "logit_normal" else TIME_DISTRIBUTIONS[name]()
+
+
 def interpolate(x: jax.Array, noise: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The point z_t = (1 - t) x + t noise on the path, and its velocity noise - x; both (B, H, W, C)."""
     t = t[:, None, None, None]
@@ -56,7 +64,7 @@ def flow_matching_loss(
     key: jax.Array | None = None,
     t: jax.Array | None = None,
     noise: jax.Array | None = None,
-    time_distribution: TimeDistribution = LogitNormal(),  # noqa: B008  (frozen)
+    time_distribution: TimeDistribution = LogitNormal(),
 ) -> tuple[jax.Array, jax.Array]:
     """Mean squared error between the model's velocity and the path's.
 

@@ -45,7 +45,9 @@ def normalize_state_dict(mapping: Mapping[str, Any], source: str) -> dict[str, n
         try:
             array = np.asarray(value)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise WeightsError(f"{source}: entry {name!r} is {type(value).__name__}, not an array ({error}).") from error
+            raise WeightsError(
+                f"{source}: entry {name!r} is {type(value).__name__}, not an array ({error})."
+            ) from error
         # bfloat16 comes as a type that numpy itself does not list as floating.
         if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
             raise WeightsError(f"{source}: entry {name!r} has dtype {array.dtype}; expected numbers.")
@@ -67,7 +69,9 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
-        raise WeightsError(f"{path} holds more than tensors and was not loaded, since it could run code ({reason}).") from error
+        raise WeightsError(
+            f"{path} holds more than tensors and was not loaded, since it could run code ({reason})."
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise WeightsError(f"{path} is not a readable PyTorch file ({error}); download it again.") from error
     for key in ("ema", "model", "state_dict"):

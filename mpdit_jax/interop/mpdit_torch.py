@@ -273,4 +273,6 @@ def _check_entries(state: Mapping[str, np.ndarray], config: ModelConfig, origin:
         if names
     ]
     if found:
-        raise WeightsError(f"{origin} does not fit its own shape ({config.depths} blocks, width {config.hidden_size}): {'; '.join(found)}.")
+        raise WeightsError(
+            f"{origin} does not fit its own shape ({config.depths} blocks, width {config.hidden_size}): {'; '.join(found)}."
+        )

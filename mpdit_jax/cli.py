@@ -1,0 +1,117 @@
+"""What the commands share: a config from the command line, and errors as one sentence."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from mpdit_jax.config import base_config
+from mpdit_jax.errors import ConfigError, MPDiTError
+
+_CONFIG_HELP = """
+config overrides:
+  --config.FIELD=VALUE   any field of the config file, such as --config.optimizer.learning_rate=3e-4,
+                         --config.batch_size=256 or --config.model.depths=4,8
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with our way of saying what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one sentence and where to look, and exit with status 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def make_parser(command: str, description: str, examples: str, *, config: bool = False) -> Parser:
+    """A parser for `python -m mpdit_jax.COMMAND` whose help ends with examples."""
+    return Parser(
+        prog=f"python -m mpdit_jax.{command}",
+        description=description,
+        epilog=f"{_CONFIG_HELP if config else ''}\nexamples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def parse_with_config(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
+    """Parse a command that takes `--config=FILE` and `--config.FIELD=VALUE`; the parser must not define them.
+
+    Raises:
+        ConfigError: the file is missing or fails, an unknown field, or a value of the wrong type.
+    """
+    parsed, rest = parser.parse_known_args(arguments)
+    unknown = [argument for argument in rest if not argument.startswith("--config")]
+    # The two-word form `--config FILE` leaves its value behind; config flags read both.
+    unknown = [word for word in unknown if rest[rest.index(word) - 1] != "--config" and not _is_value(rest, word)]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r}")
+    if not any(argument == "--config" or argument.startswith("--config=") for argument in rest):
+        parser.error("--config=FILE is needed, such as --config=configs/digits.py")
+    return parsed, _load_config(rest)
+
+
+def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Run a command's main with the process's arguments; bad input ends with one sentence and status 1."""
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except MPDiTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        # The reader of our output has gone, as with `| head`; keep the interpreter's last flush quiet as well.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    sys.exit(status)
+
+
+def _is_value(rest: Sequence[str], word: str) -> bool:
+    before = rest[rest.index(word) - 1] if rest.index(word) else ""
+    return before.startswith("--config.") and "=" not in before
+
+
+def _load_config(arguments: Sequence[str]) -> ConfigDict:
+    argv = ["", *arguments]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+        config = values["config"].value
+    except FileNotFoundError as error:
+        raise ConfigError(f"config file {error.filename} not found; see configs/ for those there are.") from error
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError, SyntaxError, NameError) as error:
+        raise ConfigError(f"{_config_file(arguments)}: {_first_line(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{_config_file(arguments)}: get_config() must return a ConfigDict, got {config!r}.")
+    return config
+
+
+def _config_file(arguments: Sequence[str]) -> str:
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config=")
+        if argument == "--config" and index + 1 < len(arguments):
+            return arguments[index + 1]
+    return "config"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error.args[0]) if error.args else type(error).__name__
+    return text.splitlines()[0]
+
+
+def config_path(name: str) -> Path:
+    """Path of an experiment in the repository's `configs/`."""
+    return Path(__file__).parent.parent / "configs" / f"{name}.py"
+
+
+__all__ = ["Parser", "base_config", "config_path", "make_parser", "parse_with_config", "run"]

@@ -1,0 +1,202 @@
+"""The base config of every experiment, and the checks that turn it into one that can run."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections.config_dict import placeholder
+
+from mpdit_jax.errors import ConfigError
+from mpdit_jax.flow.objective import TIME_DISTRIBUTIONS
+from mpdit_jax.model.config import ModelConfig, suggest
+from mpdit_jax.model.presets import model_config
+
+# What a continued run may change. Everything else decides the numbers of the run from its first step.
+CONTINUABLE = (
+    "steps",
+    "checkpoint",
+    "log",
+    "sample",
+    "mesh",
+    "data.path",
+    "model.remat",
+    "model.attention",
+)
+
+
+def base_config() -> ConfigDict:
+    """Every field there is, with the paper's recipe as the default. A file in `configs/` starts from this.
+
+    Model fields left at None come from `model.preset`; without a preset, from the defaults of `ModelConfig`.
+    """
+    config = ConfigDict()
+    config.seed = 0  # initialization, data order, noise: everything random
+    config.batch_size = 1024  # global, over all devices
+    config.steps = 300_000  # parameter updates
+    config.ema_decay = 0.9999
+    config.label_dropout = 0.1  # fraction of labels replaced by the null class, for classifier-free guidance
+
+    config.model = ConfigDict({"preset": placeholder(str)})
+    kinds = {tuple: tuple, bool: bool, int: int, float: float, str: str}
+    for field in dataclasses.fields(ModelConfig):
+        config.model[field.name] = placeholder(kinds[type(field.default)])
+
+    config.data = ConfigDict()
+    config.data.name = "digits"  # digits | fashion_mnist | arrays
+    config.data.path = ""  # where the files are; "" for the source's own default
+    config.data.split = "train"
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.01  # on every parameter
+
+    config.time = ConfigDict()
+    config.time.distribution = "logit_normal"  # logit_normal | uniform
+    config.time.mean = 0.0  # of the logit; logit_normal only
+    config.time.std = 1.0
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 5_000  # steps
+    config.checkpoint.keep = 3  # newest checkpoints kept
+    config.checkpoint.keep_every = 0  # steps; checkpoints at multiples of this are never deleted; 0 for none
+
+    config.log = ConfigDict()
+    config.log.every = 100  # steps; losses are means over this window
+
+    config.sample = ConfigDict()
+    config.sample.every = 5_000  # steps; 0 for never
+    config.sample.steps = 50  # velocity evaluations
+    config.sample.guidance_scale = 1.5
+    config.sample.per_class = 8  # images a class in the grid, for up to 10 classes
+
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: all devices that are left
+    return config.lock()
+
+
+def resolve(config: ConfigDict) -> FrozenConfigDict:
+    """A complete, checked copy: model fields filled from the preset, every value possible.
+
+    Raises:
+        ConfigError: a field that cannot be; the message names it, its value and what was expected.
+    """
+    _same_fields(config, base_config(), "config")
+    resolved = ConfigDict(config.to_dict())
+    fields = {key: value for key, value in resolved.model.items() if key != "preset" and value is not None}
+    model = model_config(resolved.model.preset, **fields) if resolved.model.preset else ModelConfig().replace(**fields)
+    resolved.model.update(dataclasses.asdict(model))
+    _check(resolved)
+    return FrozenConfigDict(resolved)
+
+
+def model_of(config: FrozenConfigDict) -> ModelConfig:
+    """The ModelConfig of a resolved config."""
+    return ModelConfig(**{key: value for key, value in config.model.items() if key != "preset"})
+
+
+def to_json(config: FrozenConfigDict | ConfigDict) -> str:
+    """The config as indented JSON with sorted keys; tuples become lists."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> FrozenConfigDict:
+    """Inverse of `to_json`, checked again.
+
+    Raises:
+        ConfigError: not JSON, or not a config of this version.
+    """
+    try:
+        stored = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not a JSON config ({error}).") from error
+    if not isinstance(stored, dict):
+        raise ConfigError(f"expected a JSON object of config fields, got {type(stored).__name__}.")
+    return resolve(ConfigDict(_lists_to_tuples(stored)))
+
+
+def differences(stored: FrozenConfigDict, new: FrozenConfigDict) -> dict[str, tuple[Any, Any]]:
+    """Fields in which two resolved configs differ, `{"model.depths": (stored, new)}`, those of CONTINUABLE left out."""
+    before, after = dict(_leaves(stored.to_dict())), dict(_leaves(new.to_dict()))
+    return {
+        path: (before.get(path), after.get(path))
+        for path in sorted({*before, *after})
+        if before.get(path) != after.get(path) and not path.startswith(CONTINUABLE) and path != "model.preset"
+    }
+
+
+def _check(config: ConfigDict) -> None:
+    for path in ("batch_size", "steps", "checkpoint.every", "checkpoint.keep", "log.every", "sample.steps"):
+        _expect(config, path, _get(config, path) >= 1, "1 or more")
+    for path in ("seed", "checkpoint.keep_every", "sample.every", "sample.guidance_scale", "optimizer.weight_decay"):
+        _expect(config, path, _get(config, path) >= 0, "0 or more")
+    _expect(config, "seed", config.seed < 2**32, "below 2**32")
+    _expect(config, "sample.per_class", config.sample.per_class >= 1, "1 or more")
+    for path in ("optimizer.learning_rate", "optimizer.eps"):
+        _expect(config, path, _get(config, path) > 0, "a positive number")
+    for path in ("ema_decay", "optimizer.b1", "optimizer.b2"):
+        _expect(config, path, 0 <= _get(config, path) < 1, "at least 0 and below 1")
+    _expect(config, "label_dropout", 0 <= config.label_dropout <= 1, "between 0 and 1")
+    if config.time.distribution not in TIME_DISTRIBUTIONS:
+        known = ", ".join(TIME_DISTRIBUTIONS)
+        hint = suggest(config.time.distribution, TIME_DISTRIBUTIONS)
+        raise ConfigError(f"config.time.distribution={config.time.distribution!r}{hint}: expected one of {known}.")
+    _expect(config, "time.std", config.time.std > 0, "a positive number")
+
+
+def _expect(config: ConfigDict, path: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"config.{path}={_get(config, path)!r}: expected {expected}.")
+
+
+def _get(config: ConfigDict, path: str) -> Any:
+    for part in path.split("."):
+        config = config[part]
+    return config
+
+
+def _same_fields(config: ConfigDict, base: ConfigDict, path: str) -> None:
+    """Refuse unknown and missing fields and wrong types; ConfigDict itself checks types only when it is assigned to."""
+    for key in config:
+        if key not in base:
+            raise ConfigError(f"unknown config key {path}.{key}{suggest(key, list(base))}.")
+    for key, default in base.items():
+        if key not in config:
+            raise ConfigError(
+                f"config key {path}.{key} is missing; start the config from mpdit_jax.config.base_config()."
+            )
+        value = config[key]
+        if isinstance(default, ConfigDict):
+            if not isinstance(value, ConfigDict):
+                raise ConfigError(f"{path}.{key}={value!r}: expected a group of fields ({', '.join(default)}).")
+            _same_fields(value, default, f"{path}.{key}")
+        elif default is not None:
+            _same_type(f"{path}.{key}", value, default)
+
+
+def _same_type(path: str, value: Any, default: Any) -> None:
+    kind = type(default)
+    fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        names = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+        raise ConfigError(f"{path}={value!r}: expected {names[kind]}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}={value!r}: expected a finite number.")
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _lists_to_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists_to_tuples(item) for key, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value

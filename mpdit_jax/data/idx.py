@@ -1,0 +1,42 @@
+"""The IDX format of MNIST and its descendants."""
+
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from mpdit_jax.errors import DataError
+
+_UNSIGNED_BYTE = 8
+_LARGEST = 2**31  # bytes: refuse a header that promises more before allocating it
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The unsigned-byte array in an IDX file, gzipped if its name ends in `.gz`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DataError: not an IDX file of unsigned bytes, or shorter or longer than its header says.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            magic = file.read(4)
+            if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] != _UNSIGNED_BYTE or not 1 <= magic[3] <= 4:
+                raise DataError(f"{path} is not an IDX file of unsigned bytes (it starts with {magic!r}).")
+            header = file.read(4 * magic[3])
+            if len(header) < 4 * magic[3]:
+                raise DataError(f"{path} ends inside its header; download it again.")
+            shape = tuple(int(size) for size in np.frombuffer(header, ">u4"))
+            size = int(np.prod(shape, dtype=object))
+            if size > _LARGEST:
+                raise DataError(f"{path} claims shape {shape}, more than {_LARGEST} bytes; it is damaged.")
+            content = file.read(size + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({error}); download it again.") from error
+    if len(content) != size:
+        found = "more" if len(content) > size else len(content)
+        raise DataError(f"{path} should hold {size} bytes for shape {shape} and holds {found}; download it again.")
+    return np.frombuffer(content, np.uint8).reshape(shape)

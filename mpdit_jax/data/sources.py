@@ -1,0 +1,194 @@
+"""Labelled image sets, each a random-access `Source` of the same form."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from mpdit_jax.data.idx import read_idx
+from mpdit_jax.errors import DataError
+
+Batch = dict[str, np.ndarray]
+"""`x` float32 (n, H, W, C) and `y` int32 (n,)."""
+
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+_DEBIAN_FASHION_MNIST = Path("/usr/share/dataset/fashion-mnist")
+
+
+class Source(Protocol):
+    """A labelled image set that can be read at any index."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an example."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name a class, in label order."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """The examples at `indices` (n,): `x` float32 (n, H, W, C), `y` int32 (n,)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """Images held in memory: uint8 or another integer type scaled from [0, largest] to [-1, 1], or float32 as it is."""
+
+    images: np.ndarray  # (N, H, W, C)
+    labels: np.ndarray  # (N,)
+    class_names: tuple[str, ...]
+    largest: int = 255
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an example."""
+        height, width, channels = self.images.shape[1:]
+        return height, width, channels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """The examples at `indices`; raises DataError if one holds NaN or Inf."""
+        x = self.images[indices].astype(np.float32)
+        if self.images.dtype.kind != "f":
+            x = x / np.float32(self.largest / 2) - 1
+        elif not np.isfinite(x).all():
+            bad = indices[~np.isfinite(x).reshape(len(x), -1).all(axis=1)][0]
+            raise DataError(f"example {bad} of the data holds NaN or Inf; remove or repair it.")
+        return {"x": x, "y": self.labels[indices].astype(np.int32)}
+
+
+def load_digits(path: str = "", split: str = "all") -> ArraySource:
+    """scikit-learn's 1,797 handwritten digits, 8x8x1, values 0 to 16.
+
+    Args:
+        path: unused; the images come with scikit-learn.
+        split: "all", or "train" and "test": two halves with the same share of every class.
+
+    Raises:
+        DataError: unknown split.
+    """
+    from sklearn import datasets, model_selection
+
+    _known_split(split, ("all", "train", "test"))
+    digits = datasets.load_digits()
+    images, labels = digits.images.astype(np.uint8)[..., None], digits.target
+    if split != "all":
+        halves = model_selection.train_test_split(np.arange(len(labels)), test_size=0.5, stratify=labels, random_state=0)
+        chosen = np.sort(halves[0 if split == "train" else 1])
+        images, labels = images[chosen], labels[chosen]
+    return ArraySource(images, labels, tuple(str(digit) for digit in range(10)), largest=16)
+
+
+def load_fashion_mnist(path: str = "", split: str = "train") -> ArraySource:
+    """Zalando's Fashion-MNIST: 60,000 training and 10,000 test images of clothes, padded from 28x28 to 32x32x1.
+
+    Args:
+        path: folder of the four IDX files, gzipped or not; default where Debian's package puts them.
+        split: "train" or "test".
+
+    Raises:
+        DataError: files missing or damaged, or unknown split.
+    """
+    _known_split(split, ("train", "test"))
+    folder = Path(path) if path else _DEBIAN_FASHION_MNIST
+    stem = {"train": "train", "test": "t10k"}[split]
+    try:
+        images = read_idx(_gzipped_or_not(folder / f"{stem}-images-idx3-ubyte"))
+        labels = read_idx(_gzipped_or_not(folder / f"{stem}-labels-idx1-ubyte"))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"Fashion-MNIST not found in {folder}: install Debian's package (apt-get install dataset-fashion-mnist), "
+            f"or download the four IDX files and pass their folder as --config.data.path=FOLDER ({error.args[0]})."
+        ) from error
+    if images.ndim != 3 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
+        raise DataError(f"{folder}: images {images.shape}, labels {labels.shape}; expected (N, 28, 28) and (N,).")
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]  # (N, 32, 32, 1)
+    return _checked(ArraySource(padded, labels, FASHION_MNIST_CLASSES), str(folder))
+
+
+def load_arrays(path: str = "", split: str = "train") -> ArraySource:
+    """Your own images from an `.npz`: `images` (N, H, W, C), uint8 or float32 in [-1, 1], and `labels` (N,).
+
+    Args:
+        path: the `.npz` file.
+        split: unused; the file is the split.
+
+    Raises:
+        DataError: missing or damaged file, or arrays of another form.
+    """
+    if not path or not Path(path).is_file():
+        raise DataError(f"config.data.path={path!r}: no such file; the source 'arrays' reads an .npz.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images, labels = archive["images"], archive["labels"]
+    except (KeyError, ValueError, OSError, EOFError) as error:
+        raise DataError(f"{path}: expected an .npz with arrays `images` and `labels` ({error}).") from error
+    if images.ndim != 4 or images.dtype not in (np.uint8, np.float32) or labels.shape != images.shape[:1]:
+        raise DataError(
+            f"{path}: images {images.dtype} {images.shape}, labels {labels.shape}; "
+            "expected images uint8 or float32 (N, H, W, C) and labels (N,)."
+        )
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"{path}: labels are {labels.dtype}; expected whole numbers.")
+    names = tuple(str(label) for label in range(int(labels.max(initial=0)) + 1))
+    return _checked(ArraySource(images, labels, names), path)
+
+
+SOURCES: dict[str, Callable[[str, str], ArraySource]] = {
+    "digits": load_digits,
+    "fashion_mnist": load_fashion_mnist,
+    "arrays": load_arrays,
+}
+
+
+def load_source(name: str, path: str, split: str) -> Source:
+    """The data set `config.data` names.
+
+    Raises:
+        DataError: unknown name, missing or damaged files.
+    """
+    if name not in SOURCES:
+        raise DataError(f"config.data.name={name!r}: expected one of {', '.join(SOURCES)}.")
+    return SOURCES[name](path, split)
+
+
+def check_fits(source: Source, input_shape: tuple[int, int, int], num_classes: int) -> None:
+    """Raise DataError unless the source's examples and classes fit the model."""
+    if source.shape != input_shape:
+        raise DataError(
+            f"the data's examples are {source.shape} and the model takes {input_shape} (height, width, channels): "
+            f"set model.input_size={source.shape[:2]} and model.in_channels={source.shape[2]}."
+        )
+    if len(source.class_names) > num_classes:
+        raise DataError(
+            f"the data has {len(source.class_names)} classes and the model {num_classes}: "
+            f"set model.num_classes={len(source.class_names)}."
+        )
+
+
+def _checked(source: ArraySource, origin: str) -> ArraySource:
+    if not len(source):
+        raise DataError(f"{origin}: there are no images.")
+    low, high = int(source.labels.min()), int(source.labels.max())
+    if low < 0 or high >= len(source.class_names):
+        bad = low if low < 0 else high
+        raise DataError(f"{origin}: label {bad} is outside 0 to {len(source.class_names) - 1}.")
+    return source
+
+
+def _known_split(split: str, known: tuple[str, ...]) -> None:
+    if split not in known:
+        raise DataError(f"config.data.split={split!r}: expected one of {', '.join(known)}.")
+
+
+def _gzipped_or_not(path: Path) -> Path:
+    zipped = path.with_name(path.name + ".gz")
+    return zipped if zipped.is_file() else path

@@ -1,0 +1,43 @@
+"""`python -m mpdit_jax.train`: train a model, or continue a run."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from mpdit_jax.cli import make_parser, parse_with_config, run
+
+_EXAMPLES = """\
+  python -m mpdit_jax.train --config=configs/digits.py --workdir=runs/digits
+  python -m mpdit_jax.train --config=configs/digits.py --workdir=runs/mine --config.optimizer.learning_rate=3e-4
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train as the arguments say; exit status."""
+    parser = make_parser(
+        "train",
+        "Train the model of a config. A workdir that holds a run of the same config is continued from its newest "
+        "checkpoint; one that holds another run is refused. Ctrl-C or SIGTERM finishes the step, saves and exits.",
+        _EXAMPLES,
+        config=True,
+    )
+    parser.usage = f"{parser.prog} --config=FILE --workdir=FOLDER [--config.FIELD=VALUE ...]"
+    parser.add_argument("--workdir", required=True, help="folder of the run: config, checkpoints, metrics, logs, grids")
+    options, config = parse_with_config(parser, arguments)
+
+    from mpdit_jax.training.loop import train
+
+    state = train(config, options.workdir)
+    if int(state.step) < config.steps:
+        again = shlex.join([sys.executable, "-m", "mpdit_jax.train", *arguments])
+        print(f"stopped at step {int(state.step)} of {config.steps}, saved; continue with:\n  {again}")
+    else:
+        print(
+            f"done: checkpoints in {options.workdir}/checkpoints, logs in {options.workdir}/tensorboard; draw with:\n"
+            f"  python -m mpdit_jax.sample --workdir={shlex.quote(options.workdir)} --out=samples.png"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
