@@ -54,7 +54,7 @@ setup(
     # A build from a partial copy (setup.py and requirements.txt alone, as in a cached container layer) has no README.
     long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["mpdit_jax", "mpdit_jax.*"]),

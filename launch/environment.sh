@@ -102,17 +102,19 @@ installation_key() {
 # install EXTRAS: a comma-separated list, possibly empty.
 install() {
   local extras=$1 started=$SECONDS
-  printf 'Installing mpdit_jax%s and its libraries into %s (a minute or more; details in %s) ...\n' \
-    "${extras:+[$extras]}" "$VENV" "$PIP_LOG"
-  rm -f "$STAMP" "$PIP_LOG"
-  if ! "$VENV_PYTHON" -m pip install -qq --log "$PIP_LOG" --disable-pip-version-check \
-    -r requirements.txt -e ".${extras:+[$extras]}"; then
-    if grep -qiE 'connection (broken|refused|reset)|NewConnectionError|NameResolutionError|ConnectTimeout|name resolution|unreachable' \
-      "$PIP_LOG" 2>/dev/null; then
+  printf 'Installing mpdit_jax%s and its libraries into %s (1.1 GB, a minute or more) ...\n' \
+    "${extras:+[$extras]}" "$VENV"
+  rm -f "$STAMP"
+  # Into a file, not -qq: its warnings tell a network out of reach from a version that does not exist.
+  if ! "$VENV_PYTHON" -m pip install -q --disable-pip-version-check -r requirements.txt \
+    -e ".${extras:+[$extras]}" >"$PIP_LOG" 2>&1; then
+    if grep -qiE 'connection broken|NewConnectionError|NameResolutionError|name resolution|timed out|unreachable' "$PIP_LOG"; then
       fail "the libraries could not be downloaded, since the package index is out of reach; connect to the network" \
         "(or set PIP_INDEX_URL or PIP_FIND_LINKS to a place that can be reached) and run this again."
     fi
-    fail "the installation failed; pip's message is above and its log in $PIP_LOG. Running this again tries once more."
+    grep -v '^WARNING' "$PIP_LOG" | tail -n 15 >&2 || true
+    fail "pip could not install the libraries and says why above (all of it is in $PIP_LOG);" \
+      "running this again starts the installation over."
   fi
   { installation_key && printf 'extras %s\n' "$extras"; } >"$STAMP.new"
   mv "$STAMP.new" "$STAMP"

@@ -18,8 +18,7 @@ case "$1 $2" in
   "-c import ensurepip, venv") exit "${STUB_VENV_MISSING:-0}" ;;
   "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
   "-m pip")
-    while [ $# -gt 0 ]; do if [ "$1" = --log ]; then log=$2; fi; shift; done
-    printf '%s\\n' "${STUB_PIP_LOG:-}" >"$log"
+    printf '%s\\n' "${STUB_PIP_OUTPUT:-}"
     exit "${STUB_PIP_STATUS:-0}" ;;
   "-m mpdit_jax.train")
     if [ -n "${STUB_TRAIN_WAITS:-}" ]; then

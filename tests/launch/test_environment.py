@@ -49,9 +49,10 @@ def test_moved_checkout_is_installed_again(checkout):
 
 
 def test_first_installation_that_broke_off_starts_over(checkout):
-    failed = checkout.run("launch/test.sh", STUB_PIP_STATUS="1")
+    failed = checkout.run("launch/test.sh", STUB_PIP_STATUS="1", STUB_PIP_OUTPUT="ERROR: no space left")
     assert failed.returncode == 1
-    assert "the installation failed" in failed.stderr
+    assert "ERROR: no space left" in failed.stderr
+    assert "pip could not install" in failed.stderr
     leftover = checkout.root / ".venv/half-written"
     leftover.touch()
     result = checkout.run("launch/test.sh")
@@ -73,8 +74,8 @@ def test_update_that_broke_off_keeps_the_venv_and_is_repeated(checkout):
 
 
 def test_no_network_is_named(checkout):
-    log = "WARNING: Retrying after connection broken by 'NewConnectionError(...: Network is unreachable)'"
-    result = checkout.run("launch/test.sh", STUB_PIP_STATUS="1", STUB_PIP_LOG=log)
+    output = "WARNING: Retrying after connection broken by 'NewConnectionError(...: Network is unreachable)'"
+    result = checkout.run("launch/test.sh", STUB_PIP_STATUS="1", STUB_PIP_OUTPUT=output)
     assert result.returncode == 1
     assert "package index is out of reach" in result.stderr
 
