@@ -102,7 +102,7 @@ installation_key() {
 # install EXTRAS: a comma-separated list, possibly empty.
 install() {
   local extras=$1 started=$SECONDS
-  printf 'Installing mpdit_jax%s and its libraries into %s (1.1 GB, a minute or more) ...\n' \
+  printf 'Installing mpdit_jax%s and its libraries into %s (1 to 2 GB, a minute or more) ...\n' \
     "${extras:+[$extras]}" "$VENV"
   rm -f "$STAMP"
   # Into a file, not -qq: its warnings tell a network out of reach from a version that does not exist.
