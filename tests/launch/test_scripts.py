@@ -1,0 +1,119 @@
+"""What quickstart.sh, test.sh and .ci/run call, in which order, and what they do when a step fails or is stopped."""
+
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci/run"]
+LEFT_OUT = "Left out: the tests marked parity"
+
+
+def commands(checkout):
+    return [call for call in checkout.modules() if call[0] not in ("venv", "pip")]
+
+
+def test_test_sh_runs_the_judges_then_pytest_with_the_arguments(checkout):
+    result = checkout.run("launch/test.sh", "-k", "two words", "tests/model")
+    assert result.returncode == 0, result.stderr
+    assert commands(checkout) == [
+        ["ruff", "check"],
+        ["ruff", "format", "--check"],
+        ["mypy"],
+        ["pytest", "-k", "two words", "tests/model", "-m", "not parity"],
+    ]
+    assert result.stdout.count(LEFT_OUT) == 2
+    assert result.stdout.rstrip().splitlines()[-1].startswith(LEFT_OUT)
+
+
+def test_test_sh_joins_the_callers_marks_with_its_own(checkout):
+    checkout.run("launch/test.sh", "-m", "not slow", "-x")
+    assert commands(checkout)[-1] == ["pytest", "-x", "-m", "(not slow) and not parity"]
+
+
+def test_test_sh_with_parity_leaves_nothing_out(checkout):
+    result = checkout.run("launch/test.sh", "--parity", "-k", "two words")
+    assert commands(checkout)[-1] == ["pytest", "-k", "two words"]
+    assert LEFT_OUT not in result.stdout
+
+
+def test_test_sh_passes_the_failure_on_and_still_says_what_it_left_out(checkout):
+    result = checkout.run("launch/test.sh", STUB_PYTEST_STATUS="3")
+    assert result.returncode == 3
+    assert result.stdout.rstrip().splitlines()[-1].startswith(LEFT_OUT)
+
+
+def test_ci_runs_the_whole_suite(checkout):
+    result = checkout.run(".ci/run")
+    assert result.returncode == 0, result.stderr
+    assert commands(checkout)[-1] == ["pytest"]
+    assert [call[-1] for call in checkout.installs()] == [".[test,parity]"]
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_quickstart_trains_then_samples_then_says_where_things_are(checkout):
+    result = checkout.run("launch/quickstart.sh")
+    assert result.returncode == 0, result.stderr
+    train, sample = commands(checkout)
+    assert train == ["mpdit_jax.train", "--config=configs/digits.py", "--workdir=runs/digits"]
+    assert sample[0] == "mpdit_jax.sample"
+    assert {"--workdir=runs/digits", "--guidance_scale=2.0", "--out=runs/digits/samples.png"} <= set(sample)
+    ending = result.stdout.split("Done.")[1]
+    for place in (str(checkout.root), "runs/digits/samples.png", "runs/digits/checkpoints", "runs/digits/tensorboard"):
+        assert place in ending
+    assert "configs/fashion_mnist.py" in ending
+
+
+def test_quickstart_does_not_sample_after_a_failed_training(checkout):
+    result = checkout.run("launch/quickstart.sh", STUB_TRAIN_STATUS="7")
+    assert result.returncode == 7
+    assert [call[0] for call in commands(checkout)] == ["mpdit_jax.train"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "status"),
+    [
+        # The terminal's Ctrl-C reaches the training as well; a scheduler's SIGTERM may reach the script alone.
+        (lambda process: os.killpg(process.pid, signal.SIGINT), 130),
+        (lambda process: process.terminate(), 143),
+    ],
+    ids=["ctrl-c", "sigterm"],
+)
+def test_stopped_quickstart_lets_the_training_save_and_does_not_sample(checkout, stop, status):
+    process = checkout.start("launch/quickstart.sh", STUB_TRAIN_WAITS="1")
+    assert process.stdout is not None
+    while process.stdout.readline() not in ("training\n", ""):
+        pass
+    stop(process)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert "saved" in out  # the training ended by itself, with success
+    assert [call[0] for call in commands(checkout)] == ["mpdit_jax.train"]
+    assert "To go on: bash '" in err
+
+
+def test_quickstart_refuses_arguments(checkout):
+    result = checkout.run("launch/quickstart.sh", "--steps=3")
+    assert result.returncode == 1
+    assert "takes no arguments, got '--steps=3'" in result.stderr
+    assert checkout.modules() == []
+
+
+@pytest.mark.parametrize("script", ["launch/quickstart.sh", "launch/test.sh"])
+def test_help_explains_and_does_nothing(checkout, script):
+    result = checkout.run(script, "--help")
+    assert result.returncode == 0
+    assert f"bash {script}" in result.stdout
+    assert checkout.log.read_text() == ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script):
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    result = subprocess.run(["shellcheck", "-x", str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
