@@ -10,22 +10,22 @@ from mpdit_jax.config import base_config
 
 def get_config() -> ConfigDict:
     config = base_config()
-    config.batch_size = 128
-    config.steps = 2_000
+    config.batch_size = 64
+    config.steps = 1_200
     config.ema_decay = 0.995
     config.model.patch_sizes = (2, 1)
-    config.model.depths = (3, 2)
-    config.model.hidden_size = 96
-    config.model.num_heads = 4
+    config.model.depths = (3, 1)
+    config.model.hidden_size = 64
+    config.model.num_heads = 2
     config.model.input_size = (8, 8)
     config.model.in_channels = 1
     config.model.num_classes = 10
-    config.model.class_tokens = 4
+    config.model.class_tokens = 2
     config.data.name = "digits"
     config.data.split = "all"
     config.optimizer.learning_rate = 1e-3
-    config.checkpoint.every = 500
+    config.checkpoint.every = 400
     config.log.every = 50
-    config.sample.every = 500
+    config.sample.every = 400
     config.sample.guidance_scale = 2.0
     return config

@@ -31,7 +31,17 @@ _HOME = {
     "to_torch": "mpdit_jax.interop.mpdit_torch",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "MPDiTError",
+    "count",
+    "create_model",
+    "flow_matching_loss",
+    "load_checkpoint",
+    "load_torch",
+    "make_sampler",
+    "presets",
+    "to_torch",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -41,4 +51,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return [*__all__, "__version__"]

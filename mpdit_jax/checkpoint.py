@@ -1,7 +1,7 @@
 """Checkpoints: what a workdir holds, what is saved, restored and refused.
 
-    workdir/config.json           the resolved config of the run
-    workdir/checkpoints/STEP/     parameters, ema_parameters, optimizer and progress, by Orbax
+workdir/config.json           the resolved config of the run
+workdir/checkpoints/STEP/     parameters, ema_parameters, optimizer and progress, by Orbax
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from ml_collections import FrozenConfigDict
 
 from mpdit_jax.config import differences, from_json, model_of, to_json
-from mpdit_jax.errors import CheckpointError, ConfigError, InputError
+from mpdit_jax.errors import CheckpointError, ConfigError
 from mpdit_jax.files import check_writable, replacing
 from mpdit_jax.mesh import make_mesh, replicated
 from mpdit_jax.model.mpdit import MPDiT
@@ -73,7 +73,7 @@ def claim_workdir(workdir: Path, config: FrozenConfigDict) -> None:
     if (workdir / _CONFIG).exists():
         changed = differences(load_config(workdir), config)
         if changed:
-            lines = [f"  config.{path}: {before!r} in the run, {after!r} now" for path, (before, after) in changed.items()]
+            lines = [f"  config.{path}: {old!r} in the run, {new!r} now" for path, (old, new) in changed.items()]
             raise CheckpointError(
                 f"{workdir} holds a run of another config:\n"
                 + "\n".join(lines)
@@ -132,4 +132,3 @@ def list_steps(workdir: str | Path) -> list[int]:
     """Steps of the finished checkpoints in a workdir, ascending."""
     folder = Path(workdir) / _CHECKPOINTS
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
-

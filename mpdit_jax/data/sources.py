@@ -81,7 +81,8 @@ def load_digits(path: str = "", split: str = "all") -> ArraySource:
     digits = datasets.load_digits()
     images, labels = digits.images.astype(np.uint8)[..., None], digits.target
     if split != "all":
-        halves = model_selection.train_test_split(np.arange(len(labels)), test_size=0.5, stratify=labels, random_state=0)
+        everything = np.arange(len(labels))
+        halves = model_selection.train_test_split(everything, test_size=0.5, stratify=labels, random_state=0)
         chosen = np.sort(halves[0 if split == "train" else 1])
         images, labels = images[chosen], labels[chosen]
     return ArraySource(images, labels, tuple(str(digit) for digit in range(10)), largest=16)

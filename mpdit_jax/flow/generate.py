@@ -12,9 +12,7 @@ from mpdit_jax.flow.sampler import Sampler, check_labels, draw_noise
 from mpdit_jax.model.mpdit import MPDiT
 
 
-def generate_latents(
-    sampler: Sampler, model: MPDiT, labels: np.ndarray, key: jax.Array, batch_size: int
-) -> np.ndarray:
+def generate_latents(sampler: Sampler, model: MPDiT, labels: np.ndarray, key: jax.Array, batch_size: int) -> np.ndarray:
     """One latent for each label, float32 (N, H, W, C); image i depends on (key, i, labels[i]) and the settings alone.
 
     The last batch is filled up, so that there is one compilation.

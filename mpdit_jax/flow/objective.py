@@ -42,6 +42,7 @@ class Uniform:
         return jax.random.uniform(key, (count,))
 
 
+PAPER_TIMES = LogitNormal()
 TIME_DISTRIBUTIONS = {"logit_normal": LogitNormal, "uniform": Uniform}
 
 
@@ -64,7 +65,7 @@ def flow_matching_loss(
     key: jax.Array | None = None,
     t: jax.Array | None = None,
     noise: jax.Array | None = None,
-    time_distribution: TimeDistribution = LogitNormal(),
+    times: TimeDistribution = PAPER_TIMES,
 ) -> tuple[jax.Array, jax.Array]:
     """Mean squared error between the model's velocity and the path's.
 
@@ -77,7 +78,7 @@ def flow_matching_loss(
         key: needed unless both `t` and `noise` are given.
         t: times (B,).
         noise: standard normal (B, H, W, C).
-        time_distribution: how times are drawn when not given.
+        times: how times are drawn when not given.
 
     Returns:
         The loss, a float32 scalar, and per_example (B,), whose mean it is.
@@ -85,11 +86,11 @@ def flow_matching_loss(
     Raises:
         InputError: no key and something to draw, or shapes that do not fit each other.
     """
-    if key is None and (t is None or noise is None):
-        raise InputError("flow_matching_loss needs key=… unless both t=… and noise=… are given.")
     if t is None or noise is None:
+        if key is None:
+            raise InputError("flow_matching_loss needs key=… unless both t=… and noise=… are given.")
         time_key, noise_key = jax.random.split(key)
-        t = time_distribution.sample(time_key, x.shape[0]) if t is None else t
+        t = times.sample(time_key, x.shape[0]) if t is None else t
         noise = jax.random.normal(noise_key, x.shape) if noise is None else noise
     if noise.shape != x.shape or t.shape != x.shape[:1] or y.shape != x.shape[:1] or x.ndim != 4:
         raise InputError(

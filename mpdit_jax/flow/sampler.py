@@ -24,7 +24,7 @@ class Sampler:
     guidance_scale: float
 
     def __call__(
-        self, model: nnx.Module, labels: jax.Array, key: jax.Array, noise: jax.Array | None = None
+        self, model: nnx.Module, labels: jax.typing.ArrayLike, key: jax.Array, noise: jax.Array | None = None
     ) -> jax.Array:
         """Draw one latent for each label.
 
@@ -75,7 +75,7 @@ def draw_noise(key: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> ja
     return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(indices)
 
 
-def check_labels(labels: jax.Array | np.ndarray, num_classes: int) -> jax.Array:
+def check_labels(labels: jax.typing.ArrayLike, num_classes: int) -> jax.Array:
     """Labels as int32 (B,). Values are checked unless they are being traced.
 
     Raises:

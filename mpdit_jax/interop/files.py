@@ -37,7 +37,7 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def normalize_state_dict(mapping: Mapping[str, Any], source: str) -> dict[str, np.ndarray]:
-    """Arrays or tensors by name, as numpy; floating types become float32, a DataParallel `module.` prefix is dropped."""
+    """Arrays or tensors by name, as numpy: floating types become float32, a DataParallel `module.` prefix goes."""
     arrays: dict[str, np.ndarray] = {}
     for name, value in mapping.items():
         if not isinstance(name, str):

@@ -71,9 +71,11 @@ class Layout:
     jax_shape: tuple[int, ...]
 
     def to_jax(self, array: np.ndarray) -> np.ndarray:
+        """Their layout to ours."""
         return np.ascontiguousarray(array.transpose(self.axes).reshape(self.jax_shape))
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
+        """Our layout to theirs."""
         transposed = [self.torch_shape[axis] for axis in self.axes]
         return np.ascontiguousarray(array.reshape(transposed).transpose(np.argsort(self.axes)))
 
@@ -274,5 +276,6 @@ def _check_entries(state: Mapping[str, np.ndarray], config: ModelConfig, origin:
     ]
     if found:
         raise WeightsError(
-            f"{origin} does not fit its own shape ({config.depths} blocks, width {config.hidden_size}): {'; '.join(found)}."
+            f"{origin} does not fit the model it describes (depths {config.depths}, width {config.hidden_size}): "
+            f"{'; '.join(found)}."
         )

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Literal
 
 from mpdit_jax.errors import ConfigError
 
@@ -19,7 +19,7 @@ class ModelConfig:
     """Shape and numerics of one MPDiT. Hashable; lists become tuples; impossible values raise ConfigError.
 
     Attributes:
-        patch_sizes: patch size of each level, coarse to fine, each dividing the one before: (4, 2) is the paper's model.
+        patch_sizes: patch size of each level, coarse to fine, each dividing the one before; (4, 2) is the paper's.
         depths: transformer blocks of each level.
         hidden_size: token width D; divisible by num_heads and by 4.
         num_heads: attention heads.
@@ -53,11 +53,9 @@ class ModelConfig:
     skip: bool = True
     dtype: str = "float32"
     remat: str = "none"
-    attention: str = "xla"
+    attention: Literal["xla", "cudnn"] = "xla"
 
     def __post_init__(self) -> None:
-        if isinstance(self.input_size, int):
-            object.__setattr__(self, "input_size", (self.input_size, self.input_size))
         for name in ("patch_sizes", "depths", "input_size"):
             object.__setattr__(self, name, _integers(name, getattr(self, name)))
         object.__setattr__(self, "mlp_ratio", _number("mlp_ratio", self.mlp_ratio))
@@ -86,6 +84,8 @@ class ModelConfig:
                     f"model.patch_sizes={self.patch_sizes}: {fine} must be smaller than {coarse} and divide it; "
                     "list patch sizes coarse to fine, such as (4, 2)."
                 )
+        if len(self.input_size) == 1:
+            object.__setattr__(self, "input_size", self.input_size * 2)
         if len(self.input_size) != 2:
             raise ConfigError(f"model.input_size={self.input_size}: expected one number or (height, width).")
         for side in self.input_size:

@@ -29,7 +29,7 @@ def unpatchify(x: jax.Array, patch: int, grid: tuple[int, int]) -> jax.Array:
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
-    """Fixed 2-D sin-cos table, float32 (rows * columns, width): column index in the first half, row index in the second.
+    """Fixed 2-D sin-cos table, float32 (rows * columns, width): column index in the first half, row in the second.
 
     Each half is [sin(pos ω), cos(pos ω)] with ω_i = 10000^(-i / (width/4)), computed in float64.
     """

@@ -1,19 +1,17 @@
 """The paper's time embedding: a small Fourier neural operator on a grid shifted by t (paper, section 3.4)."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.nn.initializers import Initializer
 
 from mpdit_jax.model.config import FNO_GRID, ModelConfig
 from mpdit_jax.model.linear import linear
 
 
 class SpectralConv(nnx.Module):
-    """Multiply the lowest Fourier modes of (B, grid, width) by learned complex matrices; the other modes become zero."""
+    """Mix the channels of the lowest Fourier modes of (B, grid, width) by learned matrices; other modes become zero."""
 
     def __init__(self, width: int, modes: int, rngs: nnx.Rngs) -> None:
         normal = nnx.initializers.normal(1.0)
@@ -35,11 +33,12 @@ class FNOLayer(nnx.Module):
 
     def __init__(self, width: int, modes: int, rngs: nnx.Rngs) -> None:
         self.spectral = SpectralConv(width, modes, rngs)
-        self.pointwise = linear(
-            width, width, rngs, kernel_init=_uniform_one_over_root_width, bias_init=_uniform_one_over_root_width
-        )
+        # PyTorch's default for a convolution, weight and bias.
+        uniform = _uniform(width**-0.5)
+        self.pointwise = linear(width, width, rngs, kernel_init=uniform, bias_init=uniform)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, grid, width) to the same."""
         return self.spectral(x) + self.pointwise(x)
 
 
@@ -54,7 +53,7 @@ class FNOTime(nnx.Module):
 
     def __call__(self, t: jax.Array) -> jax.Array:
         """Time vectors (B, D) float32 of times (B,) in [0, 1]."""
-        grid = np.linspace(-1.0, 1.0, FNO_GRID, dtype=np.float32)
+        grid = jnp.asarray(np.linspace(-1.0, 1.0, FNO_GRID, dtype=np.float32))
         x = self.lift((grid + t.astype(jnp.float32)[:, None])[..., None])  # (B, 32, width)
         for index, layer in enumerate(self.layers):
             x = layer(x)
@@ -63,7 +62,7 @@ class FNOTime(nnx.Module):
         return self.project(x.mean(axis=1))  # (B, D)
 
 
-def _uniform_one_over_root_width(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32, **_: Any) -> jax.Array:
-    """PyTorch's default for a convolution of fan-in w: uniform in ±1/√w, for the weight and for the bias."""
-    bound = shape[-1] ** -0.5  # width in equals width out, so a bias of shape (w,) knows its fan-in too
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+def _uniform(bound: float) -> Initializer:
+    """Uniform in ±bound."""
+    draw = nnx.initializers.uniform(2 * bound)  # in [0, 2 bound)
+    return lambda key, shape, dtype=jnp.float32, out_sharding=None: draw(key, shape, dtype) - bound

@@ -1,5 +1,7 @@
 """The model's linear layer: Flax's, with the paper's initialization and one rule about precision."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -29,7 +31,18 @@ def linear(
         dtype=jnp.dtype(dtype),
         param_dtype=jnp.float32,
         precision=jax.lax.Precision.HIGHEST,
+        dot_general=flat_dot_general,
         kernel_init=kernel_init,
         bias_init=bias_init,
         rngs=rngs,
     )
+
+
+def flat_dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
+    """`x @ kernel` over the last axis of x, as a product of two matrices: (B, T, in) is seen as (B * T, in).
+
+    The value is that of `jax.lax.dot_general`. The weight gradient then contracts one axis instead of two, which XLA's
+    CPU backend does several times faster; TPUs and GPUs merge the axes themselves.
+    """
+    outputs = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
+    return outputs.reshape(*x.shape[:-1], kernel.shape[-1])

@@ -25,8 +25,8 @@ def split(model: MPDiT) -> tuple[Structure, Parameters]:
 
 def merge(structure: Structure, parameters: Parameters) -> MPDiT:
     """Inverse of `split`; the arrays may be tracers."""
-    paths = {tuple(_key(part) for part in path.split(".")): leaf for path, leaf in parameters.items()}
-    return nnx.merge(structure, nnx.from_flat_state(paths))
+    leaves: list[Any] = [(tuple(_key(part) for part in path.split(".")), leaf) for path, leaf in parameters.items()]
+    return nnx.merge(structure, nnx.from_flat_state(leaves))
 
 
 def abstract(config: ModelConfig) -> tuple[Structure, dict[str, jax.ShapeDtypeStruct]]:

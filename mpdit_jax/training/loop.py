@@ -100,7 +100,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                     progress.logged(step, metrics["loss"])
                     if not np.isfinite(metrics["loss"]):
                         raise DivergedError(
-                            f"the loss is {metrics['loss']} at step {step}; the checkpoints before it are in {workdir}. "
+                            f"the loss is {metrics['loss']} at step {step}; the checkpoints before it are kept. "
                             "Lower config.optimizer.learning_rate, or look for broken data."
                         )
                 if config.sample.every and (step % config.sample.every == 0 or last):

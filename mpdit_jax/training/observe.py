@@ -67,9 +67,7 @@ class TensorBoard:
     def image(self, step: int, tag: str, picture: np.ndarray) -> None:
         """A picture, uint8 (H, W, 1 or 3)."""
         height, width, channels = picture.shape
-        image = Summary.Image(
-            height=height, width=width, colorspace=channels, encoded_image_string=encode_png(picture)
-        )
+        image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=encode_png(picture))
         self._add(step, Summary(value=[Summary.Value(tag=tag, image=image)]))
 
     def text(self, step: int, tag: str, text: str) -> None:

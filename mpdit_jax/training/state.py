@@ -70,9 +70,7 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
     )
 
 
-def create_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
-) -> TrainState:
+def create_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
     """The initial state, made where it will live: no device ever holds more than its share."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
     create = jax.jit(partial(initial_state, config, optimizer), out_shardings=shardings)

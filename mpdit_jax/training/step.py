@@ -28,7 +28,7 @@ def make_loss(config: FrozenConfigDict, structure: Structure) -> LossFunction:
         model = merge(structure, parameters)
         dropout_key, flow_key = jax.random.split(key)
         labels = drop_labels(dropout_key, batch["y"], config.label_dropout, model.num_classes)
-        return flow_matching_loss(model, batch["x"], labels, key=flow_key, time_distribution=times)[0]
+        return flow_matching_loss(model, batch["x"], labels, key=flow_key, times=times)[0]
 
     return loss
 
@@ -48,9 +48,9 @@ def make_step(loss: LossFunction, optimizer: optax.GradientTransformation, ema_d
         parameters = optax.apply_updates(state.parameters, updates)
         metrics = {
             "loss": value,
-            "gradient_norm": optax.global_norm(gradients),
-            "update_norm": optax.global_norm(updates),
-            "parameter_norm": optax.global_norm(parameters),
+            "gradient_norm": optax.tree.norm(gradients),
+            "update_norm": optax.tree.norm(updates),
+            "parameter_norm": optax.tree.norm(parameters),
             "count": jnp.float32(1),
         }
         return TrainState(

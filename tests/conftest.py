@@ -1,0 +1,40 @@
+import os
+
+# Before JAX is imported: tests are for every machine, with or without an accelerator.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class Golden:
+    """One file of golden arrays: images channels-last, state dict and gradients under their PyTorch names."""
+
+    def __init__(self, name):
+        with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as archive:
+            self.arrays = {key: archive[key] for key in archive.files}
+
+    def __getitem__(self, key):
+        return self.arrays[key]
+
+    def images(self, key):
+        return np.moveaxis(self.arrays[key], -3, -1)
+
+    def group(self, prefix):
+        return {key.removeprefix(prefix): value for key, value in self.arrays.items() if key.startswith(prefix)}
+
+
+def relative_error(found, expected):
+    """Largest absolute difference over the expected array's largest magnitude."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+@pytest.fixture(scope="session", params=["mpdit_two_level_fno", "mpdit_three_level_mlp"])
+def golden(request):
+    return Golden(request.param)

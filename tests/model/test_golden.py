@@ -1,0 +1,86 @@
+"""The model, its gradients and its sampler against arrays computed by a PyTorch implementation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mpdit_jax as mp
+from mpdit_jax.flow.guidance import classifier_free
+from mpdit_jax.model.parameters import merge, split
+from tests.conftest import relative_error
+
+FORWARD = 2e-5
+DERIVED = 2e-4
+
+
+@pytest.fixture(scope="module")
+def model(golden):
+    return mp.load_torch(golden.group("state/"), num_heads=4)
+
+
+def test_forward(golden, model):
+    assert relative_error(model(golden.images("x"), golden["t"], golden["y"]), golden.images("out")) <= FORWARD
+
+
+def test_null_class(golden, model):
+    null = np.full_like(golden["y"], model.num_classes)
+    assert relative_error(model(golden.images("x"), golden["t"], null), golden.images("out_null")) <= FORWARD
+
+
+def test_guided(golden, model):
+    labels, scale = jnp.asarray(golden["y"]), golden["cfg_scale"]
+    t, x = golden["t"], golden.images("x")
+    v_class, v_null = model(x, t, labels), model(x, t, jnp.full_like(labels, model.num_classes))
+    assert relative_error(v_null + scale * (v_class - v_null), golden.images("out_cfg")) <= FORWARD
+    one = classifier_free(model, labels[:1], scale)(x[:1], t[0])
+    assert relative_error(one, golden.images("out_cfg")[:1]) <= FORWARD
+
+
+def test_time_embedding(golden, model):
+    assert relative_error(model.time_embedding(golden["t"]), golden["t_embed"]) <= FORWARD
+
+
+def test_loss(golden, model):
+    loss, per_example = mp.flow_matching_loss(
+        model, golden.images("x"), golden["y"], t=golden["t"], noise=golden.images("n")
+    )
+    assert relative_error(loss, golden["loss"]) <= DERIVED
+    assert relative_error(per_example, golden["loss_per_example"]) <= DERIVED
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_gradients(golden, model, remat):
+    structure, parameters = split(with_fields(model, remat=remat))
+
+    def loss(parameters):
+        arguments = golden.images("x"), golden["y"]
+        return mp.flow_matching_loss(merge(structure, parameters), *arguments, t=golden["t"], noise=golden.images("n"))[
+            0
+        ]
+
+    found = mp.to_torch(merge(structure, jax.jit(jax.grad(loss))(parameters)))
+    expected = golden.group("grad/")
+    assert len(expected) == len([name for name in found if not name.startswith("pos_embed")])
+    for name, gradient in expected.items():
+        assert np.abs(found[name] - gradient).max() <= DERIVED * np.abs(gradient).max(), name
+
+
+@pytest.mark.parametrize(("key", "scale"), [("euler", 1.0), ("euler_cfg", None)])
+def test_euler(golden, model, key, scale):
+    scale = float(golden["cfg_scale"]) if scale is None else scale
+    sampler = mp.make_sampler(steps=int(golden["euler_points"]) - 1, guidance_scale=scale)
+    z = sampler(model, golden["y"], jax.random.key(0), noise=golden.images("n"))
+    assert relative_error(z, golden.images(key)) <= DERIVED
+
+
+def test_bfloat16_is_near_float32(golden, model):
+    v = with_fields(model, dtype="bfloat16")(golden.images("x"), golden["t"], golden["y"])
+    assert v.dtype == jnp.float32
+    error = relative_error(v, golden.images("out"))
+    assert FORWARD < error <= 5e-2  # it computes in bfloat16, and not worse than that
+
+
+def with_fields(model, **fields):
+    structure, _ = split(mp.create_model("mpdit_b", **{**vars(model.config), **fields}))
+    return merge(structure, split(model)[1])
