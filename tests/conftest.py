@@ -1,7 +1,15 @@
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before JAX is imported: tests are for every machine, with or without an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # The processes that tests start compile the same few programs; one session compiles each once.
+    CACHE = tempfile.mkdtemp(prefix="mpdit_jax_tests_")
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
 
 from pathlib import Path
 

@@ -260,20 +260,21 @@ def _input_size(table: np.ndarray, patch: int, width: int, origin: str) -> tuple
 
 def _check_entries(state: Mapping[str, np.ndarray], config: ModelConfig, origin: str) -> None:
     expected = {entry.name: entry.layout.torch_shape for entry in _entries(config)}
-    expected.update({name: table.shape for name, table in _positions(config)})
-    missing = [name for name in expected if name not in state]
-    extra = [name for name in state if name not in expected]
-    misshapen = [
-        f"{name} is {state[name].shape} instead of {shape}"
-        for name, shape in expected.items()
-        if name in state and state[name].shape != shape
-    ]
-    broken = [name for name in expected if name in state and not np.isfinite(state[name]).all()]
-    found = [
-        f"{kind}: {', '.join(names)}"
-        for kind, names in [("missing", missing), ("extra", extra), ("misshapen", misshapen), ("not finite", broken)]
-        if names
-    ]
+    tables = dict(_positions(config))
+    expected.update({name: table.shape for name, table in tables.items()})
+    shared = [name for name in expected if name in state]
+    misshapen = [name for name in shared if state[name].shape != expected[name]]
+    fitting = [name for name in shared if name not in misshapen]
+    problems = {
+        "missing": [name for name in expected if name not in state],
+        "extra": [name for name in state if name not in expected],
+        "misshapen": [f"{name} is {state[name].shape} instead of {expected[name]}" for name in misshapen],
+        "not finite": [name for name in fitting if not np.isfinite(state[name]).all()],
+        "not the fixed sin-cos position table": [
+            name for name in fitting if name in tables and not np.allclose(state[name], tables[name], atol=1e-4)
+        ],
+    }
+    found = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
     if found:
         raise WeightsError(
             f"{origin} does not fit the model it describes (depths {config.depths}, width {config.hidden_size}): "

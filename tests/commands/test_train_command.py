@@ -1,0 +1,108 @@
+"""What a person sees who types the command, right and wrong."""
+
+import pytest
+
+from mpdit_jax import train
+from mpdit_jax.errors import ConfigError, DataError, InputError
+from tests.tiny import ROOT, run, train_arguments
+
+
+def test_help_says_how(capsys):
+    with pytest.raises(SystemExit) as done:
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert done.value.code == 0
+    for part in ("--config=FILE --workdir=FOLDER", "--config.optimizer.learning_rate=3e-4", "examples:", "Ctrl-C"):
+        assert part in text
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["--workdir=x"], "--config=FILE is needed"),
+    (["--config=configs/digits.py"], "--workdir"),
+    (["--config=configs/digits.py", "--workdir=x", "--wrokdir=y"], "unknown argument '--wrokdir=y'"),
+    (["--config=configs/digits.py", "--workdir=x", "--steps", "3"], "unknown argument '--steps'"),
+])  # fmt: skip
+def test_wrong_arguments(arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as done:
+        train.main(arguments)
+    assert done.value.code == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("override", "error", "sentence"), [
+    ("--config.batch_sise=3", ConfigError, "batch_sise"),
+    ("--config.optimizer.lr=1e-3", ConfigError, "lr"),
+    ("--config.batch_size=many", ConfigError, "batch_size.*many|many.*batch_size"),
+    ("--config.batch_size=0", ConfigError, r"config\.batch_size=0: expected 1 or more"),
+    ("--config.ema_decay=1.0", ConfigError, r"config\.ema_decay=1\.0: expected at least 0 and below 1"),
+    ("--config.optimizer.learning_rate=nan", ConfigError, r"learning_rate=nan: expected a finite number"),
+    ("--config.optimizer.learning_rate=-1.", ConfigError, r"learning_rate=-1\.0: expected a positive number"),
+    ("--config.seed=-1", ConfigError, r"config\.seed=-1"),
+    ("--config.label_dropout=2.0", ConfigError, "between 0 and 1"),
+    ("--config.time.distribution=normal", ConfigError, "did you mean 'logit_normal'"),
+    ("--config.model.preset=mpdit_bb", ConfigError, "unknown preset 'mpdit_bb'"),
+    ("--config.model.patch_sizes=3,1", ConfigError, "multiples of 3"),
+    ("--config.model.hidden_size=30", ConfigError, "not divisible by 4"),
+    ("--config.model.num_heads=3", ConfigError, "num_heads=3"),
+    ("--config.model.num_classes=5", DataError, r"set model\.num_classes=10"),
+    ("--config.model.in_channels=3", DataError, r"in_channels=1"),
+    ("--config.data.name=cifar10", DataError, "expected one of digits"),
+    ("--config.data.split=none", DataError, "expected one of all"),
+    ("--config.mesh.data=3", ConfigError, r"does not fit \d+ cpu device"),
+])  # fmt: skip
+def test_wrong_values_are_one_sentence_before_anything_is_written(tmp_path, override, error, sentence):
+    with pytest.raises(error, match=sentence) as caught:
+        train.main(train_arguments(tmp_path / "run", override))
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("content", "sentence"), [
+    ("def get_config(): return 3", "must return a ConfigDict"),
+    ("def get_config(:", "invalid syntax"),
+    ("import nonexistent_module", "nonexistent_module"),
+    ("from mpdit_jax.config import *\ndef get_config():\n c = base_config()\n c.stepz = 3\n return c", "stepz"),
+    ("from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'steps': 3})", "is missing"),
+    ("x = 1", "get_config"),
+])  # fmt: skip
+def test_broken_config_files(tmp_path, content, sentence):
+    path = tmp_path / f"broken_{abs(hash(content))}.py"  # Python caches modules by name
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        train.main([f"--config={path}", f"--workdir={tmp_path / 'run'}"])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_missing_config_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.py"):
+        train.main(["--config=nowhere.py", f"--workdir={tmp_path}"])
+
+
+def test_unwritable_workdir(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="cannot write"):
+        train.main(train_arguments(tmp_path / "file" / "run"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_errors_leave_the_process_as_one_line(tmp_path):
+    status, stdout, stderr = run("train", train_arguments(tmp_path / "run", "--config.steps=0"))
+    assert (status, stdout) == (1, "")
+    assert stderr == "error: config.steps=0: expected 1 or more.\n"
+
+
+def test_two_word_flags(tmp_path):
+    arguments = ["--config", str(ROOT / "configs/digits.py"), "--workdir", str(tmp_path / "run"), "--config.steps", "0"]
+    with pytest.raises(ConfigError, match=r"config\.steps=0"):
+        train.main(arguments)
+
+
+def test_a_diverged_run_ends_with_a_sentence(tmp_path):
+    arguments = train_arguments(tmp_path / "run", "--config.optimizer.learning_rate=1e30", "--config.log.every=2")
+    status, _, stderr = run("train", arguments)
+    assert status == 1
+    assert "the loss is nan at step" in stderr
+    assert "learning_rate" in stderr
+    assert "Traceback" not in stderr

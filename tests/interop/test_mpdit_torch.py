@@ -1,0 +1,146 @@
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import mpdit_jax as mp
+from mpdit_jax.errors import MissingExtraError, WeightsError
+from mpdit_jax.interop import files
+
+
+@pytest.fixture
+def state(golden):
+    return golden.group("state/")
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        assert second[name].dtype == np.float32
+        assert array.tobytes() == second[name].tobytes(), name
+
+
+def test_round_trip_is_bitwise(state):
+    assert_same(state, mp.to_torch(mp.load_torch(state, num_heads=4)))
+
+
+def test_everything_but_heads_is_read_off(golden, state):
+    config = mp.load_torch(state, num_heads=4).config
+    expected = {
+        16: ((4, 2), (2, 1), (8, 8), "fno"),
+        64: ((8, 4, 2), (2, 1, 1), (16, 16), "sinusoidal"),
+    }[np.prod(golden["out"].shape[-2:]) // 4]
+    assert (config.patch_sizes, config.depths, config.input_size, config.time_embedding) == expected
+    assert (config.hidden_size, config.num_classes, config.class_tokens, config.in_channels) == (48, 10, 3, 4)
+
+
+@pytest.mark.parametrize("overrides", [
+    {"input_size": (8, 16)},
+    {"skip": False},
+    {"patch_sizes": (2,), "depths": (2,)},
+    {"patch_sizes": (8, 4, 2, 1), "depths": (1, 1, 1, 1)},
+    {"mlp_ratio": 3.0, "fno_width": 16, "fno_modes": 5, "fno_layers": 2},
+])  # fmt: skip
+def test_other_shapes_survive_the_round_trip(overrides):
+    small = {"depths": (1, 1), "hidden_size": 32, "num_heads": 4, "num_classes": 5, "class_tokens": 2, "input_size": 8}
+    model = mp.create_model("mpdit_b", **{**small, **overrides})
+    again = mp.load_torch(mp.to_torch(model), num_heads=4)
+    assert again.config == model.config
+    assert_same(mp.to_torch(model), mp.to_torch(again))
+
+
+def test_heads_come_from_the_preset_or_are_asked_for(state):
+    big = mp.create_model("mpdit_b", depths=(1, 1), num_classes=3)
+    assert mp.load_torch(mp.to_torch(big)).config.num_heads == 12
+    with pytest.raises(WeightsError, match=r"width 48 fits no preset.*num_heads="):
+        mp.load_torch(state)
+    with pytest.raises(WeightsError, match="num_heads=5"):
+        mp.load_torch(state, num_heads=5)
+
+
+def test_missing_extra_and_misshapen_are_all_named(state):
+    gone, wrong = "downsample_blocks.0.attn.qkv.bias", "time_modulation.1.weight"
+    bad = {**state, "scheduler.betas": np.zeros(3, np.float32), wrong: state[wrong][:-1]}
+    del bad[gone]
+    with pytest.raises(WeightsError) as error:
+        mp.load_torch(bad, num_heads=4)
+    shapes = f"{wrong} is (287, 48) instead of (288, 48)"
+    for part in (f"missing: {gone}", "extra: scheduler.betas", f"misshapen: {shapes}"):
+        assert part in str(error.value)
+
+
+def test_not_our_model():
+    with pytest.raises(WeightsError, match=r"missing x_embedder\.proj\.weight.*1 entries, such as conv\.weight"):
+        mp.load_torch({"conv.weight": np.zeros((3, 3), np.float32)})
+    with pytest.raises(WeightsError, match="such as none"):
+        mp.load_torch({})
+
+
+def test_nan_weights_are_named(state):
+    bad = {**state, "final_layer.linear.bias": np.full_like(state["final_layer.linear.bias"], np.nan)}
+    with pytest.raises(WeightsError, match=r"not finite: final_layer\.linear\.bias"):
+        mp.load_torch(bad, num_heads=4)
+
+
+def test_positions_that_are_not_sin_cos(state):
+    bad = {**state, "pos_embed": state["pos_embed"] + 1}
+    with pytest.raises(WeightsError, match="position table"):
+        mp.load_torch(bad, num_heads=4)
+
+
+def test_safetensors(state, tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file(state, path)
+    assert_same(state, mp.to_torch(mp.load_torch(path, num_heads=4)))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="not a readable safetensors file"):
+        mp.load_torch(path, num_heads=4)
+
+
+def test_files_that_are_not_weights(tmp_path):
+    with pytest.raises(WeightsError, match="no such file"):
+        mp.load_torch(tmp_path / "nowhere.safetensors")
+    (tmp_path / "weights.h5").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"unknown type '\.h5'"):
+        mp.load_torch(tmp_path / "weights.h5")
+
+
+def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"")
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    with pytest.raises(MissingExtraError, match=r"mpdit_jax\[torch\]"):
+        files.read_state_dict(path)
+
+
+@pytest.mark.parity
+def test_torch_files(golden, state, tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.from_numpy(array) for name, array in state.items()}
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    for content in (
+        tensors,
+        {"ema": tensors, "model": zeros, "epoch": 3},
+        {"model": {f"module.{name}": tensor for name, tensor in tensors.items()}},
+    ):
+        torch.save(content, tmp_path / "model.pt")
+        assert_same(state, mp.to_torch(mp.load_torch(tmp_path / "model.pt", num_heads=4)))
+    torch.save({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path / "half.pth")
+    assert mp.load_torch(tmp_path / "half.pth", num_heads=4).config.hidden_size == 48
+
+
+@pytest.mark.parity
+def test_a_pickle_that_carries_code_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    marker = tmp_path / "executed"
+
+    class Malicious:
+        def __reduce__(self):
+            return marker.touch, ()
+
+    torch.save({"ema": {"x": Malicious()}}, tmp_path / "evil.pt")
+    with pytest.raises(WeightsError, match=r"evil\.pt holds more than tensors and was not loaded"):
+        mp.load_torch(tmp_path / "evil.pt")
+    assert not marker.exists()
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    with pytest.raises(WeightsError, match=r"junk\.pt"):
+        mp.load_torch(tmp_path / "junk.pt")

@@ -1,0 +1,75 @@
+"""A run small enough to be done many times in a test, and a way to start it as a user would."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+OVERRIDES = [
+    "--config.steps=8",
+    "--config.batch_size=8",
+    "--config.model.hidden_size=16",
+    "--config.model.num_heads=2",
+    "--config.model.depths=2,1",
+    "--config.log.every=3",
+    "--config.checkpoint.every=4",
+    "--config.sample.every=0",
+]
+
+
+def train_arguments(workdir, *more):
+    """Arguments of `mpdit_jax.train` for the tiny run; later ones win."""
+    return [f"--config={ROOT / 'configs/digits.py'}", f"--workdir={workdir}", *OVERRIDES, *more]
+
+
+def start(command, arguments, devices=1, **options):
+    """Start `python -m mpdit_jax.COMMAND` as its own process, with `devices` virtual CPU devices."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", f"mpdit_jax.{command}", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+def run(command, arguments, devices=1, **options):
+    """Run a command to its end: (status, stdout, stderr)."""
+    process = start(command, arguments, devices, **options)
+    stdout, stderr = process.communicate(timeout=600)
+    return process.returncode, stdout, stderr
+
+
+def saved_arrays(workdir, step):
+    """Every array of a checkpoint, by path, read without our own code."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    folder, arrays = Path(workdir).resolve() / "checkpoints" / str(step), {}
+    with ocp.StandardCheckpointer() as checkpointer:
+        for item in ("parameters", "ema_parameters", "optimizer", "progress"):
+            target = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+                checkpointer.metadata(folder / item).item_metadata.tree,
+            )
+            leaves, _ = jax.tree_util.tree_flatten_with_path(checkpointer.restore(folder / item, target))
+            arrays.update({f"{item}{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves})
+    return arrays
+
+
+def assert_same_bits(first, second):
+    assert first.keys() == second.keys()
+    for path, array in first.items():
+        assert array.dtype == second[path].dtype, path
+        assert array.tobytes() == second[path].tobytes(), path

@@ -1,0 +1,128 @@
+"""A run that is stopped and continued ends in the same bits as one that is left alone."""
+
+import json
+import signal
+
+import pytest
+
+from mpdit_jax.checkpoint import list_steps
+from tests.tiny import assert_same_bits, run, saved_arrays, start, train_arguments
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    status, stdout, stderr = run("train", train_arguments(workdir))
+    assert status == 0, stderr
+    return workdir, stdout
+
+
+def test_what_a_run_leaves_behind(undisturbed):
+    workdir, stdout = undisturbed
+    assert "levels.0.blocks.layers.mlp.inner.kernel" in stdout  # parameter overview
+    assert "step 8/8" in stdout
+    assert "images/s" in stdout
+    assert "left" in stdout
+    assert f"done: checkpoints in {workdir}/checkpoints" in stdout
+    assert list_steps(workdir) == [4, 8]
+    assert json.loads((workdir / "config.json").read_text())["model"]["hidden_size"] == 16
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 8]
+    assert all(0 < line["loss"] < 10 and line["gradient_norm"] > 0 for line in lines)
+
+
+def test_event_files_hold_scalars_and_config(undisturbed):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    workdir, _ = undisturbed
+    events = EventAccumulator(str(workdir / "tensorboard"))
+    events.Reload()
+    metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (line["step"], pytest.approx(line["loss"])) for line in metrics
+    ]
+    assert "images_per_second" in events.Tags()["scalars"]
+    assert (
+        b"hidden_size"
+        in events.Tensors("config/text_summary" if "config/text_summary" in events.Tags()["tensors"] else "config")[
+            0
+        ].tensor_proto.string_val[0]
+    )
+
+
+def test_continued_run_is_bitwise_equal(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    assert run("train", train_arguments(workdir, "--config.steps=4"))[0] == 0
+    status, stdout, stderr = run("train", train_arguments(workdir))
+    assert status == 0, stderr
+    assert "continuing at step 4" in stdout
+    assert_same_bits(saved_arrays(undisturbed[0], 8), saved_arrays(workdir, 8))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_a_signal(tmp_path, number):
+    """The step in hand is finished and saved, the status is 0, and the printed command continues to the same bits."""
+    long = ["--config.steps=4000", "--config.checkpoint.every=100000", "--config.log.every=50"]
+    workdir = tmp_path / "run"
+    process = start("train", train_arguments(workdir, *long))
+    for line in process.stdout:
+        if "images/s" in line:
+            break
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    (stopped,) = list_steps(workdir)
+    assert 50 <= stopped < 4000
+    assert f"stopped at step {stopped} of 4000, saved; continue with:" in stdout
+    assert "mpdit_jax.train --config=" in stdout.splitlines()[-1]
+    assert f"--workdir={workdir}" in stdout.splitlines()[-1]
+
+    until = stopped - stopped % 50 + 50  # the log line whose window the stop fell into
+    ends = [f"--config.steps={until}", "--config.checkpoint.every=100000", "--config.log.every=50"]
+    assert run("train", train_arguments(workdir, *ends))[0] == 0
+    other = tmp_path / "other"
+    assert run("train", train_arguments(other, *ends))[0] == 0
+    assert_same_bits(saved_arrays(other, until), saved_arrays(workdir, until))
+    assert (other / "metrics.jsonl").read_text() == (workdir / "metrics.jsonl").read_text()
+
+
+def test_killed_run_continues_from_its_newest_checkpoint(undisturbed, tmp_path):
+    """After kill -9, steps logged since the checkpoint are run again and logged once."""
+    workdir, ends = tmp_path / "run", ["--config.log.every=1", "--config.steps=400", "--config.checkpoint.every=100"]
+    process = start("train", train_arguments(workdir, *ends))
+    for line in process.stdout:
+        if "step 150/" in line:
+            break
+    process.kill()
+    process.communicate()
+    assert max(list_steps(workdir)) < 400
+    status, _, stderr = run("train", train_arguments(workdir, *ends))
+    assert status == 0, stderr
+    other = tmp_path / "other"
+    assert run("train", train_arguments(other, *ends))[0] == 0
+    assert_same_bits(saved_arrays(other, 400), saved_arrays(workdir, 400))
+    assert (other / "metrics.jsonl").read_text() == (workdir / "metrics.jsonl").read_text()
+
+
+def test_finished_run_says_so_and_changes_nothing(undisturbed):
+    workdir, _ = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*") if path.is_file()}
+    status, stdout, _ = run("train", train_arguments(workdir))
+    assert status == 0
+    assert "is done: 8 of 8 steps" in stdout
+    after = {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*") if path.is_file()}
+    assert before == after
+
+
+def test_another_model_is_refused_with_the_difference(undisturbed):
+    workdir, _ = undisturbed
+    stored = (workdir / "config.json").read_bytes()
+    more = ["--config.model.hidden_size=32", "--config.steps=20", "--config.optimizer.learning_rate=0.5"]
+    status, _, stderr = run("train", train_arguments(workdir, *more))
+    assert status == 1
+    assert "config.model.hidden_size: 16 in the run, 32 now" in stderr
+    assert "config.optimizer.learning_rate: 0.001 in the run, 0.5 now" in stderr
+    assert "config.steps" not in stderr  # may change
+    assert "Traceback" not in stderr
+    assert (workdir / "config.json").read_bytes() == stored
+    assert list_steps(workdir) == [4, 8]

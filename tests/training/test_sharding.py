@@ -1,0 +1,101 @@
+"""The same run on one device and on eight."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from mpdit_jax.errors import ConfigError
+from mpdit_jax.mesh import check_batch, make_mesh
+from tests.tiny import run, saved_arrays, train_arguments
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    assert run("train", train_arguments(workdir))[0] == 0
+    return workdir
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(-1, 1), (1, 8), (4, 2)])
+def test_eight_devices_give_the_same_run(one_device, tmp_path, data, fsdp):
+    workdir = tmp_path / "run"
+    mesh = [f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}"]
+    status, stdout, stderr = run("train", train_arguments(workdir, *mesh), devices=8)
+    assert status == 0, stderr
+    assert "8 cpu device(s)" in stdout
+
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (one_device, workdir)
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    expected, found = saved_arrays(one_device, STEPS), saved_arrays(workdir, STEPS)
+    for path, array in expected.items():
+        if path.startswith("parameters") and "qkv" not in path:  # Adam amplifies rounding in gradients that are zero
+            allowed = 1e-4 * np.abs(array).max() + 1e-7
+            np.testing.assert_allclose(found[path], array, rtol=0, atol=allowed, err_msg=path)
+
+
+def test_a_checkpoint_of_eight_devices_continues_on_one(tmp_path):
+    workdir, mesh = tmp_path / "run", ["--config.mesh.data=2", "--config.mesh.fsdp=4"]
+    assert run("train", train_arguments(workdir, *mesh, "--config.steps=4"), devices=8)[0] == 0
+    before = saved_arrays(workdir, 4)
+    status, stdout, stderr = run("train", train_arguments(workdir))
+    assert status == 0, stderr
+    assert "continuing at step 4" in stdout
+    assert set(saved_arrays(workdir, 8)) == set(before)
+
+
+def test_fsdp_really_divides_the_state(tmp_path):
+    """On 8 devices no device holds more than its share of the large arrays."""
+    script = """
+import jax
+from mpdit_jax.config import base_config, resolve
+from mpdit_jax.mesh import make_mesh
+from mpdit_jax.model.config import ModelConfig
+from mpdit_jax.training.optimizer import make_optimizer
+from mpdit_jax.training.state import create_state
+mesh = make_mesh(data=1, fsdp=8)
+config = ModelConfig(depths=(2, 1), hidden_size=64, num_heads=4, input_size=8, num_classes=10)
+state = create_state(config, make_optimizer(resolve(base_config()).optimizer), mesh, 0)
+whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+share = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+print(share / whole)
+"""
+    share = float(run_script(script))
+    assert 1 / 8 <= share < 0.35  # an eighth, and the small replicated arrays
+
+
+def run_script(script):
+    import os
+    import subprocess
+    import sys
+
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **flags}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_impossible_meshes_are_refused():
+    devices = jax.devices()[:1]
+    for sizes, sentence in [
+        ({"data": 3}, "does not fit 1 cpu device"),
+        ({"data": -1, "fsdp": 2}, "does not fit 1 cpu device"),
+        ({"data": 0}, "mesh.data=0"),
+        ({"data": -1, "fsdp": -1}, "at most one axis"),
+    ]:
+        with pytest.raises(ConfigError, match=sentence):
+            make_mesh(**sizes, devices=devices)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    check_batch(7, make_mesh(devices=jax.devices()[:1]))
+    status, _, stderr = run("train", train_arguments(tmp_path / "run", "--config.batch_size=12"), devices=8)
+    assert status == 1
+    assert "batch_size=12 does not divide over 8 devices: use a multiple of 8, such as 16" in stderr
+    assert not (tmp_path / "run").exists()
