@@ -16,7 +16,7 @@ Batch = dict[str, np.ndarray]
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-_DEBIAN_FASHION_MNIST = Path("/usr/share/dataset/fashion-mnist")
+_DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 class Source(Protocol):

@@ -60,7 +60,7 @@ from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.training.optimizer import make_optimizer
 from mpdit_jax.training.state import create_state
 mesh = make_mesh(data=1, fsdp=8)
-config = ModelConfig(depths=(2, 1), hidden_size=64, num_heads=4, input_size=8, num_classes=10)
+config = ModelConfig(depths=(2, 1), hidden_size=128, num_heads=4, input_size=8, num_classes=10)
 state = create_state(config, make_optimizer(resolve(base_config()).optimizer), mesh, 0)
 whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 share = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))

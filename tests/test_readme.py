@@ -1,0 +1,51 @@
+"""The README's code runs and its numbers are the code's."""
+
+import re
+
+import numpy as np
+
+import mpdit_jax as mp
+from mpdit_jax.model.presets import model_config
+from tests.tiny import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_preset_table():
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.+?) \| (.+?) \| (\d+) \| (\d+) \| (\d+)² \| ([\d.]+) \| ([\d.]+) \|$", README, re.M
+    )
+    assert [row[0] for row in rows] == list(mp.presets())
+    for name, *cells in rows:
+        config = model_config(name)
+        parameters, macs = mp.count(config)
+        patches, depths = (", ".join(map(str, values)) for values in (config.patch_sizes, config.depths))
+        size = str(config.input_size[0])
+        widths = [str(config.hidden_size), str(config.num_heads), size]
+        assert cells == [patches, depths, *widths, f"{parameters / 1e6:.2f}", f"{macs / 1e9:.2f}"]
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_python_example(monkeypatch, tmp_path):
+    """The block as it stands, with a model small enough for a test and the two files it mentions."""
+    import safetensors.numpy
+
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    small = {"depths": (1, 1), "hidden_size": 32, "num_heads": 4}
+    create = mp.create_model
+    monkeypatch.setattr(mp, "create_model", lambda name, **options: create(name, **options, **small), raising=False)
+    monkeypatch.setattr(mp, "load_checkpoint", lambda workdir: create("mpdit_b", **small), raising=False)
+    path = tmp_path / "weights.safetensors"
+    safetensors.numpy.save_file(mp.to_torch(create("mpdit_b", **small)), path)
+    load = mp.load_torch
+    monkeypatch.setattr(mp, "load_torch", lambda name: load(path, num_heads=4), raising=False)
+    names = {}
+    exec(code.replace("steps=250", "steps=2"), names)
+    assert names["latents"].shape == (2, 32, 32, 4)
+    assert np.isfinite(names["latents"]).all()
+    assert names["loss"].shape == ()
