@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mpdit_jax as mp
 from mpdit_jax import sample
@@ -23,6 +24,9 @@ def draw(workdir, out, *more):
 def test_training_draws_grids(workdir):
     for step in (4, 8):
         assert Image.open(workdir / "samples" / f"{step:08d}.png").size == (8 * 42 + 2, 10 * 42 + 2)
+    events = EventAccumulator(str(workdir / "tensorboard"))
+    events.Reload()
+    assert [(image.step, image.width) for image in events.Images("samples")] == [(4, 338), (8, 338)]
 
 
 def test_npz_is_what_adm_reads(workdir, tmp_path):

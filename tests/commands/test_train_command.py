@@ -1,5 +1,6 @@
 """What a person sees who types the command, right and wrong."""
 
+import numpy as np
 import pytest
 
 from mpdit_jax import train
@@ -91,6 +92,16 @@ def test_errors_leave_the_process_as_one_line(tmp_path):
     status, stdout, stderr = run("train", train_arguments(tmp_path / "run", "--config.steps=0"))
     assert (status, stdout) == (1, "")
     assert stderr == "error: config.steps=0: expected 1 or more.\n"
+
+
+def test_nan_in_the_data_ends_with_a_sentence(tmp_path):
+    images = np.zeros((16, 8, 8, 1), np.float32)
+    images[11, 2, 2] = np.nan
+    np.savez(tmp_path / "mine.npz", images=images, labels=np.arange(16) % 10)
+    data = ["--config.data.name=arrays", f"--config.data.path={tmp_path / 'mine.npz'}"]
+    status, _, stderr = run("train", train_arguments(tmp_path / "run", *data))
+    assert status == 1
+    assert stderr == "error: example 11 of the data holds NaN or Inf; remove or repair it.\n"
 
 
 def test_two_word_flags(tmp_path):

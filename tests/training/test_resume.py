@@ -126,3 +126,9 @@ def test_another_model_is_refused_with_the_difference(undisturbed):
     assert "Traceback" not in stderr
     assert (workdir / "config.json").read_bytes() == stored
     assert list_steps(workdir) == [4, 8]
+
+
+def test_keeps_the_newest_and_every_nth(tmp_path):
+    keep = ["--config.checkpoint.every=1", "--config.checkpoint.keep=2", "--config.checkpoint.keep_every=3"]
+    assert run("train", train_arguments(tmp_path / "run", *keep))[0] == 0
+    assert list_steps(tmp_path / "run") == [3, 6, 7, 8]
