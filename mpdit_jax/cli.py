@@ -3,14 +3,13 @@
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mpdit_jax.config import base_config
 from mpdit_jax.errors import ConfigError, MPDiTError
 
 _CONFIG_HELP = """
@@ -32,7 +31,7 @@ def make_parser(command: str, description: str, examples: str, *, config: bool =
     """A parser for `python -m mpdit_jax.COMMAND` whose help ends with examples."""
     return Parser(
         prog=f"python -m mpdit_jax.{command}",
-        description=description,
+        description=textwrap.fill(description, 100),
         epilog=f"{_CONFIG_HELP if config else ''}\nexamples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -107,11 +106,3 @@ def _config_file(arguments: Sequence[str]) -> str:
 def _first_line(error: Exception) -> str:
     text = str(error.args[0]) if error.args else type(error).__name__
     return text.splitlines()[0]
-
-
-def config_path(name: str) -> Path:
-    """Path of an experiment in the repository's `configs/`."""
-    return Path(__file__).parent.parent / "configs" / f"{name}.py"
-
-
-__all__ = ["Parser", "base_config", "config_path", "make_parser", "parse_with_config", "run"]

@@ -8,7 +8,7 @@ import pytest
 import mpdit_jax as mp
 from mpdit_jax.flow.guidance import classifier_free
 from mpdit_jax.model.parameters import merge, split
-from tests.conftest import relative_error
+from tests.conftest import Golden, relative_error
 
 FORWARD = 2e-5
 DERIVED = 2e-4
@@ -49,21 +49,28 @@ def test_loss(golden, model):
     assert relative_error(per_example, golden["loss_per_example"]) <= DERIVED
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_gradients(golden, model, remat):
-    structure, parameters = split(with_fields(model, remat=remat))
+def assert_golden_gradients(golden, model):
+    structure, parameters = split(model)
 
     def loss(parameters):
-        arguments = golden.images("x"), golden["y"]
-        return mp.flow_matching_loss(merge(structure, parameters), *arguments, t=golden["t"], noise=golden.images("n"))[
-            0
-        ]
+        model, x, noise = merge(structure, parameters), golden.images("x"), golden.images("n")
+        return mp.flow_matching_loss(model, x, golden["y"], t=golden["t"], noise=noise)[0]
 
     found = mp.to_torch(merge(structure, jax.jit(jax.grad(loss))(parameters)))
     expected = golden.group("grad/")
     assert len(expected) == len([name for name in found if not name.startswith("pos_embed")])
     for name, gradient in expected.items():
         assert np.abs(found[name] - gradient).max() <= DERIVED * np.abs(gradient).max(), name
+
+
+def test_gradients(golden, model):
+    assert_golden_gradients(golden, model)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_recomputation_changes_no_gradient(remat):
+    golden = Golden("mpdit_two_level_fno")
+    assert_golden_gradients(golden, with_fields(mp.load_torch(golden.group("state/"), num_heads=4), remat=remat))
 
 
 @pytest.mark.parametrize(("key", "scale"), [("euler", 1.0), ("euler_cfg", None)])
