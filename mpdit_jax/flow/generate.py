@@ -8,7 +8,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mpdit_jax.flow.sampler import Sampler, check_labels, draw_noise
+from mpdit_jax.flow.inputs import check_labels
+from mpdit_jax.flow.randomness import draw_noise
+from mpdit_jax.flow.sampler import Sampler
 from mpdit_jax.model.mpdit import MPDiT
 
 
