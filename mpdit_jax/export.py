@@ -57,8 +57,8 @@ def main(arguments: Sequence[str]) -> int:
     print(
         f"{options.out}: {len(data) / 1e6:.1f} MB for {', '.join(platforms)}, "
         f"{'any number of' if batch is None else batch} labels a call; run it with JAX and flatbuffers alone:\n"
-        "  import jax, jax.numpy as jnp\n"
-        f'  sampler = jax.export.deserialize(open("{options.out}", "rb").read())\n'
+        "  import jax.numpy as jnp; from jax import export\n"
+        f'  sampler = export.deserialize(bytearray(open("{options.out}", "rb").read()))\n'
         f"  latents = sampler.call(jnp.array({labels}, jnp.int32), jnp.uint32(0){scale})  # labels, seed"
         f"{', guidance scale' if scale else ''}"
     )

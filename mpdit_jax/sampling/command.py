@@ -24,6 +24,7 @@ from mpdit_jax.sampling.run import draw_blocks, finish, unfinished_folder
 
 _FILMED = 8  # labels in a film strip
 _FRAMES = 10  # columns of a film strip
+_GIF_FRAMES = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +147,8 @@ def _save_film(request: Request, path: Path) -> None:
         raise InputError("this solver records no path: choose another --solver for --trajectory.")
     times, states = np.asarray(solution.path_times), np.asarray(solution.path)  # (n,), (n, B, H, W, C)
     frames = np.stack([finish(state, labels, rows).images for state in states])
-    pictures = [images.grid(frame, len(rows)) for frame in frames[:: max(1, len(frames) // 60)]]
-    images.save_gif(path, [*pictures, images.grid(frames[-1], len(rows))])
+    shown = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), _GIF_FRAMES)).round().astype(int))
+    images.save_gif(path, [images.grid(frames[index], len(rows)) for index in shown])
     # Frames as near as there are to times evenly spread.
     chosen = [int(np.abs(times - t).argmin()) for t in np.linspace(times[0], times[-1], _FRAMES)]
     strip = images.film_strip(frames[chosen], [f"t {times[index]:.1f}" for index in chosen])
