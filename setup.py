@@ -12,6 +12,7 @@ CORE = [
     "absl-py>=2.5.1,<3",
     "array_record>=0.8.6,<0.9",
     "clu>=0.0.12,<0.1",
+    "flatbuffers>=25.12.19",  # how jax.export writes its files; one small module without dependencies
     "flax>=0.12.8,<0.13",
     "grain>=0.2.18,<0.3",
     "jax>=0.10.2,<0.11",
@@ -26,9 +27,14 @@ CORE = [
     "tensorboard>=2.21.0,<3",
 ]
 
+# Adaptive solvers (dopri5, tsit5).
+ADAPTIVE = ["diffrax>=0.7.2,<0.8"]
+
 EXTRAS = {
+    "adaptive": ADAPTIVE,
     # The tools that judge the source are exact, so that everyone gets the same verdict; the rest may move.
     "test": [
+        *ADAPTIVE,
         "hypothesis>=6.170.15,<7",
         "mypy==2.4.1",
         "packaging>=26",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mpdit_jax.model.accounting import count as count
     from mpdit_jax.model.presets import create_model as create_model
     from mpdit_jax.model.presets import presets as presets
+    from mpdit_jax.sampling.generate import generate as generate
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ _HOME = {
     "count": "mpdit_jax.model.accounting",
     "create_model": "mpdit_jax.model.presets",
     "flow_matching_loss": "mpdit_jax.flow.objective",
+    "generate": "mpdit_jax.sampling.generate",
     "load_checkpoint": "mpdit_jax.checkpoint",
     "load_torch": "mpdit_jax.interop.mpdit_torch",
     "make_sampler": "mpdit_jax.flow.sampler",
@@ -36,6 +38,7 @@ __all__ = [
     "count",
     "create_model",
     "flow_matching_loss",
+    "generate",
     "load_checkpoint",
     "load_torch",
     "make_sampler",

@@ -1,17 +1,18 @@
 """From arrays to pictures."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from mpdit_jax.errors import InputError
 from mpdit_jax.files import replacing
 
 _TILE = 40  # pixels; smaller images are enlarged by a whole factor so that a person can see them
 _GAP = 2  # pixels between tiles
+_TEXT = 14  # height of a caption's letters in pixels
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -45,7 +46,7 @@ def encode_png(picture: np.ndarray) -> bytes:
     if picture.shape[-1] not in (1, 3):
         raise InputError(f"a picture has 1 or 3 channels, not {picture.shape[-1]}: decode latents before drawing them.")
     buffer = io.BytesIO()
-    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(buffer, format="PNG")
+    to_pil(picture).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -60,3 +61,56 @@ def save_npz(path: str | Path, images: np.ndarray, labels: Sequence[int] | np.nd
     """Write uint8 (N, H, W, C) as `arr_0`, as ADM's evaluator reads it, with int64 `labels` beside it."""
     with replacing(path) as file:
         np.savez(file, arr_0=images, labels=np.asarray(labels, np.int64))
+
+
+def contact_sheet(rows: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:
+    """One row of pictures for each name, its name at the left: uint8 (height, width, 3) on white.
+
+    Args:
+        rows: name to pictures uint8 (H, W, 1 or 3), all of one size; rows may be of different lengths.
+    """
+    columns = max(len(pictures) for pictures in rows.values())
+    size = next(picture.shape for pictures in rows.values() for picture in pictures)
+    blank = np.full(size, 255, np.uint8)
+    tiles = [[*pictures, *[blank] * (columns - len(pictures))] for pictures in rows.values()]
+    sheet = Image.fromarray(_colour(grid(np.array([tile for row in tiles for tile in row]), columns)))
+    font = ImageFont.load_default(_TEXT)
+    margin = 8 + max(round(font.getlength(name)) for name in rows)
+    canvas = Image.new("RGB", (sheet.width + margin, sheet.height), "white")
+    canvas.paste(sheet, (margin, 0))
+    draw, height = ImageDraw.Draw(canvas), (sheet.height - _GAP) / len(rows)
+    for index, name in enumerate(rows):
+        draw.text((4, _GAP + (index + 0.5) * height), name, "black", font, anchor="lm")
+    return np.asarray(canvas)
+
+
+def film_strip(frames: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    """Frames uint8 (n, B, H, W, 1 or 3) side by side, one row an image, a caption over each column."""
+    count = len(frames)
+    strip = Image.fromarray(_colour(grid(frames.swapaxes(0, 1).reshape(-1, *frames.shape[2:]), count)))
+    font = ImageFont.load_default(_TEXT)
+    canvas = Image.new("RGB", (strip.width, strip.height + _TEXT + 6), "white")
+    canvas.paste(strip, (0, _TEXT + 6))
+    draw, width = ImageDraw.Draw(canvas), (strip.width - _GAP) / count
+    for index, caption in enumerate(captions):
+        draw.text((_GAP + (index + 0.5) * width, _TEXT / 2 + 3), caption, "black", font, anchor="mm")
+    return np.asarray(canvas)
+
+
+def save_gif(path: str | Path, frames: Sequence[np.ndarray], milliseconds: int = 60, last: int = 1500) -> None:
+    """Write pictures uint8 (H, W, 1 or 3) as an endless GIF that rests `last` milliseconds on the final one."""
+    pictures = [Image.fromarray(_colour(frame)) for frame in frames]
+    durations = [milliseconds] * (len(pictures) - 1) + [last]
+    with replacing(path) as file:
+        pictures[0].save(
+            file, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, disposal=1
+        )
+
+
+def to_pil(picture: np.ndarray) -> Image.Image:
+    """A PIL image of uint8 (H, W, 1 or 3)."""
+    return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
+
+
+def _colour(picture: np.ndarray) -> np.ndarray:
+    return picture.repeat(3, axis=-1) if picture.shape[-1] == 1 else picture

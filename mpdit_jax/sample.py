@@ -1,6 +1,9 @@
 """`python -m mpdit_jax.sample`: draw images from a trained model."""
 
+import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mpdit_jax.cli import Parser, make_parser, run
 from mpdit_jax.errors import InputError
@@ -8,71 +11,95 @@ from mpdit_jax.errors import InputError
 _EXAMPLES = """\
   python -m mpdit_jax.sample --workdir=runs/digits --out=samples.png
   python -m mpdit_jax.sample --workdir=runs/digits --labels=3,5 --num_samples=16 --guidance_scale=2.0 --out=grid.png
-  python -m mpdit_jax.sample --workdir=runs/digits --num_samples=1000 --out=samples.npz
+  python -m mpdit_jax.sample --workdir=runs/digits --solver=heun --steps=40 --out=sheet.png --grid --trajectory
+  python -m mpdit_jax.sample --workdir=runs/digits --num_samples=50000 --labels=balanced --out=samples.npz
 """
 
 
 def make_sample_parser() -> Parser:
     """The command's arguments."""
+    from mpdit_jax.sampling.options import add_model_options, add_sampler_options
+
     parser = make_parser(
         "sample",
-        "Draw images from the newest checkpoint of a run. Samples go round the labels in turn; the picture has one "
-        "row a label.",
+        "Draw images from a checkpoint of a run. Samples go round the labels in turn; the picture has one row a label. "
+        "Finished blocks are kept in a folder beside --out until all are done: the same command continues after an "
+        "interruption of any kind.",
         _EXAMPLES,
     )
-    parser.add_argument("--workdir", required=True, help="folder of a run made by mpdit_jax.train")
+    add_model_options(parser)
     parser.add_argument("--out", required=True, help=".png for a grid; .npz for arr_0 (uint8 NHWC) and labels")
-    parser.add_argument("--labels", default="", help="classes, such as 3,5 (default: all of them)")
+    parser.add_argument(
+        "--labels", default="balanced", help="balanced | random | classes, such as 3,5 (default: balanced)"
+    )
     parser.add_argument("--num_samples", type=int, help="images in all (default: 8 a label)")
-    parser.add_argument("--steps", type=int, default=250, help="velocity evaluations (default: %(default)s)")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="1.0 for none (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on seed, i and its label (default: 0)")
-    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    parser.add_argument("--no_ema", action="store_true", help="use the raw parameters, not their moving average")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time, a block (default: %(default)s)")
+    parser.add_argument("--png_folder", default="", metavar="FOLDER", help="write each image as FOLDER/INDEX_LABEL.png")
+    parser.add_argument(
+        "--grid",
+        nargs="?",
+        const="beside",
+        default="",
+        metavar="FILE.png",
+        help="a contact sheet with class names (default: --out with .png)",
+    )
+    parser.add_argument(
+        "--trajectory",
+        nargs="?",
+        const="beside",
+        default="",
+        metavar="FILE.gif",
+        help="the denoising of the first image of up to 8 labels, as GIF and film strip (default: "
+        "--out's name with _trajectory.gif and .png)",
+    )
+    parser.add_argument("--class_names", default="", metavar="FILE", help="one name a line, for --grid")
+    add_sampler_options(parser)
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
     """Draw as the arguments say; exit status."""
     options = make_sample_parser().parse_args(arguments)
-    if not options.out.endswith((".png", ".npz")):
-        raise InputError(f"--out={options.out}: expected a name that ends in .png or .npz.")
+    out = _checked_out(options)
 
     import jax
-    import numpy as np
 
-    from mpdit_jax import images
     from mpdit_jax.checkpoint import load_checkpoint
     from mpdit_jax.files import check_writable
-    from mpdit_jax.flow.generate import generate_latents
-    from mpdit_jax.flow.sampler import make_sampler
+    from mpdit_jax.sampling import command
+    from mpdit_jax.sampling.options import sampler_from
 
-    sampler = make_sampler(steps=options.steps, guidance_scale=options.guidance_scale)
-    chosen = _parse_labels(options.labels)
-    check_writable(options.out)
+    sampler = sampler_from(options)
+    check_writable(out)
     model = load_checkpoint(options.workdir, options.step, ema=not options.no_ema)
-    chosen = chosen or list(range(model.num_classes))
-    count = 8 * len(chosen) if options.num_samples is None else options.num_samples
-    if count < 1 or options.batch_size < 1:
-        raise InputError(f"--num_samples={count}, --batch_size={options.batch_size}: expected 1 or more of each.")
-    labels = np.resize(np.asarray(chosen), count)
-    latents = generate_latents(sampler, model, labels, jax.random.key(options.seed), options.batch_size)
-    pictures = images.to_uint8(latents)
-    if options.out.endswith(".npz"):
-        images.save_npz(options.out, pictures, labels)
-    else:
-        order = np.argsort(np.arange(count) % len(chosen), kind="stable")  # one row a label
-        images.save_png(options.out, images.grid(pictures[order], -(-count // len(chosen))))
-    print(f"{count} images in {options.out}")
-    return 0
+    request = command.Request(
+        options=options,
+        sampler=sampler,
+        model=model,
+        guide=load_checkpoint(options.guide) if options.guide else None,
+        labels=command.parse_labels(options.labels, options.num_samples, model.num_classes, options.seed),
+    )
+    missing = command.draw(request, out)
+    if jax.process_index() == 0:
+        for index in missing[:20]:
+            print(f"error: image {index} (label {request.labels[index]}) holds NaN or Inf; left out.", file=sys.stderr)
+        if len(missing) > 20:
+            print(f"error: and {len(missing) - 20} more.", file=sys.stderr)
+    return 1 if len(missing) else 0
 
 
-def _parse_labels(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")] if text else []
-    except ValueError as error:
-        raise InputError(f"--labels={text}: expected whole numbers between commas, such as 3,5.") from error
+def _checked_out(options: argparse.Namespace) -> Path:
+    if not options.out.endswith((".png", ".npz")):
+        raise InputError(f"--out={options.out}: expected a name that ends in .png or .npz.")
+    for name, value, ending in (("grid", options.grid, ".png"), ("trajectory", options.trajectory, ".gif")):
+        if value not in ("", "beside") and not value.endswith(ending):
+            raise InputError(f"--{name}={value}: expected a name that ends in {ending}.")
+    if options.batch_size < 1:
+        raise InputError(f"--batch_size={options.batch_size}: expected 1 or more.")
+    if not 0 <= options.seed < 2**32:
+        raise InputError(f"--seed={options.seed}: expected a whole number from 0 to {2**32 - 1}.")
+    return Path(options.out)
 
 
 if __name__ == "__main__":

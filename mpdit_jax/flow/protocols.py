@@ -1,6 +1,6 @@
 """What flow matching needs of a model: its call signature, the shape it works on, and its classes."""
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -12,6 +12,7 @@ class Velocity(Protocol):
         """Velocity dz/dt at `x`, `t`, for class `y`."""
 
 
+@runtime_checkable
 class ClassConditional(Velocity, Protocol):
     """A velocity that knows its latent shape and its classes."""
 
@@ -22,3 +23,34 @@ class ClassConditional(Velocity, Protocol):
     @property
     def num_classes(self) -> int:
         """Number of classes, and the label of the null class."""
+
+
+@runtime_checkable
+class Factored(ClassConditional, Protocol):
+    """A model whose conditioning can be computed apart from its trunk, so that a sampler does it once."""
+
+    def modulation(self, t: jax.Array, /) -> Any:
+        """What depends on time alone: a pytree of (B, ...) arrays for times (B,)."""
+
+    def class_embedding(self, y: jax.Array, /) -> jax.Array:
+        """What depends on the class alone, (B, ...) for labels (B,)."""
+
+    def velocity(self, x: jax.Array, modulation: Any, class_tokens: jax.Array, /) -> jax.Array:
+        """The rest. Leaves of `modulation` may have a batch of 1 and are then broadcast."""
+
+
+@runtime_checkable
+class Castable(Protocol):
+    """A model that can compute in another dtype."""
+
+    def astype(self, dtype: str, /) -> Any:
+        """A copy for inference that computes in "float32" or "bfloat16"."""
+
+
+@runtime_checkable
+class DeclaresConvention(Protocol):
+    """A model that says which convention its output follows; one that does not say follows ours, "velocity"."""
+
+    @property
+    def convention(self) -> str:
+        """`"velocity"`: noise minus data, with t = 0 at the data and t = 1 at the noise."""

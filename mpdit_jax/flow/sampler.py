@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,101 +10,221 @@ import numpy as np
 from flax import nnx
 
 from mpdit_jax.errors import ConfigError, InputError
-from mpdit_jax.flow.guidance import classifier_free, conditional
-from mpdit_jax.flow.protocols import ClassConditional
-from mpdit_jax.flow.solvers import Solver, find_solver, uniform_times
+from mpdit_jax.flow.catalogue import find_solver
+from mpdit_jax.flow.fields import Field, model_field
+from mpdit_jax.flow.guidance import guided_field
+from mpdit_jax.flow.inputs import (
+    Negatives,
+    check_labels,
+    check_model,
+    check_negatives,
+    check_scale,
+    check_shape,
+    is_traced,
+)
+from mpdit_jax.flow.protocols import Castable, ClassConditional
+from mpdit_jax.flow.randomness import draw_noise, given_increments, noise_increments
+from mpdit_jax.flow.solvers import Solution, Solver
+from mpdit_jax.flow.times import TimeGrid, find_time_grid
+
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampler:
-    """Draws latents from a model; made by `make_sampler`. Compiles once for each batch shape and model structure."""
+class Settings:
+    """What decides a sampler's program. Hashable: a static argument of jit."""
 
     solver: Solver
     steps: int
-    guidance_scale: float
+    time_grid: TimeGrid
+    guidance_interval: tuple[float, float]
+    precision: str | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampler:
+    """Draws latents from a model; made by `make_sampler`.
+
+    Compiles once for each batch shape and model structure: other labels, keys, weights and guidance scales reuse the
+    program (a scale of exactly 1 has a program of its own, with no second pass). It may be called inside a caller's own
+    `jit` and `shard_map`.
+    """
+
+    settings: Settings
+    guidance_scale: np.ndarray | jax.Array
 
     def __call__(
-        self, model: nnx.Module, labels: jax.typing.ArrayLike, key: jax.Array, noise: jax.Array | None = None
+        self,
+        model: nnx.Module,
+        labels: jax.typing.ArrayLike,
+        key: jax.Array,
+        noise: jax.Array | None = None,
+        *,
+        indices: jax.typing.ArrayLike | None = None,
+        guidance_scale: jax.typing.ArrayLike | None = None,
+        negative_labels: Negatives = None,
+        guide: nnx.Module | None = None,
+        increments: jax.Array | None = None,
     ) -> jax.Array:
         """Draw one latent for each label.
 
         Args:
             model: an MPDiT, or any NNX module with its call signature, `input_shape` and `num_classes`.
             labels: int (B,), each in [0, num_classes].
-            key: a JAX random key. Image i depends on (key, i, labels[i]) and the settings alone, not on B.
+            key: a JAX random key. Image i depends on (key, indices[i], labels[i]) and the settings alone, not on B.
             noise: starting noise (B, H, W, C) in place of what `key` gives.
+            indices: the images' numbers, int (B,) below 2**32 - 1; default 0, 1, …
+            guidance_scale: in place of the sampler's own: one number, or one for each label (B,).
+            negative_labels: what to guide away from in place of the null class: one label for each image (B,), one for
+                all, or `{class: negative}`, where a class without an entry keeps the null class.
+            guide: a second, weaker model to guide away from (autoguidance); it is given the same labels, or the
+                negative ones.
+            increments: normal noise (steps - 1, B, H, W, C) of a stochastic solver in place of what `key` gives.
 
         Returns:
             Latents float32 (B, H, W, C).
 
         Raises:
-            InputError: a label the model does not have, or noise of another shape.
+            InputError: a label the model does not have, an array of another shape, a negative scale, or a model that a
+                sampler cannot call.
         """
-        target = cast(ClassConditional, model)
+        return self.solve(
+            model,
+            labels,
+            key,
+            noise,
+            indices=indices,
+            guidance_scale=guidance_scale,
+            negative_labels=negative_labels,
+            guide=guide,
+            increments=increments,
+        ).latents
+
+    def solve(
+        self,
+        model: nnx.Module,
+        labels: jax.typing.ArrayLike,
+        key: jax.Array,
+        noise: jax.Array | None = None,
+        *,
+        indices: jax.typing.ArrayLike | None = None,
+        guidance_scale: jax.typing.ArrayLike | None = None,
+        negative_labels: Negatives = None,
+        guide: nnx.Module | None = None,
+        increments: jax.Array | None = None,
+        record: bool = False,
+    ) -> Solution:
+        """As a call, but with the number of velocity evaluations and, with `record`, the latents on the way."""
+        target = check_model(model)
         labels = check_labels(labels, target.num_classes)
-        shape = (labels.shape[0], *target.input_shape)
+        count, shape = labels.shape[0], target.input_shape
+        scale = check_scale(self.guidance_scale if guidance_scale is None else guidance_scale, count)
+        default = labels if guide is not None else jnp.full_like(labels, target.num_classes)
+        negatives = check_negatives(negative_labels, labels, target.num_classes, default)
+        if guide is not None and check_model(guide, "guide").input_shape != shape:
+            raise InputError(
+                f"guide draws {check_model(guide).input_shape} and model {shape}: expected the same shape."
+            )
+        indices = jnp.arange(count) if indices is None else jnp.asarray(indices)
+        if indices.shape != (count,):
+            raise InputError(f"indices {indices.shape}: expected one for each of {count} labels.")
         if noise is None:
-            noise = draw_noise(key, jnp.arange(labels.shape[0]), target.input_shape)
-        elif noise.shape != shape:
-            raise InputError(f"noise {noise.shape}: expected {shape}, one latent for each of {shape[0]} labels.")
+            noise = draw_noise(key, indices, shape)
+        noise = check_shape(noise, (count, *shape), "noise", f"one latent for each of {count} labels")
+        if increments is not None:
+            wanted = (self.settings.steps - 1, count, *shape)
+            increments = check_shape(increments, wanted, "increments", "one for each step but the last")
+        # A scale that is known to be 1 everywhere needs no second pass.
+        guided = is_traced(scale) or bool(np.any(np.asarray(scale) != 1))
         structure, state = nnx.split(model)
-        guided = self.guidance_scale != 1.0
-        return _sample(structure, self.solver, self.steps, guided, state, labels, noise, self.guidance_scale)
+        guide_parts = nnx.split(guide) if guide is not None and guided else (None, None)
+        arrays = (state, guide_parts[1], labels, negatives, scale, noise, key, indices, increments)
+        return _solve(structure, guide_parts[0], self.settings, guided, record, *arrays)
 
 
-def make_sampler(solver: str | Solver = "euler", steps: int = 250, guidance_scale: float = 1.0) -> Sampler:
-    """A sampling function `sampler(model, labels, key, noise=None) -> latents`, jitted once for each shape.
+def make_sampler(
+    solver: str | Solver = "euler",
+    steps: int = 250,
+    guidance_scale: jax.typing.ArrayLike = 1.0,
+    *,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    time_grid: str | TimeGrid = "uniform",
+    precision: str | None = None,
+    **solver_options: Any,
+) -> Sampler:
+    """A sampling function `sampler(model, labels, key, noise=None, …) -> latents`, jitted once for each shape.
 
     Args:
-        solver: a name or a `Solver`.
-        steps: velocity evaluations; 250 means 250.
-        guidance_scale: w in v_null + w (v_class - v_null); 1.0 is the conditional model and costs no second pass.
+        solver: "euler", "heun", "midpoint", "dpmpp_2m", "euler_maruyama", "dopri5", "tsit5", or a `Solver`.
+        steps: velocity evaluations; 250 means 250, in second-order solvers too. Adaptive solvers do not read it: they
+            take as many as `rtol` and `atol` need.
+        guidance_scale: w in v_null + w (v_class - v_null), one or one for each label; 1.0 is the conditional model and
+            costs no second pass.
+        guidance_interval: (t_low, t_high), times at which to guide; outside it no second pass runs.
+        time_grid: "uniform", "shifted", "quadratic", or a `TimeGrid`, such as ShiftedGrid(2.0).
+        precision: "float32" or "bfloat16", what the model computes in; default what the model was made with.
+        **solver_options: fields of the solver, such as rtol and atol of "dopri5" or diffusion of "euler_maruyama".
 
     Raises:
-        ConfigError: unknown solver, steps below 1, or a negative guidance scale.
+        ConfigError: an unknown name, steps below 1, a negative guidance scale, or an interval outside [0, 1] or
+            reversed.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"steps={steps!r}: expected a whole number of velocity evaluations, 1 or more.")
-    if not guidance_scale >= 0 or guidance_scale == float("inf"):
-        raise ConfigError(f"guidance_scale={guidance_scale!r}: expected 0 or more (1.0 is no guidance).")
-    return Sampler(find_solver(solver), steps, float(guidance_scale))
+    if precision is not None and precision not in PRECISIONS:
+        raise ConfigError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}.")
+    try:
+        scale = check_scale(guidance_scale)
+    except InputError as error:
+        raise ConfigError(str(error)) from error
+    interval = _check_interval(guidance_interval)
+    settings = Settings(find_solver(solver, **solver_options), steps, find_time_grid(time_grid), interval, precision)
+    return Sampler(settings, scale)
 
 
-def draw_noise(key: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise (n, *shape) of the images numbered `indices` (n,): a function of (key, index) alone."""
-    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(indices)
+def _check_interval(interval: tuple[float, float]) -> tuple[float, float]:
+    try:
+        low, high = (float(value) for value in interval)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"guidance_interval={interval!r}: expected two times (low, high) in [0, 1].") from error
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(
+            f"guidance_interval=({low:g}, {high:g}): expected 0 <= low <= high <= 1 (0 is the data, 1 the noise)."
+        )
+    return low, high
 
 
-def check_labels(labels: jax.typing.ArrayLike, num_classes: int) -> jax.Array:
-    """Labels as int32 (B,). Values are checked unless they are being traced.
-
-    Raises:
-        InputError: not a vector of whole numbers, or a label outside [0, num_classes].
-    """
-    if not isinstance(labels, jax.core.Tracer):
-        values = np.asarray(labels)
-        if values.ndim != 1 or not (np.issubdtype(values.dtype, np.integer)):
-            raise InputError(f"labels of shape {values.shape}, dtype {values.dtype}: expected whole numbers (B,).")
-        bad = values[(values < 0) | (values > num_classes)]
-        if bad.size:
-            raise InputError(
-                f"label {bad[0]} is out of range: this model has classes 0 to {num_classes - 1} "
-                f"(and {num_classes}, the null class)."
-            )
-    return jnp.asarray(labels, jnp.int32)
-
-
-@partial(jax.jit, static_argnames=("structure", "solver", "steps", "guided"))
-def _sample(
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _solve(
     structure: nnx.GraphDef,
-    solver: Solver,
-    steps: int,
+    guide_structure: nnx.GraphDef | None,
+    settings: Settings,
     guided: bool,
+    record: bool,
     state: nnx.State,
+    guide_state: nnx.State | None,
     labels: jax.Array,
-    noise: jax.Array,
+    negatives: jax.Array,
     scale: jax.Array,
-) -> jax.Array:
-    model = cast(ClassConditional, nnx.merge(structure, state))
-    field = classifier_free(model, labels, scale) if guided else conditional(model, labels)
-    return solver.solve(field, noise.astype(jnp.float32), uniform_times(steps))
+    noise: jax.Array,
+    key: jax.Array,
+    indices: jax.Array,
+    increments: jax.Array | None,
+) -> Solution:
+    model = _in_precision(nnx.merge(structure, state), settings.precision)
+    guide = None
+    if guide_structure is not None and guide_state is not None:
+        guide = _in_precision(nnx.merge(guide_structure, guide_state), settings.precision)
+    field: Field = model_field(model, labels)
+    if guided:
+        field = guided_field(model, labels, negatives, scale, settings.guidance_interval, guide)
+    drawn = noise_increments(key, indices, noise.shape[1:]) if increments is None else given_increments(increments)
+    return settings.solver.solve(field, noise, settings.time_grid, settings.steps, drawn, record)
+
+
+def _in_precision(model: nnx.Module, precision: str | None) -> ClassConditional:
+    if precision is None:
+        return cast(ClassConditional, model)
+    if not isinstance(model, Castable):
+        raise InputError(f"precision={precision!r}: {type(model).__name__} has no astype(dtype); leave precision out.")
+    return cast(ClassConditional, model.astype(precision))

@@ -114,3 +114,20 @@ class MPDiT(nnx.Module):
         image = tokens[:, class_tokens.shape[1] :].astype(jnp.float32)  # (B, N, D)
         image = self.final(modulate(layer_norm(image), modulation.shift2, modulation.scale2))  # (B, N, p * p * C)
         return unpatchify(image, self.levels[-1].patch, self.levels[-1].grid)
+
+    def astype(self, dtype: str) -> "MPDiT":
+        """A copy for inference that computes in "float32" or "bfloat16".
+
+        The weights of the levels and class tokens are stored in `dtype`, so that a loop over steps does not convert
+        them again and again; the others stay float32, as everything does in training. The values are those of a model
+        made with `dtype`.
+
+        Raises:
+            ConfigError: another dtype.
+        """
+        config = self.config.replace(dtype=dtype)
+        structure = nnx.graphdef(nnx.eval_shape(lambda: MPDiT(config, nnx.Rngs(params=0))))
+        model = nnx.merge(structure, nnx.state(self))
+        for part in (model.levels, model.class_embedding):
+            nnx.update(part, jax.tree.map(lambda leaf: leaf.astype(dtype), nnx.state(part)))
+        return model

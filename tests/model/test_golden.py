@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import mpdit_jax as mp
-from mpdit_jax.flow.guidance import classifier_free
+from mpdit_jax.flow.guidance import guided_field
 from mpdit_jax.model.parameters import merge, split
 from tests.conftest import Golden, relative_error
 
@@ -33,7 +33,8 @@ def test_guided(golden, model):
     t, x = golden["t"], golden.images("x")
     v_class, v_null = model(x, t, labels), model(x, t, jnp.full_like(labels, model.num_classes))
     assert relative_error(v_null + scale * (v_class - v_null), golden.images("out_cfg")) <= FORWARD
-    one = classifier_free(model, labels[:1], scale)(x[:1], t[0])
+    field = guided_field(model, labels[:1], jnp.array([model.num_classes]), scale)
+    one = field(x[:1], jax.tree.map(lambda leaf: leaf[0], field.prepare(t[:1, None])))
     assert relative_error(one, golden.images("out_cfg")[:1]) <= FORWARD
 
 

@@ -1,0 +1,1 @@
+"""What `python -m mpdit_jax.benchmark` can measure, one module each."""

@@ -1,0 +1,69 @@
+"""`python -m mpdit_jax.export`: a sampler as one file that JAX runs without this package."""
+
+from collections.abc import Sequence
+
+from mpdit_jax.cli import Parser, make_parser, run
+from mpdit_jax.errors import InputError
+
+_EXAMPLES = """\
+  python -m mpdit_jax.export --workdir=runs/digits --guidance_scale=2.0 --steps=50 --out=sampler.bin
+  python -m mpdit_jax.export --workdir=runs/digits --out=sampler.bin --platforms=cpu,cuda,tpu --batch=8
+"""
+
+
+def make_export_parser() -> Parser:
+    """The command's arguments."""
+    from mpdit_jax.sampling.options import add_model_options, add_sampler_options
+
+    parser = make_parser(
+        "export",
+        "Write the sampler of a checkpoint, its weights included, as one file that jax.export reads. What loads it "
+        "needs JAX and flatbuffers, not this package.",
+        _EXAMPLES,
+    )
+    add_model_options(parser)
+    parser.add_argument("--out", required=True, help="the file, such as sampler.bin")
+    parser.add_argument("--platforms", default="cpu,cuda,tpu", help="where it may run (default: %(default)s)")
+    parser.add_argument("--batch", default="any", help="labels a call: a number, or any (default: %(default)s)")
+    add_sampler_options(parser)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Export as the arguments say; exit status."""
+    options = make_export_parser().parse_args(arguments)
+    platforms = [platform for platform in options.platforms.split(",") if platform]
+    if not platforms or not set(platforms) <= {"cpu", "cuda", "rocm", "tpu"}:
+        raise InputError(f"--platforms={options.platforms}: expected some of cpu, cuda, rocm and tpu between commas.")
+    if options.batch != "any" and not (options.batch.isdigit() and int(options.batch)):
+        raise InputError(f"--batch={options.batch}: expected a number of labels, 1 or more, or any.")
+    if options.guide:
+        raise InputError(f"--guide={options.guide}: a file holds one model; export without autoguidance.")
+
+    from mpdit_jax.checkpoint import load_checkpoint
+    from mpdit_jax.files import check_writable, replacing
+    from mpdit_jax.sampling.exporting import export_sampler
+    from mpdit_jax.sampling.options import sampler_from
+
+    sampler = sampler_from(options)
+    check_writable(options.out)
+    model = load_checkpoint(options.workdir, options.step, ema=not options.no_ema)
+    batch = None if options.batch == "any" else int(options.batch)
+    data = export_sampler(sampler, model, platforms, batch, options.negative_labels)
+    with replacing(options.out) as file:
+        file.write(data)
+    scale = f", jnp.float32({options.guidance_scale:g})" if options.guidance_scale != 1 else ""
+    labels = "[0, 1, 2]" if batch is None else f"[0] * {batch}"
+    print(
+        f"{options.out}: {len(data) / 1e6:.1f} MB for {', '.join(platforms)}, "
+        f"{'any number of' if batch is None else batch} labels a call; run it with JAX and flatbuffers alone:\n"
+        "  import jax.numpy as jnp; from jax import export\n"
+        f'  sampler = export.deserialize(bytearray(open("{options.out}", "rb").read()))\n'
+        f"  latents = sampler.call(jnp.array({labels}, jnp.int32), jnp.uint32(0){scale})  # labels, seed"
+        f"{', guidance scale' if scale else ''}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

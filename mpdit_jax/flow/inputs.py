@@ -1,0 +1,115 @@
+"""Checks of what a sampler is called with. Values are checked unless they are being traced; shapes always."""
+
+from collections.abc import Mapping
+from typing import TypeAlias, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mpdit_jax.errors import InputError
+from mpdit_jax.flow.protocols import ClassConditional, DeclaresConvention
+
+Negatives: TypeAlias = jax.typing.ArrayLike | Mapping[int, int] | None
+
+
+def is_traced(value: object) -> bool:
+    """Whether a value is known only when the program runs."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def check_model(model: object, name: str = "model") -> ClassConditional:
+    """The model, known to be one that a sampler can call.
+
+    Raises:
+        InputError: not an NNX module with the call signature, or one whose output is not our velocity.
+    """
+    if not isinstance(model, nnx.Module) or not isinstance(model, ClassConditional):
+        raise InputError(
+            f"{name}={type(model).__name__}: expected an MPDiT, or an NNX module called as model(x, t, y) that has "
+            "input_shape (H, W, C) and num_classes."
+        )
+    if isinstance(model, DeclaresConvention) and model.convention != "velocity":
+        raise InputError(
+            f"{name} says that its convention is {model.convention!r}: expected 'velocity' (noise minus data, with t=0 "
+            "at the data and t=1 at the noise); wrap it in a module that converts times and output."
+        )
+    return cast(ClassConditional, model)
+
+
+def check_labels(labels: jax.typing.ArrayLike, num_classes: int, name: str = "label") -> jax.Array:
+    """Labels as int32 (B,).
+
+    Raises:
+        InputError: not a vector of whole numbers, or a label outside [0, num_classes].
+    """
+    if not is_traced(labels):
+        values = np.asarray(labels)
+        if values.ndim != 1 or not values.size or not np.issubdtype(values.dtype, np.integer):
+            raise InputError(f"{name}s of shape {values.shape}, dtype {values.dtype}: expected whole numbers (B,).")
+        bad = values[(values < 0) | (values > num_classes)]
+        if bad.size:
+            raise InputError(
+                f"{name} {bad[0]} is out of range: this model has classes 0 to {num_classes - 1} "
+                f"(and {num_classes}, the null class)."
+            )
+    return jnp.asarray(labels, jnp.int32)
+
+
+def check_scale(scale: jax.typing.ArrayLike, batch: int | None = None) -> jax.Array | np.ndarray:
+    """A guidance scale as float32, () or (B,).
+
+    Raises:
+        InputError: negative or not finite, or a vector of another length than the batch.
+    """
+    if not is_traced(scale):
+        try:
+            scale = np.asarray(scale, np.float32)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"guidance_scale={scale!r}: expected a number, or one for each label.") from error
+        bad = scale[~((scale >= 0) & np.isfinite(scale))]
+        if bad.size:
+            raise InputError(f"guidance_scale={bad.ravel()[0]}: expected 0 or more (1.0 is no guidance).")
+    shape = np.shape(scale)
+    if len(shape) > 1 or (shape and batch is not None and shape != (batch,)):
+        raise InputError(f"guidance_scale of shape {shape}: expected one number, or one for each label ({batch},).")
+    return scale if isinstance(scale, np.ndarray) else jnp.asarray(scale, jnp.float32)
+
+
+def check_negatives(negatives: Negatives, labels: jax.Array, num_classes: int, default: jax.Array) -> jax.Array:
+    """Labels of the worse velocity, int32 (B,): given for each image, or for each class as {class: negative}.
+
+    Raises:
+        InputError: a label the model does not have, or another number of them than labels.
+    """
+    if negatives is None:
+        return default
+    if isinstance(negatives, Mapping):
+        if not negatives:
+            return default
+        check_labels(np.array([*negatives]), num_classes)
+        values = check_labels(np.array([*negatives.values()]), num_classes, "negative label")
+        # Classes without an entry keep the default.
+        table = jnp.full(num_classes + 1, -1, jnp.int32).at[np.array([*negatives])].set(values)
+        return jnp.where(table[labels] < 0, default, table[labels])
+    if np.ndim(negatives) == 0:
+        negatives = jnp.broadcast_to(jnp.asarray(negatives), labels.shape)
+    checked = check_labels(negatives, num_classes, "negative label")
+    if checked.shape != labels.shape:
+        raise InputError(
+            f"{checked.shape[0]} negative labels for {labels.shape[0]} labels: expected one for each, or "
+            "{class: negative}."
+        )
+    return checked
+
+
+def check_shape(value: jax.Array | np.ndarray, shape: tuple[int, ...], name: str, meaning: str) -> jax.Array:
+    """An array of that shape as float32.
+
+    Raises:
+        InputError: another shape.
+    """
+    if value.shape != shape:
+        raise InputError(f"{name} {value.shape}: expected {shape}, {meaning}.")
+    return jnp.asarray(value, jnp.float32)

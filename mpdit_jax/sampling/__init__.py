@@ -1,0 +1,1 @@
+"""Drawing many images: blocks that outlive a crash, output files, pictures."""

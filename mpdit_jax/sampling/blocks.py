@@ -1,0 +1,90 @@
+"""The folder of finished blocks that a large run keeps beside its output until it is done.
+
+FOLDER/settings.json     what decides every pixel; a run with other settings is refused
+FOLDER/00000003.npz      block 3: `images` uint8 (n, H, W, C), `labels`, `indices` and `finite`, each (n,)
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+
+from mpdit_jax.errors import InputError
+from mpdit_jax.files import replacing
+
+_SETTINGS = "settings.json"
+
+
+class Block(NamedTuple):
+    """Finished images."""
+
+    images: np.ndarray  # uint8 (n, H, W, C)
+    labels: np.ndarray  # int64 (n,)
+    indices: np.ndarray  # int64 (n,)
+    finite: np.ndarray  # bool (n,); False where the model gave NaN or Inf
+
+
+class BlockFolder:
+    """Finished blocks on disk. Blocks are written whole or not at all, so whatever is there is finished."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Claim the folder for a run.
+
+        Raises:
+            InputError: it holds blocks of other settings (the differences are shown), or cannot be written.
+        """
+        self.path = path
+        stored, text = path / _SETTINGS, json.dumps(dict(settings), indent=2, sort_keys=True) + "\n"
+        if stored.is_file():
+            before, now = json.loads(stored.read_text()), json.loads(text)
+            changed = [
+                f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
+                for name in sorted({*before, *now})
+                if before.get(name) != now.get(name)
+            ]
+            if changed:
+                raise InputError(
+                    f"{path} holds the unfinished images of a run with other settings ({'; '.join(changed)}): repeat "
+                    "those settings to finish it, choose another --out, or delete that folder to give it up."
+                )
+        else:
+            with replacing(stored) as file:
+                file.write(text.encode())
+
+    def has(self, number: int) -> bool:
+        """Whether that block is finished."""
+        return self._file(number).is_file()
+
+    def write(self, number: int, block: Block) -> None:
+        """Keep a finished block."""
+        with replacing(self._file(number)) as file:
+            np.savez(file, **block._asdict())
+
+    def read(self, number: int) -> Block:
+        """A finished block.
+
+        Raises:
+            InputError: it is missing or damaged.
+        """
+        try:
+            with np.load(self._file(number), allow_pickle=False) as arrays:
+                return Block(*(arrays[name] for name in Block._fields))
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise InputError(
+                f"{self._file(number)} cannot be read ({error}): delete that file and repeat the command."
+            ) from error
+
+    def read_all(self, count: int) -> Iterator[Block]:
+        """Blocks 0 to count - 1, one in memory at a time."""
+        return (self.read(number) for number in range(count))
+
+    def remove(self) -> None:
+        """Delete the folder, when its images are in their final place."""
+        shutil.rmtree(self.path)
+
+    def _file(self, number: int) -> Path:
+        return self.path / f"{number:08d}.npz"

@@ -1,0 +1,187 @@
+"""What `python -m mpdit_jax.sample` does once its arguments are read."""
+
+import argparse
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpdit_jax import images
+from mpdit_jax.checkpoint import list_steps, load_config
+from mpdit_jax.errors import DivergedError, InputError
+from mpdit_jax.files import check_writable
+from mpdit_jax.flow.inputs import check_labels
+from mpdit_jax.flow.sampler import Sampler
+from mpdit_jax.model.mpdit import MPDiT
+from mpdit_jax.model.parameters import split
+from mpdit_jax.sampling.blocks import Block, BlockFolder
+from mpdit_jax.sampling.names import class_names
+from mpdit_jax.sampling.outputs import first_of_each, save_npz, save_pngs
+from mpdit_jax.sampling.run import draw_blocks, finish, unfinished_folder
+
+_FILMED = 8  # labels in a film strip
+_FRAMES = 10  # columns of a film strip
+_GIF_FRAMES = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A checked command."""
+
+    options: argparse.Namespace
+    sampler: Sampler
+    model: MPDiT
+    guide: MPDiT | None
+    labels: np.ndarray  # int64 (N,)
+
+    def call(self) -> dict[str, Any]:
+        """More arguments of the sampler's call."""
+        return {"negative_labels": self.options.negative_labels, "guide": self.guide}
+
+
+def parse_labels(text: str, count: int | None, num_classes: int, seed: int) -> np.ndarray:
+    """Labels int64 (count,): "balanced" goes round all classes, "random" draws them, a list goes round its members.
+
+    The first n labels of a longer run are those of a shorter one.
+
+    Raises:
+        InputError: not labels, or fewer than one image.
+    """
+    if text in ("balanced", "random", ""):
+        chosen = np.arange(num_classes)
+    else:
+        try:
+            chosen = np.array([int(part) for part in text.split(",")])
+        except ValueError as error:
+            raise InputError(
+                f"--labels={text}: expected balanced, random, or whole numbers between commas, such as 3,5."
+            ) from error
+        check_labels(chosen, num_classes)
+    count = 8 * len(chosen) if count is None else count
+    if count < 1:
+        raise InputError(f"--num_samples={count}: expected 1 or more.")
+    if text == "random":
+        return np.random.default_rng(seed).integers(num_classes, size=count)
+    return np.resize(chosen, count)
+
+
+def draw(request: Request, out: Path) -> np.ndarray:
+    """Draw, resume what is half done, write every output; the numbers of images that hold NaN or Inf.
+
+    Raises:
+        DivergedError: every image does.
+    """
+    options, pngs = request.options, Path(request.options.png_folder)
+    sheet = _place(options.grid, out.with_suffix(".png"))
+    film = _place(options.trajectory, out.with_name(f"{out.stem}_trajectory.gif"))
+    for path in (sheet, film, pngs / "_" if options.png_folder else None):
+        if path is not None:
+            check_writable(path)
+    names = class_names(load_config(options.workdir), options.class_names)
+    folder = BlockFolder(unfinished_folder(out), _settings(request))
+
+    def each(block: Block) -> None:
+        if options.png_folder:
+            save_pngs(pngs, block)
+
+    count = draw_blocks(
+        request.sampler,
+        request.model,
+        request.labels,
+        options.seed,
+        folder,
+        options.batch_size,
+        each=each,
+        **request.call(),
+    )
+    if jax.process_index() != 0:
+        return np.array([], np.int64)
+    missing = np.concatenate([block.indices[~block.finite] for block in folder.read_all(count)])
+    if len(missing) == len(request.labels):
+        folder.remove()
+        raise DivergedError(
+            "every image holds NaN or Inf: the model has diverged, or the settings are out of its reach."
+        )
+    written = [str(out)]
+    if out.suffix == ".npz":
+        save_npz(out, lambda: folder.read_all(count))
+    if out.suffix == ".png" and sheet != out:
+        rows = first_of_each(folder.read_all(count), columns=len(request.labels))
+        images.save_png(out, _plain_grid(list(rows.values())))
+    if sheet is not None:
+        rows = first_of_each(folder.read_all(count))
+        images.save_png(sheet, images.contact_sheet({names[label]: row for label, row in rows.items()}))
+        written.append(str(sheet))
+    if film is not None:
+        _save_film(request, film)
+        written.extend([str(film), str(film.with_suffix(".png"))])
+    folder.remove()
+    kept = len(request.labels) - len(missing)
+    single = f"; single images in {options.png_folder}" if options.png_folder else ""
+    print(f"{kept} images in {' and '.join(dict.fromkeys(written))}{single}")
+    return missing
+
+
+def _place(value: str, beside: Path) -> Path | None:
+    return None if not value else beside if value == "beside" else Path(value)
+
+
+def _plain_grid(rows: list[list[np.ndarray]]) -> np.ndarray:
+    """One row a label; short rows end in white."""
+    columns = max(len(row) for row in rows)
+    blank = np.full_like(rows[0][0], 255)
+    return images.grid(np.array([tile for row in rows for tile in [*row, *[blank] * (columns - len(row))]]), columns)
+
+
+def _save_film(request: Request, path: Path) -> None:
+    """The first image of each of a few labels, from noise to data: a GIF, and a strip of frames beside it."""
+    _, first = np.unique(request.labels, return_index=True)
+    rows = np.sort(first)[:_FILMED]
+    key = jax.random.key(request.options.seed)
+    labels = request.labels[rows]
+    solution = request.sampler.solve(request.model, labels, key, indices=rows, record=True, **request.call())
+    if solution.path is None or solution.path_times is None:
+        raise InputError("this solver records no path: choose another --solver for --trajectory.")
+    times, states = np.asarray(solution.path_times), np.asarray(solution.path)  # (n,), (n, B, H, W, C)
+    frames = np.stack([finish(state, labels, rows).images for state in states])
+    shown = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), _GIF_FRAMES)).round().astype(int))
+    images.save_gif(path, [images.grid(frames[index], len(rows)) for index in shown])
+    # Frames as near as there are to times evenly spread.
+    chosen = [int(np.abs(times - t).argmin()) for t in np.linspace(times[0], times[-1], _FRAMES)]
+    strip = images.film_strip(frames[chosen], [f"t {times[index]:.1f}" for index in chosen])
+    images.save_png(path.with_suffix(".png"), strip)
+
+
+def _settings(request: Request) -> dict[str, Any]:
+    """What decides every pixel."""
+    options, sampler = request.options, request.sampler
+    steps = list_steps(options.workdir)
+    return {
+        "workdir": str(Path(options.workdir).resolve()),
+        "checkpoint": steps[-1] if options.step is None else options.step,
+        "model": _fingerprint(request.model),
+        "guide": _fingerprint(request.guide) if request.guide is not None else "",
+        "solver": repr(sampler.settings.solver),
+        "steps": sampler.settings.steps,
+        "time_grid": repr(sampler.settings.time_grid),
+        "guidance_scale": float(sampler.guidance_scale),
+        "guidance_interval": list(sampler.settings.guidance_interval),
+        "negative_labels": {str(label): negative for label, negative in sorted(options.negative_labels.items())},
+        "precision": sampler.settings.precision,
+        "seed": options.seed,
+        "num_samples": len(request.labels),
+        "labels": hashlib.blake2b(np.asarray(request.labels, "<i8").tobytes(), digest_size=8).hexdigest(),
+        "batch_size": options.batch_size,
+        "png_folder": options.png_folder and str(Path(options.png_folder).resolve()),
+    }
+
+
+def _fingerprint(model: MPDiT) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(split(model)[1].items()):
+        digest.update(name.encode())
+        digest.update(np.asarray(value).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,57 @@
+"""A sampler with its weights as the bytes of one program, by jax.export."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import export
+
+from mpdit_jax.errors import InputError
+from mpdit_jax.flow.inputs import check_model
+from mpdit_jax.flow.sampler import Sampler
+
+_LIMIT = 2**31 - 1  # bytes that a flatbuffer can hold
+
+
+def export_sampler(
+    sampler: Sampler,
+    model: nnx.Module,
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+    batch: int | None = None,
+    negative_labels: Mapping[int, int] | None = None,
+) -> bytes:
+    """The program of (labels int32 (B,), seed uint32 ()) or, if the sampler guides, of those and a scale float32 ().
+
+    Its result are latents float32 (B, H, W, C): those of `sampler(model, labels, jax.random.key(seed))`. Labels out of
+    range come out as NaN.
+
+    Args:
+        sampler: what draws.
+        model: the model, whose weights become part of the program.
+        platforms: "cpu", "cuda", "rocm", "tpu": where it may run.
+        batch: labels a call; None for any number.
+        negative_labels: what to guide away from, by class.
+
+    Raises:
+        InputError: weights of 2 GiB or more.
+    """
+    check_model(model)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    if size > _LIMIT:
+        raise InputError(
+            f"the model has {size / 2**30:.1f} GiB of weights and jax.export's format ends at 2 GiB: export a smaller "
+            "model."
+        )
+    guided = bool(np.any(np.asarray(sampler.guidance_scale) != 1))
+
+    def draw(labels: jax.Array, seed: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+        key = jax.random.key(seed, impl="threefry2x32")
+        return sampler(model, labels, key, guidance_scale=scale, negative_labels=negative_labels)
+
+    length = batch if batch is not None else export.symbolic_shape("batch")[0]
+    arguments = [jax.ShapeDtypeStruct((length,), jnp.int32), jax.ShapeDtypeStruct((), jnp.uint32)]
+    if guided:
+        arguments.append(jax.ShapeDtypeStruct((), jnp.float32))
+    return bytes(export.export(jax.jit(draw), platforms=platforms)(*arguments).serialize())

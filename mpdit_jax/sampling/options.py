@@ -1,0 +1,91 @@
+"""The sampler's settings as flags, shared by the commands that draw."""
+
+import argparse
+from typing import Any
+
+from mpdit_jax.errors import InputError
+from mpdit_jax.flow.sampler import Sampler, make_sampler
+from mpdit_jax.flow.times import ShiftedGrid
+
+_SOLVER_OPTIONS = {"rtol": "rtol", "atol": "atol", "diffusion": "diffusion", "diffusion_norm": "norm"}
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """`--workdir`, `--step`, `--no_ema`."""
+    parser.add_argument("--workdir", required=True, help="folder of a run made by mpdit_jax.train")
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_argument("--no_ema", action="store_true", help="use the raw parameters, not their moving average")
+
+
+def add_sampler_options(parser: argparse.ArgumentParser) -> None:
+    """Every setting of the sampler."""
+    group = parser.add_argument_group("sampler")
+    group.add_argument(
+        "--solver",
+        default="euler",
+        help="euler | heun | midpoint | dpmpp_2m | euler_maruyama | dopri5 | tsit5 (default: %(default)s)",
+    )
+    group.add_argument("--steps", type=int, help="velocity evaluations (default: 250; adaptive solvers choose)")
+    group.add_argument("--time_grid", default="uniform", help="uniform | shifted | quadratic (default: %(default)s)")
+    group.add_argument("--time_shift", type=float, help="of --time_grid=shifted: more steps near noise (default: 3)")
+    group.add_argument("--guidance_scale", type=float, default=1.0, help="1.0 for none (default: %(default)s)")
+    group.add_argument(
+        "--guidance_interval",
+        type=_numbers,
+        default=(0.0, 1.0),
+        metavar="LOW,HIGH",
+        help="guide at these times only, 0 the data and 1 the noise; no second pass elsewhere (default: 0,1)",
+    )
+    group.add_argument(
+        "--negative_labels",
+        type=_pairs,
+        default={},
+        metavar="A:B,...",
+        help="guide class A away from class B, in place of no class",
+    )
+    group.add_argument("--guide", default="", metavar="WORKDIR", help="guide away from this weaker run's model")
+    group.add_argument("--rtol", type=float, help="of dopri5 and tsit5: relative error a step (default: 1e-5)")
+    group.add_argument("--atol", type=float, help="of dopri5 and tsit5: absolute error a step (default: 1e-5)")
+    group.add_argument(
+        "--diffusion",
+        help="of euler_maruyama: constant | SBDM | sigma | decreasing | increasing-decreasing (default: sigma)",
+    )
+    group.add_argument("--diffusion_norm", type=float, help="of euler_maruyama: factor on the noise (default: 1)")
+    group.add_argument("--precision", help="float32 | bfloat16 (default: what the model was trained in)")
+
+
+def sampler_from(options: argparse.Namespace) -> Sampler:
+    """The sampler that the flags ask for.
+
+    Raises:
+        ConfigError, InputError: an impossible value, or a flag that the solver does not heed.
+    """
+    given = {name: vars(options)[flag] for flag, name in _SOLVER_OPTIONS.items() if vars(options)[flag] is not None}
+    if options.solver in ("dopri5", "tsit5") and options.steps is not None:
+        raise InputError(f"--steps={options.steps}: {options.solver} chooses its own; set --rtol and --atol instead.")
+    if options.time_shift is not None and options.time_grid != "shifted":
+        raise InputError(f"--time_shift={options.time_shift}: only --time_grid=shifted has one.")
+    grid: Any = options.time_grid if options.time_shift is None else ShiftedGrid(options.time_shift)
+    return make_sampler(
+        options.solver,
+        250 if options.steps is None else options.steps,
+        options.guidance_scale,
+        guidance_interval=options.guidance_interval,
+        time_grid=grid,
+        precision=options.precision,
+        **given,
+    )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected two numbers, such as 0.2,0.8") from error
+
+
+def _pairs(text: str) -> dict[int, int]:
+    try:
+        return {int(first): int(second) for first, second in (part.split(":") for part in text.split(",") if part)}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected pairs of classes, such as 3:8,5:6") from error

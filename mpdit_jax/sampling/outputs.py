@@ -1,0 +1,63 @@
+"""What a run leaves: the `.npz` that evaluators read, single PNG files, contact sheets, film strips."""
+
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.lib import format as npy
+
+from mpdit_jax import images
+from mpdit_jax.files import replacing
+from mpdit_jax.sampling.blocks import Block
+
+_COLUMNS = 8  # images a class on a contact sheet
+_ROWS = 100  # classes on a contact sheet
+
+
+def save_npz(path: Path, blocks: Callable[[], Iterable[Block]]) -> int:
+    """Write `arr_0` (uint8 NHWC, as ADM's evaluator reads it) and int64 `labels`, one block in memory at a time.
+
+    Images that hold NaN or Inf are left out.
+
+    Args:
+        path: the file.
+        blocks: called twice; gives the run's blocks in order.
+
+    Returns:
+        The number of images written.
+    """
+    labels = np.concatenate([block.labels[block.finite] for block in blocks()])
+    shape = next(iter(blocks())).images.shape[1:]
+    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as array:
+            _write_array(array, (len(labels), *shape), "|u1", (block.images[block.finite] for block in blocks()))
+        with archive.open("labels.npy", "w") as array:
+            _write_array(array, labels.shape, "<i8", iter([labels]))
+    return len(labels)
+
+
+def save_pngs(folder: Path, block: Block) -> None:
+    """Write each image as FOLDER/INDEX_LABEL.png; those that hold NaN or Inf are left out."""
+    for image, label, index, finite in zip(*block, strict=True):
+        if finite:
+            images.save_png(folder / f"{index:06d}_{label}.png", image)
+
+
+def first_of_each(
+    blocks: Iterable[Block], classes: int = _ROWS, columns: int = _COLUMNS
+) -> dict[int, list[np.ndarray]]:
+    """The first images of the first classes that occur, by label in ascending order: what a contact sheet shows."""
+    rows: dict[int, list[np.ndarray]] = {}
+    for block in blocks:
+        for image, label in zip(block.images, block.labels, strict=True):
+            if len(rows.setdefault(int(label), [])) < columns:
+                rows[int(label)].append(image)
+    return {label: rows[label] for label in sorted(rows)[:classes]}
+
+
+def _write_array(file: IO[bytes], shape: tuple[int, ...], dtype: str, parts: Iterator[np.ndarray]) -> None:
+    npy.write_array_header_2_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    for part in parts:
+        file.write(np.ascontiguousarray(part, dtype).tobytes())

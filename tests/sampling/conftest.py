@@ -1,0 +1,66 @@
+"""A finished run without the training: a checkpoint of random weights, and commands as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """A workdir of configs/digits.py with a smaller model."""
+    return make_workdir(tmp_path_factory.mktemp("runs") / "digits")
+
+
+def make_workdir(path):
+    from mpdit_jax.checkpoint import Checkpoints, claim_workdir
+    from mpdit_jax.config import base_config, model_of, resolve
+    from mpdit_jax.model.parameters import abstract
+
+    config = base_config()
+    config.model.update(
+        patch_sizes=(2, 1),
+        depths=(1, 1),
+        hidden_size=16,
+        num_heads=2,
+        input_size=(8, 8),
+        in_channels=1,
+        num_classes=10,
+        class_tokens=2,
+        time_embedding="sinusoidal",
+    )
+    resolved = resolve(config)
+    claim_workdir(path, resolved)
+    random = np.random.default_rng(0)
+    _, shapes = abstract(model_of(resolved))
+    weights = {
+        name: jax.numpy.asarray(0.1 * random.standard_normal(leaf.shape, np.float32)) for name, leaf in shapes.items()
+    }
+    with Checkpoints(path, keep=1) as checkpoints:
+        checkpoints.save(1, {"parameters": weights, "ema_parameters": weights})
+    return path
+
+
+def environment(devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
+
+
+def start(*arguments, devices=1):
+    """A process, its output readable as it comes."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def read_npz(path):
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
