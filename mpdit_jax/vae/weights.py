@@ -115,10 +115,12 @@ def from_diffusers(state: Mapping[str, np.ndarray], config: AutoencoderConfig, s
     Raises:
         WeightsError: entries are missing, extra, misshapen or not finite (all named).
     """
-    state = _with_new_attention_names(state, source)
-    _check_entries(state, config, source)
-    shapes = abstract(config)[1]
-    return {path: jnp.asarray(_to_jax(state[_diffusers_name(path)]), jnp.float32) for path in shapes}
+    renamed = _with_new_attention_names(state, source)
+    _check_entries(renamed, config, source)
+    del state
+    # Popped, so that a caller who lets go of the state dict never holds the weights twice. Copied, so that changing a
+    # state dict later does not change the parameters: on CPUs jnp.asarray may share memory with numpy.
+    return {path: jnp.array(_to_jax(renamed.pop(_diffusers_name(path))), jnp.float32) for path in abstract(config)[1]}
 
 
 def to_diffusers(parameters: Mapping[str, Any]) -> StateDict:
@@ -152,7 +154,7 @@ def _to_jax(array: np.ndarray) -> np.ndarray:
 
 
 def _to_torch(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T)
+    return np.array(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T, order="C")
 
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

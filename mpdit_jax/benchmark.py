@@ -1,0 +1,30 @@
+"""`python -m mpdit_jax.benchmark`: how fast, how much memory, beside the usual PyTorch where it is installed."""
+
+from collections.abc import Callable, Sequence
+
+from mpdit_jax.cli import make_parser, run
+
+_EXAMPLES = """\
+  python -m mpdit_jax.benchmark vae --help
+  python -m mpdit_jax.benchmark vae --image_size=256 --batch_size=2
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark that the first argument names with the arguments after it; exit status."""
+    parser = make_parser("benchmark", "Measure one part of the system on this machine.", _EXAMPLES)
+    parser.add_argument("what", choices=list(_BENCHMARKS), help="what to measure; `WHAT --help` tells its options")
+    chosen = parser.parse_args(arguments[:1])
+    return _BENCHMARKS[chosen.what](arguments[1:])
+
+
+def _vae(arguments: Sequence[str]) -> int:
+    from mpdit_jax.benchmarks.vae import main as measure
+
+    return measure(arguments)
+
+
+_BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {"vae": _vae}
+
+if __name__ == "__main__":
+    run(main)

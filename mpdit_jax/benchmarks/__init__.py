@@ -1,0 +1,1 @@
+"""What `python -m mpdit_jax.benchmark` runs, one module a benchmark."""
