@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mpdit_jax.model.accounting import count as count
     from mpdit_jax.model.presets import create_model as create_model
     from mpdit_jax.model.presets import presets as presets
+    from mpdit_jax.vae.vae import load_vae as load_vae
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOME = {
     "flow_matching_loss": "mpdit_jax.flow.objective",
     "load_checkpoint": "mpdit_jax.checkpoint",
     "load_torch": "mpdit_jax.interop.mpdit_torch",
+    "load_vae": "mpdit_jax.vae.vae",
     "make_sampler": "mpdit_jax.flow.sampler",
     "presets": "mpdit_jax.model.presets",
     "to_torch": "mpdit_jax.interop.mpdit_torch",
@@ -38,6 +40,7 @@ __all__ = [
     "flow_matching_loss",
     "load_checkpoint",
     "load_torch",
+    "load_vae",
     "make_sampler",
     "presets",
     "to_torch",
