@@ -46,6 +46,8 @@ EXTRAS = {
     ],
     # Reading .pt and .pth files: since 2.6 torch.load refuses to run code that a file brings along, unless asked to.
     "torch": ["torch>=2.6"],
+    # Fetching a VAE by its name on the Hugging Face hub; a folder needs nothing.
+    "hub": ["huggingface_hub>=2.4.0,<3"],
     # What the tests marked `parity` compare with.
     "parity": ["torch==2.13.0", "diffusers==0.42.1"],
     # CUDA 12 is also what jax's own extra `cuda` means and runs on older drivers; jax[cuda13] works as well.

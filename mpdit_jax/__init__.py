@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mpdit_jax.model.presets import create_model as create_model
     from mpdit_jax.model.presets import presets as presets
     from mpdit_jax.sampling.generate import generate as generate
+    from mpdit_jax.vae.vae import load_vae as load_vae
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _HOME = {
     "generate": "mpdit_jax.sampling.generate",
     "load_checkpoint": "mpdit_jax.checkpoint",
     "load_torch": "mpdit_jax.interop.mpdit_torch",
+    "load_vae": "mpdit_jax.vae.vae",
     "make_sampler": "mpdit_jax.flow.sampler",
     "presets": "mpdit_jax.model.presets",
     "to_torch": "mpdit_jax.interop.mpdit_torch",
@@ -41,6 +43,7 @@ __all__ = [
     "generate",
     "load_checkpoint",
     "load_torch",
+    "load_vae",
     "make_sampler",
     "presets",
     "to_torch",

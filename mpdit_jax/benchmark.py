@@ -7,6 +7,8 @@ from mpdit_jax.cli import make_parser, run
 _EXAMPLES = """\
   python -m mpdit_jax.benchmark sample --help
   python -m mpdit_jax.benchmark sample --preset=mpdit_b --batch=4 --steps=10 --guidance_scale=1.5
+  python -m mpdit_jax.benchmark vae --help
+  python -m mpdit_jax.benchmark vae --image_size=256 --batch_size=2
 """
 
 
@@ -24,7 +26,13 @@ def _sample(arguments: Sequence[str]) -> int:
     return measure(arguments)
 
 
-_BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {"sample": _sample}
+def _vae(arguments: Sequence[str]) -> int:
+    from mpdit_jax.benchmarks.vae import main as measure
+
+    return measure(arguments)
+
+
+_BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {"sample": _sample, "vae": _vae}
 
 if __name__ == "__main__":
     run(main)

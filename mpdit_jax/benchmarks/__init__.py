@@ -1,1 +1,1 @@
-"""What `python -m mpdit_jax.benchmark` can measure, one module each."""
+"""What `python -m mpdit_jax.benchmark` measures, one module each."""

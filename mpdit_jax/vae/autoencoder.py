@@ -1,0 +1,122 @@
+"""Stable Diffusion's AutoencoderKL as a Flax NNX module: images to latent moments, latents to images.
+
+The architecture is that of "High-Resolution Image Synthesis with Latent Diffusion Models" (Rombach et al., 2022,
+appendix G) with the switches later checkpoints of the family added.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from mpdit_jax.vae.blocks import Conv, GroupNorm, MidBlock, Stage
+from mpdit_jax.vae.config import AutoencoderConfig
+
+
+class Encoder(nnx.Module):
+    """Images to 2·latent_channels feature maps at 1/downsample_factor of the resolution."""
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = Conv(config.in_channels, widths[0], 3, rngs=rngs)
+        self.down_blocks = nnx.List(
+            [
+                Stage(before, width, config.layers_per_block, groups, downsample=i + 1 < len(widths), rngs=rngs)
+                for i, (before, width) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True))
+            ]
+        )
+        self.mid_block = MidBlock(widths[-1], groups, attention=config.mid_block_add_attention, rngs=rngs)
+        self.conv_norm_out = GroupNorm(widths[-1], groups)
+        self.conv_out = Conv(widths[-1], 2 * config.latent_channels, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, H, W, in_channels) to (B, H/f, W/f, 2·latent_channels), in the dtype of `x`."""
+        x = self.conv_in(x)
+        for stage in self.down_blocks:
+            x = stage(x)  # (B, H/2, W/2, C)
+        x = self.mid_block(x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nnx.Module):
+    """Latents to images at downsample_factor times the resolution."""
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = Conv(config.latent_channels, widths[0], 3, rngs=rngs)
+        self.mid_block = MidBlock(widths[0], groups, attention=config.mid_block_add_attention, rngs=rngs)
+        self.up_blocks = nnx.List(
+            [
+                Stage(before, width, config.layers_per_block + 1, groups, upsample=i + 1 < len(widths), rngs=rngs)
+                for i, (before, width) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True))
+            ]
+        )
+        self.conv_norm_out = GroupNorm(widths[-1], groups)
+        self.conv_out = Conv(widths[-1], config.out_channels, 3, rngs=rngs)
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        """(B, h, w, latent_channels) to (B, h·f, w·f, out_channels), in the dtype of `z`."""
+        z = self.mid_block(self.conv_in(z))
+        for stage in self.up_blocks:
+            z = stage(z)  # (B, 2H, 2W, C)
+        return self.conv_out(nnx.silu(self.conv_norm_out(z)))
+
+
+class Autoencoder(nnx.Module):
+    """Encoder and decoder with the 1x1 convolutions between them.
+
+    It holds float32 parameters and nothing else: no random state, no running statistics.
+
+    Args:
+        config: the architecture.
+        dtype: compute dtype of convolutions and matrix products, float32 or bfloat16; group norms and the softmax of
+            the attention are always computed in float32.
+        rngs: randomness of the initial parameters (the stream `params`).
+    """
+
+    def __init__(self, config: AutoencoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.encoder = Encoder(config, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+        moments = 2 * config.latent_channels
+        self.quant_conv = Conv(moments, moments, 1, rngs=rngs) if config.use_quant_conv else None
+        self.post_quant_conv = (
+            Conv(config.latent_channels, config.latent_channels, 1, rngs=rngs) if config.use_post_quant_conv else None
+        )
+        self.dtype = jnp.dtype(dtype)
+
+    def moments(self, images: jax.Array) -> jax.Array:
+        """Gives the posterior's mean and log variance, concatenated over channels.
+
+        Args:
+            images: (B, H, W, in_channels) in [-1, 1]; H and W multiples of the downsample factor.
+
+        Returns:
+            (B, H/f, W/f, 2·latent_channels) float32; the log variance as the network gives it, not clipped.
+        """
+        x = self.encoder(images.astype(self.dtype))
+        if self.quant_conv is not None:
+            x = self.quant_conv(x)
+        return x.astype(jnp.float32)
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Gives images, about in [-1, 1] and not clipped.
+
+        Args:
+            latents: (B, h, w, latent_channels), unscaled.
+
+        Returns:
+            (B, h·f, w·f, out_channels) float32.
+        """
+        z = latents.astype(self.dtype)
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        return self.decoder(z).astype(jnp.float32)
+
+
+def mean_and_std(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Splits moments (see `Autoencoder.moments`) into the posterior's mean and standard deviation.
+
+    The log variance is clipped to [-30, 20] first, as Stable Diffusion's posterior is defined.
+    """
+    mean, log_variance = jnp.split(moments, 2, axis=-1)
+    return mean, jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))

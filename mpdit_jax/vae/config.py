@@ -1,0 +1,150 @@
+"""The architecture of an AutoencoderKL, as diffusers' `config.json` describes it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpdit_jax.errors import ConfigError
+
+_DOWN_BLOCK = "DownEncoderBlock2D"
+_UP_BLOCK = "UpDecoderBlock2D"
+_ACTIVATIONS = ("silu", "swish")
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """What an AutoencoderKL is made of; names and defaults are those of diffusers' `config.json`.
+
+    Raises ConfigError for an impossible value, naming the field.
+
+    Attributes:
+        in_channels: channels of the images the encoder reads.
+        out_channels: channels of the images the decoder writes.
+        block_out_channels: width of each resolution, finest first; every step but the last halves the resolution.
+        layers_per_block: residual blocks per resolution of the encoder (the decoder has one more).
+        latent_channels: channels of the latents.
+        norm_num_groups: groups of every group norm.
+        scaling_factor: `(latents - shift_factor) * scaling_factor` has about unit variance. Metadata: `encode` and
+            `decode` work on unscaled latents.
+        shift_factor: see `scaling_factor`; None means 0.
+        latents_mean: per-channel mean that some checkpoints give beside `shift_factor`. Metadata.
+        latents_std: per-channel standard deviation that comes with `latents_mean`. Metadata.
+        use_quant_conv: a 1x1 convolution after the encoder.
+        use_post_quant_conv: a 1x1 convolution before the decoder.
+        mid_block_add_attention: attention at the lowest resolution of encoder and decoder.
+        sample_size: image size the VAE was trained at. Metadata.
+        force_upcast: whether the checkpoint overflows in float16. Metadata: we compute in float32 or bfloat16.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    sample_size: int | tuple[int, ...] = 32
+    force_upcast: bool = True
+
+    def __post_init__(self) -> None:
+        positive_ints: dict[str, tuple[object, ...]] = {
+            "in_channels": (self.in_channels,),
+            "out_channels": (self.out_channels,),
+            "block_out_channels": tuple(self.block_out_channels) or ("nothing",),
+            "layers_per_block": (self.layers_per_block,),
+            "latent_channels": (self.latent_channels,),
+            "norm_num_groups": (self.norm_num_groups,),
+        }
+        for name, values in positive_ints.items():
+            for value in values:
+                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                    raise ConfigError(f"VAE config: {name} holds {value!r}; expected whole numbers of 1 or more.")
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise ConfigError(
+                    f"VAE config: block_out_channels has {width}, which norm_num_groups={self.norm_num_groups} does "
+                    "not divide; make every width a multiple of it."
+                )
+        if not self.scaling_factor > 0:
+            raise ConfigError(f"VAE config: scaling_factor is {self.scaling_factor!r}; expected a positive number.")
+
+    @property
+    def downsample_factor(self) -> int:
+        """Image pixels per latent pixel, along height and along width."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+def config_from_diffusers(entries: Mapping[str, Any]) -> AutoencoderConfig:
+    """Reads the entries of a diffusers `config.json`.
+
+    Args:
+        entries: the parsed JSON object. Missing keys take diffusers' defaults; keys starting with `_` are its own
+            bookkeeping, of which only `_class_name` is looked at.
+
+    Raises:
+        ConfigError: another class of model, a block type, activation or key that is not supported (all of them
+            named), or an impossible value.
+    """
+    fields = {field.name: field for field in dataclasses.fields(AutoencoderConfig)}
+    refused = []
+    values: dict[str, Any] = {}
+    for key, value in entries.items():
+        if key in fields:
+            if value is None and fields[key].default is not None:
+                refused.append(f"{key}=null (expected a value such as {fields[key].default!r})")
+            else:
+                values[key] = tuple(value) if isinstance(value, list) else value
+        elif key == "_class_name":
+            if value != "AutoencoderKL":
+                refused.append(f"_class_name={value!r} (expected 'AutoencoderKL')")
+        elif key == "act_fn":
+            if value not in _ACTIVATIONS:
+                refused.append(f"act_fn={value!r} (expected 'silu')")
+        elif key in ("down_block_types", "up_block_types"):
+            expected = _DOWN_BLOCK if key == "down_block_types" else _UP_BLOCK
+            if any(block != expected for block in value):
+                refused.append(f"{key}={value!r} (expected only {expected!r})")
+        elif not key.startswith("_") and value is not None:
+            refused.append(f"{key}={value!r} (unknown key)")
+    # A single width is diffusers' default and a single block type too, so their lengths are compared as given.
+    for key in ("down_block_types", "up_block_types"):
+        blocks = entries.get(key)
+        widths = values.get("block_out_channels", AutoencoderConfig.block_out_channels)
+        if blocks is not None and not refused and len(blocks) != len(widths):
+            refused.append(f"{key} of length {len(blocks)} (expected one for each of block_out_channels={widths})")
+    if refused:
+        raise ConfigError(
+            f"VAE config: {'; '.join(refused)} not supported; use a Stable-Diffusion-style AutoencoderKL checkpoint."
+        )
+    return AutoencoderConfig(**values)
+
+
+def config_to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
+    """Gives the entries of the `config.json` from which diffusers builds the same architecture."""
+    depth = len(config.block_out_channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "down_block_types": [_DOWN_BLOCK] * depth,
+        "up_block_types": [_UP_BLOCK] * depth,
+        **dataclasses.asdict(config),
+    }
+
+
+def read_config(path: Path) -> AutoencoderConfig:
+    """Reads a diffusers `config.json` file; raises ConfigError (see `config_from_diffusers`) or for a file not JSON."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}); copy the VAE's config.json again.") from error
+    if not isinstance(entries, dict):
+        raise ConfigError(f"{path} holds a {type(entries).__name__}; expected the JSON object diffusers writes.")
+    return config_from_diffusers(entries)

@@ -1,0 +1,64 @@
+"""From what a user calls a VAE, a path or a hub name, to a local folder."""
+
+import re
+from pathlib import Path, PurePosixPath
+
+from mpdit_jax.errors import MissingExtraError, WeightsError
+from mpdit_jax.vae.weights import CONFIG_FILE, WEIGHTS_FILES
+
+# owner/name, and folders inside the repository after it.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w-][\w.-]*)*")
+
+
+def locate(source: str | Path) -> Path:
+    """A folder with the files of a VAE.
+
+    Args:
+        source: a folder, or the name of a Hugging Face repository such as "stabilityai/sd-vae-ft-ema", with a folder
+            inside it where the VAE is part of a pipeline ("owner/name/vae"). An existing folder wins. Files already in
+            the hub's cache are found without a network.
+
+    Raises:
+        WeightsError: no such folder, or the hub cannot be reached or does not have it.
+        MissingExtraError: a hub name without huggingface_hub installed.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise WeightsError(f"{source} is a file; pass the folder that holds {CONFIG_FILE} and {WEIGHTS_FILES[0]}.")
+    if isinstance(source, Path) or not _HUB_NAME.fullmatch(source):
+        raise WeightsError(
+            f"{source}: no such folder; pass one that holds {CONFIG_FILE} and {WEIGHTS_FILES[0]}, "
+            "or a hub name such as stabilityai/sd-vae-ft-ema."
+        )
+    return _fetch(source)
+
+
+def _fetch(name: str) -> Path:
+    owner, repository, *inside = name.split("/")
+    page = PurePosixPath("huggingface.co", owner, repository, "tree", "main", *inside)
+    by_hand = f"put {CONFIG_FILE} and {WEIGHTS_FILES[0]} from https://{page} into a folder and pass its path"
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{name}: no such folder, and to fetch it from the hub install the extra with "
+            f"`pip install 'mpdit_jax[hub]'`; or {by_hand}."
+        ) from error
+    repo_id, subfolder = f"{owner}/{repository}", "/".join(inside) or None
+    try:
+        config = hf_hub_download(repo_id, CONFIG_FILE, subfolder=subfolder)
+        try:
+            hf_hub_download(repo_id, WEIGHTS_FILES[0], subfolder=subfolder)
+        except LocalEntryNotFoundError:  # not in the cache and no network: the other file will not come either
+            raise
+        except EntryNotFoundError:
+            hf_hub_download(repo_id, WEIGHTS_FILES[1], subfolder=subfolder)
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise WeightsError(
+            f"{name}: no such folder, and it could not be fetched from the hub ({reason.rstrip('.')}); {by_hand}."
+        ) from error
+    return Path(config).parent

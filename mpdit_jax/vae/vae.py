@@ -1,0 +1,203 @@
+"""A trained VAE to call: checked inputs, compiled functions, one device or a mesh."""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import ArrayLike
+
+from mpdit_jax.errors import ConfigError, InputError
+from mpdit_jax.mesh import AXES, batch_sharding, replicated
+from mpdit_jax.vae.autoencoder import mean_and_std
+from mpdit_jax.vae.config import AutoencoderConfig
+from mpdit_jax.vae.hub import locate
+from mpdit_jax.vae.tiling import Tiling, apply_tiled
+from mpdit_jax.vae.weights import Parameters, abstract, fingerprint, load_folder, merge
+
+DTYPES = ("float32", "bfloat16")
+
+
+def load_vae(
+    source: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None, tiling: Tiling | None = None
+) -> "VAE":
+    """Loads a Stable-Diffusion AutoencoderKL.
+
+    Args:
+        source: a folder as diffusers writes it (`config.json`, `diffusion_pytorch_model.safetensors`), or a hub name
+            such as "stabilityai/sd-vae-ft-ema" or "owner/pipeline/vae" (needs the extra [hub] and a network once).
+        dtype: compute dtype, "float32" or "bfloat16"; parameters stay float32.
+        mesh: a mesh with the axes `data` and `fsdp` (`mpdit_jax.mesh.make_mesh`): batches are split over both,
+            parameters replicated. Default: one device.
+        tiling: cut images larger than a tile into overlapping tiles. Default: never.
+
+    Raises:
+        WeightsError: files or entries are missing, extra, misshapen or damaged.
+        ConfigError: an unsupported `config.json`, dtype, mesh or tiling.
+        MissingExtraError: a hub name without [hub], or a `.bin` file without [torch].
+    """
+    config, parameters = load_folder(locate(source))
+    return VAE(config, parameters, dtype=dtype, mesh=mesh, tiling=tiling)
+
+
+class VAE:
+    """Images in [-1, 1] to the moments of their latents, and latents to images; made by `load_vae`.
+
+    Latents are unscaled: `(latents - shift_factor) * scaling_factor` is left to the caller.
+
+    Attributes:
+        config: the architecture.
+        dtype: compute dtype.
+        mesh: the devices a batch is split over, or None.
+        tiling: how large images are cut, or None.
+        parameters: flat dict from dotted path to float32 array.
+    """
+
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        parameters: Mapping[str, Any],
+        *,
+        dtype: str = "float32",
+        mesh: Mesh | None = None,
+        tiling: Tiling | None = None,
+    ):
+        if dtype not in DTYPES:
+            raise ConfigError(f"VAE dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
+        if mesh is not None and not set(AXES) <= set(mesh.axis_names):
+            raise ConfigError(
+                f"VAE mesh has the axes {', '.join(mesh.axis_names)}: expected {' and '.join(AXES)}; use "
+                "mpdit_jax.mesh.make_mesh()."
+            )
+        if tiling is not None:
+            tiling.check(config.downsample_factor)
+        self.config, self.dtype, self.mesh, self.tiling = config, dtype, mesh, tiling
+        self.parameters: Parameters = dict(jax.device_put(dict(parameters), replicated(mesh) if mesh else None))
+        structure = abstract(config, dtype)[0]
+        self._encode = self._compile(lambda parameters, x: self._moments(merge(structure, parameters).moments, x))
+        self._decode = self._compile(lambda parameters, z: self._images(merge(structure, parameters).decode, z))
+
+    @property
+    def downsample_factor(self) -> int:
+        """Image pixels per latent pixel, along height and along width."""
+        return self.config.downsample_factor
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self.config.latent_channels
+
+    @property
+    def scaling_factor(self) -> float:
+        """What brings latents (less `shift_factor`) to about unit variance, by multiplication."""
+        return self.config.scaling_factor
+
+    @property
+    def shift_factor(self) -> float:
+        """What to subtract from latents before scaling; 0 where the checkpoint gives none."""
+        return 0.0 if self.config.shift_factor is None else self.config.shift_factor
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights; the same for every file format they come in (`mpdit_jax.vae.weights.fingerprint`)."""
+        return fingerprint(self.parameters)
+
+    def encode(self, images: ArrayLike) -> tuple[jax.Array, jax.Array]:
+        """Mean and standard deviation of the latents' posterior.
+
+        Args:
+            images: (B, H, W, in_channels) floating point in [-1, 1]; H and W multiples of the downsample factor f. On
+                a mesh: B a multiple of its size, and with several processes a global array or the same host array on
+                all of them. Host arrays are searched for values out of range or not finite; arrays on a device are
+                taken as they are, so as not to wait for them, and a NaN then spoils its own image only.
+
+        Returns:
+            Two float32 arrays (B, H/f, W/f, latent_channels). The log variance is clipped to [-30, 20] first.
+
+        Raises:
+            InputError: another shape, dtype or range.
+        """
+        factor, shape = self.downsample_factor, np.shape(images)
+        images = self._check(images, "images", self.config.in_channels, "images.astype(np.float32) / 127.5 - 1")
+        if shape[1] % factor or shape[2] % factor:
+            raise InputError(
+                f"images are {shape[1]}x{shape[2]}: expected height and width to be multiples of the VAE's downsample "
+                f"factor {factor}; crop or resize them."
+            )
+        # Room for rounding; whoever forgot to rescale is far outside.
+        if isinstance(images, np.ndarray) and np.abs(images).max() > 1.01:
+            raise InputError(
+                f"images range from {images.min():.3g} to {images.max():.3g}: expected [-1, 1]; rescale them, such as "
+                "by images / 127.5 - 1 from 0…255."
+            )
+        mean, std = self._encode(self.parameters, self._place(images))
+        return mean, std
+
+    def decode(self, latents: ArrayLike, *, clip: bool = True) -> jax.Array:
+        """Images of latents.
+
+        Args:
+            latents: (B, h, w, latent_channels) floating point, unscaled; on a mesh as in `encode`.
+            clip: keep the images within [-1, 1], which the network oversteps a little. False gives its own output,
+                for gradients or for comparison with diffusers' `decode(...).sample`.
+
+        Returns:
+            (B, h·f, w·f, out_channels) float32.
+
+        Raises:
+            InputError: another shape or dtype, or a host array that is not finite.
+        """
+        latents = self._check(latents, "latents", self.latent_channels, "latents.astype(np.float32)")
+        images = self._decode(self.parameters, self._place(latents))
+        return jnp.clip(images, -1.0, 1.0) if clip else images
+
+    def _moments(self, encode: Callable[[jax.Array], jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return mean_and_std(self._tiled(encode, x, units=(self.downsample_factor, 1)))
+
+    def _images(self, decode: Callable[[jax.Array], jax.Array], z: jax.Array) -> jax.Array:
+        return self._tiled(decode, z, units=(1, self.downsample_factor))
+
+    def _tiled(self, function: Callable[[jax.Array], jax.Array], x: jax.Array, units: tuple[int, int]) -> jax.Array:
+        if self.tiling is None:
+            return function(x)
+        factor = self.downsample_factor
+        tile, overlap = self.tiling.size // factor, self.tiling.overlap // factor
+        return apply_tiled(function, x, tile=tile, overlap=overlap, units=units)
+
+    def _compile(self, function: Callable[[Parameters, jax.Array], Any]) -> Callable[[Parameters, jax.Array], Any]:
+        if self.mesh is None:
+            return jax.jit(function)
+        # Every device runs the whole network on its images: written so, no partitioner can decide otherwise.
+        batch = PartitionSpec(AXES)
+        return jax.jit(
+            jax.shard_map(function, mesh=self.mesh, in_specs=(PartitionSpec(), batch), out_specs=batch, check_vma=False)
+        )
+
+    def _place(self, x: np.ndarray | jax.Array) -> jax.Array:
+        return jnp.asarray(x) if self.mesh is None else jax.device_put(x, batch_sharding(self.mesh))
+
+    def _check(self, x: ArrayLike, name: str, channels: int, remedy: str) -> np.ndarray | jax.Array:
+        """The array as float32, on host or device as it came."""
+        array = x if isinstance(x, jax.Array) else np.asarray(x)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise InputError(f"{name} have dtype {array.dtype}: expected floating point; convert by {remedy}.")
+        if array.ndim != 4 or array.shape[3] != channels or 0 in array.shape:
+            raise InputError(
+                f"{name} have shape {array.shape}: expected (batch, height, width, {channels}), channels last."
+            )
+        if self.mesh is not None and array.shape[0] % self.mesh.size:
+            raise InputError(
+                f"{name} have batch size {array.shape[0]}, which does not divide over {self.mesh.size} devices: pad it "
+                f"to {-(-array.shape[0] // self.mesh.size) * self.mesh.size}."
+            )
+        array = array.astype(jnp.float32)
+        if isinstance(array, np.ndarray) and not np.isfinite(array).all():
+            bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
+            raise InputError(
+                f"{name} hold NaN or infinity at batch index {bad[0]} ({len(bad)} in all): drop or fix them."
+            )
+        return array
