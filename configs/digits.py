@@ -11,7 +11,7 @@ from mpdit_jax.config import base_config
 def get_config() -> ConfigDict:
     config = base_config()
     config.batch_size = 64
-    config.steps = 1_000
+    config.steps = 800
     config.ema_decay = 0.995
     config.model.patch_sizes = (2, 1)
     config.model.depths = (3, 1)
@@ -24,8 +24,8 @@ def get_config() -> ConfigDict:
     config.data.name = "digits"
     config.data.split = "all"
     config.optimizer.learning_rate = 1e-3
-    config.checkpoint.every = 250
+    config.checkpoint.every = 200
     config.log.every = 50
-    config.sample.every = 500
+    config.sample.every = 400
     config.sample.guidance_scale = 2.0
     return config
