@@ -72,7 +72,7 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
         raise WeightsError(
             f"{path} holds more than tensors and was not loaded, since it could run code ({reason})."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # bytes that are no PyTorch file fail its reader in any way they like
         raise WeightsError(f"{path} is not a readable PyTorch file ({error}); download it again.") from error
     for key in ("ema", "model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

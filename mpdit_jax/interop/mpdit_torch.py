@@ -19,7 +19,7 @@ from mpdit_jax.model.parameters import Parameters, abstract, merge, split
 from mpdit_jax.model.presets import PRESETS, model_config
 
 StateDict = dict[str, np.ndarray]
-_TABLE_TOLERANCE = 1e-2  # position tables saved in bfloat16 are off by up to 4e-3
+TABLE_ATOL = 1e-2  # position tables saved in bfloat16 are off by up to 4e-3
 
 
 def load_torch(source: str | Path | Mapping[str, Any], num_heads: int | None = None) -> MPDiT:
@@ -254,7 +254,7 @@ def _input_size(table: np.ndarray, patch: int, width: int, origin: str) -> tuple
     tokens = table.shape[1] if table.ndim == 3 else 0
     grids = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
     for grid in sorted(grids, key=lambda grid: abs(grid[0] - grid[1])):
-        if table.shape[-1] == width and np.allclose(table[0], sincos_positions(grid, width), atol=_TABLE_TOLERANCE):
+        if table.shape[-1] == width and np.allclose(table[0], sincos_positions(grid, width), atol=TABLE_ATOL):
             return grid[0] * patch, grid[1] * patch
     raise WeightsError(f"{origin}: the position table {table.shape} is not the fixed sin-cos table of any grid.")
 
@@ -272,9 +272,7 @@ def _check_entries(state: Mapping[str, np.ndarray], config: ModelConfig, origin:
         "misshapen": [f"{name} is {state[name].shape} instead of {expected[name]}" for name in misshapen],
         "not finite": [name for name in fitting if not np.isfinite(state[name]).all()],
         "not the fixed sin-cos position table": [
-            name
-            for name in fitting
-            if name in tables and not np.allclose(state[name], tables[name], atol=_TABLE_TOLERANCE)
+            name for name in fitting if name in tables and not np.allclose(state[name], tables[name], atol=TABLE_ATOL)
         ],
     }
     found = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
