@@ -4,7 +4,9 @@ workdir/config.json           the resolved config of the run
 workdir/checkpoints/STEP/     parameters, ema_parameters, optimizer and progress, by Orbax
 """
 
-from collections.abc import Mapping
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +23,7 @@ from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import abstract, merge
 
 _CONFIG = "config.json"
+_LOCK = ".lock"
 _CHECKPOINTS = "checkpoints"
 
 
@@ -58,19 +61,38 @@ class Checkpoints:
     def restore(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
         """The pytrees saved at `step`, laid out as `targets` (shapes with shardings) says."""
         wanted = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
-        return dict(self._manager.restore(step, args=ocp.args.Composite(**wanted)))
+        try:
+            return dict(self._manager.restore(step, args=ocp.args.Composite(**wanted)))
+        except Exception as error:  # what damage looks like is up to the storage layer
+            raise _damaged(step, self._manager.directory, list(self._manager.all_steps()), error) from error
 
 
-def claim_workdir(workdir: Path, config: FrozenConfigDict) -> None:
-    """Store `config` in the workdir, or check that it continues what is stored there.
+@contextmanager
+def claim_workdir(workdir: Path, config: FrozenConfigDict) -> Iterator[None]:
+    """Hold the workdir for one run: store `config` there, or check that it continues what is stored.
 
     Raises:
-        CheckpointError: the workdir holds a run of another config (the differences are shown), or checkpoints
-            without a config.
+        CheckpointError: another run is writing here, the workdir holds a run of another config (the differences are
+            shown), or checkpoints without a config.
         InputError: the workdir cannot be written.
     """
     check_writable(workdir / _CONFIG)
-    if (workdir / _CONFIG).exists():
+    with (workdir / _LOCK).open("w") as lock:
+        if jax.process_index() == 0:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends
+            except OSError as error:
+                raise CheckpointError(
+                    f"another training is writing to {workdir}: wait for it to end, or use another --workdir."
+                ) from error
+        _claim_config(workdir, config)
+        yield
+
+
+def _claim_config(workdir: Path, config: FrozenConfigDict) -> None:
+    if not list_steps(workdir):
+        pass  # nothing has been trained that another config could contradict
+    elif (workdir / _CONFIG).exists():
         changed = differences(load_config(workdir), config)
         if changed:
             lines = [f"  config.{path}: {old!r} in the run, {new!r} now" for path, (old, new) in changed.items()]
@@ -79,7 +101,7 @@ def claim_workdir(workdir: Path, config: FrozenConfigDict) -> None:
                 + "\n".join(lines)
                 + "\nUse another --workdir for a new run, or leave these fields as they were to continue this one."
             )
-    elif list_steps(workdir):
+    else:
         raise CheckpointError(f"{workdir} has checkpoints but no {_CONFIG}; restore that file or use another workdir.")
     with replacing(workdir / _CONFIG) as file:
         file.write(to_json(config).encode())
@@ -125,7 +147,19 @@ def load_checkpoint(workdir: str | Path, step: int | None = None, ema: bool = Tr
     item = "ema_parameters" if ema else "parameters"
     path = Path(workdir).resolve() / _CHECKPOINTS / str(steps[-1] if step is None else step) / item
     with ocp.StandardCheckpointer() as checkpointer:
-        return merge(structure, checkpointer.restore(path, target))
+        try:
+            return merge(structure, checkpointer.restore(path, target))
+        except Exception as error:  # what damage looks like is up to the storage layer
+            raise _damaged(int(path.parent.name), path.parent.parent, steps, error) from error
+
+
+def _damaged(step: int, folder: Path, steps: list[int], error: Exception) -> CheckpointError:
+    older = ", ".join(str(other) for other in sorted(steps) if other != step) or "none"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CheckpointError(
+        f"the checkpoint {folder}/{step} cannot be read ({reason[:200]}): "
+        f"move it away to use another (there are: {older})."
+    )
 
 
 def list_steps(workdir: str | Path) -> list[int]:

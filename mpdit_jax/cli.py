@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mpdit_jax.errors import ConfigError, MPDiTError
+from mpdit_jax.model.presets import PRESETS
 
 _CONFIG_HELP = """
 config overrides:
@@ -45,14 +46,15 @@ def parse_with_config(parser: Parser, arguments: Sequence[str]) -> tuple[argpars
         ConfigError: the file is missing or fails, an unknown field, or a value of the wrong type.
     """
     parsed, rest = parser.parse_known_args(arguments)
-    unknown = [argument for argument in rest if not argument.startswith("--config")]
-    # The two-word form `--config FILE` leaves its value behind; config flags read both.
-    unknown = [word for word in unknown if rest[rest.index(word) - 1] != "--config" and not _is_value(rest, word)]
+    rest = _one_word_each(rest)
+    unknown = [argument for argument in rest if not argument.startswith(("--config", "--noconfig."))]
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}")
     if not any(argument == "--config" or argument.startswith("--config=") for argument in rest):
         parser.error("--config=FILE is needed, such as --config=configs/digits.py")
-    return parsed, _load_config(rest)
+    config = _load_config(rest)
+    _let_preset_win(config, rest)
+    return parsed, config
 
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
@@ -73,9 +75,28 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     sys.exit(status)
 
 
-def _is_value(rest: Sequence[str], word: str) -> bool:
-    before = rest[rest.index(word) - 1] if rest.index(word) else ""
-    return before.startswith("--config.") and "=" not in before
+def _let_preset_win(config: ConfigDict, arguments: Sequence[str]) -> None:
+    """A preset named on the command line decides its fields, unless they are named there too; the data decide sizes."""
+    given = {argument.partition("=")[0].removeprefix("--config.model.") for argument in arguments}
+    if "preset" in given:
+        with config.ignore_type():
+            for name in set(PRESETS.get(config.model.preset, {})) - given - {"input_size"}:
+                config.model[name] = None
+
+
+def _one_word_each(arguments: Sequence[str]) -> list[str]:
+    """`--config.X V` as `--config.X=V`, and of a flag that is given twice the last: what flags of tuples and booleans
+    would otherwise join or ignore.
+    """
+    words, flags_seen = list(arguments), dict[str, str]()
+    while words:
+        word = words.pop(0)
+        if word.startswith("--config") and "=" not in word and words and not words[0].startswith("--"):
+            word = f"{word}={words.pop(0)}"
+        name = word.partition("=")[0]
+        flags_seen.pop(name, None)
+        flags_seen[name] = word
+    return list(flags_seen.values())
 
 
 def _load_config(arguments: Sequence[str]) -> ConfigDict:
@@ -87,7 +108,7 @@ def _load_config(arguments: Sequence[str]) -> ConfigDict:
         config = values["config"].value
     except FileNotFoundError as error:
         raise ConfigError(f"config file {error.filename} not found; see configs/ for those there are.") from error
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError, SyntaxError, NameError) as error:
+    except Exception as error:  # a config file is the user's own code and can fail in any way
         raise ConfigError(f"{_config_file(arguments)}: {_first_line(error)}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{_config_file(arguments)}: get_config() must return a ConfigDict, got {config!r}.")
@@ -104,5 +125,7 @@ def _config_file(arguments: Sequence[str]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error.args[0]) if error.args else type(error).__name__
-    return text.splitlines()[0]
+    lines = [line for line in str(error.args[0] if error.args else "").splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mpdit_jax.cli import make_parser, parse_with_config, run
 
@@ -24,16 +25,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.usage = f"{parser.prog} --config=FILE --workdir=FOLDER [--config.FIELD=VALUE ...]"
     parser.add_argument("--workdir", required=True, help="folder of the run: config, checkpoints, metrics, logs, grids")
     options, config = parse_with_config(parser, arguments)
+    if not options.workdir:
+        parser.error("--workdir is empty: expected a folder, such as runs/mine")
+    workdir = Path(options.workdir)
 
     from mpdit_jax.training.loop import train
 
-    state = train(config, options.workdir)
+    state = train(config, workdir)
     if int(state.step) < config.steps:
         again = shlex.join([sys.executable, "-m", "mpdit_jax.train", *arguments])
         print(f"stopped at step {int(state.step)} of {config.steps}, saved; continue with:\n  {again}")
     else:
         print(
-            f"done: checkpoints in {options.workdir}/checkpoints, logs in {options.workdir}/tensorboard; draw with:\n"
+            f"done: checkpoints in {workdir / 'checkpoints'}, logs in {workdir / 'tensorboard'}; draw with:\n"
             f"  python -m mpdit_jax.sample --workdir={shlex.quote(options.workdir)} --out=samples.png"
         )
     return 0

@@ -1,6 +1,7 @@
 """Labelled image sets, each a random-access `Source` of the same form."""
 
 import dataclasses
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -130,7 +131,7 @@ def load_arrays(path: str = "", split: str = "train") -> ArraySource:
     try:
         with np.load(path, allow_pickle=False) as archive:
             images, labels = archive["images"], archive["labels"]
-    except (KeyError, ValueError, OSError, EOFError) as error:
+    except (KeyError, ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: expected an .npz with arrays `images` and `labels` ({error}).") from error
     if images.ndim != 4 or images.dtype not in (np.uint8, np.float32) or labels.shape != images.shape[:1]:
         raise DataError(

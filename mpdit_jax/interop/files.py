@@ -37,7 +37,7 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def normalize_state_dict(mapping: Mapping[str, Any], source: str) -> dict[str, np.ndarray]:
-    """Arrays or tensors by name, as numpy: floating types become float32, a DataParallel `module.` prefix goes."""
+    """Arrays or tensors by name, as numpy: numbers become float32, a DataParallel `module.` prefix goes."""
     arrays: dict[str, np.ndarray] = {}
     for name, value in mapping.items():
         if not isinstance(name, str):
@@ -51,9 +51,7 @@ def normalize_state_dict(mapping: Mapping[str, Any], source: str) -> dict[str, n
         # bfloat16 comes as a type that numpy itself does not list as floating.
         if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
             raise WeightsError(f"{source}: entry {name!r} has dtype {array.dtype}; expected numbers.")
-        if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
-            array = array.astype(np.float32)
-        arrays[name.removeprefix("module.")] = array
+        arrays[name.removeprefix("module.")] = array.astype(np.float32)
     return arrays
 
 
@@ -86,4 +84,4 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
 def _to_float32(tensor: Any) -> Any:
     # numpy has no bfloat16 of its own, so widening happens on PyTorch's side.
     is_floating = hasattr(tensor, "is_floating_point") and tensor.is_floating_point()
-    return tensor.float().numpy() if is_floating else tensor
+    return tensor.detach().float().numpy() if is_floating else tensor

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -146,8 +147,8 @@ def _integers(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"model.{name}={value!r}: expected a number.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"model.{name}={value!r}: expected a finite number.")
     return float(value)
 
 

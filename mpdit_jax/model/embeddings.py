@@ -52,8 +52,11 @@ class ClassTokens(nnx.Module):
         self.table = nnx.Param(NORMAL_002(rngs.params(), shape, jnp.float32))
 
     def __call__(self, labels: jax.Array) -> jax.Array:
-        """Tokens (B, m, D) of int labels (B,). A label beyond the table gives NaN, never a neighbour's tokens."""
-        rows = jnp.take(self.table[...], labels, axis=0, mode="fill", fill_value=jnp.nan)  # (B, m * D)
+        """Tokens (B, m, D) of int labels (B,). A label outside the table gives NaN, never a neighbour's tokens."""
+        table = self.table[...]
+        # jnp.take counts negative indices from the end.
+        labels = jnp.where(labels < 0, table.shape[0], labels)
+        rows = jnp.take(table, labels, axis=0, mode="fill", fill_value=jnp.nan)  # (B, m * D)
         return rows.reshape(labels.shape[0], self.tokens, -1).astype(self.dtype)
 
 

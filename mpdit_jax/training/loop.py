@@ -1,5 +1,6 @@
 """The training run, top to bottom."""
 
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from mpdit_jax.checkpoint import Checkpoints, claim_workdir
 from mpdit_jax.config import model_of, resolve, to_json
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.data.sources import check_fits, load_source
-from mpdit_jax.errors import DivergedError
+from mpdit_jax.errors import ConfigError, DataError, DivergedError
 from mpdit_jax.flow.sampler import make_sampler
 from mpdit_jax.mesh import batch_sharding, check_batch, make_mesh
 from mpdit_jax.model.accounting import count
@@ -54,12 +55,15 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
     structure, _ = abstract(model_config)
     check_fits(source, (*model_config.input_size, model_config.in_channels), model_config.num_classes)
     optimizer = make_optimizer(config.optimizer)
-    claim_workdir(workdir, config)
+    platform = jax.devices()[0].platform
+    if model_config.attention == "cudnn" and platform != "gpu":
+        raise ConfigError(f"config.model.attention='cudnn' needs an NVIDIA GPU and this is {platform}: use 'xla'.")
 
     with (
         jax.set_mesh(mesh),
+        StopRequest() as stop,  # outside Checkpoints: a signal must not cut off the last save
+        claim_workdir(workdir, config),
         Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every) as checkpoints,
-        StopRequest() as stop,
     ):
         target = abstract_state(model_config, optimizer, mesh)
         step = checkpoints.latest_step() or 0
@@ -68,7 +72,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         else:
             state = create_state(model_config, optimizer, mesh, config.seed)
         if step >= config.steps:
-            print(f"{workdir} is done: {step} of {config.steps} steps. For more: --config.steps={2 * config.steps}")
+            print(f"{workdir} is done: {step} of {config.steps} steps. For more: --config.steps={2 * step}")
             return state
 
         parameters, macs = count(model_config)
@@ -81,13 +85,20 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         )
         update = jit_step(make_step(make_loss(config, structure), optimizer, config.ema_decay), target, mesh)
         data = batches(source, config.batch_size, config.seed, start=step)
-        metrics_file = MetricsFile(workdir / "metrics.jsonl", step)
-        tensorboard = TensorBoard(workdir / "tensorboard", step)
-        tensorboard.text(step, "config", f"```json\n{to_json(config)}```")
 
-        with ProgressLine(step, config.steps, config.batch_size) as progress:
+        with (
+            closing(MetricsFile(workdir / "metrics.jsonl", step)) as metrics_file,
+            closing(TensorBoard(workdir / "tensorboard", step)) as tensorboard,
+            ProgressLine(step, config.steps, config.batch_size) as progress,
+        ):
+            tensorboard.text(step, "config", f"```json\n{to_json(config)}```")
             while step < config.steps and stop.name is None:
-                state = update(state, jax.device_put(next(data), batch_sharding(mesh)))
+                try:
+                    batch = next(data)
+                except DataError:
+                    _save(checkpoints, step, state)
+                    raise
+                state = update(state, jax.device_put(batch, batch_sharding(mesh)))
                 step += 1
                 last = step == config.steps
                 progress.advance(step)
@@ -98,23 +109,17 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                     rate = {"images_per_second": progress.images_per_second(step)}
                     tensorboard.scalars(step, metrics | rate)
                     progress.logged(step, metrics["loss"])
-                    if not np.isfinite(metrics["loss"]):
-                        raise DivergedError(
-                            f"the loss is {metrics['loss']} at step {step}; the checkpoints before it are kept. "
-                            "Lower config.optimizer.learning_rate, or look for broken data."
-                        )
+                    _check_finite(metrics["loss"], step, checkpoints)
+                if step % config.checkpoint.every == 0 or last:
+                    _save(checkpoints, step, state)
                 if config.sample.every and (step % config.sample.every == 0 or last):
                     picture = draw_grid(config, structure, state)
                     if picture is not None:
                         images.save_png(workdir / "samples" / f"{step:08d}.png", picture)
                         tensorboard.image(step, "samples", picture)
-                if step % config.checkpoint.every == 0 or last:
-                    checkpoints.save(step, to_items(state))
             if stop.name is not None:
                 progress.say(f"{stop.name}: saving step {step}")
-                checkpoints.save(step, to_items(state))
-        metrics_file.close()
-        tensorboard.close()
+                _save(checkpoints, step, state)
     return state
 
 
@@ -128,6 +133,22 @@ def draw_grid(config: FrozenConfigDict, structure: Structure, state: TrainState)
     sampler = make_sampler(steps=config.sample.steps, guidance_scale=config.sample.guidance_scale)
     latents = sampler(model, labels, jax.random.key(config.seed))
     return images.grid(images.to_uint8(np.asarray(latents)), config.sample.per_class)
+
+
+def _save(checkpoints: Checkpoints, step: int, state: TrainState) -> None:
+    """Save unless the loss has diverged since the last log line: a broken state must not push out good ones."""
+    _check_finite(float(state.window["loss"]), step, checkpoints)
+    checkpoints.save(step, to_items(state))
+
+
+def _check_finite(loss: float, step: int, checkpoints: Checkpoints) -> None:
+    if not np.isfinite(loss):
+        kept = checkpoints.latest_step()
+        raise DivergedError(
+            f"the loss is {loss} by step {step}, and the newest checkpoint is of "
+            f"{'no step' if kept is None else f'step {kept}'}: look for broken data, or start again in a new --workdir "
+            "with a lower config.optimizer.learning_rate."
+        )
 
 
 def _window_means(state: TrainState) -> dict[str, float]:

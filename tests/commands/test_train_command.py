@@ -114,6 +114,42 @@ def test_a_diverged_run_ends_with_a_sentence(tmp_path):
     arguments = train_arguments(tmp_path / "run", "--config.optimizer.learning_rate=1e30", "--config.log.every=2")
     status, _, stderr = run("train", arguments)
     assert status == 1
-    assert "the loss is nan at step" in stderr
+    assert "the loss is nan by step" in stderr
     assert "learning_rate" in stderr
     assert "Traceback" not in stderr
+
+
+def parsed(*arguments):
+    """The config a command line makes, as `train` reads it."""
+    from mpdit_jax.cli import make_parser, parse_with_config
+
+    return parse_with_config(make_parser("train", "", ""), [f"--config={ROOT / 'configs/digits.py'}", *arguments])[1]
+
+
+def test_overrides_in_two_words_and_given_twice():
+    assert parsed("--config.model.skip", "False").model.skip is False
+    assert parsed("--config.model.skip=True", "--config.model.skip=False").model.skip is False
+    assert parsed("--config.model.depths=4,1", "--config.model.depths=8,2").model.depths == (8, 2)
+    assert parsed("--config.steps", "7", "--config.steps=9").steps == 9
+    with pytest.raises(SystemExit):
+        parsed("--config.steps=7", "7")
+
+
+def test_a_preset_on_the_command_line_wins_over_the_file():
+    from mpdit_jax.config import resolve
+
+    model = resolve(parsed("--config.model.preset=mpdit_b", "--config.model.patch_sizes=2,1")).model
+    assert (model.hidden_size, model.num_heads, model.depths) == (768, 12, (6, 6))
+    assert (model.patch_sizes, model.input_size, model.num_classes) == ((2, 1), (8, 8), 10)
+
+
+def test_empty_workdir_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        train.main([f"--config={ROOT / 'configs/digits.py'}", "--workdir="])
+    assert "--workdir is empty" in capsys.readouterr().err
+
+
+def test_cudnn_attention_needs_a_gpu(tmp_path):
+    with pytest.raises(ConfigError, match="needs an NVIDIA GPU and this is cpu"):
+        train.main(train_arguments(tmp_path / "run", "--config.model.attention=cudnn"))
+    assert not (tmp_path / "run").exists()

@@ -90,9 +90,10 @@ def test_parts_make_the_whole():
 def test_a_label_beyond_the_table_is_nan_not_a_neighbour():
     model = random_model()
     x, t, _ = inputs(model)
-    v = model(x, t, jnp.array([0, model.num_classes, model.num_classes + 1]))
-    assert np.isfinite(v[:2]).all()
-    assert np.isnan(v[2]).all()
+    for outside in (model.num_classes + 1, -1, -2):
+        v = model(x, t, jnp.array([0, model.num_classes, outside]))
+        assert np.isfinite(v[:2]).all()
+        assert np.isnan(v[2]).all()
 
 
 def test_compile_time_does_not_grow_with_depth():

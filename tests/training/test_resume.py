@@ -1,8 +1,10 @@
 """A run that is stopped and continued ends in the same bits as one that is left alone."""
 
 import json
+import shutil
 import signal
 
+import numpy as np
 import pytest
 
 from mpdit_jax.checkpoint import list_steps
@@ -132,3 +134,53 @@ def test_keeps_the_newest_and_every_nth(tmp_path):
     keep = ["--config.checkpoint.every=1", "--config.checkpoint.keep=2", "--config.checkpoint.keep_every=3"]
     assert run("train", train_arguments(tmp_path / "run", *keep))[0] == 0
     assert list_steps(tmp_path / "run") == [3, 6, 7, 8]
+
+
+def test_two_trainings_do_not_share_a_workdir(tmp_path):
+    """The second is refused while the first lives, and the first is none the worse."""
+    workdir, long = tmp_path / "run", ["--config.steps=3000", "--config.log.every=50", "--config.checkpoint.every=1000"]
+    first = start("train", train_arguments(workdir, *long))
+    for line in first.stdout:
+        if "images/s" in line:
+            break
+    status, _, stderr = run("train", train_arguments(workdir, *long))
+    assert status == 1
+    assert f"another training is writing to {workdir}" in stderr
+    assert "Traceback" not in stderr
+    first.send_signal(signal.SIGTERM)
+    stdout, stderr = first.communicate(timeout=120)
+    assert first.returncode == 0, stderr
+    assert "saved; continue with" in stdout
+
+
+def test_a_diverged_state_is_never_saved(tmp_path):
+    more = ["--config.optimizer.learning_rate=1e30", "--config.log.every=8", "--config.checkpoint.every=1"]
+    status, _, stderr = run("train", train_arguments(tmp_path / "run", *more))
+    assert status == 1
+    assert "the loss is nan by step" in stderr
+    assert "start again in a new --workdir" in stderr
+    for step in list_steps(tmp_path / "run"):
+        window = [array for path, array in saved_arrays(tmp_path / "run", step).items() if "window" in path]
+        assert window
+        assert all(np.isfinite(array).all() for array in window)
+
+
+def test_a_config_without_checkpoints_binds_nothing(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.json").write_bytes((undisturbed[0] / "config.json").read_bytes())
+    status, _, stderr = run("train", train_arguments(workdir, "--config.optimizer.learning_rate=2e-3"))
+    assert status == 0, stderr
+    assert json.loads((workdir / "config.json").read_text())["optimizer"]["learning_rate"] == 2e-3
+
+
+def test_a_damaged_checkpoint_is_named(undisturbed, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(undisturbed[0], copy)
+    for path in (copy / "checkpoints" / "8").rglob("*"):
+        if path.is_file() and "ocdbt" in str(path):
+            path.write_bytes(path.read_bytes()[:20])
+    status, _, stderr = run("train", train_arguments(copy, "--config.steps=12"))
+    assert status == 1
+    assert "checkpoints/8 cannot be read" in stderr
+    assert "there are: 4" in stderr
