@@ -1,5 +1,6 @@
 """The training run, top to bottom."""
 
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                     rate = {"images_per_second": progress.images_per_second(step)}
                     tensorboard.scalars(step, metrics | rate)
                     progress.logged(step, metrics["loss"])
-                    _check_finite(metrics["loss"], step, checkpoints)
+                    _check_finite(metrics, step, checkpoints)
                 if step % config.checkpoint.every == 0 or last:
                     _save(checkpoints, step, state)
                 if config.sample.every and (step % config.sample.every == 0 or last):
@@ -136,19 +137,20 @@ def draw_grid(config: FrozenConfigDict, structure: Structure, state: TrainState)
 
 
 def _save(checkpoints: Checkpoints, step: int, state: TrainState) -> None:
-    """Save unless the loss has diverged since the last log line: a broken state must not push out good ones."""
-    _check_finite(float(state.window["loss"]), step, checkpoints)
+    """Save unless the run has diverged since the last log line: a broken state must not push out good ones."""
+    _check_finite({name: float(total) for name, total in state.window.items()}, step, checkpoints)
     checkpoints.save(step, to_items(state))
 
 
-def _check_finite(loss: float, step: int, checkpoints: Checkpoints) -> None:
-    if not np.isfinite(loss):
-        kept = checkpoints.latest_step()
-        raise DivergedError(
-            f"the loss is {loss} by step {step}, and the newest checkpoint is of "
-            f"{'no step' if kept is None else f'step {kept}'}: look for broken data, or start again in a new --workdir "
-            "with a lower config.optimizer.learning_rate."
-        )
+def _check_finite(metrics: Mapping[str, float], step: int, checkpoints: Checkpoints) -> None:
+    for name, value in metrics.items():
+        if not np.isfinite(value):
+            kept = checkpoints.latest_step()
+            raise DivergedError(
+                f"the {name} is {value} by step {step}, and the newest checkpoint is of "
+                f"{'no step' if kept is None else f'step {kept}'}: look for broken data, or start again in a new "
+                "--workdir with a lower config.optimizer.learning_rate."
+            )
 
 
 def _window_means(state: TrainState) -> dict[str, float]:

@@ -114,7 +114,7 @@ def test_a_diverged_run_ends_with_a_sentence(tmp_path):
     arguments = train_arguments(tmp_path / "run", "--config.optimizer.learning_rate=1e30", "--config.log.every=2")
     status, _, stderr = run("train", arguments)
     assert status == 1
-    assert "the loss is nan by step" in stderr
+    assert "by step 2, and the newest checkpoint is of no step" in stderr
     assert "learning_rate" in stderr
     assert "Traceback" not in stderr
 
