@@ -1,6 +1,7 @@
 """A run that is stopped and continued ends in the same bits as one that is left alone."""
 
 import json
+import shlex
 import shutil
 import signal
 
@@ -76,8 +77,9 @@ def test_stopped_by_a_signal(tmp_path, number):
     (stopped,) = list_steps(workdir)
     assert 50 <= stopped < 4000
     assert f"stopped at step {stopped} of 4000, saved; continue with:" in stdout
-    assert "mpdit_jax.train --config=" in stdout.splitlines()[-1]
-    assert f"--workdir={workdir}" in stdout.splitlines()[-1]
+    again = shlex.split(stdout.splitlines()[-1])
+    assert again[1:3] == ["-m", "mpdit_jax.train"]
+    assert again[3:] == train_arguments(workdir, *long)
 
     until = stopped - stopped % 50 + 50  # the log line whose window the stop fell into
     ends = [f"--config.steps={until}", "--config.checkpoint.every=100000", "--config.log.every=50"]
