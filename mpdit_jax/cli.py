@@ -50,7 +50,7 @@ def parse_with_config(parser: Parser, arguments: Sequence[str]) -> tuple[argpars
     unknown = [argument for argument in rest if not argument.startswith(("--config", "--noconfig."))]
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}")
-    if not any(argument == "--config" or argument.startswith("--config=") for argument in rest):
+    if not any(argument.startswith("--config=") for argument in rest):
         parser.error("--config=FILE is needed, such as --config=configs/digits.py")
     config = _load_config(rest)
     _let_preset_win(config, rest)
@@ -116,12 +116,7 @@ def _load_config(arguments: Sequence[str]) -> ConfigDict:
 
 
 def _config_file(arguments: Sequence[str]) -> str:
-    for index, argument in enumerate(arguments):
-        if argument.startswith("--config="):
-            return argument.removeprefix("--config=")
-        if argument == "--config" and index + 1 < len(arguments):
-            return arguments[index + 1]
-    return "config"
+    return next(word.removeprefix("--config=") for word in arguments if word.startswith("--config="))
 
 
 def _first_line(error: Exception) -> str:

@@ -4,7 +4,6 @@ The mesh has two axes. `data` splits the batch; `fsdp` splits the batch too and,
 and EMA. Nothing is split along the sequence. With one device both axes have size 1 and everything below is a no-op.
 """
 
-from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 import jax
@@ -72,11 +71,6 @@ def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSh
     spec = next(spec for pattern, spec in PARAMETER_RULES if fnmatchcase(path, pattern))
     fits = all(axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=False))
     return NamedSharding(mesh, spec if fits else PartitionSpec())
-
-
-def parameter_shardings(mesh: Mesh, parameters: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, NamedSharding]:
-    """`parameter_sharding` of every entry of a flat dict."""
-    return {path: parameter_sharding(mesh, path, leaf.shape) for path, leaf in parameters.items()}
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:

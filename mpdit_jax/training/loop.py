@@ -82,7 +82,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         print(
             f"{'continuing' if step else 'starting'} at step {step} in {workdir}: {len(source):,} images, "
             f"{parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} GMACs a forward pass, "
-            f"{mesh.size} {jax.devices()[0].platform} device(s)"
+            f"{mesh.size} {platform} device(s)"
         )
         update = jit_step(make_step(make_loss(config, structure), optimizer, config.ema_decay), target, mesh)
         data = batches(source, config.batch_size, config.seed, start=step)
@@ -138,7 +138,7 @@ def draw_grid(config: FrozenConfigDict, structure: Structure, state: TrainState)
 
 def _save(checkpoints: Checkpoints, step: int, state: TrainState) -> None:
     """Save unless the run has diverged since the last log line: a broken state must not push out good ones."""
-    _check_finite({name: float(total) for name, total in state.window.items()}, step, checkpoints)
+    _check_finite(jax.device_get(state.window), step, checkpoints)
     checkpoints.save(step, to_items(state))
 
 
