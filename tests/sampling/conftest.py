@@ -36,13 +36,12 @@ def make_workdir(path):
         time_embedding="sinusoidal",
     )
     resolved = resolve(config)
-    claim_workdir(path, resolved)
     random = np.random.default_rng(0)
     _, shapes = abstract(model_of(resolved))
     weights = {
         name: jax.numpy.asarray(0.1 * random.standard_normal(leaf.shape, np.float32)) for name, leaf in shapes.items()
     }
-    with Checkpoints(path, keep=1) as checkpoints:
+    with claim_workdir(path, resolved), Checkpoints(path, keep=1) as checkpoints:
         checkpoints.save(1, {"parameters": weights, "ema_parameters": weights})
     return path
 
