@@ -65,6 +65,7 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
+    package_data={"mpdit_jax": ["py.typed"]},
     packages=find_packages(include=["mpdit_jax", "mpdit_jax.*"]),
     install_requires=CORE,
     extras_require=EXTRAS,

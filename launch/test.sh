@@ -4,7 +4,7 @@
 #   bash launch/test.sh [--parity] [pytest arguments]
 #
 # Makes or completes .venv with the extra [test] first. --parity adds the extra [parity] (PyTorch, diffusers) and runs the
-# tests that compare with them. Paths in pytest arguments start at the repository's root; -m "not slow" leaves the long
+# tests that compare with them. The tests run in up to four processes (-n 0 for one). Paths in pytest arguments start at the repository's root; -m "not slow" leaves the long
 # tests out. JAX runs on the CPU unless JAX_PLATFORMS says otherwise; PYTHON=... picks the Python (>= 3.11).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -48,6 +48,6 @@ run ruff format --check
 run mypy
 status=0
 # (bash 3.2 calls an empty array unset)
-run pytest ${pytest_arguments[@]+"${pytest_arguments[@]}"} || status=$?
+run pytest -n auto --maxprocesses=4 ${pytest_arguments[@]+"${pytest_arguments[@]}"} || status=$?
 if [ -n "$left_out" ]; then echo "$left_out"; fi
 exit "$status"

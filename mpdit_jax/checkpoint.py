@@ -17,7 +17,7 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.config import differences, from_json, model_of, to_json
 from mpdit_jax.errors import CheckpointError, ConfigError
-from mpdit_jax.files import check_writable, replacing
+from mpdit_jax.files import check_place, check_writable, replacing
 from mpdit_jax.mesh import make_mesh, replicated
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import abstract, merge
@@ -25,6 +25,7 @@ from mpdit_jax.model.parameters import abstract, merge
 _CONFIG = "config.json"
 _LOCK = ".lock"
 _CHECKPOINTS = "checkpoints"
+_FOLDERS, _FILES = (_CHECKPOINTS, "samples", "tensorboard"), ("metrics.jsonl",)
 
 
 class Checkpoints:
@@ -74,9 +75,11 @@ def claim_workdir(workdir: Path, config: FrozenConfigDict) -> Iterator[None]:
     Raises:
         CheckpointError: another run is writing here, the workdir holds a run of another config (the differences are
             shown), or checkpoints without a config.
-        InputError: the workdir cannot be written.
+        InputError: the workdir cannot be written, or a file is where a folder is to go.
     """
     check_writable(workdir / _CONFIG)
+    for name in (*_FOLDERS, *_FILES):
+        check_place(workdir / name, folder=name in _FOLDERS)
     with (workdir / _LOCK).open("w") as lock:
         if jax.process_index() == 0:
             try:
@@ -90,7 +93,8 @@ def claim_workdir(workdir: Path, config: FrozenConfigDict) -> Iterator[None]:
 
 
 def _claim_config(workdir: Path, config: FrozenConfigDict) -> None:
-    if not list_steps(workdir):
+    steps = list_steps(workdir)
+    if not steps:
         pass  # nothing has been trained that another config could contradict
     elif (workdir / _CONFIG).exists():
         changed = differences(load_config(workdir), config)
@@ -103,6 +107,8 @@ def _claim_config(workdir: Path, config: FrozenConfigDict) -> None:
             )
     else:
         raise CheckpointError(f"{workdir} has checkpoints but no {_CONFIG}; restore that file or use another workdir.")
+    if steps and max(steps) >= config.steps:
+        return  # the run is done already: what is stored says how far it went
     with replacing(workdir / _CONFIG) as file:
         file.write(to_json(config).encode())
 
@@ -127,6 +133,9 @@ def load_config(workdir: str | Path) -> FrozenConfigDict:
 
 def load_checkpoint(workdir: str | Path, step: int | None = None, ema: bool = True) -> MPDiT:
     """A trained model from a workdir, replicated over this process's devices.
+
+    Arrays that JAX has not been told to put on one device go with it as they are; with several devices, those that
+    have been need `jax.device_put(x, jax.sharding.NamedSharding(...))` over all of them first.
 
     Args:
         workdir: the folder given to `train`.

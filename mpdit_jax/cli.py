@@ -10,6 +10,7 @@ from typing import NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from mpdit_jax.config import defaults
 from mpdit_jax.errors import ConfigError, MPDiTError
 from mpdit_jax.model.presets import PRESETS
 
@@ -28,9 +29,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
+class ConfigParser(Parser):
+    """A parser whose help lists the config's fields as well."""
+
+    def format_help(self) -> str:
+        """The help, and every `--config.FIELD` with its default."""
+        fields = "\n".join(f"  --config.{path}={value}" for path, value in defaults().items())
+        return (
+            f"{super().format_help()}\nconfig fields and their defaults, before the file given as --config (None: from "
+            f"model.preset, or the model's own default);\nmpdit_jax/config.py and mpdit_jax/model/config.py say what "
+            f"each one means:\n{fields}\n"
+        )
+
+
 def make_parser(command: str, description: str, examples: str, *, config: bool = False) -> Parser:
     """A parser for `python -m mpdit_jax.COMMAND` whose help ends with examples."""
-    return Parser(
+    return (ConfigParser if config else Parser)(
         prog=f"python -m mpdit_jax.{command}",
         description=textwrap.fill(description, 100),
         epilog=f"{_CONFIG_HELP if config else ''}\nexamples:\n{examples}",
@@ -52,6 +66,7 @@ def parse_with_config(parser: Parser, arguments: Sequence[str]) -> tuple[argpars
         parser.error(f"unknown argument {unknown[0]!r}")
     if not any(argument.startswith("--config=") for argument in rest):
         parser.error("--config=FILE is needed, such as --config=configs/digits.py")
+    _check_config_file(rest)
     config = _load_config(rest)
     _let_preset_win(config, rest)
     return parsed, config
@@ -113,6 +128,13 @@ def _load_config(arguments: Sequence[str]) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{_config_file(arguments)}: get_config() must return a ConfigDict, got {config!r}.")
     return config
+
+
+def _check_config_file(arguments: Sequence[str]) -> None:
+    path = _config_file(arguments).partition(":")[0]
+    if not path.endswith(".py"):
+        hint = f"; did you mean {path}.py?" if os.path.isfile(f"{path}.py") else ""
+        raise ConfigError(f"--config={path}: expected a Python file, such as configs/digits.py{hint}")
 
 
 def _config_file(arguments: Sequence[str]) -> str:

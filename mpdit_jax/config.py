@@ -79,6 +79,11 @@ def base_config() -> ConfigDict:
     return config.lock()
 
 
+def defaults() -> dict[str, Any]:
+    """Every field of `base_config` by its path, such as "optimizer.learning_rate", with its default."""
+    return dict(_leaves(base_config().to_dict()))
+
+
 def resolve(config: ConfigDict) -> FrozenConfigDict:
     """A complete, checked copy: model fields filled from the preset, every value possible.
 

@@ -45,6 +45,13 @@ def check_writable(path: str | Path) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place.") from error
 
 
+def check_place(path: Path, *, folder: bool) -> None:
+    """Raise InputError if something of the other kind is where a folder, or a file, is to go."""
+    if path.exists() and path.is_dir() != folder:
+        wanted, found = ("folder", "file") if folder else ("file", "folder")
+        raise InputError(f"cannot write {path}: a {wanted} is to go there and a {found} is in its place; move it away.")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -1,6 +1,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 # Before JAX is imported: tests are for every machine, with or without an accelerator.
@@ -15,6 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+# A shell that starts the suite in the background has it ignore Ctrl-C, and the processes that tests start with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 

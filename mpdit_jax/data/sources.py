@@ -17,6 +17,7 @@ Batch = dict[str, np.ndarray]
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
+_MOST_CLASSES = 2**20  # beyond any data set, and few enough to give each a name
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -140,6 +141,8 @@ def load_arrays(path: str = "", split: str = "train") -> ArraySource:
         )
     if labels.dtype.kind not in "iu":
         raise DataError(f"{path}: labels are {labels.dtype}; expected whole numbers.")
+    if labels.max(initial=0) >= _MOST_CLASSES:
+        raise DataError(f"{path}: label {labels.max()} is too large; expected classes numbered from 0 without gaps.")
     names = tuple(str(label) for label in range(int(labels.max(initial=0)) + 1))
     return _checked(ArraySource(images, labels, names), path)
 

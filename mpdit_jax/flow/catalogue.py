@@ -31,8 +31,10 @@ def find_solver(solver: str | Solver, **options: Any) -> Solver:
             known = ", ".join(SOLVERS)
             raise ConfigError(f"unknown solver {solver!r}{suggest(solver, SOLVERS)}: expected one of {known}.")
         name, solver = solver, SOLVERS[solver]
-    else:
+    elif isinstance(solver, Solver) and not isinstance(solver, type):
         name = type(solver).__name__
+    else:
+        raise ConfigError(f"solver={solver!r}: expected one of {', '.join(SOLVERS)}, or an object with their solve().")
     if not options:
         return solver
     if not dataclasses.is_dataclass(solver) or isinstance(solver, type):

@@ -38,6 +38,15 @@ def check_model(model: object, name: str = "model") -> ClassConditional:
     return cast(ClassConditional, model)
 
 
+def check_key(key: object) -> None:
+    """Raise InputError unless `key` is a JAX random key, of the new kind or the old (uint32 of two numbers)."""
+    is_key = isinstance(key, jax.Array) and (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or (key.dtype == jnp.uint32 and key.ndim == 1)
+    )
+    if not is_key:
+        raise InputError(f"key={key!r}: expected a random key, such as jax.random.key(0), also where noise is given.")
+
+
 def check_labels(labels: jax.typing.ArrayLike, num_classes: int, name: str = "label") -> jax.Array:
     """Labels as int32 (B,).
 

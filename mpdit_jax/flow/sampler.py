@@ -15,6 +15,7 @@ from mpdit_jax.flow.fields import Field, model_field
 from mpdit_jax.flow.guidance import guided_field
 from mpdit_jax.flow.inputs import (
     Negatives,
+    check_key,
     check_labels,
     check_model,
     check_negatives,
@@ -26,6 +27,7 @@ from mpdit_jax.flow.protocols import Castable, ClassConditional
 from mpdit_jax.flow.randomness import draw_noise, given_increments, noise_increments
 from mpdit_jax.flow.solvers import Solution, Solver
 from mpdit_jax.flow.times import TimeGrid, find_time_grid
+from mpdit_jax.model.config import is_whole
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -117,6 +119,7 @@ class Sampler:
         """As a call, but with the number of velocity evaluations and, with `record`, the latents on the way."""
         target = check_model(model)
         labels = check_labels(labels, target.num_classes)
+        check_key(key)
         count, shape = labels.shape[0], target.input_shape
         scale = check_scale(self.guidance_scale if guidance_scale is None else guidance_scale, count)
         default = labels if guide is not None else jnp.full_like(labels, target.num_classes)
@@ -169,7 +172,7 @@ def make_sampler(
         ConfigError: an unknown name, steps below 1, a negative guidance scale, or an interval outside [0, 1] or
             reversed.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if not is_whole(steps) or steps < 1:
         raise ConfigError(f"steps={steps!r}: expected a whole number of velocity evaluations, 1 or more.")
     if precision is not None and precision not in PRECISIONS:
         raise ConfigError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}.")
@@ -178,7 +181,9 @@ def make_sampler(
     except InputError as error:
         raise ConfigError(str(error)) from error
     interval = _check_interval(guidance_interval)
-    settings = Settings(find_solver(solver, **solver_options), steps, find_time_grid(time_grid), interval, precision)
+    settings = Settings(
+        find_solver(solver, **solver_options), int(steps), find_time_grid(time_grid), interval, precision
+    )
     return Sampler(settings, scale)
 
 

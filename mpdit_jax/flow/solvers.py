@@ -6,7 +6,7 @@ interval, so it crosses half as many; when `steps` is odd its last interval is a
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ class Solution(NamedTuple):
     path: jax.Array | None  # latents at those times (n, B, H, W, C)
 
 
+@runtime_checkable
 class Solver(Protocol):
     """A solver. Hashable, so that it is a static argument of jit."""
 

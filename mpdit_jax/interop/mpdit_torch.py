@@ -19,7 +19,10 @@ from mpdit_jax.model.parameters import Parameters, abstract, merge, split
 from mpdit_jax.model.presets import PRESETS, model_config
 
 StateDict = dict[str, np.ndarray]
-TABLE_ATOL = 1e-2  # position tables saved in bfloat16 are off by up to 4e-3
+# Tables are compared and recomputed, not kept. In float32 they differ by what float64 sin and cos round to; who saved
+# them in bfloat16 rounded everything else in the file as well.
+TABLE_ATOL = 1e-5
+HALF_PRECISION_ATOL = 1e-2
 
 
 def load_torch(source: str | Path | Mapping[str, Any], num_heads: int | None = None) -> MPDiT:
@@ -192,46 +195,81 @@ def infer_config(state: Mapping[str, np.ndarray], num_heads: int | None, origin:
     Raises:
         WeightsError: an entry the shape is read from is missing, or the shapes describe no model.
     """
-    levels = 2 if "pos_embed_downsampled" in state else 1 + _count(state, r"upsampler_lvl(\d+)\.proj\.weight")
-    names = _level_names(levels)
+    known = _named_fields(state)
+    names = _level_names(len(known["depths"]))
     upsamplers = [f"{name.upsampler}.proj.weight" for name in names[1:]]
-    needed = ["x_embedder.proj.weight", "final_layer.linear.weight", "y_embedder.embedding_table.weight", *upsamplers]
-    needed += [name.positions for name in names] + ["downsample_blocks.0.mlp.fc1.weight"]
-    fno = any(name.startswith(("t_embedder.fc", "t_embedder.conv", "t_embedder.w")) for name in state)
-    needed += ["t_embedder.conv0.weights_real"] if fno else ["t_embedder.mlp.0.weight"]
-    missing = [name for name in needed if name not in state]
-    if missing:
-        raise WeightsError(
-            f"{origin}: missing {', '.join(missing)}; expected the published MPDiT names "
-            f"(this has {len(state)} entries, such as {', '.join(list(state)[:3]) or 'none'})."
-        )
+    ranks = {"x_embedder.proj.weight": 4, "final_layer.linear.weight": 2, "y_embedder.embedding_table.weight": 2}
+    ranks |= dict.fromkeys(upsamplers, 2) | {name.positions: 3 for name in names}
+    ranks["downsample_blocks.0.mlp.fc1.weight"] = 2
+    fno = known["time_embedding"] == "fno"
+    ranks |= {"t_embedder.conv0.weights_real": 3} if fno else {"t_embedder.mlp.0.weight": 2}
+    _check_shapes_can_be_read(state, known, ranks, origin)
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         patch_sizes = [patch]
         for name in upsamplers:
             patch_sizes.append(patch_sizes[-1] // math.isqrt(state[name].shape[0] // width))
         rows, columns = state["y_embedder.embedding_table.weight"].shape
-        fields: dict[str, Any] = {
+        fields: dict[str, Any] = known | {
             "patch_sizes": tuple(patch_sizes),
-            "depths": tuple(_count(state, rf"{re.escape(name.blocks)}\.(\d+)\..*") for name in names),
             "hidden_size": width,
             "input_size": _input_size(state[names[-1].positions], patch_sizes[-1], width, origin),
             "in_channels": channels,
             "num_classes": rows - 1,
             "class_tokens": columns // width,
             "mlp_ratio": state["downsample_blocks.0.mlp.fc1.weight"].shape[0] / width,
-            "time_embedding": "fno" if fno else "sinusoidal",
-            "skip": any(f"{name.skip}.weight" in state for name in names[1:]) or levels == 1,
             "num_heads": _preset_heads(width, origin) if num_heads is None else num_heads,
         }
         if fno:
             fields["fno_width"], _, fields["fno_modes"] = state["t_embedder.conv0.weights_real"].shape
-            fields["fno_layers"] = _count(state, r"t_embedder\.conv(\d+)\.weights_real")
         return ModelConfig(**fields)
     except (ConfigError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, WeightsError):
             raise
         raise WeightsError(f"{origin}: its shapes describe no MPDiT ({error}).") from error
+
+
+def _named_fields(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The fields of ModelConfig that names alone tell."""
+    levels = 2 if "pos_embed_downsampled" in state else 1 + _count(state, r"upsampler_lvl(\d+)\..*")
+    names = _level_names(levels)
+    fno = any(name.startswith(("t_embedder.fc", "t_embedder.conv", "t_embedder.w")) for name in state)
+    return {
+        "depths": tuple(max(1, _count(state, rf"{re.escape(name.blocks)}\.(\d+)\..*")) for name in names),
+        "time_embedding": "fno" if fno else "sinusoidal",
+        "fno_layers": max(1, _count(state, r"t_embedder\.conv(\d+)\..*")),
+        "skip": any(f"{name.skip}.weight" in state for name in names[1:]) or levels == 1,
+    }
+
+
+def _check_shapes_can_be_read(
+    state: Mapping[str, np.ndarray], known: dict[str, Any], ranks: Mapping[str, int], origin: str
+) -> None:
+    """Raise WeightsError unless what the shapes are read from is there, with as many dimensions as it should have."""
+    misshapen = {name: state[name].shape for name, rank in ranks.items() if name in state and state[name].ndim != rank}
+    if misshapen:
+        listed = ", ".join(f"{name} is {shape}, expected {ranks[name]} dimensions" for name, shape in misshapen.items())
+        raise WeightsError(f"{origin}: its shapes describe no MPDiT: {listed}.")
+    if all(name in state for name in ranks):
+        return
+    # Names do not depend on sizes, so any config with these fields lists them.
+    levels = len(known["depths"])
+    sized = ModelConfig(patch_sizes=tuple(2 ** (levels - 1 - level) for level in range(levels)), **known)
+    expected = [*(entry.name for entry in _entries(sized)), *(name for name, _ in _positions(sized))]
+    missing = ", ".join(name for name in expected if name not in state)
+    extra = ", ".join(name for name in state if name not in expected)
+    raise WeightsError(
+        f"{origin}: missing {missing}{f'; extra {extra}' if extra else ''}; expected the published MPDiT names "
+        f"(this has {len(state)} entries, such as {', '.join(list(state)[:3]) or 'none'})."
+    )
+
+
+def _is_table(array: np.ndarray, table: np.ndarray) -> bool:
+    """Whether `array` is that table, as precisely as the file it comes from was saved."""
+    # bfloat16 and float16 are told by values that lose nothing when rounded to them once more.
+    halves = (jnp.bfloat16, np.float16)
+    rounded = any(np.array_equal(array.astype(half).astype(np.float32), array) for half in halves)
+    return np.allclose(array, table, rtol=0, atol=HALF_PRECISION_ATOL if rounded else TABLE_ATOL)
 
 
 def _count(state: Mapping[str, np.ndarray], pattern: str) -> int:
@@ -251,10 +289,10 @@ def _preset_heads(width: int, origin: str) -> int:
 
 def _input_size(table: np.ndarray, patch: int, width: int, origin: str) -> tuple[int, int]:
     """The grid whose sin-cos table this is: squares first, then every other rectangle of that many tokens."""
-    tokens = table.shape[1] if table.ndim == 3 else 0
+    tokens = table.shape[1]
     grids = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
     for grid in sorted(grids, key=lambda grid: abs(grid[0] - grid[1])):
-        if table.shape[-1] == width and np.allclose(table[0], sincos_positions(grid, width), atol=TABLE_ATOL):
+        if table.shape[-1] == width and _is_table(table[0], sincos_positions(grid, width)):
             return grid[0] * patch, grid[1] * patch
     raise WeightsError(f"{origin}: the position table {table.shape} is not the fixed sin-cos table of any grid.")
 
@@ -272,7 +310,7 @@ def _check_entries(state: Mapping[str, np.ndarray], config: ModelConfig, origin:
         "misshapen": [f"{name} is {state[name].shape} instead of {expected[name]}" for name in misshapen],
         "not finite": [name for name in fitting if not np.isfinite(state[name]).all()],
         "not the fixed sin-cos position table": [
-            name for name in fitting if name in tables and not np.allclose(state[name], tables[name], atol=TABLE_ATOL)
+            name for name in fitting if name in tables and not _is_table(state[name], tables[name])
         ],
     }
     found = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]

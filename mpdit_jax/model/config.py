@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -17,7 +18,9 @@ FNO_GRID = 32  # points of the FNO time embedding's grid
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape and numerics of one MPDiT. Hashable; lists become tuples; impossible values raise ConfigError.
+    """Shape and numerics of one MPDiT. Hashable; impossible values raise ConfigError.
+
+    Lists become tuples, and NumPy's numbers Python's.
 
     Attributes:
         patch_sizes: patch size of each level, coarse to fine, each dividing the one before; (4, 2) is the paper's.
@@ -61,9 +64,9 @@ class ModelConfig:
             object.__setattr__(self, name, _integers(name, getattr(self, name)))
         object.__setattr__(self, "mlp_ratio", _number("mlp_ratio", self.mlp_ratio))
         for name in ("hidden_size", "num_heads", "in_channels", "num_classes", "class_tokens"):
-            _positive(name, getattr(self, name))
+            object.__setattr__(self, name, _positive(name, getattr(self, name)))
         for name in ("fno_width", "fno_modes", "fno_layers"):
-            _positive(name, getattr(self, name))
+            object.__setattr__(self, name, _positive(name, getattr(self, name)))
         if not isinstance(self.skip, bool):
             raise ConfigError(f"model.skip={self.skip!r}: expected True or False.")
         _choice("time_embedding", self.time_embedding, TIME_EMBEDDINGS)
@@ -139,22 +142,28 @@ def suggest(name: str, known: Collection[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, NumPy's included; True and False are not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def _integers(name: str, value: Any) -> tuple[int, ...]:
     items = tuple(value) if isinstance(value, tuple | list) else (value,)
-    if not items or any(isinstance(item, bool) or not isinstance(item, int) or item < 1 for item in items):
+    if not items or not all(is_whole(item) and item > 0 for item in items):
         raise ConfigError(f"model.{name}={value!r}: expected positive whole numbers, such as (4, 2).")
-    return items
+    return tuple(int(item) for item in items)
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ConfigError(f"model.{name}={value!r}: expected a finite number.")
     return float(value)
 
 
-def _positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _positive(name: str, value: Any) -> int:
+    if not is_whole(value) or value < 1:
         raise ConfigError(f"model.{name}={value!r}: expected a positive whole number.")
+    return int(value)
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -79,7 +79,7 @@ class MPDiT(nnx.Module):
         """Number of classes; as a label, the null class."""
         return self.config.num_classes
 
-    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.typing.ArrayLike, t: jax.typing.ArrayLike, y: jax.typing.ArrayLike) -> jax.Array:
         """Velocity dz/dt at latents `x`, time `t` (0 = data, 1 = noise) and class `y`.
 
         Args:
@@ -91,14 +91,17 @@ class MPDiT(nnx.Module):
             float32 (B, H, W, C).
 
         Raises:
-            InputError: a shape does not fit the model.
+            InputError: a shape does not fit the model, or labels that are not whole numbers.
         """
+        x, t, y = jnp.asarray(x, jnp.float32), jnp.asarray(t, jnp.float32), jnp.asarray(y)
         if x.shape[1:] != self.input_shape or t.shape != x.shape[:1] or y.shape != x.shape[:1]:
             height, width, channels = self.input_shape
             raise InputError(
                 f"x {x.shape}, t {t.shape}, y {y.shape}: this model takes x (B, {height}, {width}, {channels}), "
                 "t (B,) and y (B,), channels last."
             )
+        if not jnp.issubdtype(y.dtype, jnp.integer):
+            raise InputError(f"y has dtype {y.dtype}: expected labels, whole numbers from 0 to {self.num_classes}.")
         return self.velocity(x, self.modulation(t), self.class_embedding(y))
 
     def modulation(self, t: jax.Array) -> Modulation:

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from mpdit_jax.errors import ConfigError
-from mpdit_jax.model.config import ModelConfig, suggest
+from mpdit_jax.model.config import ModelConfig, is_whole, suggest
 from mpdit_jax.model.mpdit import MPDiT
 
 _BASE = {"hidden_size": 768, "num_heads": 12}
@@ -47,12 +47,14 @@ def create_model(preset: str = "mpdit_b", *, seed: int = 0, **overrides: Any) ->
 
     Args:
         preset: a name from `presets()`.
-        seed: seed of the initialization.
+        seed: seed of the initialization, from 0 to 2**32 - 1.
         **overrides: any field of `ModelConfig`, such as input_size, in_channels, num_classes, depths, dtype.
 
     Raises:
         ConfigError: unknown preset, unknown field, or an impossible value.
     """
+    if not is_whole(seed) or not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed!r}: expected a whole number from 0 to 2**32 - 1.")
     return build_model(model_config(preset, **overrides), jax.random.key(seed))
 
 

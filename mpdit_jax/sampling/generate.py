@@ -15,6 +15,7 @@ from mpdit_jax.checkpoint import load_checkpoint
 from mpdit_jax.errors import InputError
 from mpdit_jax.flow.inputs import check_labels, check_model, check_scale
 from mpdit_jax.flow.sampler import make_sampler
+from mpdit_jax.model.config import is_whole
 from mpdit_jax.sampling.run import Decode, check_drawable, finish
 
 
@@ -67,7 +68,7 @@ def generate(
     values = np.atleast_1d(np.asarray(labels))
     check_labels(values, target.num_classes)
     check_drawable(target.input_shape, decode)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    if not is_whole(batch_size) or batch_size < 1:
         raise InputError(f"batch_size={batch_size!r}: expected a whole number of images, 1 or more.")
     sampler = make_sampler(solver, steps, check_scale(guidance_scale, len(values)), **settings)
     scale, width = np.asarray(sampler.guidance_scale), min(batch_size, len(values))
