@@ -133,8 +133,8 @@ def _load_config(arguments: Sequence[str]) -> ConfigDict:
 def _check_config_file(arguments: Sequence[str]) -> None:
     path = _config_file(arguments).partition(":")[0]
     if not path.endswith(".py"):
-        hint = f"; did you mean {path}.py?" if os.path.isfile(f"{path}.py") else ""
-        raise ConfigError(f"--config={path}: expected a Python file, such as configs/digits.py{hint}")
+        known = f"{path}.py" if os.path.isfile(f"{path}.py") else "configs/digits.py"
+        raise ConfigError(f"--config={path}: expected a Python file, such as {known}.")
 
 
 def _config_file(arguments: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 
 import mpdit_jax as mp
 from mpdit_jax.model.presets import model_config
+from tests.sampling.conftest import make_workdir
 from tests.tiny import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -32,20 +33,19 @@ def test_links_lead_somewhere():
 
 
 def test_python_example(monkeypatch, tmp_path):
-    """The block as it stands, with a model small enough for a test and the two files it mentions."""
+    """The block as it stands, in a folder that holds the two files it mentions; only depth and steps are cut."""
     import safetensors.numpy
 
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    small = {"depths": (1, 1), "hidden_size": 32, "num_heads": 4}
+    small = {"depths": (1, 1)}
     create = mp.create_model
     monkeypatch.setattr(mp, "create_model", lambda name, **options: create(name, **options, **small), raising=False)
-    monkeypatch.setattr(mp, "load_checkpoint", lambda workdir: create("mpdit_b", **small), raising=False)
-    path = tmp_path / "weights.safetensors"
-    safetensors.numpy.save_file(mp.to_torch(create("mpdit_b", **small)), path)
-    load = mp.load_torch
-    monkeypatch.setattr(mp, "load_torch", lambda name: load(path, num_heads=4), raising=False)
+    monkeypatch.chdir(tmp_path)
+    make_workdir(tmp_path / "runs/digits")
+    safetensors.numpy.save_file(mp.to_torch(create("mpdit_b", **small)), "mpdit_b.safetensors")
     names = {}
     exec(code.replace("steps=250", "steps=2"), names)
     assert names["latents"].shape == (2, 32, 32, 4)
     assert np.isfinite(names["latents"]).all()
     assert names["loss"].shape == ()
+    assert names["trained"].input_shape == (8, 8, 1)

@@ -13,6 +13,7 @@ def test_help_says_how(capsys):
         train.main(["--help"])
     text = capsys.readouterr().out
     assert done.value.code == 0
+    assert "--config.optimizer.learning_rate=0.0002" in text  # every field with its default
     for part in ("--config=FILE --workdir=FOLDER", "--config.optimizer.learning_rate=3e-4", "examples:", "Ctrl-C"):
         assert part in text
 

@@ -101,6 +101,7 @@ def test_own_arrays(tmp_path):
     ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.zeros(3, int)}, r"labels \(3,\)"),
     ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.zeros(2)}, "whole numbers"),
     ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.array([0, -1])}, "label -1"),
+    ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.array([0, 2**32 - 1])}, "label 4294967295 is too large"),
     ({"images": np.zeros((0, 4, 4, 1), np.uint8), "labels": np.zeros(0, int)}, "no images"),
     ({"pictures": np.zeros((2, 4, 4, 1), np.uint8)}, "`images` and `labels`"),
     ({"images": np.array([[object()]]), "labels": np.zeros(1, int)}, "`images` and `labels`"),  # needs a pickle

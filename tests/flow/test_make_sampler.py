@@ -48,6 +48,7 @@ def test_guidance_one_is_the_conditional_model_and_zero_the_null(model):
     ({"guidance_scale": -0.5}, r"guidance_scale=-0\.5"),
     ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
     ({"solver": "eulre"}, "did you mean 'euler'"),
+    ({"solver": None}, "solver=None: expected one of euler"),
 ])  # fmt: skip
 def test_impossible_settings(arguments, sentence):
     with pytest.raises(ConfigError, match=sentence):
@@ -68,3 +69,10 @@ def test_labels_are_checked(model, labels, sentence):
 def test_noise_of_another_shape(model):
     with pytest.raises(InputError, match=r"expected \(1, 8, 4, 4\)"):
         mp.make_sampler(steps=1)(model, np.array([0]), jax.random.key(0), noise=jnp.zeros((1, 4, 8, 4)))
+
+
+def test_a_key_is_a_key(model):
+    noise = np.zeros((1, *model.input_shape), np.float32)
+    for key in (None, 0):
+        with pytest.raises(InputError, match=f"key={key}: expected a random key"):
+            mp.make_sampler(steps=2)(model, [1], key, noise=noise)

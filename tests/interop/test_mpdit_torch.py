@@ -68,6 +68,24 @@ def test_missing_extra_and_misshapen_are_all_named(state):
         assert part in str(error.value)
 
 
+def test_entries_that_shapes_are_read_from(state):
+    """They are named with everything else that is wrong, and never indexed beyond their dimensions."""
+    bad = {**state, "scheduler.betas": np.zeros(3, np.float32)}
+    gone = ("y_embedder.embedding_table.weight", "downsample_blocks.0.attn.qkv.bias")
+    for name in gone:
+        del bad[name]
+    with pytest.raises(WeightsError) as error:
+        mp.load_torch(bad, num_heads=4)
+    missing, extra = str(error.value).split("; ")[:2]
+    assert all(name in missing for name in gone)
+    assert missing.count(",") == 1
+    assert extra == "extra scheduler.betas"
+    for name in ("x_embedder.proj.weight", "final_layer.linear.weight", "y_embedder.embedding_table.weight"):
+        for array in (np.float32(1), np.zeros(3, np.float32), np.zeros((2, 2, 2, 2, 2), np.float32)):
+            with pytest.raises(WeightsError, match=rf"{name} is \("):
+                mp.load_torch({**state, name: array}, num_heads=4)
+
+
 def test_not_our_model():
     with pytest.raises(WeightsError, match=r"missing x_embedder\.proj\.weight.*1 entries, such as conv\.weight"):
         mp.load_torch({"conv.weight": np.zeros((3, 3), np.float32)})
@@ -85,6 +103,11 @@ def test_positions_that_are_not_sin_cos(state):
     bad = {**state, "pos_embed": state["pos_embed"] + 1}
     with pytest.raises(WeightsError, match="position table"):
         mp.load_torch(bad, num_heads=4)
+    # What a half-precision file rounds away is more than a float32 table may be off by.
+    half = {name: array.astype(np.float16) for name, array in state.items()}
+    mp.load_torch(half, num_heads=4)
+    with pytest.raises(WeightsError, match="position table"):
+        mp.load_torch({**state, "pos_embed": state["pos_embed"] + np.float32(1e-3)}, num_heads=4)
 
 
 def test_safetensors(state, tmp_path):

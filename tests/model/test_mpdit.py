@@ -160,3 +160,26 @@ def test_lists_and_numbers_are_normalized():
     config = ModelConfig(patch_sizes=[4, 2], depths=[1, 2], input_size=16, mlp_ratio=4)
     assert config == ModelConfig(patch_sizes=(4, 2), depths=(1, 2), input_size=(16, 16), mlp_ratio=4.0)
     assert hash(config) == hash(config.replace())
+
+
+def test_numpy_numbers_are_numbers():
+    whole = {name: np.int64(value) for name, value in SMALL.items()}
+    config = ModelConfig(**whole, depths=[*np.array((2, 1))])
+    assert config == ModelConfig(**SMALL, depths=(2, 1))
+    assert all(type(value) is int for value in (config.hidden_size, *config.depths, *config.input_size))
+
+
+def test_lists_are_arrays_and_labels_whole_numbers():
+    model = mp.create_model("mpdit_b", depths=(1, 1), **SMALL)
+    x = np.zeros((2, 8, 8, 4), np.float32)
+    assert model(x, [0.1, 0.2], [3, 4]).shape == x.shape
+    with pytest.raises(InputError, match="y has dtype float32: expected labels"):
+        model(x, [0.1, 0.2], [3.0, 4.0])
+    with pytest.raises(InputError, match=r"t \(\), y \(2,\): this model takes"):
+        model(x, 0.1, [3, 4])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**70, 0.5, "0", True])
+def test_impossible_seeds(seed):
+    with pytest.raises(ConfigError, match=r"seed=.*expected a whole number from 0"):
+        mp.create_model("mpdit_b", seed=seed)

@@ -1,15 +1,19 @@
 """A run that is stopped and continued ends in the same bits as one that is left alone."""
 
 import json
+import os
 import shlex
 import shutil
 import signal
+import subprocess
 
 import numpy as np
 import pytest
 
 from mpdit_jax.checkpoint import list_steps
-from tests.tiny import assert_same_bits, run, saved_arrays, start, train_arguments
+from mpdit_jax.errors import InputError
+from mpdit_jax.train import main
+from tests.tiny import ROOT, assert_same_bits, run, saved_arrays, start, train_arguments
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +81,14 @@ def test_stopped_by_a_signal(tmp_path, number):
     (stopped,) = list_steps(workdir)
     assert 50 <= stopped < 4000
     assert f"stopped at step {stopped} of 4000, saved; continue with:" in stdout
-    again = shlex.split(stdout.splitlines()[-1])
-    assert again[1:3] == ["-m", "mpdit_jax.train"]
-    assert again[3:] == train_arguments(workdir, *long)
+    again = stdout.splitlines()[-1]
+    assert shlex.split(again)[3:] == train_arguments(workdir, *long)
 
     until = stopped - stopped % 50 + 50  # the log line whose window the stop fell into
     ends = [f"--config.steps={until}", "--config.checkpoint.every=100000", "--config.log.every=50"]
-    assert run("train", train_arguments(workdir, *ends))[0] == 0
+    # As printed, in a shell; only its end is brought forward.
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(f"{again} --config.steps={until}", shell=True, env=environment, check=False).returncode == 0
     other = tmp_path / "other"
     assert run("train", train_arguments(other, *ends))[0] == 0
     assert_same_bits(saved_arrays(other, until), saved_arrays(workdir, until))
@@ -116,6 +121,24 @@ def test_finished_run_says_so_and_changes_nothing(undisturbed):
     assert "is done: 8 of 8 steps" in stdout
     after = {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*") if path.is_file()}
     assert before == after
+    stored = (workdir / "config.json").read_bytes()
+    status, stdout, _ = run("train", train_arguments(workdir, "--config.steps=4"))
+    assert status == 0
+    assert "is done: 8 of 4 steps" in stdout
+    assert (workdir / "config.json").read_bytes() == stored
+
+
+@pytest.mark.parametrize(("name", "folder"), [("checkpoints", False), ("tensorboard", False), ("metrics.jsonl", True)])
+def test_something_else_in_the_place_of_an_output(tmp_path, name, folder):
+    place = tmp_path / "run" / name
+    place.parent.mkdir()
+    if folder:
+        place.mkdir()
+    else:
+        place.write_text("mine")
+    with pytest.raises(InputError, match=f"cannot write .*{name}: a .* is in its place"):
+        main(train_arguments(tmp_path / "run"))
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_another_model_is_refused_with_the_difference(undisturbed):
