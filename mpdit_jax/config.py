@@ -13,13 +13,16 @@ from mpdit_jax.errors import ConfigError
 from mpdit_jax.flow.objective import TIME_DISTRIBUTIONS
 from mpdit_jax.model.config import ModelConfig, suggest
 from mpdit_jax.model.presets import model_config
+from mpdit_jax.training.optimizer import check_optimizer
 
 # What a continued run may change. Everything else decides the numbers of the run from its first step.
 CONTINUABLE = (
     "steps",
     "checkpoint",
+    "gradient_accumulation",
     "log",
     "sample",
+    "skip.abort_after",
     "mesh",
     "data.path",
     "model.remat",
@@ -36,6 +39,7 @@ def base_config() -> ConfigDict:
     config.seed = 0  # initialization, data order, noise: everything random
     config.batch_size = 1024  # global, over all devices
     config.steps = 300_000  # parameter updates
+    config.gradient_accumulation = 1  # parts a batch is cut into, one at a time, to save memory
     config.ema_decay = 0.9999
     config.label_dropout = 0.1  # fraction of labels replaced by the null class, for classifier-free guidance
 
@@ -50,11 +54,21 @@ def base_config() -> ConfigDict:
     config.data.split = "train"
 
     config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # adamw | muon
     config.optimizer.learning_rate = 2e-4
+    config.optimizer.schedule = "constant"  # constant | cosine | linear
+    config.optimizer.warmup_steps = 0  # linear, from 0 to learning_rate
+    config.optimizer.decay_steps = 0  # after the warm-up; cosine and linear only
+    config.optimizer.end_learning_rate = 0.0  # where they end
+    config.optimizer.clip_norm = 0.0  # global norm that gradients are cut to; 0 for never
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.01  # on every parameter
+
+    config.skip = ConfigDict()  # steps that are not finite are left out and counted
+    config.skip.spike_factor = 0.0  # also those with a gradient norm this many times the running mean; 0 for never
+    config.skip.abort_after = 10  # steps left out in a row after which the run ends
 
     config.time = ConfigDict()
     config.time.distribution = "logit_normal"  # logit_normal | uniform
@@ -135,9 +149,29 @@ def differences(stored: FrozenConfigDict, new: FrozenConfigDict) -> dict[str, tu
 
 
 def _check(config: ConfigDict) -> None:
-    for path in ("batch_size", "steps", "checkpoint.every", "checkpoint.keep", "log.every", "sample.steps"):
+    for path in (
+        "batch_size",
+        "steps",
+        "gradient_accumulation",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "log.every",
+        "sample.steps",
+        "skip.abort_after",
+    ):
         _expect(config, path, _get(config, path) >= 1, "1 or more")
-    for path in ("seed", "checkpoint.keep_every", "sample.every", "sample.guidance_scale", "optimizer.weight_decay"):
+    for path in (
+        "seed",
+        "checkpoint.keep_every",
+        "sample.every",
+        "sample.guidance_scale",
+        "optimizer.weight_decay",
+        "optimizer.warmup_steps",
+        "optimizer.decay_steps",
+        "optimizer.end_learning_rate",
+        "optimizer.clip_norm",
+        "skip.spike_factor",
+    ):
         _expect(config, path, _get(config, path) >= 0, "0 or more")
     _expect(config, "seed", config.seed < 2**32, "below 2**32")
     _expect(config, "sample.per_class", config.sample.per_class >= 1, "1 or more")
@@ -146,6 +180,15 @@ def _check(config: ConfigDict) -> None:
     for path in ("ema_decay", "optimizer.b1", "optimizer.b2"):
         _expect(config, path, 0 <= _get(config, path) < 1, "at least 0 and below 1")
     _expect(config, "label_dropout", 0 <= config.label_dropout <= 1, "between 0 and 1")
+    _expect(
+        config,
+        "gradient_accumulation",
+        config.batch_size % config.gradient_accumulation == 0,
+        f"a divisor of batch_size={config.batch_size}",
+    )
+    factor = config.skip.spike_factor
+    _expect(config, "skip.spike_factor", factor == 0 or factor > 1, "0 (never) or a number above 1, such as 10")
+    check_optimizer(config.optimizer)
     if config.time.distribution not in TIME_DISTRIBUTIONS:
         known = ", ".join(TIME_DISTRIBUTIONS)
         hint = suggest(config.time.distribution, TIME_DISTRIBUTIONS)

@@ -1,6 +1,6 @@
 """The training run, top to bottom."""
 
-from collections.abc import Mapping
+import math
 from contextlib import closing
 from pathlib import Path
 
@@ -21,17 +21,10 @@ from mpdit_jax.model.accounting import count
 from mpdit_jax.model.parameters import Structure, abstract, merge
 from mpdit_jax.training.interrupt import StopRequest
 from mpdit_jax.training.observe import MetricsFile, ProgressLine, TensorBoard
-from mpdit_jax.training.optimizer import make_optimizer
-from mpdit_jax.training.state import (
-    WINDOW_METRICS,
-    TrainState,
-    abstract_state,
-    create_state,
-    empty_window,
-    from_items,
-    to_items,
-)
-from mpdit_jax.training.step import jit_step, make_loss, make_step
+from mpdit_jax.training.optimizer import make_optimizer, make_schedule
+from mpdit_jax.training.state import TrainState, abstract_state, create_state, from_items, to_items
+from mpdit_jax.training.step import jit_step, make_draw, make_loss, make_step
+from mpdit_jax.training.window import empty_window, window_means
 
 
 def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainState:
@@ -46,12 +39,12 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
 
     Raises:
         ConfigError, DataError, CheckpointError, InputError: see each class; raised before anything is overwritten.
-        DivergedError: the loss is no longer a number.
+        DivergedError: too many steps in a row had to be left out.
     """
     workdir, config = Path(workdir), resolve(config)
     model_config = model_of(config)
     mesh = make_mesh(**config.mesh)
-    check_batch(config.batch_size, mesh)
+    check_batch(config.batch_size // config.gradient_accumulation, mesh)
     source = load_source(config.data.name, config.data.path, config.data.split)
     structure, _ = abstract(model_config)
     check_fits(source, (*model_config.input_size, model_config.in_channels), model_config.num_classes)
@@ -84,7 +77,16 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
             f"{parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} GMACs a forward pass, "
             f"{mesh.size} {platform} device(s)"
         )
-        update = jit_step(make_step(make_loss(config, structure), optimizer, config.ema_decay), target, mesh)
+        plain_step = make_step(
+            make_draw(config),
+            make_loss(structure),
+            optimizer,
+            config.ema_decay,
+            accumulation=config.gradient_accumulation,
+            spike_factor=config.skip.spike_factor,
+        )
+        update = jit_step(plain_step, target, mesh)
+        learning_rate = make_schedule(config.optimizer)
         data = batches(source, config.batch_size, config.seed, start=step)
 
         with (
@@ -97,22 +99,30 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                 try:
                     batch = next(data)
                 except DataError:
-                    _save(checkpoints, step, state)
+                    checkpoints.save(step, to_items(state))
                     raise
-                state = update(state, jax.device_put(batch, batch_sharding(mesh)))
+                on_devices = jax.device_put(batch, batch_sharding(mesh))
+                with jax.transfer_guard("disallow"):
+                    state = update(state, on_devices)
                 step += 1
                 last = step == config.steps
                 progress.advance(step)
                 if step % config.log.every == 0 or last:
-                    metrics = _window_means(state)
+                    metrics = window_means(jax.device_get(state.window))
+                    metrics["learning_rate"] = float(learning_rate(state.guard["accepted"]))
                     state = _with_empty_window(state, target)
                     metrics_file.write(step, metrics)
                     rate = {"images_per_second": progress.images_per_second(step)}
                     tensorboard.scalars(step, metrics | rate)
-                    progress.logged(step, metrics["loss"])
-                    _check_finite(metrics, step, checkpoints)
+                    progress.logged(step, metrics.get("loss", math.nan))
+                    if metrics["skipped"]:
+                        progress.say(f"step {step}: {metrics['skipped']:.0f} steps since the last line were left out")
+                    _check_skips(checkpoints, step, state, config.skip.abort_after)
                 if step % config.checkpoint.every == 0 or last:
-                    _save(checkpoints, step, state)
+                    # While steps are left out, what broke them may be in the parameters: older states are good.
+                    skipped = _check_skips(checkpoints, step, state, config.skip.abort_after)
+                    if last or not skipped:
+                        checkpoints.save(step, to_items(state))
                 if config.sample.every and (step % config.sample.every == 0 or last):
                     picture = draw_grid(config, structure, state)
                     if picture is not None:
@@ -120,7 +130,8 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                         tensorboard.image(step, "samples", picture)
             if stop.name is not None:
                 progress.say(f"{stop.name}: saving step {step}")
-                _save(checkpoints, step, state)
+                _check_skips(checkpoints, step, state, config.skip.abort_after)
+                checkpoints.save(step, to_items(state))
     return state
 
 
@@ -136,26 +147,17 @@ def draw_grid(config: FrozenConfigDict, structure: Structure, state: TrainState)
     return images.grid(images.to_uint8(np.asarray(latents)), config.sample.per_class)
 
 
-def _save(checkpoints: Checkpoints, step: int, state: TrainState) -> None:
-    """Save unless the run has diverged since the last log line: a broken state must not push out good ones."""
-    _check_finite(jax.device_get(state.window), step, checkpoints)
-    checkpoints.save(step, to_items(state))
-
-
-def _check_finite(metrics: Mapping[str, float], step: int, checkpoints: Checkpoints) -> None:
-    for name, value in metrics.items():
-        if not np.isfinite(value):
-            kept = checkpoints.latest_step()
-            raise DivergedError(
-                f"the {name} is {value} by step {step}, and the newest checkpoint is of "
-                f"{'no step' if kept is None else f'step {kept}'}: look for broken data, or start again in a new "
-                "--workdir with a lower config.optimizer.learning_rate."
-            )
-
-
-def _window_means(state: TrainState) -> dict[str, float]:
-    window = jax.device_get(state.window)
-    return {name: float(window[name] / window["count"]) for name in WINDOW_METRICS}
+def _check_skips(checkpoints: Checkpoints, step: int, state: TrainState, abort_after: int) -> int:
+    """How many of the newest steps were left out; DivergedError from `abort_after` on."""
+    skipped = int(jax.device_get(state.guard["skipped_in_a_row"]))
+    if skipped >= abort_after:
+        kept = checkpoints.latest_step()
+        raise DivergedError(
+            f"the last {skipped} steps up to {step} were left out, since loss, gradient or update was not finite "
+            f"or spiked, and the newest checkpoint is of {'no step' if kept is None else f'step {kept}'}: look for broken "
+            "data, or start again in a new --workdir with a lower config.optimizer.learning_rate."
+        )
+    return skipped
 
 
 def _with_empty_window(state: TrainState, target: TrainState) -> TrainState:

@@ -13,13 +13,13 @@ from mpdit_jax.mesh import parameter_sharding, replicated
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.parameters import Parameters, split
 from mpdit_jax.model.presets import build_model
-
-WINDOW_METRICS = ("loss", "gradient_norm", "update_norm", "parameter_norm")
+from mpdit_jax.training.guard import Guard, new_guard
+from mpdit_jax.training.window import Window, empty_window
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "seed", "parameters", "ema_parameters", "optimizer_state", "window"],
+    data_fields=["step", "seed", "parameters", "ema_parameters", "optimizer_state", "guard", "window"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class TrainState:
         parameters: flat dict, float32.
         ema_parameters: their exponential moving average, float32.
         optimizer_state: Optax's.
-        window: sums of metrics since the last line of the log, and `count`. They live here, on device, so that a
-            resumed run writes the same log as an undisturbed one.
+        guard: what decides whether the next step counts, see `training.guard`.
+        window: metrics since the last line of the log, see `training.window`.
     """
 
     step: jax.Array
@@ -41,12 +41,8 @@ class TrainState:
     parameters: Parameters
     ema_parameters: Parameters
     optimizer_state: optax.OptState
-    window: dict[str, jax.Array]
-
-
-def empty_window() -> dict[str, jax.Array]:
-    """Metric sums of a window that has just begun."""
-    return {name: jnp.zeros((), jnp.float32) for name in (*WINDOW_METRICS, "count")}
+    guard: Guard
+    window: Window
 
 
 def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:
@@ -58,6 +54,7 @@ def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, 
         parameters=parameters,
         ema_parameters=jax.tree.map(jnp.copy, parameters),  # donated buffers may not be shared
         optimizer_state=optimizer.init(parameters),
+        guard=new_guard(),
         window=empty_window(),
     )
 
@@ -83,7 +80,7 @@ def to_items(state: TrainState) -> dict[str, Any]:
         "parameters": state.parameters,
         "ema_parameters": state.ema_parameters,
         "optimizer": state.optimizer_state,
-        "progress": {"step": state.step, "seed": state.seed, "window": state.window},
+        "progress": {"step": state.step, "seed": state.seed, "guard": state.guard, "window": state.window},
     }
 
 

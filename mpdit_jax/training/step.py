@@ -1,7 +1,7 @@
-"""One training step: loss, gradients, update, moving average."""
+"""One training step: what is drawn, loss, gradients, update, moving average, and when a step is left out."""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +12,54 @@ from ml_collections import FrozenConfigDict
 from mpdit_jax.flow.objective import flow_matching_loss, time_distribution
 from mpdit_jax.mesh import batch_sharding
 from mpdit_jax.model.parameters import Parameters, Structure, merge
+from mpdit_jax.training.guard import accept, judge
 from mpdit_jax.training.state import TrainState
+from mpdit_jax.training.window import add_step
 
 Batch: TypeAlias = dict[str, jax.Array]
 """`x` float32 (B, H, W, C) and `y` int32 (B,)."""
-LossFunction: TypeAlias = Callable[[Parameters, Batch, jax.Array], jax.Array]
+
+
+class Examples(NamedTuple):
+    """A batch with everything random drawn, so that its loss is a plain function of it."""
+
+    x: jax.Array  # (B, H, W, C)
+    y: jax.Array  # (B,), the null class where the label was dropped
+    t: jax.Array  # (B,)
+    noise: jax.Array  # (B, H, W, C)
+
+
+Draw: TypeAlias = Callable[[Batch, jax.Array], Examples]
+LossFunction: TypeAlias = Callable[[Parameters, Examples], tuple[jax.Array, jax.Array]]
+"""(parameters, examples) to the mean loss and the losses of the examples (B,)."""
 Step: TypeAlias = Callable[[TrainState, Batch], TrainState]
 
 
-def make_loss(config: FrozenConfigDict, structure: Structure) -> LossFunction:
-    """The training loss, a scalar function of (parameters, batch, key): label dropout, then flow matching."""
+def make_draw(config: FrozenConfigDict) -> Draw:
+    """What is random in a step, a function of (batch, key): label dropout, times, noise."""
     times = time_distribution(config.time.distribution, config.time.mean, config.time.std)
+    null = config.model.num_classes
 
-    def loss(parameters: Parameters, batch: Batch, key: jax.Array) -> jax.Array:
-        model = merge(structure, parameters)
+    def draw(batch: Batch, key: jax.Array) -> Examples:
         dropout_key, flow_key = jax.random.split(key)
-        labels = drop_labels(dropout_key, batch["y"], config.label_dropout, model.num_classes)
-        return flow_matching_loss(model, batch["x"], labels, key=flow_key, times=times)[0]
+        time_key, noise_key = jax.random.split(flow_key)
+        x = batch["x"]
+        return Examples(
+            x=x,
+            y=drop_labels(dropout_key, batch["y"], config.label_dropout, null),
+            t=times.sample(time_key, x.shape[0]),
+            noise=jax.random.normal(noise_key, x.shape),
+        )
+
+    return draw
+
+
+def make_loss(structure: Structure) -> LossFunction:
+    """The flow-matching loss of a model's parameters."""
+
+    def loss(parameters: Parameters, examples: Examples) -> tuple[jax.Array, jax.Array]:
+        model = merge(structure, parameters)
+        return flow_matching_loss(model, examples.x, examples.y, t=examples.t, noise=examples.noise)
 
     return loss
 
@@ -38,31 +69,85 @@ def drop_labels(key: jax.Array, labels: jax.Array, rate: float, null: int) -> ja
     return jnp.where(jax.random.bernoulli(key, rate, labels.shape), null, labels)
 
 
-def make_step(loss: LossFunction, optimizer: optax.GradientTransformation, ema_decay: float) -> Step:
-    """The update as a pure function of (state, batch); not yet jitted."""
+def make_step(
+    draw: Draw,
+    loss: LossFunction,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    *,
+    accumulation: int = 1,
+    spike_factor: float = 0.0,
+) -> Step:
+    """The update as a pure function of (state, batch); not yet jitted.
+
+    Args:
+        draw: what is random, for the whole batch at once, so that it does not depend on `accumulation`.
+        loss: of parameters and examples.
+        optimizer: from gradients to updates.
+        ema_decay: of the moving average.
+        accumulation: parts the batch is cut into; their gradients are averaged, at the memory of one part.
+        spike_factor: leave out a step whose gradient norm is more than this many times the running mean of those
+            before it; 0 for never. One whose loss, gradient or update is not finite always is.
+    """
 
     def step(state: TrainState, batch: Batch) -> TrainState:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        value, gradients = jax.value_and_grad(loss)(state.parameters, batch, key)
+        examples = draw(batch, key)
+        value, per_example, gradients = _accumulated(loss, state.parameters, examples, accumulation)
+        gradient_norm = optax.tree.norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
+        ema_parameters = moving_average(state.ema_parameters, parameters, ema_decay)
         metrics = {
             "loss": value,
-            "gradient_norm": optax.tree.norm(gradients),
+            "gradient_norm": gradient_norm,
             "update_norm": optax.tree.norm(updates),
             "parameter_norm": optax.tree.norm(parameters),
-            "count": jnp.float32(1),
         }
+        good = judge(state.guard, metrics, spike_factor)
+        kept = _select(
+            good,
+            (parameters, ema_parameters, optimizer_state),
+            (state.parameters, state.ema_parameters, state.optimizer_state),
+        )
         return TrainState(
             step=state.step + 1,
             seed=state.seed,
-            parameters=parameters,
-            ema_parameters=moving_average(state.ema_parameters, parameters, ema_decay),
-            optimizer_state=optimizer_state,
-            window={name: state.window[name] + metrics[name] for name in metrics},
+            parameters=kept[0],
+            ema_parameters=kept[1],
+            optimizer_state=kept[2],
+            guard=accept(state.guard, good, gradient_norm),
+            window=add_step(state.window, good, metrics, examples.t, per_example),
         )
 
     return step
+
+
+def _select(good: jax.Array, new: optax.OptState, old: optax.OptState) -> optax.OptState:
+    return jax.tree.map(lambda yes, no: jnp.where(good, yes, no), new, old)
+
+
+def _accumulated(
+    loss: LossFunction, parameters: Parameters, examples: Examples, parts: int
+) -> tuple[jax.Array, jax.Array, Parameters]:
+    """Mean loss, losses of the examples (B,) and mean gradient, `parts` equal shares of the batch one at a time."""
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        (value, per_example), gradients = gradient(parameters, examples)
+        return value, per_example, gradients
+
+    def interleaved(x: jax.Array) -> jax.Array:
+        # Every part takes rows from everywhere, so that each device has its share of each.
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)  # (parts, B / parts, ...)
+
+    def add(total: tuple[jax.Array, Parameters], part: Examples) -> tuple[tuple[jax.Array, Parameters], jax.Array]:
+        (value, per_example), gradients = gradient(parameters, part)
+        return jax.tree.map(jnp.add, total, (value, gradients)), per_example
+
+    nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, parameters))
+    (value, gradients), per_example = jax.lax.scan(add, nothing, jax.tree.map(interleaved, examples))
+    mean = jax.tree.map(lambda total: total / parts, gradients)
+    return value / parts, per_example.swapaxes(0, 1).reshape(-1), mean
 
 
 def moving_average(average: Parameters, parameters: Parameters, decay: float) -> Parameters:

@@ -43,6 +43,10 @@ def test_wrong_arguments(arguments, sentence, capsys):
     ("--config.optimizer.learning_rate=-1.", ConfigError, r"learning_rate=-1\.0: expected a positive number"),
     ("--config.seed=-1", ConfigError, r"config\.seed=-1"),
     ("--config.label_dropout=2.0", ConfigError, "between 0 and 1"),
+    ("--config.gradient_accumulation=3", ConfigError, r"gradient_accumulation=3: expected a divisor of batch_size=8"),
+    ("--config.optimizer.name=adam", ConfigError, r"optimizer\.name='adam' \(did you mean 'adamw'\?\)"),
+    ("--config.optimizer.schedule=cosine", ConfigError, r"decay_steps=0: expected how many steps"),
+    ("--config.skip.spike_factor=0.5", ConfigError, r"spike_factor=0\.5: expected 0"),
     ("--config.time.distribution=normal", ConfigError, "did you mean 'logit_normal'"),
     ("--config.model.preset=mpdit_bb", ConfigError, "unknown preset 'mpdit_bb'"),
     ("--config.model.patch_sizes=3,1", ConfigError, "multiples of 3"),
@@ -112,10 +116,12 @@ def test_two_word_flags(tmp_path):
 
 
 def test_a_diverged_run_ends_with_a_sentence(tmp_path):
-    arguments = train_arguments(tmp_path / "run", "--config.optimizer.learning_rate=1e30", "--config.log.every=2")
+    more = ["--config.optimizer.learning_rate=1e30", "--config.log.every=2", "--config.skip.abort_after=2"]
+    arguments = train_arguments(tmp_path / "run", *more)
     status, _, stderr = run("train", arguments)
     assert status == 1
-    assert "by step 2, and the newest checkpoint is of no step" in stderr
+    assert "steps up to 2 were left out" in stderr
+    assert "the newest checkpoint is of no step" in stderr
     assert "learning_rate" in stderr
     assert "Traceback" not in stderr
 

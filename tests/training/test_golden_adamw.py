@@ -8,9 +8,11 @@ import pytest
 import mpdit_jax as mp
 from mpdit_jax.config import base_config, resolve
 from mpdit_jax.model.parameters import merge, split
+from mpdit_jax.training.guard import new_guard
 from mpdit_jax.training.optimizer import make_optimizer
-from mpdit_jax.training.state import TrainState, empty_window
-from mpdit_jax.training.step import make_step
+from mpdit_jax.training.state import TrainState
+from mpdit_jax.training.step import Examples, make_loss, make_step
+from mpdit_jax.training.window import empty_window
 from tests.conftest import Golden, relative_error
 
 
@@ -27,12 +29,19 @@ def run():
     assert float(golden["eps"]) == pytest.approx(config.optimizer.eps)
     optimizer = make_optimizer(resolve(config).optimizer)
 
-    def loss(parameters, batch, key):
-        model = merge(structure, parameters)
-        return mp.flow_matching_loss(model, batch["x"], batch["y"], t=batch["t"], noise=batch["noise"])[0]
+    def draw(batch, key):
+        return Examples(batch["x"], batch["y"], batch["t"], batch["noise"])
 
-    step = jax.jit(make_step(loss, optimizer, float(golden["ema_decay"])))
-    state = TrainState(jnp.int32(0), jnp.uint32(0), parameters, parameters, optimizer.init(parameters), empty_window())
+    step = jax.jit(make_step(draw, make_loss(structure), optimizer, float(golden["ema_decay"])))
+    state = TrainState(
+        step=jnp.int32(0),
+        seed=jnp.uint32(0),
+        parameters=parameters,
+        ema_parameters=parameters,
+        optimizer_state=optimizer.init(parameters),
+        guard=new_guard(),
+        window=empty_window(),
+    )
     losses = []
     for i in range(len(golden["loss"])):
         batch = {"x": golden.images("x")[i], "noise": golden.images("n")[i], "t": golden["t"][i], "y": golden["y"][i]}

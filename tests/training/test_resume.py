@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 
-import numpy as np
 import pytest
 
 from mpdit_jax.checkpoint import list_steps
@@ -180,14 +179,13 @@ def test_two_trainings_do_not_share_a_workdir(tmp_path):
 
 def test_a_diverged_state_is_never_saved(tmp_path):
     more = ["--config.optimizer.learning_rate=1e30", "--config.log.every=8", "--config.checkpoint.every=1"]
+    more += ["--config.skip.abort_after=3"]
     status, _, stderr = run("train", train_arguments(tmp_path / "run", *more))
     assert status == 1
-    assert "by step" in stderr
+    assert "were left out" in stderr
+    assert "the newest checkpoint is of no step" in stderr
     assert "start again in a new --workdir" in stderr
-    for step in list_steps(tmp_path / "run"):
-        window = [array for path, array in saved_arrays(tmp_path / "run", step).items() if "window" in path]
-        assert window
-        assert all(np.isfinite(array).all() for array in window)
+    assert list_steps(tmp_path / "run") == []
 
 
 def test_a_config_without_checkpoints_binds_nothing(undisturbed, tmp_path):

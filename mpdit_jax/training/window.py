@@ -1,0 +1,65 @@
+"""Metrics between two lines of the log, summed on the device.
+
+They are part of the train state, so that a resumed run writes the same log as one that was left alone, and reading
+them is the only time the host waits for a step.
+"""
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Window: TypeAlias = dict[str, jax.Array]
+
+METRICS = ("loss", "gradient_norm", "update_norm", "parameter_norm")
+TIME_BUCKETS = 4  # equal parts of [0, 1] over which the loss is told apart
+
+
+def empty_window() -> Window:
+    """A window that has just begun."""
+    scalars = {name: jnp.zeros((), jnp.float32) for name in (*METRICS, "steps", "skipped")}
+    return scalars | {name: jnp.zeros(TIME_BUCKETS, jnp.float32) for name in ("time_loss", "time_examples")}
+
+
+def add_step(
+    window: Window, good: jax.Array, metrics: Mapping[str, jax.Array], t: jax.Array, per_example: jax.Array
+) -> Window:
+    """The window with one more step; of one that is left out (`good` is False) only the count is kept.
+
+    Args:
+        window: the sums so far.
+        good: whether the step counts.
+        metrics: a scalar for each of METRICS.
+        t: times of the examples (B,).
+        per_example: their losses (B,).
+    """
+    bucket = jnp.clip(jnp.floor(t * TIME_BUCKETS).astype(jnp.int32), 0, TIME_BUCKETS - 1)
+    # A product with one-hot rows rather than a scatter: it adds in the same order on every mesh.
+    rows = jax.nn.one_hot(bucket, TIME_BUCKETS, dtype=jnp.float32)  # (B, TIME_BUCKETS)
+    new = {
+        **{name: metrics[name] for name in METRICS},
+        "steps": jnp.float32(1),
+        "time_loss": (rows * per_example[:, None]).sum(axis=0),
+        "time_examples": rows.sum(axis=0),
+    }
+    sums = {name: window[name] + jnp.where(good, value, jnp.zeros_like(value)) for name, value in new.items()}
+    return sums | {"skipped": window["skipped"] + ~good}
+
+
+def window_means(window: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Means over the steps that counted, the loss of each part of [0, 1], and the number of steps left out.
+
+    Without a step that counted, `skipped` is all there is.
+    """
+    means = {"skipped": float(window["skipped"])}
+    if not window["steps"]:
+        return means
+    means |= {name: float(window[name] / window["steps"]) for name in METRICS}
+    for bucket in range(TIME_BUCKETS):
+        if window["time_examples"][bucket]:
+            low, high = bucket / TIME_BUCKETS, (bucket + 1) / TIME_BUCKETS
+            value = window["time_loss"][bucket] / window["time_examples"][bucket]
+            means[f"loss_t{low:.2f}_{high:.2f}"] = float(value)
+    return means
