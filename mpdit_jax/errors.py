@@ -35,3 +35,7 @@ class MissingExtraError(MPDiTError, ImportError):
 
 class DivergedError(MPDiTError, ArithmeticError):
     """Training produced numbers that are not finite."""
+
+
+class ProcessError(MPDiTError, RuntimeError):
+    """The processes of one command did not find each other, or do not agree."""

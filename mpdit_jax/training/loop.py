@@ -152,10 +152,11 @@ def _check_skips(checkpoints: Checkpoints, step: int, state: TrainState, abort_a
     skipped = int(jax.device_get(state.guard["skipped_in_a_row"]))
     if skipped >= abort_after:
         kept = checkpoints.latest_step()
+        newest = "no step" if kept is None else f"step {kept}"
         raise DivergedError(
             f"the last {skipped} steps up to {step} were left out, since loss, gradient or update was not finite "
-            f"or spiked, and the newest checkpoint is of {'no step' if kept is None else f'step {kept}'}: look for broken "
-            "data, or start again in a new --workdir with a lower config.optimizer.learning_rate."
+            f"or spiked, and the newest checkpoint is of {newest}: look for broken data, or start again in a new "
+            "--workdir with a lower config.optimizer.learning_rate."
         )
     return skipped
 

@@ -1,0 +1,257 @@
+"""Several processes that act as one: how they find each other, and how they agree.
+
+A cluster is taken from the first that says anything of: the command's flags, the environment variables
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, SLURM, GKE's TPU variables. Cloud TPU machines say it
+through their metadata server, which JAX asks itself. Otherwise this process is alone.
+
+Before JAX connects them, the processes hold a roll call on the port after the coordinator's. JAX itself ends a process
+that waits in vain with a stack trace; the roll call ends it with a sentence that names who is missing, or who was
+started with another config or version.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mpdit_jax.errors import ConfigError, MPDiTError, ProcessError
+
+Facts = Mapping[str, str]
+"""What all processes must have in common, by name: fields of the config, the version."""
+
+_MESSAGE_LIMIT = 1 << 20
+_REPLY_GRACE = 10.0  # seconds; a peer waits this much longer than process 0, to hear from it who is missing
+_SENTENCE_LIMIT = 4096  # bytes
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """`count` processes, of which this is number `index`; number 0 listens at `coordinator`, "host:port"."""
+
+    coordinator: str
+    count: int
+    index: int
+
+    def __post_init__(self) -> None:
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65535:
+            raise ConfigError(f"coordinator_address={self.coordinator!r}: expected host:port, such as 10.0.0.2:12345.")
+        if self.count < 1:
+            raise ConfigError(f"num_processes={self.count}: expected 1 or more.")
+        if not 0 <= self.index < self.count:
+            raise ConfigError(f"process_id={self.index}: expected 0 to {self.count - 1}, a different one each.")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a command that many processes can run together."""
+    group = parser.add_argument_group("several processes", "found by themselves under SLURM and on TPU pods")
+    group.add_argument("--coordinator_address", default="", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process_id", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument(
+        "--join_timeout", type=float, default=300.0, metavar="SECONDS", help="how long to wait for the others (300)"
+    )
+
+
+def join(options: argparse.Namespace, facts: Facts) -> None:
+    """Connect with the other processes of the command, if there are any; call before JAX is used.
+
+    Args:
+        options: parsed flags, see `add_flags`.
+        facts: what every process must have in common with process 0.
+
+    Raises:
+        ConfigError: flags or variables that describe no cluster.
+        ProcessError: a process is missing, or has other facts; the message names it.
+    """
+    if options.join_timeout <= 0:
+        raise ConfigError(f"join_timeout={options.join_timeout}: expected a positive number of seconds.")
+    given = (options.coordinator_address, options.num_processes, options.process_id)
+    if any(value not in ("", None) for value in given):
+        if any(value in ("", None) for value in given):
+            raise ConfigError("--coordinator_address, --num_processes and --process_id: give all three, or none.")
+        cluster: Cluster | None = Cluster(*given)
+    else:
+        cluster = find_cluster(os.environ)
+    if cluster is None or cluster.count == 1:
+        return
+    roll_call(cluster, facts, options.join_timeout)
+    jax.distributed.initialize(
+        cluster.coordinator, cluster.count, cluster.index, initialization_timeout=int(options.join_timeout) + 1
+    )
+
+
+def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
+    """The cluster that environment variables describe, or None.
+
+    Raises:
+        ConfigError: variables that contradict each other or cannot be read.
+    """
+    for names, make in (
+        (("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"), _from_jax_variables),
+        (("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"), _from_slurm),
+        (("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"), _from_tpu_variables),
+    ):
+        if all(environment.get(name) for name in names):
+            values = [environment[name] for name in names]
+            try:
+                return make(*values)
+            except ValueError as error:
+                if isinstance(error, MPDiTError):
+                    raise
+                listed = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+                raise ConfigError(f"{listed}: these describe no cluster ({error}).") from error
+    return None
+
+
+def _from_jax_variables(coordinator: str, count: str, index: str) -> Cluster:
+    return Cluster(coordinator, int(count), int(index))
+
+
+def _from_slurm(job: str, count: str, index: str, nodes: str) -> Cluster:
+    # A port that jobs on one node do not share: process 0's roll call takes the odd one after it.
+    return Cluster(f"{first_host(nodes)}:{49152 + 2 * (int(job) % 8000)}", int(count), int(index))
+
+
+def _from_tpu_variables(hosts: str, index: str) -> Cluster:
+    names = hosts.split(",")
+    return Cluster(f"{names[0]}:8476", len(names), int(index))
+
+
+def first_host(nodes: str) -> str:
+    """First name of a SLURM list: "gpu[03-07,11],login" starts with gpu03."""
+    match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
+    if match is None:
+        raise ConfigError(f"SLURM_STEP_NODELIST={nodes!r}: expected names of hosts.")
+    return "".join(part or "" for part in match.groups())
+
+
+def roll_call(cluster: Cluster, facts: Facts, timeout: float) -> None:
+    """Return when every process of the cluster is there with the same facts.
+
+    Raises:
+        ProcessError: one is missing after `timeout` seconds, or differs; every process that is there raises it.
+    """
+    host, _, port = cluster.coordinator.rpartition(":")
+    if cluster.index == 0:
+        problem = _hear_all(int(port) + 1, cluster, facts, timeout)
+    else:
+        problem = _answer(host, int(port) + 1, cluster, facts, timeout)
+    if problem:
+        raise ProcessError(problem)
+
+
+def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> str:
+    deadline, differing = time.monotonic() + timeout, list[str]()
+    present, connections = {0}, list[socket.socket]()
+    try:
+        server = socket.create_server(("", port))
+    except OSError as error:
+        return (
+            f"process 0 cannot listen on port {port} ({error.strerror}): is another run using it? Choose another port "
+            "for --coordinator_address; the one after it is needed as well."
+        )
+    with server:
+        while len(present) < cluster.count and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            try:
+                peer, _ = server.accept()
+                peer.settimeout(max(left, 0.1))
+                message = json.loads(_read_line(peer))
+                index, theirs = int(message["index"]), dict(message["facts"])
+            except TimeoutError:
+                continue
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # not one of ours
+            if not 0 < index < cluster.count or index in present or message["count"] != cluster.count:
+                differing.append(f"a second process, or one too many, calls itself number {index}")
+            elif changed := [name for name in sorted({*facts, *theirs}) if facts.get(name) != theirs.get(name)]:
+                shown = ", ".join(f"{name}={theirs.get(name)} instead of {facts.get(name)}" for name in changed[:5])
+                differing.append(f"process {index} was started with {shown}, unlike process 0")
+            present.add(index)
+            connections.append(peer)
+        missing = [str(index) for index in range(1, cluster.count) if index not in present]
+        if missing and not differing:
+            verb = "process" if len(missing) == 1 else "processes"
+            problem = (
+                f"{verb} {', '.join(missing)} of {cluster.count} did not join within {timeout:g} s: see its log, and "
+                f"whether its host reaches {cluster.coordinator} (and the port after it)."
+            )
+        else:
+            problem = "; ".join(differing)
+        for peer in connections:
+            with peer:
+                try:
+                    peer.sendall(json.dumps({"problem": problem}).encode() + b"\n")
+                except OSError:
+                    continue  # it will say itself that it lost process 0
+    return problem
+
+
+def _answer(host: str, port: int, cluster: Cluster, facts: Facts, timeout: float) -> str:
+    deadline = time.monotonic() + timeout
+    message = json.dumps({"index": cluster.index, "count": cluster.count, "facts": dict(facts)}).encode() + b"\n"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host, port), timeout=left) as connection:
+                connection.settimeout(left + _REPLY_GRACE)
+                connection.sendall(message)
+                return str(json.loads(_read_line(connection))["problem"])
+        except (OSError, ValueError, KeyError):
+            time.sleep(0.2)  # it may not be listening yet
+    return (
+        f"process 0 at {cluster.coordinator} did not answer process {cluster.index} within {timeout:g} s: see its log, "
+        "and whether this host reaches it (and the port after it)."
+    )
+
+
+def _read_line(connection: socket.socket) -> bytes:
+    data = b""
+    while not data.endswith(b"\n"):
+        part = connection.recv(65536)
+        if not part or len(data) > _MESSAGE_LIMIT:
+            raise ConnectionError("the connection ended before the message did")
+        data += part
+    return data
+
+
+def first_does(action: Callable[[], T]) -> T | None:
+    """Run `action` on process 0 alone and wait for it everywhere; its result there, None on the others.
+
+    Raises:
+        MPDiTError: what `action` raised; ProcessError with the same sentence on the other processes.
+    """
+    if jax.process_count() == 1:
+        return action()
+    result, failure = None, None
+    if jax.process_index() == 0:
+        try:
+            result = action()
+        except MPDiTError as error:
+            failure = error
+    sentence = np.zeros(_SENTENCE_LIMIT, np.uint8)
+    text = str(failure).encode()[:_SENTENCE_LIMIT] if failure is not None else b""
+    sentence[: len(text)] = np.frombuffer(text, np.uint8)
+    heard = bytes(multihost_utils.broadcast_one_to_all(sentence)).rstrip(b"\0")
+    if failure is not None:
+        raise failure
+    if heard:
+        raise ProcessError(heard.decode(errors="replace"))
+    return result
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` holds on any process; every process must ask at the same point."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
