@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -21,6 +21,7 @@ from mpdit_jax.files import check_place, check_writable, replacing
 from mpdit_jax.mesh import make_mesh, replicated
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import abstract, merge
+from mpdit_jax.processes import first_does
 
 _CONFIG = "config.json"
 _LOCK = ".lock"
@@ -77,19 +78,32 @@ def claim_workdir(workdir: Path, config: FrozenConfigDict) -> Iterator[None]:
             shown), or checkpoints without a config.
         InputError: the workdir cannot be written, or a file is where a folder is to go.
     """
+    lock = first_does(lambda: _claim(workdir, config))
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()  # the system lets go of it as well when the process ends
+
+
+def _claim(workdir: Path, config: FrozenConfigDict) -> IO[str]:
+    """Take the lock, then store the config; the open file is the lock."""
     check_writable(workdir / _CONFIG)
     for name in (*_FOLDERS, *_FILES):
         check_place(workdir / name, folder=name in _FOLDERS)
-    with (workdir / _LOCK).open("w") as lock:
-        if jax.process_index() == 0:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends
-            except OSError as error:
-                raise CheckpointError(
-                    f"another training is writing to {workdir}: wait for it to end, or use another --workdir."
-                ) from error
+    lock = (workdir / _LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _claim_config(workdir, config)
-        yield
+    except OSError as error:
+        lock.close()
+        raise CheckpointError(
+            f"another training is writing to {workdir}: wait for it to end, or use another --workdir."
+        ) from error
+    except BaseException:
+        lock.close()
+        raise
+    return lock
 
 
 def _claim_config(workdir: Path, config: FrozenConfigDict) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import placeholder
 
+from mpdit_jax import __version__
 from mpdit_jax.errors import ConfigError
+from mpdit_jax.files import code_fingerprint
 from mpdit_jax.flow.objective import TIME_DISTRIBUTIONS
 from mpdit_jax.model.config import ModelConfig, suggest
 from mpdit_jax.model.presets import model_config
@@ -96,6 +98,12 @@ def base_config() -> ConfigDict:
 def defaults() -> dict[str, Any]:
     """Every field of `base_config` by its path, such as "optimizer.learning_rate", with its default."""
     return dict(_leaves(base_config().to_dict()))
+
+
+def facts(config: ConfigDict) -> dict[str, str]:
+    """What all processes of a run must have in common: every field but where the data are, and the version."""
+    fields = {f"config.{path}": str(value) for path, value in _leaves(config.to_dict()) if path != "data.path"}
+    return fields | {"version": __version__, "code": code_fingerprint()}
 
 
 def resolve(config: ConfigDict) -> FrozenConfigDict:

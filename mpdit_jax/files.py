@@ -1,5 +1,6 @@
 """Writing files so that a reader never meets half of one."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -50,6 +51,14 @@ def check_place(path: Path, *, folder: bool) -> None:
     if path.exists() and path.is_dir() != folder:
         wanted, found = ("folder", "file") if folder else ("file", "folder")
         raise InputError(f"cannot write {path}: a {wanted} is to go there and a {found} is in its place; move it away.")
+
+
+def code_fingerprint() -> str:
+    """The first digits of a SHA-256 over this package's source files, by which two installations are told apart."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.relative_to(Path(__file__).parent).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _umask() -> int:

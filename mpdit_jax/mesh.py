@@ -4,6 +4,7 @@ The mesh has two axes. `data` splits the batch; `fsdp` splits the batch too and,
 and EMA. Nothing is split along the sequence. With one device both axes have size 1 and everything below is a no-op.
 """
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 import jax
@@ -80,6 +81,34 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
             f"batch_size={batch_size} does not divide over {mesh.size} devices: "
             f"use a multiple of {mesh.size}, such as {-(-batch_size // mesh.size) * mesh.size}."
         )
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a global batch this process's devices hold, ascending."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index[0]] for index in held if index is not None]))
+
+
+def place_batch(local: Mapping[str, np.ndarray], rows: np.ndarray, batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """A global batch, split over the mesh, of which every process gives its `rows`.
+
+    Args:
+        local: arrays (len(rows), ...).
+        rows: as `local_rows` tells.
+        batch_size: of the whole batch.
+        mesh: the mesh.
+    """
+    sharding = batch_sharding(mesh)
+    if len(rows) == batch_size:
+        return jax.device_put(dict(local), sharding)
+
+    def place(array: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            return array if index is None else array[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
+
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, shard)
+
+    return {name: place(array) for name, array in local.items()}
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:

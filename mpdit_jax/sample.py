@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mpdit_jax.cli import Parser, make_parser, run
 from mpdit_jax.errors import InputError
+from mpdit_jax.processes import add_flags, join
 
 _EXAMPLES = """\
   python -m mpdit_jax.sample --workdir=runs/digits --out=samples.png
@@ -28,6 +29,7 @@ def make_sample_parser() -> Parser:
         _EXAMPLES,
     )
     add_model_options(parser)
+    add_flags(parser)
     parser.add_argument("--out", required=True, help=".png for a grid; .npz for arr_0 (uint8 NHWC) and labels")
     parser.add_argument(
         "--labels", default="balanced", help="balanced | random | classes, such as 3,5 (default: balanced)"
@@ -62,6 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     """Draw as the arguments say; exit status."""
     options = make_sample_parser().parse_args(arguments)
     out = _checked_out(options)
+    join(options, {f"--{name}": str(value) for name, value in vars(options).items() if name != "process_id"})
 
     import jax
 

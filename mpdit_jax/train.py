@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpdit_jax.cli import make_parser, parse_with_config, run
+from mpdit_jax.config import facts as config_facts
+from mpdit_jax.processes import add_flags, join
 
 _EXAMPLES = """\
   python -m mpdit_jax.train --config=configs/digits.py --workdir=runs/digits
@@ -24,14 +26,20 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.usage = f"{parser.prog} --config=FILE --workdir=FOLDER [--config.FIELD=VALUE ...]"
     parser.add_argument("--workdir", required=True, help="folder of the run: config, checkpoints, metrics, logs, grids")
+    add_flags(parser)
     options, config = parse_with_config(parser, arguments)
     if not options.workdir:
         parser.error("--workdir is empty: expected a folder, such as runs/mine")
     workdir = Path(options.workdir)
+    join(options, config_facts(config) | {"workdir": str(workdir.resolve())})
+
+    import jax
 
     from mpdit_jax.training.loop import train
 
     state = train(config, workdir)
+    if jax.process_index() > 0:
+        return 0
     if int(state.step) < config.steps:
         again = shlex.join([sys.executable, "-m", "mpdit_jax.train", *arguments])
         print(f"stopped at step {int(state.step)} of {config.steps}, saved; continue with:\n  {again}")

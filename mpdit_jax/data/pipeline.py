@@ -11,7 +11,9 @@ _THREADS = 2
 _PREFETCH = 4  # batches
 
 
-def batches(source: Source, batch_size: int, seed: int, start: int = 0, rows: slice = slice(None)) -> Iterator[Batch]:
+def batches(
+    source: Source, batch_size: int, seed: int, start: int = 0, rows: slice | np.ndarray = slice(None)
+) -> Iterator[Batch]:
     """Endless batches from step `start` on: the batch of step s depends on (seed, s) and nothing else.
 
     Every epoch is a new permutation of the whole set; a batch may span two epochs.

@@ -1,12 +1,13 @@
 """The training run, top to bottom."""
 
-import math
-from contextlib import closing
+import dataclasses
 from pathlib import Path
 
 import jax
 import numpy as np
 from clu import parameter_overview
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from mpdit_jax import images
@@ -16,15 +17,18 @@ from mpdit_jax.data.pipeline import batches
 from mpdit_jax.data.sources import check_fits, load_source
 from mpdit_jax.errors import ConfigError, DataError, DivergedError
 from mpdit_jax.flow.sampler import make_sampler
-from mpdit_jax.mesh import batch_sharding, check_batch, make_mesh
+from mpdit_jax.mesh import check_batch, local_rows, make_mesh, place_batch
 from mpdit_jax.model.accounting import count
 from mpdit_jax.model.parameters import Structure, abstract, merge
+from mpdit_jax.processes import any_process
 from mpdit_jax.training.interrupt import StopRequest
-from mpdit_jax.training.observe import MetricsFile, ProgressLine, TensorBoard
+from mpdit_jax.training.observe import Report
 from mpdit_jax.training.optimizer import make_optimizer, make_schedule
 from mpdit_jax.training.state import TrainState, abstract_state, create_state, from_items, to_items
 from mpdit_jax.training.step import jit_step, make_draw, make_loss, make_step
 from mpdit_jax.training.window import empty_window, window_means
+
+_AGREE_EVERY = 10  # steps between two questions whether any process was asked to stop
 
 
 def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainState:
@@ -65,18 +69,14 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
             state = from_items(checkpoints.restore(step, to_items(target)))
         else:
             state = create_state(model_config, optimizer, mesh, config.seed)
+        speaks = jax.process_index() == 0
         if step >= config.steps:
-            print(f"{workdir} is done: {step} of {config.steps} steps. For more: --config.steps={2 * step}")
+            if speaks:
+                print(f"{workdir} is done: {step} of {config.steps} steps. For more: --config.steps={2 * step}")
             return state
+        if speaks:
+            _introduce(config, workdir, step, state, len(source), mesh)
 
-        parameters, macs = count(model_config)
-        if step == 0:
-            print(parameter_overview.get_parameter_overview(state.parameters, include_stats=False))
-        print(
-            f"{'continuing' if step else 'starting'} at step {step} in {workdir}: {len(source):,} images, "
-            f"{parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} GMACs a forward pass, "
-            f"{mesh.size} {platform} device(s)"
-        )
         plain_step = make_step(
             make_draw(config),
             make_loss(structure),
@@ -86,37 +86,30 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
             spike_factor=config.skip.spike_factor,
         )
         update = jit_step(plain_step, target, mesh)
+        fresh_window = jax.jit(empty_window, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target.window))
         learning_rate = make_schedule(config.optimizer)
-        data = batches(source, config.batch_size, config.seed, start=step)
+        rows = local_rows(config.batch_size, mesh)
+        data = batches(source, config.batch_size, config.seed, start=step, rows=rows)
 
-        with (
-            closing(MetricsFile(workdir / "metrics.jsonl", step)) as metrics_file,
-            closing(TensorBoard(workdir / "tensorboard", step)) as tensorboard,
-            ProgressLine(step, config.steps, config.batch_size) as progress,
-        ):
-            tensorboard.text(step, "config", f"```json\n{to_json(config)}```")
-            while step < config.steps and stop.name is None:
+        with Report(workdir, step, config.steps, config.batch_size, speaks=speaks) as report:
+            report.config(step, to_json(config))
+            while step < config.steps and not _asked_to_stop(stop, step):
                 try:
                     batch = next(data)
                 except DataError:
-                    checkpoints.save(step, to_items(state))
+                    if jax.process_count() == 1:  # saving takes all of them, and the others do not know
+                        checkpoints.save(step, to_items(state))
                     raise
-                on_devices = jax.device_put(batch, batch_sharding(mesh))
+                on_devices = place_batch(batch, rows, config.batch_size, mesh)
                 with jax.transfer_guard("disallow"):
                     state = update(state, on_devices)
                 step += 1
                 last = step == config.steps
-                progress.advance(step)
+                report.advance(step)
                 if step % config.log.every == 0 or last:
-                    metrics = window_means(jax.device_get(state.window))
-                    metrics["learning_rate"] = float(learning_rate(state.guard["accepted"]))
-                    state = _with_empty_window(state, target)
-                    metrics_file.write(step, metrics)
-                    rate = {"images_per_second": progress.images_per_second(step)}
-                    tensorboard.scalars(step, metrics | rate)
-                    progress.logged(step, metrics.get("loss", math.nan))
-                    if metrics["skipped"]:
-                        progress.say(f"step {step}: {metrics['skipped']:.0f} steps since the last line were left out")
+                    window, accepted = jax.device_get((state.window, state.guard["accepted"]))
+                    state = dataclasses.replace(state, window=fresh_window())
+                    report.metrics(step, window_means(window) | {"learning_rate": float(learning_rate(accepted))})
                     _check_skips(checkpoints, step, state, config.skip.abort_after)
                 if step % config.checkpoint.every == 0 or last:
                     # While steps are left out, what broke them may be in the parameters: older states are good.
@@ -126,25 +119,57 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                 if config.sample.every and (step % config.sample.every == 0 or last):
                     picture = draw_grid(config, structure, state)
                     if picture is not None:
-                        images.save_png(workdir / "samples" / f"{step:08d}.png", picture)
-                        tensorboard.image(step, "samples", picture)
-            if stop.name is not None:
-                progress.say(f"{stop.name}: saving step {step}")
+                        report.picture(step, picture)
+            if step < config.steps:
+                report.say(f"{stop.name or 'another process was asked to stop'}: saving step {step}")
                 _check_skips(checkpoints, step, state, config.skip.abort_after)
                 checkpoints.save(step, to_items(state))
     return state
 
 
 def draw_grid(config: FrozenConfigDict, structure: Structure, state: TrainState) -> np.ndarray | None:
-    """A guided grid from the EMA weights, one row a class, with the same noise every time; None for latents."""
-    model = merge(structure, state.ema_parameters)
-    if model.input_shape[-1] not in (1, 3):
+    """A guided grid from the EMA weights, one row a class, with the same noise every time.
+
+    None for latents, and on every process but the first.
+    """
+    if config.model.in_channels not in (1, 3):
         return None
-    classes = min(model.num_classes, 10)
+    parameters = state.ema_parameters
+    mesh = jax.sharding.get_mesh()
+    if jax.process_count() > 1:
+        parameters = multihost_utils.process_allgather(parameters, tiled=True)
+        if jax.process_index() > 0:
+            return None
+        mesh = make_mesh(devices=jax.local_devices()[:1])
+    classes = min(config.model.num_classes, 10)
     labels = np.repeat(np.arange(classes), config.sample.per_class)
     sampler = make_sampler(steps=config.sample.steps, guidance_scale=config.sample.guidance_scale)
-    latents = sampler(model, labels, jax.random.key(config.seed))
+    with jax.set_mesh(mesh):
+        latents = sampler(merge(structure, parameters), labels, jax.random.key(config.seed))
     return images.grid(images.to_uint8(np.asarray(latents)), config.sample.per_class)
+
+
+def _introduce(
+    config: FrozenConfigDict, workdir: Path, step: int, state: TrainState, examples: int, mesh: Mesh
+) -> None:
+    parameters, macs = count(model_of(config))
+    if step == 0:
+        print(parameter_overview.get_parameter_overview(state.parameters, include_stats=False))
+    several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    print(
+        f"{'continuing' if step else 'starting'} at step {step} in {workdir}: {examples:,} images, "
+        f"{parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} GMACs a forward pass, "
+        f"{mesh.size} {mesh.devices.flat[0].platform} device(s){several}",
+        flush=True,
+    )
+
+
+def _asked_to_stop(stop: StopRequest, step: int) -> bool:
+    """Whether to end before the next step, the same step on every process."""
+    asked = stop.name is not None
+    if jax.process_count() == 1:
+        return asked
+    return step % _AGREE_EVERY == 0 and any_process(asked)
 
 
 def _check_skips(checkpoints: Checkpoints, step: int, state: TrainState, abort_after: int) -> int:
@@ -159,8 +184,3 @@ def _check_skips(checkpoints: Checkpoints, step: int, state: TrainState, abort_a
             "--workdir with a lower config.optimizer.learning_rate."
         )
     return skipped
-
-
-def _with_empty_window(state: TrainState, target: TrainState) -> TrainState:
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, target.window)
-    return TrainState(**{**vars(state), "window": jax.device_put(empty_window(), shardings)})

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: a progress line, `metrics.jsonl`, TensorBoard event files."""
+"""What a run tells while it runs: a progress line, `metrics.jsonl`, TensorBoard event files, sample grids."""
 
 import json
 import math
@@ -18,7 +18,59 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from mpdit_jax.files import replacing
-from mpdit_jax.images import encode_png
+from mpdit_jax.images import encode_png, save_png
+
+
+class Report:
+    """Everything a run tells, in one place; a context manager. Unless it `speaks` it prints and writes nothing."""
+
+    def __init__(self, workdir: Path, start: int, total: int, batch_size: int, *, speaks: bool = True) -> None:
+        self._samples = workdir / "samples"
+        self._metrics = MetricsFile(workdir / "metrics.jsonl", start) if speaks else None
+        self._tensorboard = TensorBoard(workdir / "tensorboard", start) if speaks else None
+        self._progress = ProgressLine(start, total, batch_size, quiet=not speaks)
+
+    def __enter__(self) -> "Report":
+        self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.__exit__(kind, error, trace)
+        for writer in (self._metrics, self._tensorboard):
+            if writer is not None:
+                writer.close()
+
+    def config(self, step: int, text: str) -> None:
+        """The config as JSON, for TensorBoard's text page."""
+        if self._tensorboard is not None:
+            self._tensorboard.text(step, "config", f"```json\n{text}```")
+
+    def advance(self, step: int) -> None:
+        """A step has been dispatched."""
+        self._progress.advance(step)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """A window of the log has ended with these means."""
+        if self._metrics is not None:
+            self._metrics.write(step, values)
+        if self._tensorboard is not None:
+            rate = {"images_per_second": self._progress.images_per_second(step)}
+            self._tensorboard.scalars(step, {**values, **rate})
+        self._progress.logged(step, values.get("loss", math.nan))
+        if values["skipped"]:
+            self.say(f"step {step}: {values['skipped']:.0f} steps since the last line were left out")
+
+    def picture(self, step: int, picture: np.ndarray) -> None:
+        """A grid of samples, uint8 (H, W, 1 or 3)."""
+        if self._tensorboard is not None:
+            save_png(self._samples / f"{step:08d}.png", picture)
+            self._tensorboard.image(step, "samples", picture)
+
+    def say(self, message: str) -> None:
+        """Print a line above the bar."""
+        self._progress.say(message)
 
 
 class MetricsFile:
@@ -88,9 +140,9 @@ class TensorBoard:
 class ProgressLine:
     """A live line in a terminal, a line a logged step elsewhere: step, loss, images/s, time left."""
 
-    def __init__(self, start: int, total: int, batch_size: int) -> None:
+    def __init__(self, start: int, total: int, batch_size: int, *, quiet: bool = False) -> None:
         self._start, self._total, self._batch_size = start, total, batch_size
-        self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False, quiet=quiet)
         columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task(f"step {start}/{total}  compiling", total=total, completed=start)

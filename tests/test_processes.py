@@ -1,0 +1,56 @@
+"""How a process learns which cluster it is part of."""
+
+import argparse
+
+import pytest
+
+from mpdit_jax.errors import ConfigError, ProcessError
+from mpdit_jax.processes import Cluster, add_flags, find_cluster, first_host, join, roll_call
+
+
+def test_alone_unless_something_says_otherwise():
+    assert find_cluster({}) is None
+    assert find_cluster({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}) is None  # an allocation without a step
+
+
+def test_slurm():
+    step = {"SLURM_NTASKS": "16", "SLURM_PROCID": "5", "SLURM_STEP_NODELIST": "gpu[03-04]"}
+    assert find_cluster({"SLURM_JOB_ID": "123456", **step}) == Cluster("gpu03:56064", 16, 5)
+
+
+@pytest.mark.parametrize(("nodes", "host"), [
+    ("node1", "node1"),
+    ("node1,node2", "node1"),
+    ("gpu[03-07,11],login", "gpu03"),
+    ("rack[2,9]-n", "rack2-n"),
+])  # fmt: skip
+def test_first_host(nodes, host):
+    assert first_host(nodes) == host
+
+
+def test_variables():
+    assert find_cluster({"TPU_WORKER_HOSTNAMES": "t0,t1,t2,t3", "TPU_WORKER_ID": "2"}) == Cluster("t0:8476", 4, 2)
+    ours = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    assert find_cluster(ours) == Cluster("10.0.0.2:1234", 2, 1)
+    with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES=two"):
+        find_cluster(ours | {"JAX_NUM_PROCESSES": "two"})
+    with pytest.raises(ConfigError, match="process_id=2: expected 0 to 1"):
+        find_cluster(ours | {"JAX_PROCESS_ID": "2"})
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["--num_processes=2"], "give all three, or none"),
+    (["--coordinator_address=host", "--num_processes=2", "--process_id=0"], "expected host:port"),
+    (["--coordinator_address=h:1", "--num_processes=2", "--process_id=2"], "process_id=2: expected 0 to 1"),
+    (["--join_timeout=0"], "join_timeout=0.0"),
+])  # fmt: skip
+def test_impossible_flags(arguments, sentence):
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    with pytest.raises(ConfigError, match=sentence):
+        join(parser.parse_args(arguments), {})
+
+
+def test_nobody_answers():
+    with pytest.raises(ProcessError, match=r"process 0 at 127\.0\.0\.1:9 did not answer process 1 within 0\.5 s"):
+        roll_call(Cluster("127.0.0.1:9", 2, 1), {}, 0.5)

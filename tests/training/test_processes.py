@@ -1,0 +1,117 @@
+"""The same run by one process and by several, started as a user starts them; and processes that do not fit together."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mpdit_jax.checkpoint import list_steps
+from tests.tiny import ROOT, run, saved_arrays, start, train_arguments
+
+STEPS = 20
+LONG = [f"--config.steps={STEPS}", "--config.checkpoint.every=10", "--config.log.every=5"]
+
+
+def free_port():
+    """A port that is free, and whose successor is."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+def launch(count, devices, *arguments):
+    """`launch/local_multiprocess.sh`, its output and errors together."""
+    environment = {**os.environ, "PYTHON": sys.executable, "DEVICES": str(devices), "PORT": str(free_port())}
+    script = ROOT / "launch/local_multiprocess.sh"
+    return subprocess.Popen(
+        ["bash", str(script), str(count), *arguments],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def losses(workdir):
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    status, _, stderr = run("train", train_arguments(workdir, *LONG))
+    assert status == 0, stderr
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices", "mesh"), [
+    (2, 4, ("--config.mesh.data=4", "--config.mesh.fsdp=2")),
+    (4, 2, ("--config.mesh.data=1", "--config.mesh.fsdp=8")),
+])  # fmt: skip
+def test_several_processes_give_the_same_run(one_process, tmp_path, processes, devices, mesh):
+    workdir = tmp_path / "run"
+    process = launch(processes, devices, "train", *train_arguments(workdir, *LONG, *mesh))
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert f"8 cpu device(s) of {processes} processes" in output
+    assert output.count("done: checkpoints in") == 1  # the first process alone speaks
+    np.testing.assert_allclose(losses(workdir), losses(one_process), rtol=1e-5)
+    expected, found = saved_arrays(one_process, STEPS), saved_arrays(workdir, STEPS)
+    for path, array in expected.items():
+        if path.startswith("parameters") and "qkv" not in path:  # Adam amplifies rounding in gradients that are zero
+            allowed = 1e-4 * np.abs(array).max() + 1e-7
+            np.testing.assert_allclose(found[path], array, rtol=0, atol=allowed, err_msg=path)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path):
+    workdir, more = tmp_path / "run", ["--config.steps=4000", "--config.checkpoint.every=100000"]
+    process = launch(2, 1, "train", *train_arguments(workdir, *more, "--config.log.every=10"))
+    for line in process.stdout:
+        if "images/s" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    (stopped,) = list_steps(workdir)
+    assert stopped % 10 == 0
+    assert f"stopped at step {stopped} of 4000, saved; continue with:" in output
+
+
+def join_flags(port, count, index):
+    return [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}"]
+
+
+def test_a_process_that_never_joins_is_named(tmp_path):
+    port = free_port()
+    arguments = train_arguments(tmp_path / "run", "--join_timeout=5")
+    both = [start("train", [*arguments, *join_flags(port, 3, index)]) for index in (0, 2)]
+    for process in both:
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert stderr.startswith("error: process 1 of 3 did not join within 5 s")
+        assert len(stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_other_configs_are_told_apart(tmp_path):
+    port = free_port()
+    pair = [
+        start("train", [*train_arguments(tmp_path / "run", f"--config.batch_size={size}"), *join_flags(port, 2, index)])
+        for index, size in enumerate((8, 16))
+    ]
+    for process in pair:
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "process 1 was started with config.batch_size=16 instead of 8, unlike process 0" in stderr
+        assert "Traceback" not in stderr
+    assert not (tmp_path / "run").exists()
