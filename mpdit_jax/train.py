@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mpdit_jax.cli import make_parser, parse_with_config, run
 from mpdit_jax.config import facts as config_facts
+from mpdit_jax.errors import InputError
 from mpdit_jax.processes import add_flags, join
 
 _EXAMPLES = """\
@@ -30,6 +31,10 @@ def main(arguments: Sequence[str]) -> int:
     options, config = parse_with_config(parser, arguments)
     if not options.workdir:
         parser.error("--workdir is empty: expected a folder, such as runs/mine")
+    if "://" in options.workdir:
+        raise InputError(
+            f"--workdir={options.workdir}: expected a folder on a file system that every process mounts; mount the bucket."
+        )
     workdir = Path(options.workdir)
     join(options, config_facts(config) | {"workdir": str(workdir.resolve())})
 

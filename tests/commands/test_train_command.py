@@ -156,6 +156,11 @@ def test_empty_workdir_is_refused(capsys):
     assert "--workdir is empty" in capsys.readouterr().err
 
 
+def test_a_bucket_is_no_folder():
+    with pytest.raises(InputError, match="--workdir=gs://bucket/run: expected a folder"):
+        train.main([f"--config={ROOT / 'configs/digits.py'}", "--workdir=gs://bucket/run"])
+
+
 def test_cudnn_attention_needs_a_gpu(tmp_path):
     with pytest.raises(ConfigError, match="needs an NVIDIA GPU and this is cpu"):
         train.main(train_arguments(tmp_path / "run", "--config.model.attention=cudnn"))

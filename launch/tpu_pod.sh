@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Training on a Cloud TPU pod slice: the same command on all of its machines.
+#
+#   bash launch/tpu_pod.sh NAME ZONE ARGUMENTS
+#
+# such as
+#
+#   bash launch/tpu_pod.sh my-v5e-256 us-west4-a --config=configs/fashion_mnist.py --workdir=/mnt/shared/runs/mine
+#
+# --workdir must be on a file system that every machine mounts, such as Filestore; a bucket's gs:// name is none.
+# Expects on every machine a clone of the repository in ~/mpdit_jax with `pip install -e '.[tpu]'` done in ~/mpdit_jax/.venv.
+# The machines find each other through the TPU's metadata server. Ctrl-C here stops the run on all of them; a preempted
+# slice is continued by the same command. DRY_RUN=1 prints what would be run.
+#
+# No flags are set: libtpu hides the latency of collectives by default. LIBTPU_INIT_ARGS, where set here, is passed on.
+set -euo pipefail
+
+case ${1:-} in
+  '' | -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "${BASH_SOURCE[0]}" && exit ;;
+esac
+[ $# -ge 3 ] || { echo "Error: expected NAME ZONE ARGUMENTS; see $0 --help." >&2 && exit 2; }
+name=$1 zone=$2
+shift 2
+
+# Quoted once for this shell and once more for the one on the machines.
+printf -v arguments '%q ' "$@"
+command="cd ~/mpdit_jax && "
+if [ -n "${LIBTPU_INIT_ARGS:-}" ]; then
+  printf -v command '%sLIBTPU_INIT_ARGS=%q ' "$command" "$LIBTPU_INIT_ARGS"
+fi
+command="$command.venv/bin/python -u -m mpdit_jax.train $arguments"
+
+ssh=(gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=all "--command=$command")
+if [ -n "${DRY_RUN:-}" ]; then
+  printf '%q ' "${ssh[@]}"
+  echo
+  exit
+fi
+command -v gcloud >/dev/null || { echo "Error: gcloud is not installed; see cloud.google.com/sdk." >&2 && exit 1; }
+exec "${ssh[@]}"

@@ -1,0 +1,60 @@
+"""The cluster scripts, as far as a machine without the service allows: what they would run, and with what set."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ARGUMENTS = ["--config=configs/digits.py", "--workdir=/shared/my runs/a"]
+
+
+def run(script, *arguments, **environment):
+    return subprocess.run(
+        ["bash", str(ROOT / "launch" / script), *arguments],
+        env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def stub(folder, name, text):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_slurm_starts_the_command_on_every_node(tmp_path):
+    """`srun` notes what it is asked to run; the flags it hands on are ones that this XLA knows."""
+    stub(tmp_path / "bin", "srun", 'printf "%s\\n" "$@"; printf "%s\\n" "$XLA_FLAGS"')
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    done = run("slurm.sbatch", *ARGUMENTS, PATH=path, PYTHON="/opt/python", XLA_FLAGS="--xla_dump_to=", **job)
+    assert done.returncode == 0, done.stderr
+    first, *command, flags = done.stdout.splitlines()
+    assert first == "7: 2 node(s) gpu[1-2]"
+    assert command == ["--kill-on-bad-exit=1", "/opt/python", "-u", "-m", "mpdit_jax.train", *ARGUMENTS]
+    assert flags.startswith("--xla_dump_to= --xla_gpu_enable_latency_hiding_scheduler=true")
+    # XLA ends a process whose flags it does not know.
+    script = "import jax, json; print(json.dumps(len(jax.devices())))"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    known = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert known.returncode == 0, known.stderr
+    assert json.loads(known.stdout) == 1
+
+
+def test_tpu_pod_quotes_for_both_shells():
+    done = run("tpu_pod.sh", "my-pod", "us-west4-a", *ARGUMENTS, DRY_RUN="1", LIBTPU_INIT_ARGS="--a=1 --b=2")
+    assert done.returncode == 0, done.stderr
+    command = shlex.split(done.stdout)
+    assert command[:7] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "my-pod", "--zone=us-west4-a"]
+    remote = shlex.split(command[-1].removeprefix("--command="))
+    assert remote[-len(ARGUMENTS) :] == ARGUMENTS
+    assert "LIBTPU_INIT_ARGS=--a=1 --b=2" in remote
+
+
+def test_what_is_missing_is_said(tmp_path):
+    assert "expected NAME ZONE ARGUMENTS" in run("tpu_pod.sh", "my-pod").stderr
+    assert "N=two: expected a number of processes" in run("local_multiprocess.sh", "two", "train").stderr
+    assert "which command?" in run("local_multiprocess.sh", "2").stderr
+    assert "does not run" in run("local_multiprocess.sh", "2", "train", PYTHON=str(tmp_path / "none")).stderr
