@@ -1,8 +1,8 @@
 """Several processes that act as one: how they find each other, and how they agree.
 
 A cluster is taken from the first that says anything of: the command's flags, the environment variables
-JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, SLURM, GKE's TPU variables. Cloud TPU machines say it
-through their metadata server, which JAX asks itself. Otherwise this process is alone.
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, SLURM, GKE's TPU variables. On a machine with TPU chips
+where none of them is set, JAX asks the metadata server itself. Otherwise this process is alone.
 
 Before JAX connects them, the processes hold a roll call on the port after the coordinator's. JAX itself ends a process
 that waits in vain with a stack trace; the roll call ends it with a sentence that names who is missing, or who was
@@ -11,12 +11,15 @@ started with another config or version.
 
 import argparse
 import dataclasses
+import hashlib
+import importlib.util
 import json
 import os
 import re
 import socket
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -83,6 +86,10 @@ def join(options: argparse.Namespace, facts: Facts) -> None:
         cluster: Cluster | None = Cluster(*given)
     else:
         cluster = find_cluster(os.environ)
+    if cluster is None and on_cloud_tpu():
+        jax.distributed.initialize(initialization_timeout=int(options.join_timeout) + 1)
+        _compare_fingerprints(facts)
+        return
     if cluster is None or cluster.count == 1:
         return
     roll_call(cluster, facts, options.join_timeout)
@@ -112,6 +119,24 @@ def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
                 listed = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
                 raise ConfigError(f"{listed}: these describe no cluster ({error}).") from error
     return None
+
+
+def on_cloud_tpu(devices: Path = Path("/dev")) -> bool:
+    """Whether this machine has TPU chips and the library that drives them."""
+    chips = [*devices.glob("accel*"), *devices.glob("vfio/[0-9]*")]
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def _compare_fingerprints(facts: Facts) -> None:
+    """After JAX has connected processes without a roll call: raise ProcessError unless all have process 0's facts."""
+    digest = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).digest()
+    digests = np.asarray(multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))).reshape(-1, len(digest))
+    differing = [str(index) for index in range(len(digests)) if not np.array_equal(digests[index], digests[0])]
+    if differing:
+        raise ProcessError(
+            f"process {', '.join(differing)} was started with another config, workdir or version of the code than "
+            "process 0: start the same command on all machines."
+        )
 
 
 def _from_jax_variables(coordinator: str, count: str, index: str) -> Cluster:

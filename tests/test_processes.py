@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from mpdit_jax.errors import ConfigError, ProcessError
-from mpdit_jax.processes import Cluster, add_flags, find_cluster, first_host, join, roll_call
+from mpdit_jax.processes import Cluster, add_flags, find_cluster, first_host, join, on_cloud_tpu, roll_call
 
 
 def test_alone_unless_something_says_otherwise():
@@ -54,3 +54,12 @@ def test_impossible_flags(arguments, sentence):
 def test_nobody_answers():
     with pytest.raises(ProcessError, match=r"process 0 at 127\.0\.0\.1:9 did not answer process 1 within 0\.5 s"):
         roll_call(Cluster("127.0.0.1:9", 2, 1), {}, 0.5)
+
+
+def test_a_cloud_tpu_has_chips_and_their_library(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert not on_cloud_tpu(tmp_path)
+    (tmp_path / "accel0").touch()
+    assert on_cloud_tpu(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not on_cloud_tpu(tmp_path)
