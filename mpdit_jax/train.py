@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("--workdir is empty: expected a folder, such as runs/mine")
     if "://" in options.workdir:
         raise InputError(
-            f"--workdir={options.workdir}: expected a folder that every process mounts; mount the bucket, or use a disk."
+            f"--workdir={options.workdir}: expected a folder that every process sees; mount the bucket, or use a disk."
         )
     workdir = Path(options.workdir)
     join(options, config_facts(config) | {"workdir": str(workdir.resolve())})
