@@ -4,8 +4,9 @@
 #   bash launch/test.sh [--parity] [pytest arguments]
 #
 # Makes or completes .venv with the extra [test] first. --parity adds the extra [parity] (PyTorch, diffusers) and runs the
-# tests that compare with them. The tests run in up to four processes (-n 0 for one). Paths in pytest arguments start at the repository's root; -m "not slow" leaves the long
-# tests out. JAX runs on the CPU unless JAX_PLATFORMS says otherwise; PYTHON=... picks the Python (>= 3.11).
+# tests that compare with them. The tests run in up to four processes (-n 0 for one). Paths in pytest arguments start at
+# the repository's root; -m "not slow" leaves the long tests out. JAX runs on the CPU unless JAX_PLATFORMS says
+# otherwise; PYTHON=... picks the Python (>= 3.11).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "launch/slurm.sbatch", ROOT / ".ci/run"]
 LEFT_OUT = "Left out: the tests marked parity"
+PYTEST = ["pytest", "-n", "auto", "--maxprocesses=4"]
 
 
 def commands(checkout):
@@ -24,7 +25,7 @@ def test_test_sh_runs_the_judges_then_pytest_with_the_arguments(checkout):
         ["ruff", "check"],
         ["ruff", "format", "--check"],
         ["mypy"],
-        ["pytest", "-k", "two words", "tests/model", "-m", "not parity"],
+        [*PYTEST, "-k", "two words", "tests/model", "-m", "not parity"],
     ]
     assert result.stdout.count(LEFT_OUT) == 2
     assert result.stdout.rstrip().splitlines()[-1].startswith(LEFT_OUT)
@@ -32,12 +33,12 @@ def test_test_sh_runs_the_judges_then_pytest_with_the_arguments(checkout):
 
 def test_test_sh_joins_the_callers_marks_with_its_own(checkout):
     checkout.run("launch/test.sh", "-m", "not slow", "-x")
-    assert commands(checkout)[-1] == ["pytest", "-x", "-m", "(not slow) and not parity"]
+    assert commands(checkout)[-1] == [*PYTEST, "-x", "-m", "(not slow) and not parity"]
 
 
 def test_test_sh_with_parity_leaves_nothing_out(checkout):
     result = checkout.run("launch/test.sh", "--parity", "-k", "two words")
-    assert commands(checkout)[-1] == ["pytest", "-k", "two words"]
+    assert commands(checkout)[-1] == [*PYTEST, "-k", "two words"]
     assert LEFT_OUT not in result.stdout
 
 
@@ -50,7 +51,7 @@ def test_test_sh_passes_the_failure_on_and_still_says_what_it_left_out(checkout)
 def test_ci_runs_the_whole_suite(checkout):
     result = checkout.run(".ci/run")
     assert result.returncode == 0, result.stderr
-    assert commands(checkout)[-1] == ["pytest"]
+    assert commands(checkout)[-1] == PYTEST
     assert [call[-1] for call in checkout.installs()] == [".[test,parity]"]
     assert os.access(ROOT / ".ci/run", os.X_OK)
 
