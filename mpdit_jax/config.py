@@ -10,6 +10,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import placeholder
 
 from mpdit_jax import __version__
+from mpdit_jax.data.latents import NORMALIZATIONS
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.files import code_fingerprint
 from mpdit_jax.flow.objective import TIME_DISTRIBUTIONS
@@ -51,9 +52,12 @@ def base_config() -> ConfigDict:
         config.model[field.name] = placeholder(kinds[type(field.default)])
 
     config.data = ConfigDict()
-    config.data.name = "digits"  # digits | fashion_mnist | arrays
+    config.data.name = "digits"  # digits | fashion_mnist | arrays | latents
     config.data.path = ""  # where the files are; "" for the source's own default
     config.data.split = "train"
+    config.data.normalization = "paper"  # paper | manifest: the constants latents are normalized with
+    config.data.max_examples = 0  # so many, evenly spread over the set; 0 for all
+    config.data.class_balance = False  # every class equally often
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adamw | muon
@@ -179,6 +183,7 @@ def _check(config: ConfigDict) -> None:
         "optimizer.end_learning_rate",
         "optimizer.clip_norm",
         "skip.spike_factor",
+        "data.max_examples",
     ):
         _expect(config, path, _get(config, path) >= 0, "0 or more")
     _expect(config, "seed", config.seed < 2**32, "below 2**32")
@@ -202,6 +207,8 @@ def _check(config: ConfigDict) -> None:
         hint = suggest(config.time.distribution, TIME_DISTRIBUTIONS)
         raise ConfigError(f"config.time.distribution={config.time.distribution!r}{hint}: expected one of {known}.")
     _expect(config, "time.std", config.time.std > 0, "a positive number")
+    known = config.data.normalization in NORMALIZATIONS
+    _expect(config, "data.normalization", known, f"one of {', '.join(NORMALIZATIONS)}")
 
 
 def _expect(config: ConfigDict, path: str, holds: bool, expected: str) -> None:

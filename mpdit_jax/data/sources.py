@@ -9,10 +9,11 @@ from typing import Protocol
 import numpy as np
 
 from mpdit_jax.data.idx import read_idx
+from mpdit_jax.data.latents import LatentSpace, load_latents
 from mpdit_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
-"""`x` float32 (n, H, W, C) and `y` int32 (n,)."""
+"""`y` int32 (n,), and `x` float32 (n, H, W, C) or, of latents, `mean` and `std` float16 (n, views, H, W, C)."""
 
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -32,10 +33,18 @@ class Source(Protocol):
     def class_names(self) -> tuple[str, ...]:
         """One name a class, in label order."""
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Whole numbers (N,)."""
+
+    @property
+    def latents(self) -> LatentSpace | None:
+        """How the examples relate to a VAE's latents; None for images."""
+
     def __len__(self) -> int: ...
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """The examples at `indices` (n,): `x` float32 (n, H, W, C), `y` int32 (n,)."""
+        """The examples at `indices` (n,)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +55,10 @@ class ArraySource:
     labels: np.ndarray  # (N,)
     class_names: tuple[str, ...]
     largest: int = 255
+
+    @property
+    def latents(self) -> None:
+        """None: these are images."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -147,22 +160,84 @@ def load_arrays(path: str = "", split: str = "train") -> ArraySource:
     return _checked(ArraySource(images, labels, names), path)
 
 
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some examples of a source, in any order and as often as wanted."""
+
+    source: Source
+    indices: np.ndarray  # (n,)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an example."""
+        return self.source.shape
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name a class, in label order."""
+        return self.source.class_names
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Whole numbers (n,)."""
+        return self.source.labels[self.indices]
+
+    @property
+    def latents(self) -> LatentSpace | None:
+        """Those of the whole source."""
+        return self.source.latents
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """The examples at `indices` of this subset."""
+        return self.source.batch(self.indices[indices])
+
+
+def limited(source: Source, count: int) -> Source:
+    """`count` examples evenly spread over a source, which often lies class by class; all if it has no more."""
+    if count >= len(source):
+        return source
+    return Subset(source, np.arange(count) * len(source) // count)
+
+
+def balanced(source: Source) -> Source:
+    """Every class as often as the largest: the examples of the smaller ones come several times."""
+    classes = [np.flatnonzero(source.labels == label) for label in np.unique(source.labels)]
+    most = max(len(members) for members in classes)
+    return Subset(source, np.concatenate([np.resize(members, most) for members in classes]))
+
+
 SOURCES: dict[str, Callable[[str, str], ArraySource]] = {
     "digits": load_digits,
     "fashion_mnist": load_fashion_mnist,
     "arrays": load_arrays,
 }
+NAMES = (*SOURCES, "latents")
 
 
-def load_source(name: str, path: str, split: str) -> Source:
-    """The data set `config.data` names.
+def load_source(
+    name: str,
+    path: str,
+    split: str,
+    *,
+    normalization: str = "paper",
+    max_examples: int = 0,
+    class_balance: bool = False,
+) -> Source:
+    """The data set `config.data` describes; the arguments are its fields.
 
     Raises:
         DataError: unknown name, missing or damaged files.
+        ConfigError: a normalization that does not fit the latents.
     """
-    if name not in SOURCES:
-        raise DataError(f"config.data.name={name!r}: expected one of {', '.join(SOURCES)}.")
-    return SOURCES[name](path, split)
+    if name not in NAMES:
+        raise DataError(f"config.data.name={name!r}: expected one of {', '.join(NAMES)}.")
+    source: Source = load_latents(path, split, normalization) if name == "latents" else SOURCES[name](path, split)
+    if max_examples:
+        source = limited(source, max_examples)
+    return balanced(source) if class_balance else source
 
 
 def check_fits(source: Source, input_shape: tuple[int, int, int], num_classes: int) -> None:

@@ -1,6 +1,7 @@
 """The training run, top to bottom."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from mpdit_jax import images
 from mpdit_jax.checkpoint import Checkpoints, claim_workdir
 from mpdit_jax.config import model_of, resolve, to_json
+from mpdit_jax.data.facts import claim_data
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.data.sources import check_fits, load_source
 from mpdit_jax.errors import ConfigError, DataError, DivergedError
@@ -20,7 +22,7 @@ from mpdit_jax.flow.sampler import make_sampler
 from mpdit_jax.mesh import check_batch, local_rows, make_mesh, place_batch
 from mpdit_jax.model.accounting import count
 from mpdit_jax.model.parameters import Structure, abstract, merge
-from mpdit_jax.processes import any_process
+from mpdit_jax.processes import any_process, first_does
 from mpdit_jax.training.interrupt import StopRequest
 from mpdit_jax.training.observe import Report
 from mpdit_jax.training.optimizer import make_optimizer, make_schedule
@@ -49,7 +51,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
     model_config = model_of(config)
     mesh = make_mesh(**config.mesh)
     check_batch(config.batch_size // config.gradient_accumulation, mesh)
-    source = load_source(config.data.name, config.data.path, config.data.split)
+    source = load_source(**config.data)
     structure, _ = abstract(model_config)
     check_fits(source, (*model_config.input_size, model_config.in_channels), model_config.num_classes)
     optimizer = make_optimizer(config.optimizer)
@@ -70,6 +72,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         else:
             state = create_state(model_config, optimizer, mesh, config.seed)
         speaks = jax.process_index() == 0
+        first_does(partial(claim_data, workdir, source, trained=step > 0))
         if step >= config.steps:
             if speaks:
                 print(f"{workdir} is done: {step} of {config.steps} steps. For more: --config.steps={2 * step}")
@@ -78,7 +81,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
             _introduce(config, workdir, step, state, len(source), mesh)
 
         plain_step = make_step(
-            make_draw(config),
+            make_draw(config, source.latents),
             make_loss(structure),
             optimizer,
             config.ema_decay,
@@ -117,7 +120,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                     if last or not skipped:
                         checkpoints.save(step, to_items(state))
                 if config.sample.every and (step % config.sample.every == 0 or last):
-                    picture = draw_grid(config, structure, state)
+                    picture = None if source.latents else draw_grid(config, structure, state)
                     if picture is not None:
                         report.picture(step, picture)
             if step < config.steps:
@@ -130,7 +133,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
 def draw_grid(config: FrozenConfigDict, structure: Structure, state: TrainState) -> np.ndarray | None:
     """A guided grid from the EMA weights, one row a class, with the same noise every time.
 
-    None for latents, and on every process but the first.
+    None for latents and other arrays that are no pictures, and on every process but the first.
     """
     if config.model.in_channels not in (1, 3):
         return None

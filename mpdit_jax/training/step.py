@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
+from mpdit_jax.data.latents import LatentSpace
 from mpdit_jax.flow.objective import flow_matching_loss, time_distribution
 from mpdit_jax.mesh import batch_sharding
 from mpdit_jax.model.parameters import Parameters, Structure, merge
@@ -17,7 +18,7 @@ from mpdit_jax.training.state import TrainState
 from mpdit_jax.training.window import add_step
 
 Batch: TypeAlias = dict[str, jax.Array]
-"""`x` float32 (B, H, W, C) and `y` int32 (B,)."""
+"""`y` int32 (B,), and `x` float32 (B, H, W, C) or, of latents, `mean` and `std` float16 (B, views, H, W, C)."""
 
 
 class Examples(NamedTuple):
@@ -35,15 +36,20 @@ LossFunction: TypeAlias = Callable[[Parameters, Examples], tuple[jax.Array, jax.
 Step: TypeAlias = Callable[[TrainState, Batch], TrainState]
 
 
-def make_draw(config: FrozenConfigDict) -> Draw:
-    """What is random in a step, a function of (batch, key): label dropout, times, noise."""
+def make_draw(config: FrozenConfigDict, latents: LatentSpace | None = None) -> Draw:
+    """What is random in a step, a function of (batch, key): label dropout, times, noise, samples of latents.
+
+    Args:
+        config: the run's.
+        latents: the space of the batches' moments; None where they hold images.
+    """
     times = time_distribution(config.time.distribution, config.time.mean, config.time.std)
     null = config.model.num_classes
 
     def draw(batch: Batch, key: jax.Array) -> Examples:
         dropout_key, flow_key = jax.random.split(key)
         time_key, noise_key = jax.random.split(flow_key)
-        x = batch["x"]
+        x = batch["x"] if latents is None else sample_latents(jax.random.fold_in(key, 2), batch, latents)
         return Examples(
             x=x,
             y=drop_labels(dropout_key, batch["y"], config.label_dropout, null),
@@ -52,6 +58,29 @@ def make_draw(config: FrozenConfigDict) -> Draw:
         )
 
     return draw
+
+
+def sample_latents(key: jax.Array, batch: Batch, space: LatentSpace) -> jax.Array:
+    """One normalized sample from each posterior, of the image or its mirror image where both are stored.
+
+    Args:
+        key: of this visit.
+        batch: `mean` and `std`, (B, views, H, W, C).
+        space: the constants of the normalization.
+
+    Returns:
+        float32 (B, H, W, C).
+    """
+    view_key, noise_key = jax.random.split(key)
+    count, views = batch["mean"].shape[:2]
+    chosen = jax.random.randint(view_key, (count, 1, 1, 1, 1), 0, views)
+
+    def of_view(moments: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(moments, chosen, axis=1)[:, 0].astype(jnp.float32)  # (B, H, W, C)
+
+    mean, std = of_view(batch["mean"]), of_view(batch["std"])
+    sample = mean + std * jax.random.normal(noise_key, mean.shape)
+    return (sample - jnp.asarray(space.mean, jnp.float32)) / jnp.asarray(space.std, jnp.float32)
 
 
 def make_loss(structure: Structure) -> LossFunction:

@@ -1,0 +1,249 @@
+"""Latents on disk: ArrayRecord shards beside a manifest that says what is in them.
+
+STORE/manifest.json                         written last: a folder that has one is finished
+STORE/labels.npy                            int32 (N,), the labels in order, so that classes are known without reading
+STORE/shard-00002-of-00313.array_record     one record an example, all of one length, see `record_dtype`
+STORE/rejected.jsonl                        the images that could not be used, and why
+"""
+
+import dataclasses
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+
+from mpdit_jax.errors import DataError
+
+SCHEMA_VERSION = 1
+MANIFEST, LABELS, REJECTED = "manifest.json", "labels.npy", "rejected.jsonl"
+_READER_OPTIONS = "readahead_buffer_size:0"  # records are read one here, one there
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of records."""
+
+    name: str
+    examples: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a store holds.
+
+    Attributes:
+        latent_shape: (h, w, C) of an example.
+        views: 1, or 2 where the moments of the mirrored image are stored as well.
+        key_bytes: length of the longest source key.
+        image_size: pixels along each side of the square that was encoded.
+        vae_fingerprint: SHA-256 of the weights that encoded (`VAE.fingerprint`).
+        class_names: one a class, in label order.
+        class_counts: examples of each class.
+        latent_mean: of each channel over all examples and positions, (C,).
+        latent_std: likewise, of samples from the posteriors, (C,).
+        rejected: images left out.
+        source: what was encoded, as `prepare` was told.
+        labels_sha256: of labels.npy.
+        shards: in order.
+    """
+
+    latent_shape: tuple[int, int, int]
+    views: int
+    key_bytes: int
+    image_size: int
+    vae_fingerprint: str
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    latent_mean: tuple[float, ...]
+    latent_std: tuple[float, ...]
+    rejected: int
+    source: str
+    labels_sha256: str
+    shards: tuple[Shard, ...]
+
+    @property
+    def examples(self) -> int:
+        """Their number."""
+        return sum(shard.examples for shard in self.shards)
+
+    @property
+    def record_dtype(self) -> np.dtype:
+        """See `record_dtype`."""
+        return record_dtype(self.latent_shape, self.views, self.key_bytes)
+
+
+def record_dtype(latent_shape: tuple[int, int, int], views: int, key_bytes: int) -> np.dtype:
+    """The layout of a record: float16 `mean` and `std` (views, h, w, C), int32 `label`, UTF-8 `key`; little-endian."""
+    shape = (views, *latent_shape)
+    return np.dtype([("mean", "<f2", shape), ("std", "<f2", shape), ("label", "<i4"), ("key", f"S{key_bytes}")])
+
+
+def manifest_to_json(manifest: Manifest) -> str:
+    """Indented JSON with the schema's version and the number of examples in front."""
+    fields = dataclasses.asdict(manifest)
+    return json.dumps({"schema_version": SCHEMA_VERSION, "examples": manifest.examples, **fields}, indent=1) + "\n"
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a store.
+
+    Raises:
+        DataError: none there, damaged, or of a newer schema.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise DataError(
+            f"{folder} holds no finished latents ({MANIFEST} is missing): make them with `python -m mpdit_jax.prepare "
+            f"--images=FOLDER --vae=FOLDER --image_size=256 --out={folder}`, which also finishes what was interrupted."
+        )
+    try:
+        stored: dict[str, Any] = json.loads(path.read_text())
+        version, examples = stored.pop("schema_version"), stored.pop("examples")
+        if version != SCHEMA_VERSION:
+            raise DataError(
+                f"{path} has schema version {version} and this mpdit_jax reads version {SCHEMA_VERSION}: update "
+                "mpdit_jax, or prepare the latents again."
+            )
+        shards = tuple(Shard(**shard) for shard in stored.pop("shards"))
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        manifest = Manifest(**fields, shards=shards)
+        channels = manifest.latent_shape[2]
+        consistent = (
+            manifest.examples == examples == sum(manifest.class_counts)
+            and len(manifest.class_counts) == len(manifest.class_names)
+            and len(manifest.latent_mean) == len(manifest.latent_std) == channels
+            and manifest.views in (1, 2)
+            and manifest.record_dtype.itemsize > 0
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is damaged ({error}); prepare the latents again.") from error
+    if not consistent:
+        raise DataError(f"{path} contradicts itself: its counts, shapes or statistics do not fit; prepare again.")
+    return manifest
+
+
+class LatentStore:
+    """The examples of a store, readable at any index by several threads at once."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open it: every shard must be there at its full length, but none is read yet.
+
+        Raises:
+            DataError: no manifest, a damaged one, a shard missing or of another length, labels that do not fit.
+        """
+        self.folder = Path(folder)
+        self.manifest = manifest = read_manifest(self.folder)
+        for shard in manifest.shards:
+            check_shard(self.folder, shard)
+        self.labels = _read_labels(self.folder, manifest)
+        self._starts = np.cumsum([0, *[shard.examples for shard in manifest.shards]])
+        self._readers: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self.manifest.examples
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """The records at `indices` (n,), as an array (n,) of `Manifest.record_dtype`.
+
+        Raises:
+            DataError: a damaged shard.
+        """
+        records: list[bytes] = [b""] * len(indices)
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        for number in np.unique(shards):
+            rows = np.flatnonzero(shards == number)
+            found = self._read_shard(int(number), (indices[rows] - self._starts[number]).tolist())
+            for row, record in zip(rows.tolist(), found, strict=True):
+                records[row] = record
+        return np.frombuffer(b"".join(records), self.manifest.record_dtype)
+
+    def _read_shard(self, number: int, rows: list[int]) -> list[bytes]:
+        shard, size = self.manifest.shards[number], self.manifest.record_dtype.itemsize
+        try:
+            with self._lock:
+                if number not in self._readers:
+                    self._readers[number] = ArrayRecordReader(str(self.folder / shard.name), _READER_OPTIONS)
+                reader = self._readers[number]
+            records: list[bytes] = reader.read(rows)
+            if any(len(record) != size for record in records):
+                raise ValueError(f"a record is not {size} bytes long")
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise DataError(
+                f"{self.folder / shard.name} is damaged ({str(error).splitlines()[0][:200]}): see `python -m "
+                f"mpdit_jax.prepare --verify --out={self.folder}`."
+            ) from error
+        return records
+
+
+def check_shard(folder: Path, shard: Shard) -> None:
+    """Raise DataError unless the shard is there at its full length."""
+    path = folder / shard.name
+    if not path.is_file():
+        raise DataError(f"{path} is missing: copy it again, or delete {folder / MANIFEST} and repeat prepare.")
+    if path.stat().st_size != shard.bytes:
+        raise DataError(
+            f"{path} has {path.stat().st_size} bytes instead of {shard.bytes}: copy it again, or delete it and "
+            f"{folder / MANIFEST} and repeat prepare."
+        )
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(folder: str | Path) -> Iterator[int]:
+    """Read everything and compare it with the manifest; gives the examples read so far, after every shard.
+
+    Raises:
+        DataError: the first thing that differs, by name.
+    """
+    store = LatentStore(folder)
+    if sha256(store.folder / LABELS) != store.manifest.labels_sha256:
+        raise DataError(f"{store.folder / LABELS} is not what was written (SHA-256 differs); prepare again.")
+    done = 0
+    for shard in store.manifest.shards:
+        path = store.folder / shard.name
+        if sha256(path) != shard.sha256:
+            raise DataError(f"{path} is not what was written (SHA-256 differs): copy it again, or prepare again.")
+        for start in range(done, done + shard.examples, 256):
+            rows = np.arange(start, min(start + 256, done + shard.examples))
+            records = store.read(rows)
+            finite = np.isfinite(records["mean"]) & np.isfinite(records["std"])
+            bad = np.flatnonzero(~finite.reshape(len(rows), -1).all(axis=1) | (records["label"] != store.labels[rows]))
+            if len(bad):
+                key = records["key"][bad[0]].decode(errors="replace")
+                raise DataError(
+                    f"{path}: example {rows[bad[0]]} ({key}) is not finite, or its label is not the one in {LABELS}; "
+                    "prepare again."
+                )
+        done += shard.examples
+        yield done
+
+
+def _read_labels(folder: Path, manifest: Manifest) -> np.ndarray:
+    path = folder / LABELS
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read ({error}); copy it again, or prepare again.") from error
+    classes = len(manifest.class_names)
+    if labels.dtype != np.int32 or labels.shape != (manifest.examples,):
+        raise DataError(f"{path}: {labels.dtype} {labels.shape}; expected int32 ({manifest.examples},); prepare again.")
+    if labels.min(initial=0) < 0 or labels.max(initial=0) >= classes:
+        bad = labels.min() if labels.min() < 0 else labels.max()
+        raise DataError(f"{path}: label {bad} is outside 0 to {classes - 1}; prepare again.")
+    if not np.array_equal(np.bincount(labels, minlength=classes), manifest.class_counts):
+        raise DataError(f"{path} does not have the manifest's number of examples of every class; prepare again.")
+    return labels

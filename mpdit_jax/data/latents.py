@@ -1,0 +1,94 @@
+"""Latents to train on: the moments of a store, and the constants that bring samples from them to unit variance."""
+
+import dataclasses
+
+import numpy as np
+
+from mpdit_jax.data.latent_store import LatentStore
+from mpdit_jax.errors import ConfigError, DataError
+
+NORMALIZATIONS = ("paper", "manifest")
+PAPER_MEAN = (5.81, 3.25, 0.12, -2.15)
+"""Of Stable Diffusion's unscaled latents on ImageNet, channel by channel (the paper's constants)."""
+PAPER_STD = (4.17, 4.62, 3.71, 3.28)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSpace:
+    """What turns a model's latents into those of the VAE: `latents * std + mean`.
+
+    Attributes:
+        mean: of each channel, (C,).
+        std: likewise.
+        vae_fingerprint: SHA-256 of the VAE's weights.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    vae_fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSource:
+    """The examples of a store, as moments: what is drawn from them is drawn on the device, anew at every visit."""
+
+    store: LatentStore
+    latents: LatentSpace
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(h, w, C) of an example."""
+        return self.store.manifest.latent_shape
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name a class, in label order."""
+        return self.store.manifest.class_names
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 (N,)."""
+        return self.store.labels
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The examples at `indices` (n,): `mean` and `std` float16 (n, views, h, w, C), `y` int32 (n,)."""
+        records = self.store.read(indices)
+        return {name: np.ascontiguousarray(records[field]) for name, field in _FIELDS}
+
+
+_FIELDS = (("mean", "mean"), ("std", "std"), ("y", "label"))
+
+
+def load_latents(path: str = "", split: str = "train", normalization: str = "paper") -> LatentSource:
+    """The latents in a folder that `python -m mpdit_jax.prepare` has made.
+
+    Args:
+        path: the folder.
+        split: unused; the folder is the split.
+        normalization: "paper" for the constants of Stable Diffusion's VAE, "manifest" for those measured by prepare.
+
+    Raises:
+        DataError: no finished store there, or a damaged one.
+        ConfigError: the paper's constants for another number of channels.
+    """
+    if not path:
+        raise DataError(
+            "config.data.path is empty: expected a folder of latents, made by `python -m mpdit_jax.prepare --help`."
+        )
+    store = LatentStore(path)
+    if not len(store):
+        raise DataError(f"{path}: there are no examples.")
+    manifest = store.manifest
+    if normalization == "manifest":
+        mean, std = manifest.latent_mean, manifest.latent_std
+    elif manifest.latent_shape[2] == len(PAPER_MEAN):
+        mean, std = PAPER_MEAN, PAPER_STD
+    else:
+        raise ConfigError(
+            f"config.data.normalization='paper' has {len(PAPER_MEAN)} channels and the latents in {path} have "
+            f"{manifest.latent_shape[2]}: set it to 'manifest', the constants measured on them."
+        )
+    return LatentSource(store, LatentSpace(mean, std, manifest.vae_fingerprint))
