@@ -4,7 +4,6 @@ workdir/config.json           the resolved config of the run
 workdir/checkpoints/STEP/     parameters, ema_parameters, optimizer and progress, by Orbax
 """
 
-import fcntl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.config import differences, from_json, model_of, to_json
 from mpdit_jax.errors import CheckpointError, ConfigError
-from mpdit_jax.files import check_place, check_writable, replacing
+from mpdit_jax.files import check_place, check_writable, replacing, take_lock
 from mpdit_jax.mesh import make_mesh, replicated
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import abstract, merge
@@ -91,15 +90,13 @@ def _claim(workdir: Path, config: FrozenConfigDict) -> IO[str]:
     check_writable(workdir / _CONFIG)
     for name in (*_FOLDERS, *_FILES):
         check_place(workdir / name, folder=name in _FOLDERS)
-    lock = (workdir / _LOCK).open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _claim_config(workdir, config)
-    except OSError as error:
-        lock.close()
+    lock = take_lock(workdir / _LOCK)
+    if lock is None:
         raise CheckpointError(
             f"another training is writing to {workdir}: wait for it to end, or use another --workdir."
-        ) from error
+        )
+    try:
+        _claim_config(workdir, config)
     except BaseException:
         lock.close()
         raise

@@ -116,7 +116,7 @@ def resolve(config: ConfigDict) -> FrozenConfigDict:
     Raises:
         ConfigError: a field that cannot be; the message names it, its value and what was expected.
     """
-    _same_fields(config, base_config(), "config")
+    check_fields(config, base_config(), "config")
     resolved = ConfigDict(config.to_dict())
     fields = {key: value for key, value in resolved.model.items() if key != "preset" and value is not None}
     model = model_config(resolved.model.preset, **fields) if resolved.model.preset else ModelConfig().replace(**fields)
@@ -207,8 +207,8 @@ def _check(config: ConfigDict) -> None:
         hint = suggest(config.time.distribution, TIME_DISTRIBUTIONS)
         raise ConfigError(f"config.time.distribution={config.time.distribution!r}{hint}: expected one of {known}.")
     _expect(config, "time.std", config.time.std > 0, "a positive number")
-    known = config.data.normalization in NORMALIZATIONS
-    _expect(config, "data.normalization", known, f"one of {', '.join(NORMALIZATIONS)}")
+    named = config.data.normalization in NORMALIZATIONS
+    _expect(config, "data.normalization", named, f"one of {', '.join(NORMALIZATIONS)}")
 
 
 def _expect(config: ConfigDict, path: str, holds: bool, expected: str) -> None:
@@ -222,8 +222,8 @@ def _get(config: ConfigDict, path: str) -> Any:
     return config
 
 
-def _same_fields(config: ConfigDict, base: ConfigDict, path: str) -> None:
-    """Refuse unknown and missing fields and wrong types; ConfigDict itself checks types only when it is assigned to."""
+def check_fields(config: ConfigDict, base: ConfigDict, path: str) -> None:
+    """Raise ConfigError for unknown and missing fields and wrong types, which ConfigDict checks on assignment only."""
     for key in config:
         if key not in base:
             raise ConfigError(f"unknown config key {path}.{key}{suggest(key, list(base))}.")
@@ -236,7 +236,7 @@ def _same_fields(config: ConfigDict, base: ConfigDict, path: str) -> None:
         if isinstance(default, ConfigDict):
             if not isinstance(value, ConfigDict):
                 raise ConfigError(f"{path}.{key}={value!r}: expected a group of fields ({', '.join(default)}).")
-            _same_fields(value, default, f"{path}.{key}")
+            check_fields(value, default, f"{path}.{key}")
         elif default is not None:
             _same_type(f"{path}.{key}", value, default)
 

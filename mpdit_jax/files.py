@@ -1,5 +1,6 @@
 """Writing files so that a reader never meets half of one."""
 
+import fcntl
 import hashlib
 import os
 import tempfile
@@ -51,6 +52,17 @@ def check_place(path: Path, *, folder: bool) -> None:
     if path.exists() and path.is_dir() != folder:
         wanted, found = ("folder", "file") if folder else ("file", "folder")
         raise InputError(f"cannot write {path}: a {wanted} is to go there and a {found} is in its place; move it away.")
+
+
+def take_lock(path: Path) -> IO[str] | None:
+    """The open lock file `path`, or None if another process holds it; the system lets go of it when ours ends."""
+    lock = path.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        return None
+    return lock
 
 
 def code_fingerprint() -> str:

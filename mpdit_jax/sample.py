@@ -56,6 +56,8 @@ def make_sample_parser() -> Parser:
         "--out's name with _trajectory.gif and .png)",
     )
     parser.add_argument("--class_names", default="", metavar="FILE", help="one name a line, for --grid")
+    parser.add_argument("--vae", default="", help="for a run on latents: the folder or hub name of their VAE")
+    parser.add_argument("--vae_dtype", choices=("float32", "bfloat16"), default="float32", help="the VAE computes in")
     add_sampler_options(parser)
     return parser
 
@@ -71,10 +73,12 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.checkpoint import load_checkpoint
     from mpdit_jax.files import check_writable
     from mpdit_jax.sampling import command
+    from mpdit_jax.sampling.decoding import make_decode
     from mpdit_jax.sampling.options import sampler_from
 
     sampler = sampler_from(options)
     check_writable(out)
+    decode = make_decode(options.workdir, options.vae, options.vae_dtype)
     model = load_checkpoint(options.workdir, options.step, ema=not options.no_ema)
     request = command.Request(
         options=options,
@@ -82,6 +86,7 @@ def main(arguments: Sequence[str]) -> int:
         model=model,
         guide=load_checkpoint(options.guide) if options.guide else None,
         labels=command.parse_labels(options.labels, options.num_samples, model.num_classes, options.seed),
+        decode=decode,
     )
     missing = command.draw(request, out)
     if jax.process_index() == 0:

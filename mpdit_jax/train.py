@@ -40,6 +40,7 @@ def main(arguments: Sequence[str]) -> int:
 
     import jax
 
+    from mpdit_jax.data.facts import read_facts
     from mpdit_jax.training.loop import train
 
     state = train(config, workdir)
@@ -49,9 +50,11 @@ def main(arguments: Sequence[str]) -> int:
         again = shlex.join([sys.executable, "-m", "mpdit_jax.train", *arguments])
         print(f"stopped at step {int(state.step)} of {config.steps}, saved; continue with:\n  {again}")
     else:
+        facts = read_facts(workdir)
+        vae = " --vae=FOLDER" if facts is not None and facts.latents is not None else ""
         print(
             f"done: checkpoints in {workdir / 'checkpoints'}, logs in {workdir / 'tensorboard'}; draw with:\n"
-            f"  python -m mpdit_jax.sample --workdir={shlex.quote(options.workdir)} --out=samples.png"
+            f"  python -m mpdit_jax.sample --workdir={shlex.quote(options.workdir)}{vae} --out=samples.png"
         )
     return 0
 

@@ -112,7 +112,7 @@ def read_manifest(folder: str | Path) -> Manifest:
                 "mpdit_jax, or prepare the latents again."
             )
         shards = tuple(Shard(**shard) for shard in stored.pop("shards"))
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in stored.items()}
         manifest = Manifest(**fields, shards=shards)
         channels = manifest.latent_shape[2]
         consistent = (

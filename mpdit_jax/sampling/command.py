@@ -20,7 +20,7 @@ from mpdit_jax.model.parameters import split
 from mpdit_jax.sampling.blocks import Block, BlockFolder
 from mpdit_jax.sampling.names import class_names
 from mpdit_jax.sampling.outputs import first_of_each, save_npz, save_pngs
-from mpdit_jax.sampling.run import draw_blocks, finish, unfinished_folder
+from mpdit_jax.sampling.run import Decode, draw_blocks, finish, unfinished_folder
 
 _FILMED = 8  # labels in a film strip
 _FRAMES = 10  # columns of a film strip
@@ -36,6 +36,7 @@ class Request:
     model: MPDiT
     guide: MPDiT | None
     labels: np.ndarray  # int64 (N,)
+    decode: Decode | None = None  # for a model of latents
 
     def call(self) -> dict[str, Any]:
         """More arguments of the sampler's call."""
@@ -80,7 +81,7 @@ def draw(request: Request, out: Path) -> np.ndarray:
     for path in (sheet, film, pngs / "_" if options.png_folder else None):
         if path is not None:
             check_writable(path)
-    names = class_names(load_config(options.workdir), options.class_names)
+    names = class_names(options.workdir, load_config(options.workdir), options.class_names)
     folder = BlockFolder(unfinished_folder(out), _settings(request))
 
     def each(block: Block) -> None:
@@ -94,6 +95,7 @@ def draw(request: Request, out: Path) -> np.ndarray:
         options.seed,
         folder,
         options.batch_size,
+        decode=request.decode,
         each=each,
         **request.call(),
     )
@@ -146,7 +148,8 @@ def _save_film(request: Request, path: Path) -> None:
     if solution.path is None or solution.path_times is None:
         raise InputError("this solver records no path: choose another --solver for --trajectory.")
     times, states = np.asarray(solution.path_times), np.asarray(solution.path)  # (n,), (n, B, H, W, C)
-    frames = np.stack([finish(state, labels, rows).images for state in states])
+    pictures = states if request.decode is None else [np.asarray(request.decode(state)) for state in states]
+    frames = np.stack([finish(picture, labels, rows).images for picture in pictures])
     shown = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), _GIF_FRAMES)).round().astype(int))
     images.save_gif(path, [images.grid(frames[index], len(rows)) for index in shown])
     # Frames as near as there are to times evenly spread.
@@ -170,6 +173,7 @@ def _settings(request: Request) -> dict[str, Any]:
         "guidance_scale": float(sampler.guidance_scale),
         "guidance_interval": list(sampler.settings.guidance_interval),
         "negative_labels": {str(label): negative for label, negative in sorted(options.negative_labels.items())},
+        "vae": options.vae and options.vae_dtype,
         "precision": sampler.settings.precision,
         "seed": options.seed,
         "num_samples": len(request.labels),

@@ -1,8 +1,5 @@
 """A run of many images: blocks shared out over processes and devices, resumed where they ended."""
 
-import math
-import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,15 +7,13 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from mpdit_jax import images
 from mpdit_jax.errors import InputError
 from mpdit_jax.flow.inputs import check_labels, check_model
 from mpdit_jax.flow.sampler import Sampler
 from mpdit_jax.mesh import batch_sharding, make_mesh
+from mpdit_jax.progress import WorkBar
 from mpdit_jax.sampling.blocks import Block, BlockFolder
 
 Decode: TypeAlias = Callable[[jax.Array], jax.Array]
@@ -67,13 +62,11 @@ def draw_blocks(
     mine = [number for number in range(count) if number % jax.process_count() == jax.process_index()]
     todo = [number for number in mine if not folder.has(number)]
     key = jax.random.key(seed)
-    with _progress() as progress, jax.set_mesh(mesh):
-        done = sum(len(_rows(number, batch_size, len(labels))) for number in mine if number not in set(todo))
-        total = sum(len(_rows(number, batch_size, len(labels))) for number in mine)
+    done = sum(len(_rows(number, batch_size, len(labels))) for number in mine if number not in set(todo))
+    total = sum(len(_rows(number, batch_size, len(labels))) for number in mine)
+    with WorkBar("sampling", "images", total, done) as bar, jax.set_mesh(mesh):
         if done:
-            progress.console.print(f"{done} of {total} images are there already, in {folder.path}")
-        log = _Log()
-        task = progress.add_task("sampling", total=total, completed=done, done=done)
+            bar.say(f"{done} of {total} images are there already, in {folder.path}")
         for number in todo:
             rows = _rows(number, batch_size, len(labels))
             # The program always sees a full batch; what fills it up is thrown away.
@@ -84,9 +77,7 @@ def draw_blocks(
             block = finish(pictures, labels[rows], rows)
             each(block)
             folder.write(number, block)
-            progress.advance(task, len(rows))
-            if not progress.console.is_terminal:
-                log.say(progress, progress.tasks[0])
+            bar.advance(len(rows))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("every block is drawn")
     return count
@@ -123,42 +114,3 @@ def _rows_of(call: Mapping[str, Any], rows: np.ndarray) -> dict[str, Any]:
         name: value[rows] if isinstance(value, np.ndarray) and value.ndim == 1 else value
         for name, value in call.items()
     }
-
-
-class _Rate(ProgressColumn):
-    """Images a second since this process began, its first block (which compiles) left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._start: tuple[float, float] | None = None
-
-    def render(self, task: Task) -> Text:
-        """The rate, once it is known."""
-        if self._start is None and task.completed > task.fields["done"]:
-            self._start = time.perf_counter(), task.completed
-        if self._start is None or task.completed == self._start[1]:
-            return Text("compiling" if self._start is None else "")
-        return Text(f"{(task.completed - self._start[1]) / (time.perf_counter() - self._start[0]):.3g}/s")
-
-
-class _Log:
-    """Lines for a log file, where no bar can move: one when the first block is done, then at most one in 10 seconds."""
-
-    def __init__(self) -> None:
-        self._last = -math.inf
-
-    def say(self, progress: Progress, task: Task) -> None:
-        """Tell how far the run is, unless a line has just told it."""
-        now = time.monotonic()
-        if now - self._last < 10 and not task.finished:
-            return
-        self._last = now
-        columns = [column for column in progress.columns if isinstance(column, _Rate | TimeRemainingColumn)]
-        rate, left = (str(column(task)) for column in columns)
-        progress.console.print(f"sampling {int(task.completed)}/{int(task.total or 0)} images  {rate}  {left} left")
-
-
-def _progress() -> Progress:
-    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("images"), _Rate(), TimeRemainingColumn())
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-    return Progress(TextColumn("sampling"), *columns, TextColumn("left"), console=console)

@@ -19,11 +19,11 @@ from mpdit_jax.data.pipeline import batches
 from mpdit_jax.data.sources import check_fits, load_source
 from mpdit_jax.errors import ConfigError, DataError, DivergedError
 from mpdit_jax.flow.sampler import make_sampler
+from mpdit_jax.interrupt import StopRequest
 from mpdit_jax.mesh import check_batch, local_rows, make_mesh, place_batch
 from mpdit_jax.model.accounting import count
 from mpdit_jax.model.parameters import Structure, abstract, merge
 from mpdit_jax.processes import any_process, first_does
-from mpdit_jax.training.interrupt import StopRequest
 from mpdit_jax.training.observe import Report
 from mpdit_jax.training.optimizer import make_optimizer, make_schedule
 from mpdit_jax.training.state import TrainState, abstract_state, create_state, from_items, to_items

@@ -59,7 +59,7 @@ class Report:
             rate = {"images_per_second": self._progress.images_per_second(step)}
             self._tensorboard.scalars(step, {**values, **rate})
         self._progress.logged(step, values.get("loss", math.nan))
-        if values["skipped"]:
+        if values.get("skipped"):
             self.say(f"step {step}: {values['skipped']:.0f} steps since the last line were left out")
 
     def picture(self, step: int, picture: np.ndarray) -> None:

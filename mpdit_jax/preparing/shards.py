@@ -1,0 +1,166 @@
+"""One shard: read its images, encode them, write its records, say what it holds."""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from mpdit_jax.data.latent_store import Shard, record_dtype, sha256
+from mpdit_jax.files import replacing
+from mpdit_jax.preparing.image_sets import ImageSet
+from mpdit_jax.preparing.pictures import to_square
+
+Encode: TypeAlias = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Images float32 (B, size, size, channels) in [-1, 1] to mean and std, float16 (B, views, h, w, C)."""
+
+_WRITER_OPTIONS = "group_size:1,uncompressed"  # noise does not compress, and records are read one at a time
+_AHEAD = 2  # batches being read while one is encoded
+
+
+class Stopped(Exception):
+    """The work was asked to end before the shard was finished."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What all shards have in common."""
+
+    images: ImageSet
+    encode: Encode
+    image_size: int
+    channels: int
+    latent_channels: int
+    batch_size: int
+    key_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a finished shard holds; beside it as JSON, so that it is not made again.
+
+    Attributes:
+        shard: the file.
+        labels: of its examples, in order.
+        total: of each channel, the sum of the means.
+        total_square: of each channel, the sum of mean² + std².
+        positions: values summed in each channel.
+        rejected: key and reason of the images left out.
+    """
+
+    shard: Shard
+    labels: list[int]
+    total: list[float]
+    total_square: list[float]
+    positions: int
+    rejected: list[tuple[str, str]]
+
+
+def write_shard(path: Path, rows: range, work: Work, pool: Executor, advance: Callable[[int], None]) -> Report:
+    """Encode the images `rows` into the shard `path`; a reader never meets half of it.
+
+    Raises:
+        Stopped: from `advance`; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    labels, rejected = list[int](), list[tuple[str, str]]()
+    total, total_square, positions = np.zeros(work.latent_channels), np.zeros(work.latent_channels), 0
+    writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+    try:
+        for count, indices, pictures in _read(rows, work, pool, rejected):
+            if pictures is not None:
+                mean, std = work.encode(pictures)
+                mean, std = mean[: len(indices)], std[: len(indices)]
+                finite = np.isfinite(mean) & np.isfinite(std)
+                good = finite.reshape(len(indices), -1).all(axis=1)
+                rejected.extend((work.images.keys[index], "latents are not finite") for index in indices[~good])
+                mean, std, indices = mean[good], std[good], indices[good]
+                for record in _records(mean, std, indices, work):
+                    writer.write(record.tobytes())
+                labels.extend(work.images.labels[indices].tolist())
+                wide = mean.astype(np.float64)
+                total += wide.sum(axis=(0, 1, 2, 3))
+                total_square += (wide**2 + std.astype(np.float64) ** 2).sum(axis=(0, 1, 2, 3))
+                positions += int(np.prod(mean.shape[:-1]))
+            advance(count)
+        writer.close()
+        shard = Shard(path.name, len(labels), temporary.stat().st_size, sha256(temporary))
+        temporary.replace(path)
+    finally:
+        if writer.is_open():
+            writer.close()
+        temporary.unlink(missing_ok=True)
+    report = Report(shard, labels, total.tolist(), total_square.tolist(), positions, rejected)
+    with replacing(report_path(path)) as file:
+        file.write(json.dumps(dataclasses.asdict(report)).encode())
+    return report
+
+
+def read_report(path: Path) -> Report | None:
+    """The report of a shard if it is finished and still there at its full length."""
+    try:
+        stored = json.loads(report_path(path).read_text())
+        shard = Shard(**stored.pop("shard"))
+        rejected = [(str(key), str(reason)) for key, reason in stored.pop("rejected")]
+        report = Report(shard, rejected=rejected, **stored)
+        return report if path.stat().st_size == shard.bytes else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def report_path(path: Path) -> Path:
+    """Where the report of the shard `path` is."""
+    return path.with_name(f".{path.name}.json")
+
+
+def _records(mean: np.ndarray, std: np.ndarray, indices: np.ndarray, work: Work) -> np.ndarray:
+    shape = (mean.shape[2], mean.shape[3], mean.shape[4])
+    records = np.zeros(len(indices), record_dtype(shape, mean.shape[1], work.key_bytes))
+    records["mean"], records["std"] = mean, std
+    records["label"] = work.images.labels[indices]
+    records["key"] = [work.images.keys[index].encode() for index in indices]
+    return records
+
+
+def _read(
+    rows: range, work: Work, pool: Executor, rejected: list[tuple[str, str]]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
+    """Batches: images read, indices of the good ones, and their pictures in [-1, 1], filled up to the batch size by
+    repetition, or None if there are none.
+    """
+
+    def load(index: int) -> np.ndarray | str:
+        try:
+            with work.images.open(index) as image:
+                return to_square(image, work.image_size, work.channels)
+        except Exception as error:  # what a broken file raises is up to its decoder
+            return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+    starts = iter(range(rows.start, rows.stop, work.batch_size))
+    waiting: collections.deque[tuple[range, list[Future[np.ndarray | str]]]] = collections.deque()
+
+    def submit() -> None:
+        start = next(starts, None)
+        if start is not None:
+            batch = range(start, min(start + work.batch_size, rows.stop))
+            waiting.append((batch, [pool.submit(load, index) for index in batch]))
+
+    for _ in range(1 + _AHEAD):
+        submit()
+    while waiting:
+        batch, futures = waiting.popleft()
+        found = [future.result() for future in futures]
+        submit()
+        rejected.extend((work.images.keys[i], one) for i, one in zip(batch, found, strict=True) if isinstance(one, str))
+        good = np.array([i for i, one in zip(batch, found, strict=True) if not isinstance(one, str)], np.int64)
+        pictures = [one for one in found if not isinstance(one, str)]
+        if not pictures:
+            yield len(batch), good, None
+            continue
+        filled = np.stack(pictures)[np.arange(work.batch_size) % len(pictures)]
+        yield len(batch), good, filled.astype(np.float32) / 127.5 - 1

@@ -1,0 +1,55 @@
+"""From a model's latents to pictures, by the VAE whose latents it was trained on."""
+
+import jax
+import jax.numpy as jnp
+
+from mpdit_jax.checkpoint import load_config
+from mpdit_jax.data.facts import read_facts
+from mpdit_jax.errors import InputError
+from mpdit_jax.mesh import make_mesh
+from mpdit_jax.sampling.run import Decode
+from mpdit_jax.vae import VAE, load_vae
+
+
+def make_decode(workdir: str, vae: str, dtype: str = "float32") -> Decode | None:
+    """What decodes the latents of a run; None for a run on images.
+
+    Args:
+        workdir: of the run.
+        vae: folder or hub name; "" for none.
+        dtype: the VAE computes in.
+
+    Returns:
+        A function of normalized latents (n, h, w, C), for any n, that gives images (n, H, W, 1 or 3) in [-1, 1].
+
+    Raises:
+        InputError: a VAE is needed and not given, or given and not needed, or another one.
+    """
+    facts = read_facts(workdir)
+    space = facts.latents if facts is not None else None
+    if space is None:
+        if vae:
+            raise InputError(
+                f"--vae={vae}: {workdir} is a run on {load_config(workdir).data.name}, which has no latents."
+            )
+        return None
+    if not vae:
+        raise InputError(
+            f"{workdir} was trained on latents: give --vae=FOLDER, the VAE they come from (fingerprint "
+            f"{space.vae_fingerprint[:12]}…)."
+        )
+    loaded = load_vae(vae, dtype=dtype, mesh=make_mesh(devices=jax.local_devices()))
+    if loaded.fingerprint != space.vae_fingerprint:
+        raise InputError(
+            f"--vae={vae} has fingerprint {loaded.fingerprint[:12]}… and {workdir} was trained on latents of "
+            f"{space.vae_fingerprint[:12]}…: give the VAE that encoded them."
+        )
+    mean, std = jnp.asarray(space.mean, jnp.float32), jnp.asarray(space.std, jnp.float32)
+    return lambda latents: _decode(loaded, latents * std + mean)
+
+
+def _decode(vae: VAE, latents: jax.Array) -> jax.Array:
+    count, devices = len(latents), vae.mesh.size if vae.mesh is not None else 1
+    filled = latents[jnp.arange(-(-count // devices) * devices) % count]
+    # A latent that is not finite spoils its own picture only, and is reported by its number.
+    return vae.decode(filled)[:count]

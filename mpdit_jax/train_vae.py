@@ -1,0 +1,40 @@
+"""`python -m mpdit_jax.train_vae`: train a small VAE, for data that Stable Diffusion's does not fit."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpdit_jax.cli import make_parser, parse_with_config, run
+from mpdit_jax.errors import InputError
+
+_EXAMPLES = """\
+  python -m mpdit_jax.train_vae --config=configs/vae_fashion.py --workdir=runs/vae_fashion
+  python -m mpdit_jax.train_vae --config=configs/vae_fashion.py --workdir=runs/mine --config.data.images=photos
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train as the arguments say; exit status."""
+    parser = make_parser(
+        "train_vae",
+        "Train a small autoencoder on images. The workdir then has vae/, a folder that prepare and sample take as "
+        "--vae, and reconstructions.png. The same command continues after an interruption.",
+        _EXAMPLES,
+    )
+    parser.usage = f"{parser.prog} --config=FILE --workdir=FOLDER [--config.FIELD=VALUE ...]"
+    parser.add_argument("--workdir", required=True, help="folder of the run")
+    options, config = parse_with_config(parser, arguments)
+    if not options.workdir or "://" in options.workdir:
+        raise InputError(f"--workdir={options.workdir}: expected a folder, such as runs/vae.")
+
+    from mpdit_jax.training.vae import train_vae
+
+    workdir = Path(options.workdir)
+    if train_vae(config, workdir):
+        print(f"done: the VAE is {workdir / 'vae'}, and {workdir / 'reconstructions.png'} shows what it can do")
+    else:
+        print("stopped; the same command continues")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,155 @@
+"""Training a small VAE of Stable Diffusion's family: reconstruction and KL divergence, nothing adversarial."""
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from mpdit_jax import images
+from mpdit_jax.checkpoint import Checkpoints
+from mpdit_jax.data.pipeline import batches
+from mpdit_jax.errors import CheckpointError, DivergedError
+from mpdit_jax.files import check_writable, replacing, take_lock
+from mpdit_jax.interrupt import StopRequest
+from mpdit_jax.mesh import batch_sharding, check_batch, make_mesh, replicated
+from mpdit_jax.preparing.decoded import DecodedImages
+from mpdit_jax.preparing.image_sets import open_images
+from mpdit_jax.training.observe import Report
+from mpdit_jax.training.vae_config import autoencoder_config, resolve_vae
+from mpdit_jax.vae import Autoencoder, AutoencoderConfig, load_vae, save_folder
+from mpdit_jax.vae.autoencoder import mean_and_std
+from mpdit_jax.vae.weights import Parameters, abstract, merge, split
+
+_SHOWN = 16  # images and their reconstructions in the picture
+_SCALED = 1024  # images that the scaling factor is measured on
+
+
+class VAEState(NamedTuple):
+    """A plain pytree; what is random comes from (seed, step)."""
+
+    step: jax.Array
+    parameters: Parameters
+    optimizer_state: optax.OptState
+
+
+def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> bool:
+    """Train until `config.steps`, or until asked to stop; continue what the workdir holds.
+
+    Args:
+        config: see `base_vae_config`.
+        workdir: gets checkpoints, logs and, at the end, `vae/` (a folder as diffusers writes it) and
+            `reconstructions.png` (images above, what the VAE makes of them below).
+
+    Returns:
+        Whether it is done.
+
+    Raises:
+        ConfigError, DataError, InputError: see each class.
+        CheckpointError: the workdir holds a VAE of another config, or is being written to.
+        DivergedError: the loss is not finite.
+    """
+    config = resolve_vae(config)
+    architecture, mesh = autoencoder_config(config), make_mesh()
+    check_batch(config.batch_size, mesh)
+    source = DecodedImages(
+        open_images(config.data.images, config.data.split), config.data.image_size, architecture.in_channels
+    )
+    check_writable(workdir / "config.json")
+    lock = take_lock(workdir / ".lock")
+    if lock is None:
+        raise CheckpointError(f"another training is writing to {workdir}: wait for it to end, or use another.")
+    with lock, jax.set_mesh(mesh), StopRequest() as stop, Checkpoints(workdir, keep=2) as checkpoints:
+        step = checkpoints.latest_step() or 0
+        _claim(workdir, config, started=step > 0)
+        optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
+        create = partial(_initial_state, architecture, optimizer, config.seed)
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), jax.eval_shape(create)
+        )
+        if step:
+            state = VAEState(**checkpoints.restore(step, {"vae": target._asdict()})["vae"])
+        else:
+            state = jax.jit(create, out_shardings=replicated(mesh))()
+        update = _make_update(architecture, optimizer, config)
+        data = batches(source, config.batch_size, config.seed, start=step)
+        with Report(workdir, step, config.steps, config.batch_size) as report:
+            while step < config.steps and stop.name is None:
+                batch = jax.device_put(next(data)["x"], batch_sharding(mesh))
+                state, metrics = update(state, batch)
+                step += 1
+                report.advance(step)
+                last = step == config.steps
+                if step % config.log.every == 0 or last:
+                    values = {name: float(value) for name, value in metrics.items()}
+                    if not np.isfinite(values["loss"]):
+                        raise DivergedError(
+                            f"the loss of step {step} is not finite: start again in a new --workdir with a lower "
+                            "config.learning_rate."
+                        )
+                    report.metrics(step, values)
+                if step % config.checkpoint.every == 0 or last or stop.name is not None:
+                    checkpoints.save(step, {"vae": state._asdict()})
+            if step < config.steps:
+                report.say(f"{stop.name}: saved step {step}")
+                return False
+        _write(workdir, architecture, state.parameters, source)
+    return True
+
+
+def _claim(workdir: Path, config: FrozenConfigDict, *, started: bool) -> None:
+    path, text = workdir / "config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    if started and (not path.is_file() or path.read_text() != text):
+        raise CheckpointError(f"{workdir} holds a training of another config (see {path}): use another --workdir.")
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def _initial_state(architecture: AutoencoderConfig, optimizer: optax.GradientTransformation, seed: int) -> VAEState:
+    parameters = split(Autoencoder(architecture, rngs=nnx.Rngs(seed)))[1]
+    return VAEState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
+
+
+def _make_update(
+    architecture: AutoencoderConfig, optimizer: optax.GradientTransformation, config: FrozenConfigDict
+) -> Any:
+    structure = abstract(architecture)[0]
+
+    def loss(parameters: Parameters, x: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        model = merge(structure, parameters)
+        mean, std = mean_and_std(model.moments(x))
+        sample = mean + std * jax.random.normal(key, mean.shape)
+        reconstruction = jnp.abs(model.decode(sample) - x).mean()
+        # Of a diagonal Gaussian from the standard normal, a latent value.
+        kl = 0.5 * (mean**2 + std**2 - 1 - 2 * jnp.log(std)).mean()
+        total = reconstruction + config.kl_weight * kl
+        return total, {"loss": total, "reconstruction": reconstruction, "kl": kl}
+
+    def update(state: VAEState, x: jax.Array) -> tuple[VAEState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        gradients, metrics = jax.grad(loss, has_aux=True)(state.parameters, x, key)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state)
+        parameters = optax.apply_updates(state.parameters, updates)
+        return VAEState(state.step + 1, parameters, optimizer_state), metrics
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def _write(workdir: Path, architecture: AutoencoderConfig, parameters: Parameters, source: DecodedImages) -> None:
+    folder = workdir / "vae"
+    save_folder(folder, architecture, parameters)
+    x = source.batch(np.linspace(0, len(source) - 1, min(_SCALED, len(source))).astype(int))["x"]
+    mean, std = load_vae(folder).encode(x)
+    spread = float(jnp.sqrt((mean**2 + std**2).mean() - mean.mean() ** 2))
+    save_folder(folder, dataclasses.replace(architecture, scaling_factor=1 / spread), parameters)
+    chosen = slice(0, None, max(1, len(x) // _SHOWN))
+    again = np.asarray(load_vae(folder).decode(mean[chosen]))
+    rows = np.concatenate([x[chosen][:_SHOWN], again[:_SHOWN]])
+    images.save_png(workdir / "reconstructions.png", images.grid(images.to_uint8(rows), len(rows) // 2))
