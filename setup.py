@@ -48,6 +48,8 @@ EXTRAS = {
     "torch": ["torch>=2.6"],
     # Fetching a VAE by its name on the Hugging Face hub; a folder needs nothing.
     "hub": ["huggingface_hub>=2.4.0,<3"],
+    # Reading what TFDS has prepared; preparing ImageNet itself needs TensorFlow as well.
+    "tfds": ["tensorflow_datasets>=4.9.10,<5", "importlib_resources>=6"],
     # What the tests marked `parity` compare with.
     "parity": ["torch==2.13.0", "diffusers==0.42.1"],
     # CUDA 12 is also what jax's own extra `cuda` means and runs on older drivers; jax[cuda13] works as well.

@@ -1,0 +1,190 @@
+"""From images to a store: what is in it, resuming, and what is refused."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from mpdit_jax.data.latent_store import LatentStore, read_manifest
+from mpdit_jax.data.sources import load_source
+from mpdit_jax.errors import DataError, InputError, MissingExtraError, MPDiTError
+from mpdit_jax.prepare import main
+
+
+def arguments(folder, vae, out, *more):
+    sizes = ("--image_size=8", "--batch_size=4", "--shard_size=5", "--flip=both")
+    return [f"--images={folder}", f"--vae={vae}", f"--out={out}", *sizes, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(folder, vae_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("latents") / "store"
+    assert main(arguments(folder, vae_folder, out)) == 0
+    return out
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def contents(out):
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_the_store_holds_what_the_vae_says(finished, folder, vae_folder):
+    from PIL import Image
+
+    from mpdit_jax.vae import load_vae
+
+    store = LatentStore(finished)
+    manifest = store.manifest
+    assert manifest.class_names == ("one", "two", "zero")
+    assert manifest.class_counts == (4, 4, 4)
+    assert [shard.examples for shard in manifest.shards] == [5, 5, 2]
+    records = store.read(np.array([11, 0, 6]))
+    assert records["label"].tolist() == [2, 0, 1]
+    vae = load_vae(vae_folder)
+    for record in records:
+        image = np.asarray(Image.open(folder / record["key"].decode()), np.float32)[None, :, :, None] / 127.5 - 1
+        for view, pixels in enumerate((image, image[:, :, ::-1])):
+            mean, std = vae.encode(pixels)
+            np.testing.assert_allclose(record["mean"][view], mean[0], rtol=2e-3, atol=2e-3)
+            np.testing.assert_allclose(record["std"][view], std[0], rtol=2e-3, atol=2e-3)
+    everything = store.read(np.arange(12))
+    mean, std = everything["mean"].astype(float), everything["std"].astype(float)
+    np.testing.assert_allclose(manifest.latent_mean, mean.mean(axis=(0, 1, 2, 3)))
+    np.testing.assert_allclose(
+        np.square(manifest.latent_std), (std**2).mean(axis=(0, 1, 2, 3)) + mean.var(axis=(0, 1, 2, 3))
+    )
+
+
+def test_repeating_changes_nothing(copy, folder, vae_folder):
+    before = contents(copy)
+    assert main(arguments(folder, vae_folder, copy)) == 0
+    assert contents(copy) == before
+
+
+def test_an_interrupted_store_is_finished_with_the_same_bytes(finished, folder, vae_folder, tmp_path, monkeypatch):
+    from mpdit_jax.preparing import shards
+
+    out, write = tmp_path / "out", shards.replacing
+    written = []
+
+    def dies(path):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        return write(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "replacing", dies)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments(folder, vae_folder, out))
+    (out / ".shard-00002-of-00003.array_record.tmp").write_bytes(b"half of it")
+    kept = out / "shard-00000-of-00003.array_record"
+    before = kept.stat().st_mtime_ns
+    with pytest.raises(DataError, match=r"manifest.json is missing"):
+        LatentStore(out)
+    assert main(arguments(folder, vae_folder, out)) == 0
+    assert kept.stat().st_mtime_ns == before
+    assert contents(out) == contents(finished)
+
+
+def test_other_settings_are_refused(copy, folder, vae_folder, other_vae):
+    before = contents(copy)
+    with pytest.raises(InputError, match=r"vae_fingerprint: .* there, .* now"):
+        main(arguments(folder, other_vae, copy))
+    with pytest.raises(InputError, match="image_size: 8 there, 16 now"):
+        main(arguments(folder, vae_folder, copy, "--image_size=16"))
+    assert contents(copy) == before
+
+
+def test_a_broken_image_is_left_out_and_many_fail(folder, vae_folder, tmp_path, capsys):
+    root = shutil.copytree(folder, tmp_path / "images")
+    for index in range(110):
+        shutil.copy(next((folder / "one").iterdir()), root / "one" / f"more{index}.png")
+    (root / "two" / "broken.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    assert main(arguments(root, vae_folder, out, "--shard_size=50")) == 0
+    [rejected] = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert rejected["key"] == "two/broken.png"
+    assert "cannot identify" in rejected["reason"]
+    assert read_manifest(out).examples == 122
+    assert "1 rejected" in capsys.readouterr().out
+    (root / "two" / "broken_too.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="2 of 124 images were rejected, more than 1%"):
+        main(arguments(root, vae_folder, tmp_path / "other"))
+    assert not (tmp_path / "other" / "manifest.json").exists()
+
+
+def test_verify(copy, capsys):
+    assert main(["--verify", f"--out={copy}"]) == 0
+    shard = copy / "shard-00001-of-00003.array_record"
+    damaged = bytearray(shard.read_bytes())
+    damaged[-70] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"shard-00001-of-00003.array_record is not what was written"):
+        main(["--verify", f"--out={copy}"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda out: (out / "shard-00000-of-00003.array_record").unlink(), "shard-00000.* is missing"),
+        (lambda out: (out / "shard-00000-of-00003.array_record").write_bytes(b"half"), "4 bytes instead of"),
+        (lambda out: edit(out, schema_version=2), "schema version 2 .* reads version 1"),
+        (lambda out: edit(out, class_counts=[4, 4, 5]), "contradicts itself"),
+        (lambda out: edit(out, unknown=1), "is damaged"),
+        (lambda out: (out / "manifest.json").write_text("{"), "is damaged"),
+        (lambda out: np.save(out / "labels.npy", np.full(12, 3, np.int32)), "label 3 is outside 0 to 2"),
+        (lambda out: (out / "labels.npy").unlink(), "labels.npy cannot be read"),
+    ],
+)
+def test_a_damaged_store_is_refused_when_it_is_opened(copy, damage, message):
+    damage(copy)
+    with pytest.raises(DataError, match=message):
+        load_source("latents", str(copy), "train", normalization="manifest")
+
+
+def edit(out, **fields):
+    stored = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(stored | fields))
+
+
+def test_the_papers_constants_are_for_four_channels(finished):
+    with pytest.raises(MPDiTError, match="have 2: set it to 'manifest'"):
+        load_source("latents", str(finished), "train")
+
+
+def test_zero_images_and_unknown_places(tmp_path, vae_folder):
+    for images, message in (
+        (tmp_path / "nowhere", "no such folder"),
+        (tmp_path, "no images in subfolders"),
+        (f"idx:{tmp_path}", "train-images-idx3-ubyte"),
+    ):
+        with pytest.raises(DataError, match=message):
+            main(arguments(images, vae_folder, tmp_path / "out"))
+
+
+def test_tfds_names_its_extra(tmp_path, vae_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(MissingExtraError, match=r"mpdit_jax\[tfds\]"):
+        main(arguments("tfds:imagenet2012", vae_folder, tmp_path / "out"))
+
+
+def test_sizes_that_do_not_fit_the_vae(folder, vae_folder, tmp_path):
+    with pytest.raises(InputError, match="--image_size=9: expected a multiple of the VAE's downsample factor 2"):
+        main(arguments(folder, vae_folder, tmp_path / "out", "--image_size=9"))
+
+
+def test_max_examples_and_class_balance(finished):
+    few = load_source("latents", str(finished), "train", normalization="manifest", max_examples=3)
+    assert few.labels.tolist() == [0, 1, 2]
+    assert few.batch(np.array([2]))["y"].tolist() == [2]
+    uneven = load_source(
+        "latents", str(finished), "train", normalization="manifest", max_examples=5, class_balance=True
+    )
+    assert np.bincount(uneven.labels).tolist() == [2, 2, 2]
