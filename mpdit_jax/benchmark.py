@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from mpdit_jax.cli import make_parser, run
 
 _EXAMPLES = """\
+  python -m mpdit_jax.benchmark data
   python -m mpdit_jax.benchmark sample --help
   python -m mpdit_jax.benchmark sample --preset=mpdit_b --batch=4 --steps=10 --guidance_scale=1.5
   python -m mpdit_jax.benchmark vae --help
@@ -20,6 +21,12 @@ def main(arguments: Sequence[str]) -> int:
     return _BENCHMARKS[chosen.what](arguments[1:])
 
 
+def _data(arguments: Sequence[str]) -> int:
+    from mpdit_jax.benchmarks.data import main as measure
+
+    return measure(arguments)
+
+
 def _sample(arguments: Sequence[str]) -> int:
     from mpdit_jax.benchmarks.sample import main as measure
 
@@ -32,7 +39,7 @@ def _vae(arguments: Sequence[str]) -> int:
     return measure(arguments)
 
 
-_BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {"sample": _sample, "vae": _vae}
+_BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {"data": _data, "sample": _sample, "vae": _vae}
 
 if __name__ == "__main__":
     run(main)
