@@ -64,13 +64,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _prepare(options: argparse.Namespace, out: Path) -> int:
-    from mpdit_jax.preparing.image_sets import digest, open_images
+    from mpdit_jax.preparing.image_sets import open_images
 
     images = open_images(options.images, options.split)
     names = _names(options.class_names, images.class_names)
     own = ("process_id", "join_timeout", "images", "vae", "threads")
     facts = {f"--{name}": str(value) for name, value in vars(options).items() if name not in own}
-    join(options, facts | {"the images": digest(images)})
+    join(options, facts | {"the images": images.identity})
 
     import jax
 
@@ -91,9 +91,7 @@ def _prepare(options: argparse.Namespace, out: Path) -> int:
     )
     speaks = jax.process_index() == 0
     if speaks:
-        print(
-            f"{len(images.labels):,} images of {len(names)} classes; interrupt at any time: the same command continues"
-        )
+        print(f"{len(images.keys):,} images of {len(names)} classes; interrupt at any time: the same command continues")
     manifest = prepare(plan, out)
     if manifest is None:
         if speaks:

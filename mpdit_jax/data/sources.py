@@ -22,8 +22,17 @@ _MOST_CLASSES = 2**20  # beyond any data set, and few enough to give each a name
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
-class Source(Protocol):
-    """A labelled image set that can be read at any index."""
+class Batched(Protocol):
+    """Examples that can be read at any index."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """The examples at `indices` (n,)."""
+
+
+class Source(Batched, Protocol):
+    """A labelled set of images or latents."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -40,11 +49,6 @@ class Source(Protocol):
     @property
     def latents(self) -> LatentSpace | None:
         """How the examples relate to a VAE's latents; None for images."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: np.ndarray) -> Batch:
-        """The examples at `indices` (n,)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,46 +11,28 @@ from mpdit_jax.preparing.pictures import to_square
 
 @dataclasses.dataclass(frozen=True)
 class DecodedImages:
-    """A `Source` of the same squares that `prepare` encodes."""
+    """Batches of the same squares that `prepare` encodes."""
 
     images: ImageSet
     image_size: int
     channels: int
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of an example."""
-        return self.image_size, self.image_size, self.channels
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """One name a class, in label order."""
-        return self.images.class_names
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int32 (N,)."""
-        return self.images.labels
-
-    @property
-    def latents(self) -> None:
-        """None: these are images."""
-
     def __len__(self) -> int:
-        return len(self.images.labels)
+        return len(self.images.keys)
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The examples at `indices` (n,): `x` float32 (n, H, W, C) in [-1, 1], `y` int32 (n,).
+        """The examples at `indices` (n,): `x` float32 (n, H, W, C) in [-1, 1].
 
         Raises:
             DataError: a broken image, by name.
         """
         x = np.stack([self._square(int(index)) for index in indices]).astype(np.float32) / 127.5 - 1
-        return {"x": x, "y": self.images.labels[indices]}
+        return {"x": x}
 
     def _square(self, index: int) -> np.ndarray:
         try:
-            with self.images.open(index) as image:
+            image, _ = self.images.open(index)
+            with image:
                 return to_square(image, self.image_size, self.channels)
         except Exception as error:  # what a broken file raises is up to its decoder
             raise DataError(

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,15 +25,15 @@ class ImageSet(Protocol):
         """One a class, in label order."""
 
     @property
-    def labels(self) -> np.ndarray:
-        """int32 (N,)."""
+    def keys(self) -> Sequence[str]:
+        """What each image is called at its source, (N,)."""
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """What each image is called at its source."""
+    def identity(self) -> str:
+        """Differs where another set would give other latents or labels."""
 
-    def open(self, index: int) -> Image.Image:
-        """An image; anything may be raised for a broken one."""
+    def open(self, index: int) -> tuple[Image.Image, int]:
+        """An image and its label; anything may be raised for a broken one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +45,14 @@ class ImageFolder:
     labels: np.ndarray
     keys: tuple[str, ...]
 
-    def open(self, index: int) -> Image.Image:
+    @property
+    def identity(self) -> str:
+        """Of names and labels."""
+        return _digest(self.keys, self.labels)
+
+    def open(self, index: int) -> tuple[Image.Image, int]:
         """Read the file."""
-        return Image.open(io.BytesIO((self.root / self.keys[index]).read_bytes()))
+        return Image.open(io.BytesIO((self.root / self.keys[index]).read_bytes())), int(self.labels[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,24 +64,29 @@ class ImageArrays:
     class_names: tuple[str, ...]
     keys: tuple[str, ...]
 
-    def open(self, index: int) -> Image.Image:
+    @property
+    def identity(self) -> str:
+        """Of names and labels."""
+        return _digest(self.keys, self.labels)
+
+    def open(self, index: int) -> tuple[Image.Image, int]:
         """Take the row."""
-        return Image.fromarray(self.images[index])
+        return Image.fromarray(self.images[index]), int(self.labels[index])
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomAccess:
-    """A TFDS data source of undecoded images."""
+    """A TFDS data source of undecoded images; labels are known when a record is read."""
 
     source: Any
-    labels: np.ndarray
     class_names: tuple[str, ...]
     keys: tuple[str, ...]
+    identity: str
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> tuple[Image.Image, int]:
         """Read the record."""
-        content = self.source[index]["image"]
-        return Image.open(io.BytesIO(content)) if isinstance(content, bytes) else Image.fromarray(content.squeeze())
+        record = self.source[index]
+        return Image.open(io.BytesIO(record["image"])), int(record["label"])
 
 
 def open_images(images: str, split: str = "train") -> ImageSet:
@@ -89,7 +99,7 @@ def open_images(images: str, split: str = "train") -> ImageSet:
     kind, colon, rest = images.partition(":")
     opener = _OPENERS.get(kind) if colon else None
     found = open_folder(Path(images)) if opener is None else opener(rest, split)
-    if not len(found.labels):
+    if not len(found.keys):
         raise DataError(f"--images={images}: there are no images.")
     return found
 
@@ -155,26 +165,22 @@ def open_tfds(name: str, split: str) -> RandomAccess:
         features = builder.info.features
         source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
         class_names = tuple(features["label"].names)
-        records = (source[index] for index in range(len(source)))
-        labels, keys = zip(
-            *((int(record["label"]), _key(record, index)) for index, record in enumerate(records)), strict=True
-        )
+        identity = f"{builder.info.full_name} {split} {len(source)}"
     except Exception as error:  # what TFDS raises is up to the data set
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"--images=tfds:{name} (split {split}) cannot be opened ({reason[:300]}): expected a data set with `image` "
             "and `label`, prepared by `tfds build --file_format=array_record` (which needs TensorFlow)."
         ) from error
-    return RandomAccess(source, np.array(labels, np.int32), class_names, keys)
+    return RandomAccess(source, class_names, tuple(f"{split}/{index}" for index in range(len(source))), identity)
 
 
 _OPENERS: dict[str, Callable[[str, str], ImageSet]] = {"idx": open_idx, "tfds": open_tfds}
 
 
-def digest(images: ImageSet) -> str:
-    """The first digits of a SHA-256 over keys and labels, in order."""
-    content = hashlib.sha256("\0".join(images.keys).encode())
-    content.update(images.labels.astype("<i4").tobytes())
+def _digest(keys: Sequence[str], labels: np.ndarray) -> str:
+    content = hashlib.sha256("\0".join(keys).encode())
+    content.update(labels.astype("<i4").tobytes())
     return content.hexdigest()[:16]
 
 
@@ -192,8 +198,3 @@ def _idx_pair(folder: Path, stem: str) -> tuple[Path, Path] | None:
         if images.is_file() and labels.is_file():
             return images, labels
     return None
-
-
-def _key(record: Any, index: int) -> str:
-    name = record.get("file_name", b"")
-    return name.decode() if isinstance(name, bytes) and name else str(index)

@@ -72,17 +72,15 @@ def write_shard(path: Path, rows: range, work: Work, pool: Executor, advance: Ca
     total, total_square, positions = np.zeros(work.latent_channels), np.zeros(work.latent_channels), 0
     writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     try:
-        for count, indices, pictures in _read(rows, work, pool, rejected):
+        for count, good, pictures in _read(rows, work, pool, rejected):
             if pictures is not None:
-                mean, std = work.encode(pictures)
-                mean, std = mean[: len(indices)], std[: len(indices)]
-                finite = np.isfinite(mean) & np.isfinite(std)
-                good = finite.reshape(len(indices), -1).all(axis=1)
-                rejected.extend((work.images.keys[index], "latents are not finite") for index in indices[~good])
-                mean, std, indices = mean[good], std[good], indices[good]
-                for record in _records(mean, std, indices, work):
+                mean, std = (moments[: len(good)] for moments in work.encode(pictures))
+                finite = (np.isfinite(mean) & np.isfinite(std)).reshape(len(good), -1).all(axis=1)
+                rejected.extend((key, "latents are not finite") for key in good["key"][~finite])
+                mean, std, good = mean[finite], std[finite], good[finite]
+                for record in _records(mean, std, good, work.key_bytes):
                     writer.write(record.tobytes())
-                labels.extend(work.images.labels[indices].tolist())
+                labels.extend(good["label"].tolist())
                 wide = mean.astype(np.float64)
                 total += wide.sum(axis=(0, 1, 2, 3))
                 total_square += (wide**2 + std.astype(np.float64) ** 2).sum(axis=(0, 1, 2, 3))
@@ -118,31 +116,31 @@ def report_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.json")
 
 
-def _records(mean: np.ndarray, std: np.ndarray, indices: np.ndarray, work: Work) -> np.ndarray:
+def _records(mean: np.ndarray, std: np.ndarray, good: np.ndarray, key_bytes: int) -> np.ndarray:
     shape = (mean.shape[2], mean.shape[3], mean.shape[4])
-    records = np.zeros(len(indices), record_dtype(shape, mean.shape[1], work.key_bytes))
-    records["mean"], records["std"] = mean, std
-    records["label"] = work.images.labels[indices]
-    records["key"] = [work.images.keys[index].encode() for index in indices]
+    records = np.zeros(len(good), record_dtype(shape, mean.shape[1], key_bytes))
+    records["mean"], records["std"], records["label"] = mean, std, good["label"]
+    records["key"] = [key.encode() for key in good["key"]]
     return records
 
 
 def _read(
     rows: range, work: Work, pool: Executor, rejected: list[tuple[str, str]]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
-    """Batches: images read, indices of the good ones, and their pictures in [-1, 1], filled up to the batch size by
-    repetition, or None if there are none.
+    """Batches: how many images were read, `key` and `label` of the good ones, and their pictures in [-1, 1], filled up
+    to the batch size by repetition, or None if there are none.
     """
 
-    def load(index: int) -> np.ndarray | str:
+    def load(index: int) -> tuple[np.ndarray, int] | str:
         try:
-            with work.images.open(index) as image:
-                return to_square(image, work.image_size, work.channels)
+            image, label = work.images.open(index)
+            with image:
+                return to_square(image, work.image_size, work.channels), label
         except Exception as error:  # what a broken file raises is up to its decoder
             return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
     starts = iter(range(rows.start, rows.stop, work.batch_size))
-    waiting: collections.deque[tuple[range, list[Future[np.ndarray | str]]]] = collections.deque()
+    waiting: collections.deque[tuple[range, list[Future[tuple[np.ndarray, int] | str]]]] = collections.deque()
 
     def submit() -> None:
         start = next(starts, None)
@@ -156,9 +154,14 @@ def _read(
         batch, futures = waiting.popleft()
         found = [future.result() for future in futures]
         submit()
-        rejected.extend((work.images.keys[i], one) for i, one in zip(batch, found, strict=True) if isinstance(one, str))
-        good = np.array([i for i, one in zip(batch, found, strict=True) if not isinstance(one, str)], np.int64)
-        pictures = [one for one in found if not isinstance(one, str)]
+        pictures, named = list[np.ndarray](), list[tuple[str, int]]()
+        for index, one in zip(batch, found, strict=True):
+            if isinstance(one, str):
+                rejected.append((work.images.keys[index], one))
+            else:
+                pictures.append(one[0])
+                named.append((work.images.keys[index], one[1]))
+        good = np.array(named, [("key", object), ("label", np.int32)])
         if not pictures:
             yield len(batch), good, None
             continue

@@ -17,7 +17,7 @@ from mpdit_jax.errors import DataError, InputError, MPDiTError, ProcessError
 from mpdit_jax.files import check_writable, replacing, take_lock
 from mpdit_jax.interrupt import StopRequest
 from mpdit_jax.mesh import make_mesh
-from mpdit_jax.preparing.image_sets import ImageSet, digest
+from mpdit_jax.preparing.image_sets import ImageSet
 from mpdit_jax.preparing.shards import Encode, Report, Stopped, Work, read_report, report_path, write_shard
 from mpdit_jax.processes import any_process, first_does
 from mpdit_jax.progress import WorkBar
@@ -82,18 +82,18 @@ class Plan:
             "shard_size": self.shard_size,
             "dtype": self.vae.dtype,
             "vae_fingerprint": self.vae.fingerprint,
-            "number of images": len(self.images.labels),
-            "names and labels of the images": digest(self.images),
+            "number of images": len(self.images.keys),
+            "names and labels of the images": self.images.identity,
         }
 
     def shard_names(self) -> list[str]:
         """The files, in order."""
-        count = -(-len(self.images.labels) // self.shard_size)
+        count = -(-len(self.images.keys) // self.shard_size)
         return [f"shard-{number:05d}-of-{count:05d}.array_record" for number in range(count)]
 
     def rows(self, number: int) -> range:
         """The images of a shard."""
-        return range(number * self.shard_size, min((number + 1) * self.shard_size, len(self.images.labels)))
+        return range(number * self.shard_size, min((number + 1) * self.shard_size, len(self.images.keys)))
 
 
 def prepare(plan: Plan, out: Path) -> Manifest | None:
@@ -185,7 +185,7 @@ def _finish(plan: Plan, out: Path) -> None:
     rejected = [{"key": key, "reason": reason} for report in finished for key, reason in report.rejected]
     with replacing(out / REJECTED) as file:
         file.write("".join(json.dumps(line) + "\n" for line in rejected).encode())
-    count = len(plan.images.labels)
+    count = len(plan.images.keys)
     if len(rejected) > _MOST_REJECTED * count:
         for path, report in zip(paths, finished, strict=True):
             if report.rejected:
