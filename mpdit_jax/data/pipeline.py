@@ -1,6 +1,7 @@
 """Batches in an order that is a pure function of (seed, step)."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import grain
 import numpy as np
@@ -25,14 +26,31 @@ def batches(
         start: the first step wanted; resuming costs nothing.
         rows: the rows of the global batch that this process reads.
     """
-    steps = _indices(source, batch_size, seed).slice(slice(start, None)).map(lambda row: source.batch(row[rows]))
+    order = Order(len(source), seed)
+    steps = grain.MapDataset.range(start, 2**62).map(lambda step: source.batch(order.batch(step, batch_size)[rows]))
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)))
 
 
 def batch_at(source: Batched, batch_size: int, seed: int, step: int) -> Batch:
     """The whole batch of one step, for replaying it."""
-    return source.batch(_indices(source, batch_size, seed)[step])
+    return source.batch(Order(len(source), seed).batch(step, batch_size))
 
 
-def _indices(source: Batched, batch_size: int, seed: int) -> "grain.MapDataset[np.ndarray]":
-    return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(batch_size)
+class Order:
+    """Endless shuffled epochs over `count` examples, a permutation at once: one index at a time costs more than a read."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count = count
+        # Two threads may stand on both sides of the end of an epoch.
+        self._epoch = lru_cache(maxsize=2)(lambda epoch: _permutation(count, seed, epoch))
+
+    def batch(self, step: int, batch_size: int) -> np.ndarray:
+        """Indices (batch_size,) of the examples of a step."""
+        positions = np.arange(step * batch_size, (step + 1) * batch_size)
+        epochs = positions // self.count
+        parts = [self._epoch(int(epoch))[positions[epochs == epoch] % self.count] for epoch in np.unique(epochs)]
+        return np.concatenate(parts)
+
+
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
