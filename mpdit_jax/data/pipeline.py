@@ -37,7 +37,7 @@ def batch_at(source: Batched, batch_size: int, seed: int, step: int) -> Batch:
 
 
 class Order:
-    """Endless shuffled epochs over `count` examples, a permutation at once: one index at a time costs more than a read."""
+    """Endless shuffled epochs over `count` examples, each made at once: index by index would cost more than reading."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count = count
