@@ -126,6 +126,29 @@ def test_several_processes_make_the_same_store(latents, vae, digits, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_killed_prepare_continues_to_the_same_bytes(latents, vae, digits, tmp_path):
+    out = tmp_path / "store"
+    arguments = [f"--images={digits}", f"--vae={vae / 'vae'}", "--image_size=16", "--shard_size=64", f"--out={out}"]
+    process = start("prepare", arguments)
+    deadline = time.monotonic() + 120
+    while not list(out.glob(".shard-00000*.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert not (out / "manifest.json").exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-00000*")}
+    status, stdout, stderr = run("prepare", arguments)
+    assert status == 0, stderr
+    assert "are there already" in stdout
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in latents.iterdir()
+    }
+
+
+@pytest.mark.slow
 def test_train_on_latents_and_draw(latents, vae, tmp_path):
     workdir, out = tmp_path / "run", tmp_path / "samples.npz"
     status, stdout, stderr = run("train", [*MODEL, f"--config.data.path={latents}", f"--workdir={workdir}"])
