@@ -1,0 +1,128 @@
+"""The very step and sampler of a run, compiled for devices that need not exist."""
+
+import dataclasses
+import importlib.util
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
+
+from mpdit_jax.compiling.collectives import collective_bytes
+from mpdit_jax.config import model_of
+from mpdit_jax.data.latents import LatentSpace
+from mpdit_jax.errors import ConfigError, MissingExtraError
+from mpdit_jax.flow.sampler import make_sampler
+from mpdit_jax.mesh import batch_sharding, check_batch, replicated
+from mpdit_jax.model.parameters import abstract, merge
+from mpdit_jax.training.optimizer import make_optimizer
+from mpdit_jax.training.state import abstract_state
+from mpdit_jax.training.step import jit_step, make_draw, make_loss, make_step
+
+_VIEWS = 2  # of a store made with --flip=both
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program, per chip.
+
+    Attributes:
+        arguments: bytes it is given, such as parameters and optimizer state.
+        temporaries: bytes it needs beside them.
+        peak: bytes in all while it runs; results that take the arguments' place count once.
+        collectives: bytes moved in a run, by kind.
+        seconds_to_compile: of lowering and compiling, here.
+    """
+
+    arguments: int
+    temporaries: int
+    peak: int
+    collectives: dict[str, int]
+    seconds_to_compile: float
+
+
+def topology_devices(topology: str) -> list[jax.Device]:
+    """The chips of a TPU topology, of which none need exist.
+
+    Raises:
+        MissingExtraError: libtpu is not installed.
+        ConfigError: libtpu knows no such topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise MissingExtraError(
+            f"--topology={topology} needs libtpu: pip install 'mpdit_jax[tpu]' (no TPU is needed), or give --devices."
+        )
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # libtpu has no exceptions of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"--topology={topology}: libtpu refuses it ({reason[:200]}).") from error
+
+
+def compile_step(config: FrozenConfigDict, mesh: Mesh) -> Program:
+    """The train step of a config.
+
+    Raises:
+        ConfigError: a batch that does not divide over the mesh.
+    """
+    check_batch(config.batch_size // config.gradient_accumulation, mesh)
+    model, optimizer = model_of(config), make_optimizer(config.optimizer)
+    state = abstract_state(model, optimizer, mesh)
+    channels = model.in_channels
+    latents = LatentSpace((0.0,) * channels, (1.0,) * channels, "") if config.data.name == "latents" else None
+    step = make_step(
+        make_draw(config, latents),
+        make_loss(abstract(model)[0]),
+        optimizer,
+        config.ema_decay,
+        accumulation=config.gradient_accumulation,
+        spike_factor=config.skip.spike_factor,
+    )
+
+    def of_batch(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=batch_sharding(mesh))
+
+    example = (*model.input_size, channels)
+    batch = {"y": of_batch((), jnp.int32)}
+    if latents is None:
+        batch["x"] = of_batch(example, jnp.float32)
+    else:
+        batch |= {name: of_batch((_VIEWS, *example), jnp.float16) for name in ("mean", "std")}
+    with jax.set_mesh(mesh):
+        return _compile(jit_step(step, state, mesh), state, batch)
+
+
+def compile_sampler(config: FrozenConfigDict, mesh: Mesh, batch_size: int) -> Program:
+    """The guided sampler of a config, `config.sample.steps` Euler steps, parameters replicated.
+
+    Raises:
+        ConfigError: a batch that does not divide over the mesh.
+    """
+    check_batch(batch_size, mesh)
+    structure, shapes = abstract(model_of(config))
+    sampler = make_sampler(steps=config.sample.steps, guidance_scale=config.sample.guidance_scale)
+    everywhere, split = replicated(mesh), batch_sharding(mesh)
+
+    def draw(parameters: Any, labels: jax.Array, seed: jax.Array) -> jax.Array:
+        return sampler(merge(structure, parameters), labels, jax.random.key(seed))
+
+    parameters = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere) for name, leaf in shapes.items()
+    }
+    labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=split)
+    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere)
+    with jax.set_mesh(mesh):
+        return _compile(jax.jit(draw, out_shardings=split), parameters, labels, seed)
+
+
+def _compile(function: Any, *arguments: Any) -> Program:
+    start = time.perf_counter()
+    compiled = function.lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    given, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Program(given, temporary, given + temporary + results, collective_bytes(compiled.as_text()), seconds)

@@ -1,0 +1,146 @@
+"""What the compile command reads off a compiled program, and what it refuses."""
+
+import importlib.util
+import json
+
+import pytest
+
+from mpdit_jax.compiling.chips import CHIPS, chip_of
+from mpdit_jax.compiling.collectives import collective_bytes, ring_bytes
+from mpdit_jax.compiling.programs import Program
+from mpdit_jax.compiling.report import describe, smaller, step_flops
+from mpdit_jax.config import base_config, resolve
+from mpdit_jax.errors import ConfigError
+from tests.tiny import ROOT, run
+
+TEXT = """HloModule step
+
+%condition (state: (s32[], f32[8])) -> pred[] {
+  %state = (s32[], f32[8]) parameter(0)
+  %limit = s32[] constant(6)
+  %index = s32[] get-tuple-element(%state), index=0
+  ROOT %less = pred[] compare(%index, %limit), direction=LT
+}
+
+%body (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %gathered = bf16[4,10]{1,0} all-gather(%part), replica_groups={{0,1}}, dimensions={0}
+  %started = (bf16[2,10]{1,0}, bf16[4,10]{1,0}) all-gather-start(%part), replica_groups={{0,1}}
+  %done = bf16[4,10]{1,0} all-gather-done(%started)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %sums = (f32[3]{0:T(128)}, bf16[5]{0}) all-reduce(%a, %b), to_apply=%add
+  %scattered = f32[10]{0} reduce-scatter(%c), replica_groups=[2,4]<=[8], dimensions={0}
+  %loop = (s32[], f32[8]) while(%start), condition=%condition, body=%body
+  ROOT %copy = f32[8]{0} copy(%x)
+}
+"""
+
+
+def test_bytes_of_each_kind_loops_counted_as_often_as_they_run():
+    found = collective_bytes(TEXT)
+    assert found["all-reduce"] == 3 * 4 + 5 * 2
+    assert found["reduce-scatter"] == 10 * 4 * 4  # the whole array, of four chips
+    assert found["all-gather"] == 6 * (80 + 80)
+    assert found["all-to-all"] == found["collective-permute"] == 0
+    assert ring_bytes(found) == 2 * 22 + 160 + 960
+
+
+def test_a_known_trip_count_comes_first():
+    text = TEXT.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
+    assert collective_bytes(text)["all-gather"] == 3 * 160
+
+
+def test_a_real_program_of_eight_devices():
+    program = """
+import jax, json
+from jax.sharding import NamedSharding, PartitionSpec as P
+from mpdit_jax.compiling.collectives import collective_bytes
+from mpdit_jax.mesh import make_mesh
+
+mesh = make_mesh()
+split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+x = jax.ShapeDtypeStruct((64, 32), "float32", sharding=split)
+w = jax.ShapeDtypeStruct((5, 32, 32), "float32", sharding=whole)
+
+def loss(w, x):
+    return (jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0] ** 2).mean()
+
+compiled = jax.jit(jax.grad(loss), in_shardings=(whole, split), out_shardings=whole).lower(w, x).compile()
+print(json.dumps(collective_bytes(compiled.as_text())))
+"""
+    import os
+    import subprocess
+    import sys
+
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    found = json.loads(done.stdout)
+    # Whether inside the loop or after it: the gradient of five matrices is summed once.
+    assert found["all-reduce"] == pytest.approx(5 * 32 * 32 * 4, rel=0.01)
+
+
+def test_chips_and_topologies():
+    assert chip_of("v5e:16x16") is CHIPS["v5e"]
+    for name, message in (("v7:4x4", "chip of v4, v5e"), ("v5e", "CHIP:SIZE"), ("v5e:4x4x4", "2 dimensions")):
+        with pytest.raises(ConfigError, match=message):
+            chip_of(name)
+
+
+def test_what_does_not_fit_is_said_and_bounded():
+    program = Program(10 * 2**30, 10 * 2**30, 20 * 2**30, {"all-reduce": 10**9}, 1.0)
+    report = describe(program, 197e12 * 4, 2, CHIPS["v5e"])
+    assert report["fits"] is False
+    assert report["bound_by"] == "matrix products"
+    assert report["bound_seconds"] == pytest.approx(2.0)
+    assert "fits" not in describe(program, 1.0, 2, None)
+
+
+def test_smaller_settings_recompute_as_little_as_they_can():
+    config = base_config()
+    config.batch_size, config.model.preset = 16, "mpdit_b"
+    resolved = resolve(config)
+    flags = [name for name, _ in smaller(resolved, 4)]
+    assert flags == [
+        "--config.model.remat=dots",
+        "--config.model.remat=full",
+        "--config.model.remat=full --config.gradient_accumulation=2",
+        "--config.model.remat=full --config.gradient_accumulation=4",
+    ]
+    _, full = list(smaller(resolved, 4))[1]
+    assert step_flops(full) == pytest.approx(step_flops(resolved) * 4 / 3)
+
+
+@pytest.mark.slow
+def test_the_command_on_virtual_devices():
+    arguments = [
+        f"--config={ROOT / 'configs/digits.py'}",
+        "--devices=4",
+        "--format=json",
+        "--config.mesh.fsdp=2",
+        "--config.model.depths=1,1",
+        "--config.sample.steps=3",
+    ]
+    status, stdout, stderr = run("compile", arguments)
+    assert status == 0, stderr
+    report = json.loads(stdout)
+    assert (report["chips"], report["mesh"]) == (4, "data=2, fsdp=2")
+    assert report["step"]["collectives"]["all-reduce"] > 0
+    assert report["step"]["peak"] >= report["step"]["arguments"] > 0
+    assert report["sampler"]["batch_size"] == 32
+
+
+def test_refusals():
+    config = f"--config={ROOT / 'configs/digits.py'}"
+    cases = [
+        ([config], 2, "give either --topology or --devices"),
+        ([config, "--devices=3"], 1, "batch_size=64 does not divide over 3 devices"),
+        ([config, "--topology=v9:2x2"], 1, "chip of v4, v5e"),
+    ]
+    if importlib.util.find_spec("libtpu") is None:
+        cases.append(([config, "--topology=v5e:2x2"], 1, "pip install 'mpdit_jax[tpu]'"))
+    for arguments, expected, message in cases:
+        status, _, stderr = run("compile", arguments)
+        assert status == expected, stderr
+        assert message in stderr
+        assert "Traceback" not in stderr
