@@ -53,6 +53,33 @@ def test_tpu_pod_quotes_for_both_shells():
     assert "LIBTPU_INIT_ARGS=--a=1 --b=2" in remote
 
 
+def test_jobsets_describe_the_cluster_that_the_command_finds():
+    import yaml
+
+    from mpdit_jax.processes import Cluster, find_cluster
+
+    gpu, tpu = yaml.safe_load_all((ROOT / "launch/k8s_jobset.yaml").read_text())
+    for jobset in (gpu, tpu):
+        assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+        [workers] = jobset["spec"]["replicatedJobs"]
+        job = workers["template"]["spec"]
+        assert (job["completionMode"], job["parallelism"]) == ("Indexed", job["completions"])
+        [container] = job["template"]["spec"]["containers"]
+        assert container["command"] == ["python", "-u", "-m", "mpdit_jax.train"]
+        config = container["args"][0].removeprefix("--config=")
+        assert (ROOT / config).is_file()
+    job = gpu["spec"]["replicatedJobs"][0]["template"]["spec"]
+    [container] = job["template"]["spec"]["containers"]
+    values = {entry["name"]: entry.get("value", "1") for entry in container["env"]}  # the second pod's index
+    assert "job-completion-index" in str(container["env"])
+    name = gpu["metadata"]["name"]
+    cluster = find_cluster(values)
+    assert cluster == Cluster(f"{name}-workers-0-0.{name}:12345", job["completions"], 1)
+    assert {port["containerPort"] for port in container["ports"]} == {12345, 12346}
+    slurm = (ROOT / "launch/slurm.sbatch").read_text()
+    assert all(flag in slurm for flag in values["XLA_FLAGS"].split())
+
+
 def test_what_is_missing_is_said(tmp_path):
     assert "expected NAME ZONE ARGUMENTS" in run("tpu_pod.sh", "my-pod").stderr
     assert "N=two: expected a number of processes" in run("local_multiprocess.sh", "two", "train").stderr
