@@ -8,6 +8,7 @@ _EXAMPLES = """\
   python -m mpdit_jax.benchmark data
   python -m mpdit_jax.benchmark sample --help
   python -m mpdit_jax.benchmark sample --preset=mpdit_b --batch=4 --steps=10 --guidance_scale=1.5
+  python -m mpdit_jax.benchmark train --preset=mpdit_b --batch=8
   python -m mpdit_jax.benchmark vae --help
   python -m mpdit_jax.benchmark vae --image_size=256 --batch_size=2
 """
@@ -33,13 +34,24 @@ def _sample(arguments: Sequence[str]) -> int:
     return measure(arguments)
 
 
+def _train(arguments: Sequence[str]) -> int:
+    from mpdit_jax.benchmarks.train import main as measure
+
+    return measure(arguments)
+
+
 def _vae(arguments: Sequence[str]) -> int:
     from mpdit_jax.benchmarks.vae import main as measure
 
     return measure(arguments)
 
 
-_BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {"data": _data, "sample": _sample, "vae": _vae}
+_BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {
+    "data": _data,
+    "sample": _sample,
+    "train": _train,
+    "vae": _vae,
+}
 
 if __name__ == "__main__":
     run(main)

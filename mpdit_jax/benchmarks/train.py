@@ -1,0 +1,137 @@
+"""`python -m mpdit_jax.benchmark train`: the training step as a share of the machine's own matrix products."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mpdit_jax.cli import Parser, make_parser
+from mpdit_jax.errors import InputError
+
+_EXAMPLES = """\
+  python -m mpdit_jax.benchmark train --preset=mpdit_b --batch=8
+  python -m mpdit_jax.benchmark train --preset=mpdit_xl --batch=64 --dtype=bfloat16 --format=json
+"""
+_PEAK_SIDE = {"cpu": 2048}  # of the square matrices whose product is the peak; elsewhere they are larger
+
+
+def make_train_parser() -> Parser:
+    """The benchmark's arguments."""
+    parser = make_parser(
+        "benchmark train",
+        "Time the forward pass and the whole training step (loss, gradients, AdamW, EMA) of a preset, and a large "
+        "matrix product of the same dtype, in turn. Shares are true multiply-adds a second over the product's: a step "
+        "counts three forward passes, whatever remat computes again.",
+        _EXAMPLES,
+    )
+    parser.add_argument("--preset", default="mpdit_b", help="model (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="examples a step (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)")
+    parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="(default: %(default)s)")
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="none", help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="times each is timed (default: %(default)s)")
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="json: one object on one line")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Time it, print it; exit status."""
+    options = make_train_parser().parse_args(arguments)
+    if min(options.batch, options.repeats) < 1:
+        raise InputError(f"--batch={options.batch}, --repeats={options.repeats}: expected 1 or more of each.")
+    result = measure(options.preset, options.batch, options.dtype, options.attention, options.remat, options.repeats)
+    print(json.dumps(result) if options.format == "json" else _as_text(result))
+    return 0
+
+
+def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, repeats: int) -> dict[str, Any]:
+    """Run the benchmark on one device; the report as plain numbers and strings.
+
+    Raises:
+        ConfigError: an unknown preset, or an attention that the device does not have.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from mpdit_jax.config import base_config, model_of, resolve
+    from mpdit_jax.errors import ConfigError
+    from mpdit_jax.mesh import make_mesh
+    from mpdit_jax.model.accounting import count_macs
+    from mpdit_jax.model.parameters import abstract, merge
+    from mpdit_jax.training.optimizer import make_optimizer
+    from mpdit_jax.training.state import create_state
+    from mpdit_jax.training.step import jit_step, make_draw, make_loss, make_step
+
+    config = base_config()
+    config.batch_size, config.model.preset = batch, preset
+    config.model.dtype, config.model.attention, config.model.remat = dtype, attention, remat
+    config = resolve(config)
+    device = jax.devices()[0]
+    if attention == "cudnn" and device.platform != "gpu":
+        raise ConfigError(f"--attention=cudnn needs an NVIDIA GPU and this is {device.platform}: use xla.")
+    model, optimizer, mesh = model_of(config), make_optimizer(config.optimizer), make_mesh(devices=[device])
+    structure, random = abstract(model)[0], np.random.default_rng(0)
+    with jax.set_mesh(mesh):
+        state = create_state(model, optimizer, mesh, seed=0)
+        update = jit_step(make_step(make_draw(config), make_loss(structure), optimizer, config.ema_decay), state, mesh)
+        x = jnp.asarray(random.standard_normal((batch, *model.input_size, model.in_channels), np.float32))
+        y = jnp.asarray(random.integers(model.num_classes, size=batch), jnp.int32)
+        t = jnp.asarray(random.uniform(size=batch), jnp.float32)
+        call = jax.jit(lambda parameters, x, t, y: merge(structure, parameters)(x, t, y))
+        side = _PEAK_SIDE.get(device.platform, 8192)
+        a, b = (jnp.asarray(random.standard_normal((side, side), np.float32), dtype) for _ in range(2))
+        product = jax.jit(jnp.matmul)
+
+        def forward() -> None:
+            call(state.parameters, x, t, y).block_until_ready()
+
+        def step() -> None:
+            nonlocal state
+            state = update(state, {"x": x, "y": y})
+            jax.block_until_ready(state)
+
+        def peak() -> None:
+            product(a, b).block_until_ready()
+
+        seconds = _medians(repeats, {"forward": forward, "step": step, "peak": peak})
+    macs = count_macs(model) * batch
+    peak_rate = side**3 / seconds["peak"]
+    return {
+        "preset": preset,
+        "batch": batch,
+        "dtype": dtype,
+        "attention": attention,
+        "remat": remat,
+        "device": device.device_kind,
+        "seconds_forward": seconds["forward"],
+        "seconds_step": seconds["step"],
+        "images_per_second": batch / seconds["step"],
+        "peak_macs_per_second": peak_rate,
+        "forward_share": macs / seconds["forward"] / peak_rate,
+        "step_share": 3 * macs / seconds["step"] / peak_rate,
+    }
+
+
+def _medians(repeats: int, functions: Mapping[str, Callable[[], None]]) -> dict[str, float]:
+    """Median seconds of each, timed in turn; the first turn compiles and is left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _as_text(result: Mapping[str, Any]) -> str:
+    return (
+        f"{result['preset']}, batch {result['batch']}, {result['dtype']}, attention {result['attention']}, remat "
+        f"{result['remat']}, on {result['device']}:\n"
+        f"  matrix product   {result['peak_macs_per_second'] / 1e9:10.1f} GMAC/s\n"
+        f"  forward pass     {result['seconds_forward']:10.3f} s   {result['forward_share']:6.1%} of that\n"
+        f"  training step    {result['seconds_step']:10.3f} s   {result['step_share']:6.1%} of that, "
+        f"{result['images_per_second']:.3g} images/s"
+    )
