@@ -30,11 +30,14 @@ CORE = [
 # Adaptive solvers (dopri5, tsit5).
 ADAPTIVE = ["diffrax>=0.7.2,<0.8"]
 
+WANDB = ["wandb>=0.31.0,<1"]
+
 EXTRAS = {
     "adaptive": ADAPTIVE,
     # The tools that judge the source are exact, so that everyone gets the same verdict; the rest may move.
     "test": [
         *ADAPTIVE,
+        *WANDB,  # its writer is tested offline
         "hypothesis>=6.170.15,<7",
         "mypy==2.4.1",
         "packaging>=26",
@@ -50,6 +53,8 @@ EXTRAS = {
     "hub": ["huggingface_hub>=2.4.0,<3"],
     # Reading what TFDS has prepared; preparing ImageNet itself needs TensorFlow as well.
     "tfds": ["tensorflow_datasets>=4.9.10,<5", "importlib_resources>=6"],
+    # A second place for a run's numbers and pictures: config.log.wandb_project.
+    "wandb": WANDB,
     # What the tests marked `parity` compare with.
     "parity": ["torch==2.13.0", "diffusers==0.42.1"],
     # CUDA 12 is also what jax's own extra `cuda` means and runs on older drivers; jax[cuda13] works as well.

@@ -53,7 +53,7 @@ def measure(options: argparse.Namespace, config: Any) -> dict[str, Any]:
         ConfigError: an unknown topology, a mesh or batch that does not fit it.
         MissingExtraError: libtpu is not installed.
     """
-    from mpdit_jax.compiling.chips import chip_of
+    from mpdit_jax.chips import chip_of
 
     chip = chip_of(options.topology) if options.topology else None
 

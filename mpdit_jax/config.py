@@ -24,6 +24,7 @@ CONTINUABLE = (
     "checkpoint",
     "gradient_accumulation",
     "log",
+    "profile",
     "sample",
     "skip.abort_after",
     "mesh",
@@ -88,6 +89,11 @@ def base_config() -> ConfigDict:
 
     config.log = ConfigDict()
     config.log.every = 100  # steps; losses are means over this window
+    config.log.wandb_project = ""  # also to this project of Weights & Biases (extra [wandb])
+
+    config.profile = ConfigDict()  # steps recorded for TensorBoard's profile page
+    config.profile.start = 10  # the first of them; compilation is over by then
+    config.profile.steps = 0  # how many; 0 for none
 
     config.sample = ConfigDict()
     config.sample.every = 5_000  # steps; 0 for never
@@ -184,6 +190,8 @@ def _check(config: ConfigDict) -> None:
         "optimizer.clip_norm",
         "skip.spike_factor",
         "data.max_examples",
+        "profile.start",
+        "profile.steps",
     ):
         _expect(config, path, _get(config, path) >= 0, "0 or more")
     _expect(config, "seed", config.seed < 2**32, "below 2**32")

@@ -13,7 +13,6 @@ _EXAMPLES = """\
   python -m mpdit_jax.benchmark train --preset=mpdit_b --batch=8
   python -m mpdit_jax.benchmark train --preset=mpdit_xl --batch=64 --dtype=bfloat16 --format=json
 """
-_PEAK_SIDE = {"cpu": 2048}  # of the square matrices whose product is the peak; elsewhere they are larger
 
 
 def make_train_parser() -> Parser:
@@ -55,6 +54,7 @@ def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, rep
     import jax.numpy as jnp
     import numpy as np
 
+    from mpdit_jax.chips import matrix_product
     from mpdit_jax.config import base_config, model_of, resolve
     from mpdit_jax.errors import ConfigError
     from mpdit_jax.mesh import make_mesh
@@ -80,9 +80,7 @@ def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, rep
         y = jnp.asarray(random.integers(model.num_classes, size=batch), jnp.int32)
         t = jnp.asarray(random.uniform(size=batch), jnp.float32)
         call = jax.jit(lambda parameters, x, t, y: merge(structure, parameters)(x, t, y))
-        side = _PEAK_SIDE.get(device.platform, 8192)
-        a, b = (jnp.asarray(random.standard_normal((side, side), np.float32), dtype) for _ in range(2))
-        product = jax.jit(jnp.matmul)
+        peak, operations = matrix_product(device, dtype)
 
         def forward() -> None:
             call(state.parameters, x, t, y).block_until_ready()
@@ -92,12 +90,9 @@ def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, rep
             state = update(state, {"x": x, "y": y})
             jax.block_until_ready(state)
 
-        def peak() -> None:
-            product(a, b).block_until_ready()
-
         seconds = _medians(repeats, {"forward": forward, "step": step, "peak": peak})
     macs = count_macs(model) * batch
-    peak_rate = side**3 / seconds["peak"]
+    peak_rate = operations / 2 / seconds["peak"]
     return {
         "preset": preset,
         "batch": batch,

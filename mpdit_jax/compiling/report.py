@@ -6,11 +6,11 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from mpdit_jax.compiling.chips import GIB, Chip
+from mpdit_jax.chips import GIB, Chip
 from mpdit_jax.compiling.collectives import ring_bytes
 from mpdit_jax.compiling.programs import Program
 from mpdit_jax.config import model_of
-from mpdit_jax.model.accounting import count_macs
+from mpdit_jax.model.accounting import count_macs, training_flops
 
 _RECOMPUTED = {"none": 0.0, "dots": 0.0, "full": 1.0}  # forward passes done again in the backward pass
 
@@ -21,7 +21,7 @@ def step_flops(config: FrozenConfigDict) -> float:
     What remat computes again is included.
     """
     model = model_of(config)
-    return 2.0 * count_macs(model) * config.batch_size * (3 + _RECOMPUTED[model.remat])
+    return config.batch_size * training_flops(model) * (1 + _RECOMPUTED[model.remat] / 3)
 
 
 def sampler_flops(config: FrozenConfigDict, batch_size: int) -> float:

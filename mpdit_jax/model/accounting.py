@@ -50,6 +50,11 @@ def count_macs(config: ModelConfig) -> int:
     return total + _tokens(config, -1) * width * _patch_features(config, -1)
 
 
+def training_flops(config: ModelConfig) -> int:
+    """Floating-point operations of training on one example: 2 a multiply-add, one forward pass and two backward."""
+    return 6 * count_macs(config)
+
+
 def _affine(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs
 

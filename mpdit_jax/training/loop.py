@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from mpdit_jax import images
 from mpdit_jax.checkpoint import Checkpoints, claim_workdir
+from mpdit_jax.chips import peak_flops
 from mpdit_jax.config import model_of, resolve, to_json
 from mpdit_jax.data.facts import claim_data
 from mpdit_jax.data.pipeline import batches
@@ -21,14 +22,17 @@ from mpdit_jax.errors import ConfigError, DataError, DivergedError
 from mpdit_jax.flow.sampler import make_sampler
 from mpdit_jax.interrupt import StopRequest
 from mpdit_jax.mesh import check_batch, local_rows, make_mesh, place_batch
-from mpdit_jax.model.accounting import count
+from mpdit_jax.model.accounting import count, training_flops
 from mpdit_jax.model.parameters import Structure, abstract, merge
 from mpdit_jax.processes import any_process, first_does
 from mpdit_jax.training.observe import Report
 from mpdit_jax.training.optimizer import make_optimizer, make_schedule
+from mpdit_jax.training.profiling import Profiler
 from mpdit_jax.training.state import TrainState, abstract_state, create_state, from_items, to_items
 from mpdit_jax.training.step import jit_step, make_draw, make_loss, make_step
+from mpdit_jax.training.stopwatch import Stopwatch
 from mpdit_jax.training.window import empty_window, window_means
+from mpdit_jax.training.writers import check_wandb
 
 _AGREE_EVERY = 10  # steps between two questions whether any process was asked to stop
 
@@ -48,6 +52,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         DivergedError: too many steps in a row had to be left out.
     """
     workdir, config = Path(workdir), resolve(config)
+    check_wandb(config.log.wandb_project)
     model_config = model_of(config)
     mesh = make_mesh(**config.mesh)
     check_batch(config.batch_size // config.gradient_accumulation, mesh)
@@ -94,35 +99,54 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         rows = local_rows(config.batch_size, mesh)
         data = batches(source, config.batch_size, config.seed, start=step, rows=rows)
 
-        with Report(workdir, step, config.steps, config.batch_size, speaks=speaks) as report:
+        peak = peak_flops(mesh, model_config.dtype) if speaks else None
+        watch = Stopwatch(config.batch_size, training_flops(model_config), peak)
+        first = step + 1
+        with (
+            Report(
+                workdir, step, config.steps, config.batch_size, speaks=speaks, wandb_project=config.log.wandb_project
+            ) as report,
+            Profiler(workdir / "tensorboard", config.profile.start, config.profile.steps if speaks else 0) as profiler,
+        ):
             report.config(step, to_json(config))
             while step < config.steps and not _asked_to_stop(stop, step):
-                try:
-                    batch = next(data)
-                except DataError:
-                    if jax.process_count() == 1:  # saving takes all of them, and the others do not know
-                        checkpoints.save(step, to_items(state))
-                    raise
-                on_devices = place_batch(batch, rows, config.batch_size, mesh)
-                with jax.transfer_guard("disallow"):
+                with watch.of("data_wait"):
+                    try:
+                        batch = next(data)
+                    except DataError:
+                        if jax.process_count() == 1:  # saving takes all of them, and the others do not know
+                            checkpoints.save(step, to_items(state))
+                        raise
+                    on_devices = place_batch(batch, rows, config.batch_size, mesh)
+                with profiler.step(step), jax.transfer_guard("disallow"):
                     state = update(state, on_devices)
+                if profiler.finish(step, state):
+                    report.say(f"profile of {config.profile.steps} steps written to {workdir / 'tensorboard'}")
                 step += 1
                 last = step == config.steps
+                if step == first:  # it compiled: out of every rate
+                    jax.block_until_ready(state)
+                    watch.restart()
+                else:
+                    watch.step()
                 report.advance(step)
                 if step % config.log.every == 0 or last:
                     window, accepted = jax.device_get((state.window, state.guard["accepted"]))
                     state = dataclasses.replace(state, window=fresh_window())
-                    report.metrics(step, window_means(window) | {"learning_rate": float(learning_rate(accepted))})
+                    means = window_means(window) | {"learning_rate": float(learning_rate(accepted))}
+                    report.metrics(step, means, watch.lap())
                     _check_skips(checkpoints, step, state, config.skip.abort_after)
                 if step % config.checkpoint.every == 0 or last:
                     # While steps are left out, what broke them may be in the parameters: older states are good.
                     skipped = _check_skips(checkpoints, step, state, config.skip.abort_after)
                     if last or not skipped:
-                        checkpoints.save(step, to_items(state))
+                        with watch.of("other"):
+                            checkpoints.save(step, to_items(state))
                 if config.sample.every and (step % config.sample.every == 0 or last):
-                    picture = None if source.latents else draw_grid(config, structure, state)
-                    if picture is not None:
-                        report.picture(step, picture)
+                    with watch.of("other"):
+                        picture = None if source.latents else draw_grid(config, structure, state)
+                        if picture is not None:
+                            report.picture(step, picture)
             if step < config.steps:
                 report.say(f"{stop.name or 'another process was asked to stop'}: saving step {step}")
                 _check_skips(checkpoints, step, state, config.skip.abort_after)

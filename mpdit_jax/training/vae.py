@@ -23,6 +23,7 @@ from mpdit_jax.mesh import batch_sharding, check_batch, make_mesh, replicated
 from mpdit_jax.preparing.decoded import DecodedImages
 from mpdit_jax.preparing.image_sets import open_images
 from mpdit_jax.training.observe import Report
+from mpdit_jax.training.stopwatch import Stopwatch
 from mpdit_jax.training.vae_config import autoencoder_config, resolve_vae
 from mpdit_jax.vae import Autoencoder, AutoencoderConfig, load_vae, save_folder
 from mpdit_jax.vae.autoencoder import mean_and_std
@@ -80,11 +81,14 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> bool:
             state = jax.jit(create, out_shardings=replicated(mesh))()
         update = _make_update(architecture, optimizer, config)
         data = batches(source, config.batch_size, config.seed, start=step)
+        watch = Stopwatch(config.batch_size)
         with Report(workdir, step, config.steps, config.batch_size) as report:
             while step < config.steps and stop.name is None:
-                batch = jax.device_put(next(data)["x"], batch_sharding(mesh))
+                with watch.of("data_wait"):
+                    batch = jax.device_put(next(data)["x"], batch_sharding(mesh))
                 state, metrics = update(state, batch)
                 step += 1
+                watch.step()
                 report.advance(step)
                 last = step == config.steps
                 if step % config.log.every == 0 or last:
@@ -94,7 +98,7 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> bool:
                             f"the loss of step {step} is not finite: start again in a new --workdir with a lower "
                             "config.learning_rate."
                         )
-                    report.metrics(step, values)
+                    report.metrics(step, values, watch.lap())
                 if step % config.checkpoint.every == 0 or last or stop.name is not None:
                     checkpoints.save(step, {"vae": state._asdict()})
             if step < config.steps:

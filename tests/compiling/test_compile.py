@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mpdit_jax.compiling.chips import CHIPS, chip_of
+from mpdit_jax.chips import CHIPS, chip_of
 from mpdit_jax.compiling.collectives import collective_bytes, ring_bytes
 from mpdit_jax.compiling.programs import Program
 from mpdit_jax.compiling.report import describe, smaller, step_flops

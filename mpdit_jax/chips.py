@@ -1,0 +1,119 @@
+"""Accelerators by their makers' published figures, and what a CPU reaches where there are none."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from mpdit_jax.errors import ConfigError
+
+GIB = 2**30
+_SIDE = {"cpu": 2048}  # of the square matrices whose product is a machine's peak
+_LARGE_SIDE = 8192  # elsewhere
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published peaks of one TPU chip.
+
+    Attributes:
+        kind: as `jax.Device.device_kind` spells it.
+        flops: bfloat16 matrix products a second, 2 for each multiply-add.
+        hbm: bytes of memory that a program may use.
+        hbm_bandwidth: bytes a second.
+        ici_bandwidth: bytes a second out of one chip over all its links.
+        dimensions: of a topology, such as 2 for 16x16.
+    """
+
+    kind: str
+    flops: float
+    hbm: int
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    dimensions: int
+
+
+# https://cloud.google.com/tpu/docs/system-architecture-tpu-vm; of v5e's 16 GiB the runtime keeps a quarter.
+CHIPS = {
+    "v4": Chip("TPU v4", 275e12, int(31.75 * GIB), 1228e9, 300e9, 3),
+    "v5e": Chip("TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, 2),
+    "v5p": Chip("TPU v5", 459e12, int(95.0 * GIB), 2765e9, 600e9, 3),
+    "v6e": Chip("TPU v6 lite", 918e12, int(31.25 * GIB), 1640e9, 448e9, 2),
+}
+
+# bfloat16 without sparsity, from NVIDIA's data sheets; the first name that a device's kind starts with.
+GPU_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+}
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology such as v5e:16x16 or v4:4x4x4.
+
+    Raises:
+        ConfigError: not of this form, or an unknown chip.
+    """
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
+    known = ", ".join(CHIPS)
+    if match is None or match[1] not in CHIPS:
+        raise ConfigError(f"--topology={topology}: expected CHIP:SIZE with a chip of {known}, such as v5e:16x16.")
+    chip = CHIPS[match[1]]
+    if match[2].count("x") + 1 != chip.dimensions:
+        example = "x".join(["4"] * chip.dimensions)
+        raise ConfigError(
+            f"--topology={topology}: {match[1]} has {chip.dimensions} dimensions, such as {match[1]}:{example}."
+        )
+    return chip
+
+
+def published_flops(kind: str) -> float | None:
+    """bfloat16 floating-point operations a second of a device kind, without sparsity; None if it is not in the tables.
+
+    Args:
+        kind: `jax.Device.device_kind`, such as "TPU v4" or "NVIDIA H100 80GB HBM3".
+    """
+    for chip in CHIPS.values():
+        if chip.kind == kind:
+            return chip.flops
+    return next((flops for name, flops in GPU_FLOPS.items() if kind.startswith(name)), None)
+
+
+def matrix_product(device: jax.Device, dtype: str) -> tuple[Callable[[], None], float]:
+    """A large product of two square matrices on a device: a function that computes it once, and its operations."""
+    side = _SIDE.get(device.platform, _LARGE_SIDE)
+    with jax.default_device(device):
+        a, b = (jax.random.normal(jax.random.key(seed), (side, side), dtype) for seed in range(2))
+        product = jax.jit(jnp.matmul).lower(a, b).compile()
+    return lambda: product(a, b).block_until_ready(), 2.0 * side**3
+
+
+def peak_flops(mesh: jax.sharding.Mesh, dtype: str) -> float | None:
+    """Floating-point operations a second that all devices of a mesh could do; None if nobody has published theirs.
+
+    On CPUs it is measured, as the best of three matrix products of this process for each process there is; virtual
+    devices share their processor. Accelerators count by their published bfloat16 peak, whatever `dtype` is.
+    """
+    device = mesh.local_devices[0]
+    if device.platform != "cpu":
+        published = published_flops(device.device_kind)
+        return None if published is None else published * mesh.size
+    multiply, operations = matrix_product(device, dtype)
+    multiply()
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        multiply()
+        seconds.append(time.perf_counter() - start)
+    return operations / min(seconds) * jax.process_count()

@@ -1,0 +1,47 @@
+"""A window of steps recorded by JAX's profiler, for TensorBoard's profile page."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class Profiler:
+    """Records `steps` steps from step `start` on (the first step of a run is 0); a context manager.
+
+    The recording lies in `folder/plugins/profile/`, where TensorBoard looks for it (`pip install xprof` shows it).
+    """
+
+    def __init__(self, folder: Path, start: int, steps: int) -> None:
+        self._folder, self._start, self._end = folder, start, start + steps
+        self._recording = False
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._recording:
+            jax.profiler.stop_trace()
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Around the dispatch of step `step`."""
+        if not self._recording and self._start <= step < self._end:
+            jax.profiler.start_trace(self._folder)
+            self._recording = True
+        if self._recording:
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                yield
+        else:
+            yield
+
+    def finish(self, step: int, state: Any) -> bool:
+        """After step `step`: True if that was the last of the window and the recording has been written."""
+        if not self._recording or step + 1 < self._end:
+            return False
+        jax.block_until_ready(state)
+        jax.profiler.stop_trace()
+        self._recording = False
+        return True

@@ -1,0 +1,80 @@
+"""Where the time of a run goes: waiting for data, saving and drawing, and the rest, which is the device's."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import jax
+
+from mpdit_jax.chips import GIB
+
+
+class Stopwatch:
+    """Splits the wall-clock time between two lines of the log, on this process.
+
+    The device works while the host prepares the next step. Time in which the host neither waited for data nor saved or
+    drew is therefore called the device's: where that is nearly all, the input pipeline keeps up.
+    """
+
+    def __init__(self, batch_size: int, flops_per_image: float = 0.0, peak_flops: float | None = None) -> None:
+        """Start the first window.
+
+        Args:
+            batch_size: images a step.
+            flops_per_image: of a step, by the model's definition, nothing computed twice.
+            peak_flops: what all devices could do in a second; None if unknown.
+        """
+        self._batch_size, self._flops_per_image, self._peak_flops = batch_size, flops_per_image, peak_flops
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        self._start = time.perf_counter()
+        self._steps = 0
+
+    @contextmanager
+    def of(self, part: Literal["data_wait", "other"]) -> Iterator[None]:
+        """Count what runs inside for `part`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[part] += time.perf_counter() - start
+
+    def step(self) -> None:
+        """A step has been dispatched."""
+        self._steps += 1
+
+    def restart(self) -> None:
+        """Begin a new window, as after the first step, which compiles."""
+        self._spent.clear()
+        self._start, self._steps = time.perf_counter(), 0
+
+    def lap(self) -> dict[str, float]:
+        """Means over the window, and begin the next; the device must have finished the window's steps.
+
+        `seconds_step` is their sum: `seconds_data_wait` (waiting for a batch and placing it), `seconds_other`
+        (checkpoints and sample grids, as far as the step had to wait for them) and `seconds_device`. Rates leave
+        `seconds_other` out. `mfu` is the model's operations (three forward passes) over the devices' peak;
+        `device_memory_gib` the most that this process's fullest device has held. Unknown figures are missing.
+        """
+        seconds, steps = time.perf_counter() - self._start, self._steps
+        spent = dict(self._spent)
+        self.restart()
+        if not steps:
+            return {}
+        wait, other = (spent.get(part, 0.0) / steps for part in ("data_wait", "other"))
+        step = seconds / steps
+        rate = self._batch_size / (step - other)
+        values = {
+            "images_per_second": rate,
+            "seconds_step": step,
+            "seconds_data_wait": wait,
+            "seconds_other": other,
+            "seconds_device": step - wait - other,
+        }
+        if self._peak_flops:
+            values["mfu"] = rate * self._flops_per_image / self._peak_flops
+        held = [stats["peak_bytes_in_use"] for device in jax.local_devices() if (stats := device.memory_stats())]
+        if held:
+            values["device_memory_gib"] = max(held) / GIB
+        return values

@@ -1,0 +1,118 @@
+"""What a run tells of itself: where its time went, a profile, Weights & Biases."""
+
+import json
+import os
+
+import jax
+import pytest
+from jax.profiler import ProfileData
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mpdit_jax.chips import peak_flops, published_flops
+from mpdit_jax.errors import MissingExtraError
+from mpdit_jax.mesh import make_mesh
+from mpdit_jax.training import stopwatch
+from mpdit_jax.training.stopwatch import Stopwatch
+from mpdit_jax.training.writers import check_wandb
+from tests.tiny import run, train_arguments
+
+PARTS = ("seconds_data_wait", "seconds_other", "seconds_device")
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """The tiny run with everything switched on, Weights & Biases offline, stopped once and continued."""
+    workdir = tmp_path_factory.mktemp("told") / "run"
+    options = ["--config.profile.start=3", "--config.profile.steps=2", "--config.sample.every=4"]
+    options += ["--config.sample.steps=2", "--config.log.wandb_project=tiny"]
+    environment = os.environ.copy()
+    os.environ.update({"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    try:
+        for steps in (5, 8):
+            status, stdout, stderr = run("train", train_arguments(workdir, *options, f"--config.steps={steps}"))
+            assert status == 0, stderr
+            assert ("profile of 2 steps written to" in stdout) == (steps == 5)
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+    return workdir
+
+
+def test_the_time_of_a_step_is_told_apart(told):
+    events = EventAccumulator(str(told / "tensorboard")).Reload()
+    curves = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    assert {"loss", "gradient_norm", "loss_t0.00_0.25", "images_per_second", "mfu", "seconds_step"} <= curves.keys()
+    for index, point in enumerate(curves["seconds_step"]):
+        parts = [curves[part][index].value for part in PARTS]
+        assert min(parts) >= 0
+        assert sum(parts) == pytest.approx(point.value, rel=1e-4)
+    assert all(0 < point.value < 1 for point in curves["mfu"])
+    # What no second run repeats stays out of the file that must be the same.
+    lines = [json.loads(line) for line in (told / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 5, 6, 8]
+    assert not {*PARTS, "seconds_step", "images_per_second", "mfu"} & {key for line in lines for key in line}
+
+
+def test_the_profile_holds_the_steps_asked_for(told):
+    (recording,) = (told / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb")
+    planes = ProfileData.from_file(str(recording)).planes
+    steps = [
+        dict(event.stats)["step_num"]
+        for plane in planes
+        for line in plane.lines
+        for event in line.events
+        if event.name == "train" and "step_num" in dict(event.stats)
+    ]
+    assert sorted(steps) == [3, 4]
+
+
+def test_weights_and_biases_continues_its_run(told):
+    name = (told / "wandb_id.txt").read_text().strip()
+    runs = list((told / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2
+    assert all(folder.name.endswith(name) for folder in runs)
+    assert any(folder.glob("files/media/images/samples*.png") for folder in runs)
+    assert all(b"gradient_norm" in (folder / f"run-{name}.wandb").read_bytes() for folder in runs)
+
+
+def test_weights_and_biases_not_installed_is_one_sentence(monkeypatch):
+    check_wandb("")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_wandb("")
+    with pytest.raises(MissingExtraError, match=r"wandb_project='mine' needs .* pip install 'mpdit_jax\[wandb\]'"):
+        check_wandb("mine")
+
+
+def test_a_lap_adds_up(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now[0])
+    watch = Stopwatch(batch_size=8, flops_per_image=10.0, peak_flops=100.0)
+    assert watch.lap() == {}
+    now[0] += 50.0  # the first step, which compiles
+    watch.restart()
+    for wait in (1.0, 3.0):
+        with watch.of("data_wait"):
+            now[0] += wait
+        now[0] += 4.0
+        watch.step()
+    with watch.of("other"):
+        now[0] += 8.0
+    values = watch.lap()
+    assert values["seconds_step"] == 10.0
+    assert [values[part] for part in PARTS] == [2.0, 4.0, 4.0]
+    assert values["images_per_second"] == pytest.approx(8 / 6)
+    assert values["mfu"] == pytest.approx(8 / 6 * 10 / 100)
+    now[0] += 5.0
+    watch.step()
+    assert watch.lap()["seconds_device"] == 5.0  # nothing is left of the window before
+
+
+def test_published_peaks_by_the_names_jax_gives():
+    assert published_flops("TPU v5 lite") == 197e12
+    assert published_flops("NVIDIA A100-SXM4-40GB") == 312e12
+    assert published_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert published_flops("NVIDIA H100 PCIe") == 756e12
+    assert published_flops("cpu") is None
+    measured = peak_flops(make_mesh(devices=jax.devices()[:1]), "float32")
+    assert measured is not None
+    assert 1e9 < measured < 1e14
