@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from mpdit_jax.cli import make_parser, run
+from mpdit_jax.hugepages import restart_with_huge_pages
 
 _EXAMPLES = """\
   python -m mpdit_jax.benchmark data
@@ -54,4 +55,5 @@ _BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 if __name__ == "__main__":
+    restart_with_huge_pages()  # as launch/environment.sh does for training
     run(main)

@@ -1,5 +1,6 @@
 """`python -m mpdit_jax.train`: train a model, or continue a run."""
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from mpdit_jax.cli import make_parser, parse_with_config, run
 from mpdit_jax.config import facts as config_facts
 from mpdit_jax.errors import InputError
 from mpdit_jax.processes import add_flags, join
+
+_CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # whoever sets it has a place for compiled programs already
 
 _EXAMPLES = """\
   python -m mpdit_jax.train --config=configs/digits.py --workdir=runs/digits
@@ -42,6 +45,9 @@ def main(arguments: Sequence[str]) -> int:
 
     from mpdit_jax.data.facts import read_facts
     from mpdit_jax.training.loop import train
+
+    if _CACHE_VARIABLE not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
 
     state = train(config, workdir)
     if jax.process_index() > 0:

@@ -4,7 +4,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from mpdit_jax.cli import Parser, make_parser
 from mpdit_jax.errors import InputError
@@ -13,6 +13,10 @@ _EXAMPLES = """\
   python -m mpdit_jax.benchmark train --preset=mpdit_b --batch=8
   python -m mpdit_jax.benchmark train --preset=mpdit_xl --batch=64 --dtype=bfloat16 --format=json
 """
+
+
+_PRODUCTS = 3  # after each timed pass
+_Task: TypeAlias = Callable[[], None]
 
 
 def make_train_parser() -> Parser:
@@ -90,9 +94,9 @@ def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, rep
             state = update(state, {"x": x, "y": y})
             jax.block_until_ready(state)
 
-        seconds = _medians(repeats, {"forward": forward, "step": step, "peak": peak})
+        seconds, product = _time(repeats, forward, step, peak)
     macs = count_macs(model) * batch
-    peak_rate = operations / 2 / seconds["peak"]
+    peak_rate = operations / 2 / product
     return {
         "preset": preset,
         "batch": batch,
@@ -109,16 +113,27 @@ def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, rep
     }
 
 
-def _medians(repeats: int, functions: Mapping[str, Callable[[], None]]) -> dict[str, float]:
-    """Median seconds of each, timed in turn; the first turn compiles and is left out."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+def _time(repeats: int, forward: _Task, step: _Task, peak: _Task) -> tuple[dict[str, float], float]:
+    """Median seconds of the forward pass and of the step, and of the product, all timed in turn.
+
+    The first turn compiles and is left out. A product takes a fraction of a second, in which a busy moment of the
+    machine weighs more, so there are several after each pass.
+    """
+    seconds: dict[str, list[float]] = {"forward": [], "step": []}
+    products: list[float] = []
     for turn in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
+        for name, task in (("forward", forward), ("step", step)):
+            taken = _seconds(task)
             if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                seconds[name].append(taken)
+            products.extend(_seconds(peak) for _ in range(_PRODUCTS))
+    return {name: statistics.median(values) for name, values in seconds.items()}, statistics.median(products)
+
+
+def _seconds(task: _Task) -> float:
+    start = time.perf_counter()
+    task()
+    return time.perf_counter() - start
 
 
 def _as_text(result: Mapping[str, Any]) -> str:

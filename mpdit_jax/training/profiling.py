@@ -29,7 +29,9 @@ class Profiler:
     def step(self, step: int) -> Iterator[None]:
         """Around the dispatch of step `step`."""
         if not self._recording and self._start <= step < self._end:
-            jax.profiler.start_trace(self._folder)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every Python call would be recorded, and slow down what is measured
+            jax.profiler.start_trace(self._folder, profiler_options=options)
             self._recording = True
         if self._recording:
             with jax.profiler.StepTraceAnnotation("train", step_num=step):

@@ -116,3 +116,18 @@ def test_published_peaks_by_the_names_jax_gives():
     measured = peak_flops(make_mesh(devices=jax.devices()[:1]), "float32")
     assert measured is not None
     assert 1e9 < measured < 1e14
+
+
+def test_a_continued_run_finds_its_programs_compiled_and_survives_their_damage(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    workdir, cache = tmp_path / "run", tmp_path / "run" / "compilation_cache"
+    for steps, damage in ((4, False), (6, False), (8, True)):
+        if damage:
+            for path in cache.glob("*-cache"):
+                path.write_bytes(b"not a program")
+        status, _, stderr = run("train", train_arguments(workdir, f"--config.steps={steps}"))
+        assert status == 0, stderr
+        assert len(list(cache.glob("jit_step-*-cache"))) == 1  # the second run found the first one's
+    lines = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1] == 8
