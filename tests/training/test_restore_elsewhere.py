@@ -75,4 +75,10 @@ def test_the_same_bits_everywhere(eight_devices, processes, devices, fsdp):
         assert reader.returncode == 0, stderr
         found = json.loads(stdout.splitlines()[-1])
         assert found["devices"] == processes * devices
-        assert found["digests"] == expected
+        assert by_name(found["digests"]) == by_name(expected)
+        # Read without our code, the optimizer's named tuples are plain dicts: the same arrays under other names.
+        assert sorted(found["digests"].values()) == sorted(expected.values())
+
+
+def by_name(digests):
+    return {path: digest for path, digest in digests.items() if not path.startswith("optimizer")}
