@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mpdit_jax.config import defaults
 from mpdit_jax.errors import ConfigError, MPDiTError
+from mpdit_jax.model.config import suggest
 from mpdit_jax.model.presets import PRESETS
 
 _CONFIG_HELP = """
@@ -67,6 +68,7 @@ def parse_with_config(parser: Parser, arguments: Sequence[str]) -> tuple[argpars
     if not any(argument.startswith("--config=") for argument in rest):
         parser.error("--config=FILE is needed, such as --config=configs/digits.py")
     _check_config_file(rest)
+    _check_names(_load_config([word for word in rest if word.startswith("--config=")]), rest)
     config = _load_config(rest)
     _let_preset_win(config, rest)
     return parsed, config
@@ -128,6 +130,23 @@ def _load_config(arguments: Sequence[str]) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{_config_file(arguments)}: get_config() must return a ConfigDict, got {config!r}.")
     return config
+
+
+def _check_names(config: ConfigDict, arguments: Sequence[str]) -> None:
+    """Raise ConfigError for a `--config.FIELD` that the config does not have."""
+    for word in arguments:
+        name = word.partition("=")[0]
+        if not name.startswith(("--config.", "--noconfig.")):
+            continue
+        path, group = name.partition(".")[2], config
+        for index, part in enumerate(path.split(".")):
+            part = part.partition("[")[0]  # one entry of a tuple, as in --config.model.depths[0]
+            if not isinstance(group, ConfigDict) or part not in group:
+                inside = ".".join(["config", *path.split(".")[:index]])
+                known = list(group) if isinstance(group, ConfigDict) else []
+                fields = f"{inside} has {', '.join(known)}" if known else f"{inside} is a value, not a group of fields"
+                raise ConfigError(f"unknown config key config.{path}{suggest(part, known)}: {fields}.")
+            group = group[part]
 
 
 def _check_config_file(arguments: Sequence[str]) -> None:

@@ -26,11 +26,15 @@ def train_arguments(workdir, *more):
 
 
 def start(command, arguments, devices=1, **options):
-    """Start `python -m mpdit_jax.COMMAND` as its own process, with `devices` virtual CPU devices."""
+    """Start `python -m mpdit_jax.COMMAND` as its own process, with `devices` virtual CPU devices.
+
+    Compiling for several takes longer than all the steps of a tiny run, so that is done without optimization.
+    """
+    level = " --xla_backend_optimization_level=0" if devices > 1 else ""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}{level}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     return subprocess.Popen(

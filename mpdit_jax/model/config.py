@@ -109,7 +109,7 @@ class ModelConfig:
             raise ConfigError(
                 f"model.hidden_size={self.hidden_size} is not divisible by 4, which the 2-D sin-cos positions need."
             )
-        if self.mlp_ratio <= 0 or int(self.hidden_size * self.mlp_ratio) < 1:
+        if self.mlp_ratio <= 0 or self.mlp_size < 1:
             raise ConfigError(f"model.mlp_ratio={self.mlp_ratio}: expected a positive number, such as 4.0.")
         if self.fno_modes > FNO_GRID // 2 + 1:
             raise ConfigError(
@@ -119,8 +119,11 @@ class ModelConfig:
 
     @property
     def mlp_size(self) -> int:
-        """Hidden width of the MLP."""
-        return int(self.hidden_size * self.mlp_ratio)
+        """Hidden width of the MLP, rounded down as PyTorch's is.
+
+        A ratio that was read off a width w as w / hidden_size gives w again, whatever the division rounded to.
+        """
+        return int(self.hidden_size * self.mlp_ratio + 1e-6)
 
     def grid(self, level: int) -> tuple[int, int]:
         """Rows and columns of image tokens at `level`."""

@@ -34,8 +34,8 @@ def test_wrong_arguments(arguments, sentence, capsys):
 
 
 @pytest.mark.parametrize(("override", "error", "sentence"), [
-    ("--config.batch_sise=3", ConfigError, "batch_sise"),
-    ("--config.optimizer.lr=1e-3", ConfigError, "lr"),
+    ("--config.batch_sise=3", ConfigError, r"key config\.batch_sise \(did you mean 'batch_size'\?\)"),
+    ("--config.optimizer.lr=1e-3", ConfigError, r"unknown config key config\.optimizer\.lr: config\.optimizer has b1,"),
     ("--config.batch_size=many", ConfigError, "batch_size.*many|many.*batch_size"),
     ("--config.batch_size=0", ConfigError, r"config\.batch_size=0: expected 1 or more"),
     ("--config.ema_decay=1.0", ConfigError, r"config\.ema_decay=1\.0: expected at least 0 and below 1"),

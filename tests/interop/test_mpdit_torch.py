@@ -167,3 +167,11 @@ def test_a_pickle_that_carries_code_is_refused(tmp_path):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     with pytest.raises(WeightsError, match=r"junk\.pt"):
         mp.load_torch(tmp_path / "junk.pt")
+
+
+@pytest.mark.parametrize(("width", "ratio", "size"), [(28, 2.2, 61), (44, 0.7, 30), (32, 3.0, 96)])
+def test_any_mlp_width_survives(width, ratio, size):
+    small = {"hidden_size": width, "num_heads": 2, "depths": (1, 1), "input_size": 8, "num_classes": 3}
+    model = mp.create_model("mpdit_b", mlp_ratio=ratio, **small)
+    assert model.config.mlp_size == size
+    assert mp.load_torch(mp.to_torch(model), num_heads=2).config.mlp_size == size
