@@ -68,8 +68,11 @@ def parse_with_config(parser: Parser, arguments: Sequence[str]) -> tuple[argpars
     if not any(argument.startswith("--config=") for argument in rest):
         parser.error("--config=FILE is needed, such as --config=configs/digits.py")
     _check_config_file(rest)
-    _check_names(_load_config([word for word in rest if word.startswith("--config=")]), rest)
-    config = _load_config(rest)
+    try:
+        config = _load_config(rest)
+    except ConfigError:
+        _check_names(_load_config([word for word in rest if word.startswith("--config=")]), rest)
+        raise
     _let_preset_win(config, rest)
     return parsed, config
 

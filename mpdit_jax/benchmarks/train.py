@@ -13,8 +13,6 @@ _EXAMPLES = """\
   python -m mpdit_jax.benchmark train --preset=mpdit_b --batch=8
   python -m mpdit_jax.benchmark train --preset=mpdit_xl --batch=64 --dtype=bfloat16 --format=json
 """
-
-
 _PRODUCTS = 3  # after each timed pass
 _Task: TypeAlias = Callable[[], None]
 

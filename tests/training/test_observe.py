@@ -1,7 +1,6 @@
 """What a run tells of itself: where its time went, a profile, Weights & Biases."""
 
 import json
-import os
 
 import jax
 import pytest
@@ -25,16 +24,13 @@ def told(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("told") / "run"
     options = ["--config.profile.start=3", "--config.profile.steps=2", "--config.sample.every=4"]
     options += ["--config.sample.steps=2", "--config.log.wandb_project=tiny"]
-    environment = os.environ.copy()
-    os.environ.update({"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
         for steps in (5, 8):
             status, stdout, stderr = run("train", train_arguments(workdir, *options, f"--config.steps={steps}"))
             assert status == 0, stderr
             assert ("profile of 2 steps written to" in stdout) == (steps == 5)
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
     return workdir
 
 
