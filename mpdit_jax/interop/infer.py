@@ -1,0 +1,194 @@
+"""Read a model's shape off the names and shapes of a published PyTorch state dict, also of a damaged one."""
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpdit_jax.errors import ConfigError, WeightsError
+from mpdit_jax.interop.published_names import LevelNames, expected_shapes, level_names
+from mpdit_jax.model.config import ModelConfig
+from mpdit_jax.model.embeddings import sincos_positions
+
+# Tables are compared and recomputed, not kept. In float32 they differ by what float64 sin and cos round to; who saved
+# them in bfloat16 rounded everything else in the file as well.
+TABLE_ATOL = 1e-5
+HALF_PRECISION_ATOL = 1e-2
+# Combinations tried: one for a sound state dict, a few for one with a damaged entry.
+CANDIDATES = 500
+
+State = Mapping[str, np.ndarray]
+
+
+def infer_config(state: State, origin: str) -> ModelConfig:
+    """The config whose state dict this is, but for the heads, of which there is one: shapes do not tell them.
+
+    Most sizes can be read in several places. Of what those suggest, the config is taken that the fewest entries
+    contradict, so that a damaged state dict is compared with the model it was meant for.
+
+    Raises:
+        WeightsError: no size that the shapes suggest makes a model.
+    """
+    refused: ConfigError | None = None
+    best: tuple[int, ModelConfig] | None = None
+    for fields in itertools.islice(_candidates(state), CANDIDATES):
+        try:
+            config = ModelConfig(num_heads=1, **fields)
+        except ConfigError as error:
+            refused = refused or error
+            continue
+        contradicted = sum(map(len, find_problems(state, config).values()))
+        if best is None or contradicted < best[0]:
+            best = contradicted, config
+    if best is None:
+        raise WeightsError(f"{origin}: its shapes describe no MPDiT ({refused}).") from refused
+    return best[1]
+
+
+def find_problems(state: State, config: ModelConfig) -> dict[str, list[str]]:
+    """What keeps the entries from being that config's, one list for "missing", "extra" and "misshapen"."""
+    expected = expected_shapes(config)
+    return {
+        "missing": [name for name in expected if name not in state],
+        "extra": [name for name in state if name not in expected],
+        "misshapen": [
+            f"{name} is {state[name].shape} instead of {shape}"
+            for name, shape in expected.items()
+            if name in state and state[name].shape != shape
+        ],
+    }
+
+
+def is_table(array: np.ndarray, table: np.ndarray) -> bool:
+    """Whether `array` is that position table, as precisely as the file it comes from was saved."""
+    # bfloat16 and float16 are told by values that lose nothing when rounded to them once more.
+    halves = (jnp.bfloat16, np.float16)
+    rounded = any(np.array_equal(array.astype(half).astype(np.float32), array) for half in halves)
+    return np.allclose(array, table, rtol=0, atol=HALF_PRECISION_ATOL if rounded else TABLE_ATOL)
+
+
+def _candidates(state: State) -> Iterator[dict[str, Any]]:
+    """Every combination of the sizes that some entry suggests; exactly one when all entries agree."""
+    names = level_names(_count_levels(state))
+    sizes = _Sizes(state)
+    blocks = rf"(?:{'|'.join(re.escape(name.blocks) for name in names)})\.\d+"
+    width = sizes.first(
+        (rf"{blocks}\.attn\.(?:qkv|proj)\.weight", 1, 2),
+        (rf"{blocks}\.(?:attn\.proj|mlp\.fc2)\.bias", 0, 1),
+        default=768,
+    )
+    mlp = sizes.first(
+        (rf"{blocks}\.mlp\.fc1\.weight", 0, 2),
+        (rf"{blocks}\.mlp\.fc1\.bias", 0, 1),
+        (rf"{blocks}\.mlp\.fc2\.weight", 1, 2),
+        default=4 * width,
+    )
+    table = re.escape("y_embedder.embedding_table.weight")
+    fno = any(name.startswith(("t_embedder.fc", "t_embedder.conv", "t_embedder.w")) for name in state)
+    skips = tuple(f"{part}." for name in names[1:] for part in (name.skip, name.patches))
+    known: dict[str, Any] = {
+        "depths": tuple(_count(state, rf"{re.escape(name.blocks)}\.(\d+)\..*") for name in names),
+        "hidden_size": width,
+        "mlp_ratio": mlp / width,
+        "num_classes": max(1, sizes.first((table, 0, 2), default=1001) - 1),
+        "class_tokens": max(1, sizes.first((table, 1, 2), default=16 * width) // width),
+        "time_embedding": "fno" if fno else "sinusoidal",
+        "skip": not skips or any(name.startswith(skips) for name in state),
+    }
+    if fno:
+        spectral = r"t_embedder\.conv\d+\.weights_(?:real|imag)"
+        known |= {
+            "fno_width": sizes.first((spectral, 0, 3), default=32),
+            "fno_modes": sizes.first((spectral, 2, 3), default=16),
+            "fno_layers": _count(state, r"t_embedder\.(?:conv|w)(\d+)\..*"),
+        }
+    tables = {level: state[name.positions] for level, name in enumerate(names) if name.positions in state}
+    grids = {level: grid for level, array in tables.items() if (grid := _grid(array, width)) is not None}
+    patch_embeds = "|".join(re.escape(f"{name.patches}.proj.weight") for name in names)
+    for channels in sizes.all((patch_embeds, 1, 4)) or [4]:
+        for patch_sizes in _patch_sizes(sizes, names, grids, width, channels):
+            read = [
+                (rows * patch_sizes[level], columns * patch_sizes[level]) for level, (rows, columns) in grids.items()
+            ]
+            for input_size in dict.fromkeys(read) or [(8 * patch_sizes[0],) * 2]:
+                yield known | {"in_channels": channels, "patch_sizes": patch_sizes, "input_size": input_size}
+
+
+def _patch_sizes(
+    sizes: "_Sizes", names: list[LevelNames], grids: Mapping[int, tuple[int, int]], width: int, channels: int
+) -> Iterator[tuple[int, ...]]:
+    """Finest patch size times the ratios between levels, each from every entry that tells it."""
+    direct = []
+    for name in names:
+        embed = re.escape(f"{name.patches}.proj.weight")
+        direct.append(sizes.all((embed, 2, 4), (embed, 3, 4)))
+    final = r"final_layer\.linear\."
+    pixels = [size // channels for size in sizes.all((rf"{final}weight", 0, 2), (rf"{final}bias", 0, 1))]
+    finest = dict.fromkeys([*map(math.isqrt, pixels), *direct[-1]]) or [2]
+    ratios: list[Iterable[int]] = []
+    for level in range(1, len(names)):
+        upsampler = re.escape(f"{names[level].upsampler}.proj.")
+        opened = sizes.all((rf"{upsampler}weight", 0, 2), (rf"{upsampler}bias", 0, 1))
+        told = [math.isqrt(size // width) for size in opened]
+        told += [coarse // fine for coarse in direct[level - 1] for fine in direct[level] if fine]
+        if level in grids and level - 1 in grids:
+            told.append(grids[level][0] // grids[level - 1][0])
+        ratios.append(dict.fromkeys(told) or [2])
+    for fine, *steps in itertools.product(finest, *reversed(ratios)):
+        yield tuple(reversed([*itertools.accumulate(steps, int.__mul__, initial=fine)]))
+
+
+class _Sizes:
+    """Sizes of axes of the entries, those that most entries have first.
+
+    Where to read one is given as (pattern of the whole name, axis, dimensions); entries of other dimensions are passed
+    over.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.shapes = {name: array.shape for name, array in state.items()}
+
+    def all(self, *places: tuple[str, int, int]) -> list[int]:
+        """The distinct sizes found in any of these places."""
+        found = Counter(
+            shape[axis]
+            for pattern, axis, dimensions in places
+            for name, shape in self.shapes.items()
+            if len(shape) == dimensions and re.fullmatch(pattern, name)
+        )
+        return [size for size, _ in found.most_common() if size > 0]
+
+    def first(self, *places: tuple[str, int, int], default: int) -> int:
+        """The size that most places have, or the default if none can be read."""
+        return next(iter(self.all(*places)), default)
+
+
+def _count_levels(state: State) -> int:
+    two = ("pos_embed_downsampled", "x_embedder_skip.", "linear_skip.", "upsampler.", "upsample_blocks.")
+    if any(name.startswith(two) for name in state):
+        return 2
+    found = {match.group(1) for name in state if (match := re.search(r"_lvl(\d+)(?:\.|$)", name))}
+    return 1 + len(found)
+
+
+def _count(state: State, pattern: str) -> int:
+    """How many layers are numbered so: the last of them counts those that are missing, unless most are; at least 1."""
+    numbers = {int(match.group(1)) for name in state if (match := re.fullmatch(pattern, name))}
+    return min(max(numbers) + 1, 2 * len(numbers)) if numbers else 1
+
+
+def _grid(table: np.ndarray, width: int) -> tuple[int, int] | None:
+    """The grid whose sin-cos table this is: squares first, then every other rectangle of that many tokens."""
+    if table.ndim != 3 or table.shape[0] != 1 or table.shape[2] != width or not table.shape[1] or width % 4:
+        return None
+    tokens = table.shape[1]
+    grids = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
+    for grid in sorted(grids, key=lambda grid: abs(grid[0] - grid[1])):
+        if is_table(table[0], sincos_positions(grid, width)):
+            return grid
+    return None

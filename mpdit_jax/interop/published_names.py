@@ -1,0 +1,139 @@
+"""The published PyTorch state dict: every entry's name, shape and layout, and the parameter of ours it becomes."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from mpdit_jax.model.config import ModelConfig
+from mpdit_jax.model.embeddings import sincos_positions
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one kind of weight is laid out: `torch_shape` on their side, transposed by `axes`, `jax_shape` on ours."""
+
+    torch_shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    jax_shape: tuple[int, ...]
+
+    def to_jax(self, array: np.ndarray) -> np.ndarray:
+        """Their layout to ours."""
+        return np.ascontiguousarray(array.transpose(self.axes).reshape(self.jax_shape))
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        """Our layout to theirs."""
+        transposed = [self.torch_shape[axis] for axis in self.axes]
+        return np.ascontiguousarray(array.reshape(transposed).transpose(np.argsort(self.axes)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One PyTorch tensor and the parameter (or the layer of a stacked parameter) it becomes."""
+
+    name: str
+    path: str
+    layout: Layout
+    layer: int | None = None
+
+
+def _vector(size: int) -> Layout:
+    return Layout((size,), (0,), (size,))
+
+
+def _kept(*shape: int) -> Layout:
+    return Layout(shape, tuple(range(len(shape))), shape)
+
+
+def _linear(inputs: int, outputs: int) -> Layout:
+    return Layout((outputs, inputs), (1, 0), (inputs, outputs))
+
+
+def _pointwise(width: int) -> Layout:
+    return Layout((width, width, 1), (2, 1, 0), (width, width))
+
+
+def _patch(patch: int, channels: int, width: int) -> Layout:
+    return Layout((width, channels, patch, patch), (2, 3, 1, 0), (patch * patch * channels, width))
+
+
+def _pair(name: str, path: str, weight: Layout, layer: int | None = None) -> Iterator[Entry]:
+    """A weight and its bias."""
+    yield Entry(f"{name}.weight", f"{path}.kernel", weight, layer)
+    yield Entry(f"{name}.bias", f"{path}.bias", _vector(weight.torch_shape[0]), layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class LevelNames:
+    """What the published code calls the parts of one level."""
+
+    positions: str
+    patches: str
+    skip: str
+    upsampler: str
+    blocks: str
+
+
+def level_names(levels: int) -> list[LevelNames]:
+    """The published names of each of so many levels, coarse to fine; what the coarsest lacks is called ""."""
+    first = LevelNames("pos_embed", "x_embedder", "", "", "downsample_blocks")
+    if levels == 2:
+        first = dataclasses.replace(first, positions="pos_embed_downsampled")
+        return [first, LevelNames("pos_embed", "x_embedder_skip", "linear_skip", "upsampler", "upsample_blocks")]
+    kinds = ("pos_embed", "x_embedder", "linear_skip", "upsampler", "upsample_blocks")
+    return [first, *(LevelNames(*(f"{kind}_lvl{level}" for kind in kinds)) for level in range(1, levels))]
+
+
+def trained_entries(config: ModelConfig) -> Iterator[Entry]:
+    """Every trained tensor of the published state dict."""
+    width, mlp, channels = config.hidden_size, config.mlp_size, config.in_channels
+    for level, names in enumerate(level_names(len(config.depths))):
+        here, patch = f"levels.{level}", config.patch_sizes[level]
+        if level == 0 or config.skip:
+            yield from _pair(f"{names.patches}.proj", f"{here}.patch_embed", _patch(patch, channels, width))
+        if level > 0 and config.skip:
+            yield from _pair(names.skip, f"{here}.skip", _linear(width, width))
+        if level > 0:
+            opened = width * (config.patch_sizes[level - 1] // patch) ** 2
+            yield from _pair(f"{names.upsampler}.proj", f"{here}.upsample.expand", _linear(width, opened))
+            yield from _pair(f"{names.upsampler}.refine", f"{here}.upsample.refine", _linear(width, width))
+        for layer in range(config.depths[level]):
+            theirs, ours = f"{names.blocks}.{layer}", f"{here}.blocks.layers"
+            yield from _pair(f"{theirs}.attn.qkv", f"{ours}.attention.qkv", _linear(width, 3 * width), layer)
+            yield from _pair(f"{theirs}.attn.proj", f"{ours}.attention.out", _linear(width, width), layer)
+            yield from _pair(f"{theirs}.mlp.fc1", f"{ours}.mlp.inner", _linear(width, mlp), layer)
+            yield from _pair(f"{theirs}.mlp.fc2", f"{ours}.mlp.outer", _linear(mlp, width), layer)
+    yield from _time_entries(config)
+    table = _kept(config.num_classes + 1, config.class_tokens * width)
+    yield Entry("y_embedder.embedding_table.weight", "class_embedding.table", table)
+    yield from _pair("time_modulation.1", "time_modulation", _linear(width, 6 * width))
+    yield from _pair("final_layer.linear", "final", _linear(width, config.patch_sizes[-1] ** 2 * channels))
+
+
+def _time_entries(config: ModelConfig) -> Iterator[Entry]:
+    width = config.hidden_size
+    if config.time_embedding == "sinusoidal":
+        yield from _pair("t_embedder.mlp.0", "time_embedding.inner", _linear(256, width))
+        yield from _pair("t_embedder.mlp.2", "time_embedding.outer", _linear(width, width))
+        return
+    fno = config.fno_width
+    spectral = _kept(fno, fno, config.fno_modes)
+    yield from _pair("t_embedder.fc0", "time_embedding.lift", _linear(1, fno))
+    for layer in range(config.fno_layers):
+        ours = f"time_embedding.layers.{layer}"
+        yield Entry(f"t_embedder.conv{layer}.weights_real", f"{ours}.spectral.real", spectral)
+        yield Entry(f"t_embedder.conv{layer}.weights_imag", f"{ours}.spectral.imaginary", spectral)
+        yield from _pair(f"t_embedder.w{layer}", f"{ours}.pointwise", _pointwise(fno))
+    yield from _pair("t_embedder.fc1", "time_embedding.project", _linear(fno, width))
+
+
+def position_tables(config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """The frozen tables that PyTorch keeps in the state dict and we compute."""
+    for level, names in enumerate(level_names(len(config.depths))):
+        yield names.positions, sincos_positions(config.grid(level), config.hidden_size)[None]
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every entry of that config's state dict, by name."""
+    trained = {entry.name: entry.layout.torch_shape for entry in trained_entries(config)}
+    return trained | {name: table.shape for name, table in position_tables(config)}
