@@ -1,10 +1,12 @@
 """What the commands share: a config from the command line, and errors as one sentence."""
 
 import argparse
+import functools
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from operator import getitem
 from typing import NoReturn
 
 from absl import flags
@@ -20,6 +22,13 @@ config overrides:
   --config.FIELD=VALUE   any field of the config file, such as --config.optimizer.learning_rate=3e-4,
                          --config.batch_size=256 or --config.model.depths=4,8
 """
+# What a person would call the types that config fields have.
+_EXPECTED = {
+    bool: "True or False",
+    int: "a whole number, such as 8",
+    float: "a number, such as 3e-4",
+    tuple: "values with commas between them, such as 4,2",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,6 +63,17 @@ def make_parser(command: str, description: str, examples: str, *, config: bool =
     )
 
 
+def add_tile_option(parser: argparse.ArgumentParser) -> None:
+    """`--vae_tile`."""
+    parser.add_argument(
+        "--vae_tile",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="larger images pass the VAE in overlapping tiles of this size, in the memory of one (default: never)",
+    )
+
+
 def parse_with_config(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     """Parse a command that takes `--config=FILE` and `--config.FIELD=VALUE`; the parser must not define them.
 
@@ -71,7 +91,7 @@ def parse_with_config(parser: Parser, arguments: Sequence[str]) -> tuple[argpars
     try:
         config = _load_config(rest)
     except ConfigError:
-        _check_names(_load_config([word for word in rest if word.startswith("--config=")]), rest)
+        _explain_overrides(rest)
         raise
     _let_preset_win(config, rest)
     return parsed, config
@@ -150,6 +170,25 @@ def _check_names(config: ConfigDict, arguments: Sequence[str]) -> None:
                 fields = f"{inside} has {', '.join(known)}" if known else f"{inside} is a value, not a group of fields"
                 raise ConfigError(f"unknown config key config.{path}{suggest(part, known)}: {fields}.")
             group = group[part]
+
+
+def _explain_overrides(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for the `--config.FIELD=VALUE` that keeps a sound config file from being read."""
+    file = [word for word in arguments if word.startswith("--config=")]
+    config = _load_config(file)
+    _check_names(config, arguments)
+    for word in arguments:
+        if word in file or "=" not in word:
+            continue
+        name, _, value = word.removeprefix("--").partition("=")
+        *groups, field = name.partition("[")[0].split(".")[1:]
+        expected = _EXPECTED.get(functools.reduce(getitem, groups, config).get_type(field))
+        try:
+            _load_config([*file, word])
+        except ConfigError as error:
+            if expected is None or "[" in name:
+                raise
+            raise ConfigError(f"{name}={value}: expected {expected}.") from error
 
 
 def _check_config_file(arguments: Sequence[str]) -> None:

@@ -56,7 +56,7 @@ def base_config() -> ConfigDict:
     config.data.name = "digits"  # digits | fashion_mnist | arrays | latents
     config.data.path = ""  # where the files are; "" for the source's own default
     config.data.split = "train"
-    config.data.normalization = "paper"  # paper | manifest: the constants latents are normalized with
+    config.data.normalization = "paper"  # paper | manifest | vae: the constants latents are normalized with
     config.data.max_examples = 0  # so many, evenly spread over the set; 0 for all
     config.data.class_balance = False  # every class equally often
 
@@ -100,6 +100,7 @@ def base_config() -> ConfigDict:
     config.sample.steps = 50  # velocity evaluations
     config.sample.guidance_scale = 1.5
     config.sample.per_class = 8  # images a class in the grid, for up to 10 classes
+    config.sample.vae = ""  # folder or hub name of the VAE that decodes the grid of a run on latents; "" for no grid
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: all devices that are left
     return config.lock()

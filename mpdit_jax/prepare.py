@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpdit_jax.cli import Parser, make_parser, run
+from mpdit_jax.cli import Parser, add_tile_option, make_parser, run
 from mpdit_jax.errors import InputError
 from mpdit_jax.processes import add_flags, join
 
@@ -42,6 +42,7 @@ def make_prepare_parser() -> Parser:
     parser.add_argument("--shard_size", type=int, default=4096, help="images a shard (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=8, help="that read images (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="the VAE computes in")
+    add_tile_option(parser)
     parser.add_argument("--verify", action="store_true", help="read --out again and compare all of it to its manifest")
     add_flags(parser)
     return parser
@@ -76,13 +77,18 @@ def _prepare(options: argparse.Namespace, out: Path) -> int:
 
     from mpdit_jax.mesh import make_mesh
     from mpdit_jax.preparing.store import Plan, prepare, round_up
-    from mpdit_jax.vae import load_vae
+    from mpdit_jax.vae import load_vae, tiles
 
     plan = Plan(
         images=images,
         source=f"{options.images} ({options.split})" if ":" in options.images else options.images,
         class_names=names,
-        vae=load_vae(options.vae, dtype=options.dtype, mesh=make_mesh(devices=jax.local_devices())),
+        vae=load_vae(
+            options.vae,
+            dtype=options.dtype,
+            mesh=make_mesh(devices=jax.local_devices()),
+            tiling=tiles(options.vae_tile),
+        ),
         image_size=options.image_size,
         flip=options.flip,
         shard_size=options.shard_size,

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpdit_jax.cli import Parser, make_parser, run
+from mpdit_jax.cli import Parser, add_tile_option, make_parser, run
 from mpdit_jax.errors import InputError
 from mpdit_jax.processes import add_flags, join
 
@@ -58,6 +58,7 @@ def make_sample_parser() -> Parser:
     parser.add_argument("--class_names", default="", metavar="FILE", help="one name a line, for --grid")
     parser.add_argument("--vae", default="", help="for a run on latents: the folder or hub name of their VAE")
     parser.add_argument("--vae_dtype", choices=("float32", "bfloat16"), default="float32", help="the VAE computes in")
+    add_tile_option(parser)
     add_sampler_options(parser)
     return parser
 
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
 
     sampler = sampler_from(options)
     check_writable(out)
-    decode = make_decode(options.workdir, options.vae, options.vae_dtype)
+    decode = make_decode(options.workdir, options.vae, options.vae_dtype, options.vae_tile)
     model = load_checkpoint(options.workdir, options.step, ema=not options.no_ema)
     request = command.Request(
         options=options,

@@ -1,11 +1,15 @@
 """A run small enough to be done many times in a test, and a way to start it as a user would."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+from mpdit_jax import cli
 
 ROOT = Path(__file__).parent.parent
 OVERRIDES = [
@@ -52,6 +56,18 @@ def run(command, arguments, devices=1, **options):
     process = start(command, arguments, devices, **options)
     stdout, stderr = process.communicate(timeout=600)
     return process.returncode, stdout, stderr
+
+
+def refusal(main, arguments, monkeypatch, capsys):
+    """The one line that a command which refuses its input leaves by, as the process would: status 1, no output."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as done:
+        cli.run(main)
+    stdout, stderr = capsys.readouterr()
+    assert (done.value.code, stdout) == (1, "")
+    assert re.fullmatch(r"error: [^\n]*\n", stderr), stderr
+    return stderr.removeprefix("error: ")
 
 
 def saved_arrays(workdir, step):

@@ -133,6 +133,8 @@ def make_store(folder: Path, count: int, shape: tuple[int, int, int]) -> None:
         class_counts=tuple(np.bincount(labels, minlength=1000).tolist()),
         latent_mean=(0.0,) * shape[2],
         latent_std=(1.0,) * shape[2],
+        scaling_factor=1.0,
+        shift_factor=0.0,
         rejected=0,
         source="random",
         labels_sha256=sha256(folder / LABELS),

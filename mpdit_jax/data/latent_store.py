@@ -4,11 +4,13 @@ STORE/manifest.json                         written last: a folder that has one 
 STORE/labels.npy                            int32 (N,), the labels in order, so that classes are known without reading
 STORE/shard-00002-of-00313.array_record     one record an example, all of one length, see `record_dtype`
 STORE/rejected.jsonl                        the images that could not be used, and why
+STORE/.shard-….array_record.json            what prepare knows of a shard, to make again only what is lost
 """
 
 import dataclasses
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +50,7 @@ class Manifest:
         class_counts: examples of each class.
         latent_mean: of each channel over all examples and positions, (C,).
         latent_std: likewise, of samples from the posteriors, (C,).
+        scaling_factor, shift_factor: of the VAE's config: `(latents - shift_factor) * scaling_factor`.
         rejected: images left out.
         source: what was encoded, as `prepare` was told.
         labels_sha256: of labels.npy.
@@ -63,6 +66,8 @@ class Manifest:
     class_counts: tuple[int, ...]
     latent_mean: tuple[float, ...]
     latent_std: tuple[float, ...]
+    scaling_factor: float
+    shift_factor: float
     rejected: int
     source: str
     labels_sha256: str
@@ -120,6 +125,8 @@ def read_manifest(folder: str | Path) -> Manifest:
             and len(manifest.class_counts) == len(manifest.class_names)
             and len(manifest.latent_mean) == len(manifest.latent_std) == channels
             and manifest.views in (1, 2)
+            and manifest.scaling_factor > 0
+            and math.isfinite(manifest.scaling_factor + manifest.shift_factor)
             and manifest.record_dtype.itemsize > 0
         )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
@@ -189,11 +196,11 @@ def check_shard(folder: Path, shard: Shard) -> None:
     """Raise DataError unless the shard is there at its full length."""
     path = folder / shard.name
     if not path.is_file():
-        raise DataError(f"{path} is missing: copy it again, or delete {folder / MANIFEST} and repeat prepare.")
+        raise DataError(f"{path} is missing: copy it again, or repeat the prepare command, which makes it anew.")
     if path.stat().st_size != shard.bytes:
         raise DataError(
-            f"{path} has {path.stat().st_size} bytes instead of {shard.bytes}: copy it again, or delete it and "
-            f"{folder / MANIFEST} and repeat prepare."
+            f"{path} has {path.stat().st_size} bytes instead of {shard.bytes}: copy it again, or repeat the "
+            "prepare command, which makes it anew."
         )
 
 
@@ -204,7 +211,8 @@ def sha256(path: Path) -> str:
 
 
 def verify(folder: str | Path) -> Iterator[int]:
-    """Read everything and compare it with the manifest; gives the examples read so far, after every shard.
+    """Read everything and compare it with the manifest, the statistics included; gives the examples read so far, after
+    every shard.
 
     Raises:
         DataError: the first thing that differs, by name.
@@ -212,11 +220,17 @@ def verify(folder: str | Path) -> Iterator[int]:
     store = LatentStore(folder)
     if sha256(store.folder / LABELS) != store.manifest.labels_sha256:
         raise DataError(f"{store.folder / LABELS} is not what was written (SHA-256 differs); prepare again.")
-    done = 0
+    if _count_lines(store.folder / REJECTED) != store.manifest.rejected:
+        raise DataError(f"{store.folder / REJECTED} does not name {store.manifest.rejected} images; copy it again.")
+    channels, done = store.manifest.latent_shape[2], 0
+    total, square = np.zeros(channels), np.zeros(channels)
     for shard in store.manifest.shards:
         path = store.folder / shard.name
         if sha256(path) != shard.sha256:
-            raise DataError(f"{path} is not what was written (SHA-256 differs): copy it again, or prepare again.")
+            raise DataError(
+                f"{path} is not what was written (SHA-256 differs): copy it again, or delete it and repeat the prepare "
+                "command."
+            )
         for start in range(done, done + shard.examples, 256):
             rows = np.arange(start, min(start + 256, done + shard.examples))
             records = store.read(rows)
@@ -228,8 +242,24 @@ def verify(folder: str | Path) -> Iterator[int]:
                     f"{path}: example {rows[bad[0]]} ({key}) is not finite, or its label is not the one in {LABELS}; "
                     "prepare again."
                 )
+            mean, std = records["mean"].astype(np.float64), records["std"].astype(np.float64)
+            total += mean.sum(axis=(0, 1, 2, 3))
+            square += (mean**2 + std**2).sum(axis=(0, 1, 2, 3))
         done += shard.examples
         yield done
+    positions = done * store.manifest.views * int(np.prod(store.manifest.latent_shape[:2]))
+    mean, variance = total / positions, square / positions - (total / positions) ** 2
+    found = np.stack([mean, np.sqrt(np.maximum(variance, 0))])
+    stated = np.array([store.manifest.latent_mean, store.manifest.latent_std])
+    if not np.allclose(found, stated, rtol=1e-5, atol=1e-5 * np.abs(stated).max()):
+        raise DataError(
+            f"{store.folder / MANIFEST} states latent means and standard deviations {stated.tolist()} and they are "
+            f"{found.tolist()}: copy it again, or delete it and repeat the prepare command."
+        )
+
+
+def _count_lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.is_file() else -1
 
 
 def _read_labels(folder: Path, manifest: Manifest) -> np.ndarray:
@@ -237,7 +267,7 @@ def _read_labels(folder: Path, manifest: Manifest) -> np.ndarray:
     try:
         labels = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read ({error}); copy it again, or prepare again.") from error
+        raise DataError(f"{path} cannot be read ({error}); copy it again, or repeat the prepare command.") from error
     classes = len(manifest.class_names)
     if labels.dtype != np.int32 or labels.shape != (manifest.examples,):
         raise DataError(f"{path}: {labels.dtype} {labels.shape}; expected int32 ({manifest.examples},); prepare again.")

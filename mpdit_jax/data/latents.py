@@ -7,7 +7,7 @@ import numpy as np
 from mpdit_jax.data.latent_store import LatentStore
 from mpdit_jax.errors import ConfigError, DataError
 
-NORMALIZATIONS = ("paper", "manifest")
+NORMALIZATIONS = ("paper", "manifest", "vae")
 PAPER_MEAN = (5.81, 3.25, 0.12, -2.15)
 """Of Stable Diffusion's unscaled latents on ImageNet, channel by channel (the paper's constants)."""
 PAPER_STD = (4.17, 4.62, 3.71, 3.28)
@@ -68,7 +68,8 @@ def load_latents(path: str = "", split: str = "train", normalization: str = "pap
     Args:
         path: the folder.
         split: unused; the folder is the split.
-        normalization: "paper" for the constants of Stable Diffusion's VAE, "manifest" for those measured by prepare.
+        normalization: "paper" for the constants of Stable Diffusion's VAE, "manifest" for those measured by prepare,
+            "vae" for the VAE's own scaling and shift factors.
 
     Raises:
         DataError: no finished store there, or a damaged one.
@@ -84,11 +85,14 @@ def load_latents(path: str = "", split: str = "train", normalization: str = "pap
     manifest = store.manifest
     if normalization == "manifest":
         mean, std = manifest.latent_mean, manifest.latent_std
+    elif normalization == "vae":
+        channels = manifest.latent_shape[2]
+        mean, std = (manifest.shift_factor,) * channels, (1 / manifest.scaling_factor,) * channels
     elif manifest.latent_shape[2] == len(PAPER_MEAN):
         mean, std = PAPER_MEAN, PAPER_STD
     else:
         raise ConfigError(
             f"config.data.normalization='paper' has {len(PAPER_MEAN)} channels and the latents in {path} have "
-            f"{manifest.latent_shape[2]}: set it to 'manifest', the constants measured on them."
+            f"{manifest.latent_shape[2]}: set it to 'manifest', the constants measured on them, or to 'vae', its own."
         )
     return LatentSource(store, LatentSpace(mean, std, manifest.vae_fingerprint))

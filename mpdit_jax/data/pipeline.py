@@ -13,7 +13,12 @@ _PREFETCH = 4  # batches
 
 
 def batches(
-    source: Batched, batch_size: int, seed: int, start: int = 0, rows: slice | np.ndarray = slice(None)
+    source: Batched,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    rows: slice | np.ndarray = slice(None),
+    threads: int = _THREADS,
 ) -> Iterator[Batch]:
     """Endless batches from step `start` on: the batch of step s depends on (seed, s) and nothing else.
 
@@ -25,10 +30,11 @@ def batches(
         seed: seed of the permutations.
         start: the first step wanted; resuming costs nothing.
         rows: the rows of the global batch that this process reads.
+        threads: that read; they change no batch.
     """
     order = Order(len(source), seed)
     steps = grain.MapDataset.range(start, 2**62).map(lambda step: source.batch(order.batch(step, batch_size)[rows]))
-    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)))
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_PREFETCH)))
 
 
 def batch_at(source: Batched, batch_size: int, seed: int, step: int) -> Batch:

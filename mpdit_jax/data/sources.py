@@ -207,10 +207,12 @@ def limited(source: Source, count: int) -> Source:
 
 
 def balanced(source: Source) -> Source:
-    """Every class as often as the largest: the examples of the smaller ones come several times."""
+    """Every class as often as the largest: the examples of the smaller ones come several times, equally often or once
+    more, and which come once more is spread over the class.
+    """
     classes = [np.flatnonzero(source.labels == label) for label in np.unique(source.labels)]
     most = max(len(members) for members in classes)
-    return Subset(source, np.concatenate([np.resize(members, most) for members in classes]))
+    return Subset(source, np.concatenate([members[np.arange(most) * len(members) // most] for members in classes]))
 
 
 SOURCES: dict[str, Callable[[str, str], ArraySource]] = {

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,10 +65,10 @@ class ImageArrays:
     class_names: tuple[str, ...]
     keys: tuple[str, ...]
 
-    @property
+    @cached_property
     def identity(self) -> str:
-        """Of names and labels."""
-        return _digest(self.keys, self.labels)
+        """Of names, labels and pixels."""
+        return f"{_digest(self.keys, self.labels)} {hashlib.sha256(self.images.tobytes()).hexdigest()[:16]}"
 
     def open(self, index: int) -> tuple[Image.Image, int]:
         """Take the row."""
@@ -179,9 +180,14 @@ _OPENERS: dict[str, Callable[[str, str], ImageSet]] = {"idx": open_idx, "tfds": 
 
 
 def _digest(keys: Sequence[str], labels: np.ndarray) -> str:
-    content = hashlib.sha256("\0".join(keys).encode())
+    content = hashlib.sha256(key_bytes_of("\0".join(keys)))
     content.update(labels.astype("<i4").tobytes())
     return content.hexdigest()[:16]
+
+
+def key_bytes_of(key: str) -> bytes:
+    """A key as it is stored: UTF-8, or whatever other bytes a file system has for a name."""
+    return key.encode("utf-8", "surrogateescape")
 
 
 def _files(root: Path, name: str) -> list[str]:

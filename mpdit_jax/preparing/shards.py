@@ -13,7 +13,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from mpdit_jax.data.latent_store import Shard, record_dtype, sha256
 from mpdit_jax.files import replacing
-from mpdit_jax.preparing.image_sets import ImageSet
+from mpdit_jax.preparing.image_sets import ImageSet, key_bytes_of
 from mpdit_jax.preparing.pictures import to_square
 
 Encode: TypeAlias = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -38,6 +38,7 @@ class Work:
     latent_channels: int
     batch_size: int
     key_bytes: int
+    classes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _records(mean: np.ndarray, std: np.ndarray, good: np.ndarray, key_bytes: int
     shape = (mean.shape[2], mean.shape[3], mean.shape[4])
     records = np.zeros(len(good), record_dtype(shape, mean.shape[1], key_bytes))
     records["mean"], records["std"], records["label"] = mean, std, good["label"]
-    records["key"] = [key.encode() for key in good["key"]]
+    records["key"] = [key_bytes_of(key) for key in good["key"]]
     return records
 
 
@@ -134,6 +135,8 @@ def _read(
     def load(index: int) -> tuple[np.ndarray, int] | str:
         try:
             image, label = work.images.open(index)
+            if not 0 <= label < work.classes:
+                return f"label {label} is outside 0 to {work.classes - 1}"
             with image:
                 return to_square(image, work.image_size, work.channels), label
         except Exception as error:  # what a broken file raises is up to its decoder

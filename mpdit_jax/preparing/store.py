@@ -12,12 +12,21 @@ from typing import IO, Any
 import jax
 import numpy as np
 
-from mpdit_jax.data.latent_store import LABELS, MANIFEST, REJECTED, Manifest, manifest_to_json, read_manifest, sha256
+from mpdit_jax.data.latent_store import (
+    LABELS,
+    MANIFEST,
+    REJECTED,
+    LatentStore,
+    Manifest,
+    manifest_to_json,
+    read_manifest,
+    sha256,
+)
 from mpdit_jax.errors import DataError, InputError, MPDiTError, ProcessError
 from mpdit_jax.files import check_writable, replacing, take_lock
 from mpdit_jax.interrupt import StopRequest
 from mpdit_jax.mesh import make_mesh
-from mpdit_jax.preparing.image_sets import ImageSet
+from mpdit_jax.preparing.image_sets import ImageSet, key_bytes_of
 from mpdit_jax.preparing.shards import Encode, Report, Stopped, Work, read_report, report_path, write_shard
 from mpdit_jax.processes import any_process, first_does
 from mpdit_jax.progress import WorkBar
@@ -72,7 +81,7 @@ class Plan:
     @property
     def key_bytes(self) -> int:
         """Length of the longest key."""
-        return max(len(key.encode()) for key in self.images.keys)
+        return max(len(key_bytes_of(key)) for key in self.images.keys)
 
     def settings(self) -> dict[str, Any]:
         """What decides every byte of the shards."""
@@ -81,6 +90,7 @@ class Plan:
             "flip": self.flip,
             "shard_size": self.shard_size,
             "dtype": self.vae.dtype,
+            "vae_tile": self.vae.tiling.size if self.vae.tiling is not None else 0,
             "vae_fingerprint": self.vae.fingerprint,
             "number of images": len(self.images.keys),
             "names and labels of the images": self.images.identity,
@@ -97,7 +107,7 @@ class Plan:
 
 
 def prepare(plan: Plan, out: Path) -> Manifest | None:
-    """Make the store, or finish one that was interrupted; shards that are there are left alone.
+    """Make the store, or finish one that was interrupted or has lost files; shards that are there are left alone.
 
     Args:
         plan: what to make.
@@ -111,7 +121,7 @@ def prepare(plan: Plan, out: Path) -> Manifest | None:
         DataError: more than 1 % of the images were rejected.
     """
     with StopRequest() as stop, _claim(out, plan.settings()):
-        if (out / MANIFEST).is_file():
+        if (out / MANIFEST).is_file() and not any_process(bool(first_does(partial(_needs_repair, out)))):
             return read_manifest(out)
         failure: MPDiTError | None = None
         try:
@@ -141,6 +151,7 @@ def _encode_all(plan: Plan, out: Path, stop: StopRequest) -> bool:
         latent_channels=plan.vae.latent_channels,
         batch_size=plan.batch_size,
         key_bytes=plan.key_bytes,
+        classes=len(plan.class_names),
     )
     with WorkBar("encoding", "images", total, done) as bar, ThreadPoolExecutor(plan.threads) as pool:
         if done:
@@ -206,6 +217,8 @@ def _finish(plan: Plan, out: Path) -> None:
         image_size=plan.image_size,
         vae_fingerprint=plan.vae.fingerprint,
         class_names=plan.class_names,
+        scaling_factor=plan.vae.scaling_factor,
+        shift_factor=plan.vae.shift_factor,
         class_counts=tuple(np.bincount(labels, minlength=len(plan.class_names)).tolist()),
         latent_mean=mean,
         latent_std=std,
@@ -216,8 +229,18 @@ def _finish(plan: Plan, out: Path) -> None:
     )
     with replacing(out / MANIFEST) as file:
         file.write(manifest_to_json(manifest).encode())
-    for path in paths:
-        report_path(path).unlink()
+
+
+def _needs_repair(out: Path) -> bool:
+    """Whether something is missing of a finished store, which then counts as unfinished."""
+    read_manifest(out)
+    try:
+        LatentStore(out)
+    except DataError as error:
+        print(f"repairing {out}, since {str(error).partition(':')[0]}", flush=True)
+        (out / MANIFEST).unlink()
+        return True
+    return False
 
 
 def _statistics(reports: Sequence[Report]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -173,7 +173,7 @@ def _settings(request: Request) -> dict[str, Any]:
         "guidance_scale": float(sampler.guidance_scale),
         "guidance_interval": list(sampler.settings.guidance_interval),
         "negative_labels": {str(label): negative for label, negative in sorted(options.negative_labels.items())},
-        "vae": options.vae and options.vae_dtype,
+        "vae": options.vae and f"{options.vae_dtype} {options.vae_tile}",
         "precision": sampler.settings.precision,
         "seed": options.seed,
         "num_samples": len(request.labels),

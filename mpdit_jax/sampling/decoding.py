@@ -1,5 +1,7 @@
 """From a model's latents to pictures, by the VAE whose latents it was trained on."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 
@@ -8,16 +10,17 @@ from mpdit_jax.data.facts import read_facts
 from mpdit_jax.errors import InputError
 from mpdit_jax.mesh import make_mesh
 from mpdit_jax.sampling.run import Decode
-from mpdit_jax.vae import VAE, load_vae
+from mpdit_jax.vae import VAE, load_vae, tiles
 
 
-def make_decode(workdir: str, vae: str, dtype: str = "float32") -> Decode | None:
+def make_decode(workdir: str, vae: str, dtype: str = "float32", tile: int = 0) -> Decode | None:
     """What decodes the latents of a run; None for a run on images.
 
     Args:
         workdir: of the run.
         vae: folder or hub name; "" for none.
         dtype: the VAE computes in.
+        tile: image pixels of the tiles that larger images are decoded in; 0 for whole images.
 
     Returns:
         A function of normalized latents (n, h, w, C), for any n, that gives images (n, H, W, 1 or 3) in [-1, 1].
@@ -38,7 +41,7 @@ def make_decode(workdir: str, vae: str, dtype: str = "float32") -> Decode | None
             f"{workdir} was trained on latents: give --vae=FOLDER, the VAE they come from (fingerprint "
             f"{space.vae_fingerprint[:12]}…)."
         )
-    loaded = load_vae(vae, dtype=dtype, mesh=make_mesh(devices=jax.local_devices()))
+    loaded = load_vae(vae, dtype=dtype, mesh=make_mesh(devices=jax.local_devices()), tiling=tiles(tile))
     if loaded.fingerprint != space.vae_fingerprint:
         raise InputError(
             f"--vae={vae} has fingerprint {loaded.fingerprint[:12]}… and {workdir} was trained on latents of "
@@ -51,5 +54,6 @@ def make_decode(workdir: str, vae: str, dtype: str = "float32") -> Decode | None
 def _decode(vae: VAE, latents: jax.Array) -> jax.Array:
     count, devices = len(latents), vae.mesh.size if vae.mesh is not None else 1
     filled = latents[jnp.arange(-(-count // devices) * devices) % count]
-    # A latent that is not finite spoils its own picture only, and is reported by its number.
-    return vae.decode(filled)[:count]
+    with jax.set_mesh(vae.mesh) if vae.mesh is not None else nullcontext():  # the caller's may be of other devices
+        # A latent that is not finite spoils its own picture only, and is reported by its number.
+        return vae.decode(filled)[:count]

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from jax.experimental import multihost_utils
@@ -25,6 +26,8 @@ from mpdit_jax.mesh import check_batch, local_rows, make_mesh, place_batch
 from mpdit_jax.model.accounting import count, training_flops
 from mpdit_jax.model.parameters import Structure, abstract, merge
 from mpdit_jax.processes import any_process, first_does
+from mpdit_jax.sampling.decoding import Decode, make_decode
+from mpdit_jax.training.feed import Feed
 from mpdit_jax.training.observe import Report
 from mpdit_jax.training.optimizer import make_optimizer, make_schedule
 from mpdit_jax.training.profiling import Profiler
@@ -32,7 +35,7 @@ from mpdit_jax.training.state import TrainState, abstract_state, create_state, f
 from mpdit_jax.training.step import jit_step, make_draw, make_loss, make_step
 from mpdit_jax.training.stopwatch import Stopwatch
 from mpdit_jax.training.window import empty_window, window_means
-from mpdit_jax.training.writers import check_wandb
+from mpdit_jax.training.writers import METRICS_FILE, check_wandb
 
 _AGREE_EVERY = 10  # steps between two questions whether any process was asked to stop
 
@@ -78,6 +81,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
             state = create_state(model_config, optimizer, mesh, config.seed)
         speaks = jax.process_index() == 0
         first_does(partial(claim_data, workdir, source, trained=step > 0))
+        decode = make_decode(str(workdir), config.sample.vae) if config.sample.vae else None
         if step >= config.steps:
             if speaks:
                 print(f"{workdir} is done: {step} of {config.steps} steps. For more: --config.steps={2 * step}")
@@ -97,11 +101,13 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         fresh_window = jax.jit(empty_window, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target.window))
         learning_rate = make_schedule(config.optimizer)
         rows = local_rows(config.batch_size, mesh)
-        data = batches(source, config.batch_size, config.seed, start=step, rows=rows)
+        feed = Feed(
+            batches(source, config.batch_size, config.seed, start=step, rows=rows),
+            lambda batch: place_batch(batch, rows, config.batch_size, mesh),
+        )
 
         peak = peak_flops(mesh, model_config.dtype) if speaks else None
         watch = Stopwatch(config.batch_size, training_flops(model_config), peak)
-        first = step + 1
         with (
             Report(
                 workdir, step, config.steps, config.batch_size, speaks=speaks, wandb_project=config.log.wandb_project
@@ -112,23 +118,21 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
             while step < config.steps and not _asked_to_stop(stop, step):
                 with watch.of("data_wait"):
                     try:
-                        batch = next(data)
+                        batch = feed.take()
                     except DataError:
                         if jax.process_count() == 1:  # saving takes all of them, and the others do not know
                             checkpoints.save(step, to_items(state))
                         raise
-                    on_devices = place_batch(batch, rows, config.batch_size, mesh)
                 with profiler.step(step), jax.transfer_guard("disallow"):
-                    state = update(state, on_devices)
+                    state = update(state, batch)
+                if step + 1 < config.steps:
+                    with watch.of("data_wait"):
+                        feed.prefetch()
                 if profiler.finish(step, state):
                     report.say(f"profile of {config.profile.steps} steps written to {workdir / 'tensorboard'}")
                 step += 1
                 last = step == config.steps
-                if step == first:  # it compiled: out of every rate
-                    jax.block_until_ready(state)
-                    watch.restart()
-                else:
-                    watch.step()
+                watch.step(state)
                 report.advance(step)
                 if step % config.log.every == 0 or last:
                     window, accepted = jax.device_get((state.window, state.guard["accepted"]))
@@ -144,7 +148,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                             checkpoints.save(step, to_items(state))
                 if config.sample.every and (step % config.sample.every == 0 or last):
                     with watch.of("other"):
-                        picture = None if source.latents else draw_grid(config, structure, state)
+                        picture = draw_grid(config, structure, state, decode)
                         if picture is not None:
                             report.picture(step, picture)
             if step < config.steps:
@@ -154,12 +158,14 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
     return state
 
 
-def draw_grid(config: FrozenConfigDict, structure: Structure, state: TrainState) -> np.ndarray | None:
+def draw_grid(
+    config: FrozenConfigDict, structure: Structure, state: TrainState, decode: Decode | None = None
+) -> np.ndarray | None:
     """A guided grid from the EMA weights, one row a class, with the same noise every time.
 
-    None for latents and other arrays that are no pictures, and on every process but the first.
+    None for arrays that are no pictures and not decoded to any, and on every process but the first.
     """
-    if config.model.in_channels not in (1, 3):
+    if decode is None and (config.data.name == "latents" or config.model.in_channels not in (1, 3)):
         return None
     parameters = state.ema_parameters
     mesh = jax.sharding.get_mesh()
@@ -173,7 +179,12 @@ def draw_grid(config: FrozenConfigDict, structure: Structure, state: TrainState)
     sampler = make_sampler(steps=config.sample.steps, guidance_scale=config.sample.guidance_scale)
     with jax.set_mesh(mesh):
         latents = sampler(merge(structure, parameters), labels, jax.random.key(config.seed))
-    return images.grid(images.to_uint8(np.asarray(latents)), config.sample.per_class)
+    if decode is None:
+        pictures = np.asarray(latents)
+    else:
+        rows = np.split(np.asarray(latents), classes)  # a row at a time: a VAE takes far more memory
+        pictures = np.concatenate([np.asarray(decode(jnp.asarray(row))) for row in rows])
+    return images.grid(images.to_uint8(pictures), config.sample.per_class)
 
 
 def _introduce(
@@ -181,6 +192,8 @@ def _introduce(
 ) -> None:
     parameters, macs = count(model_of(config))
     if step == 0:
+        if (workdir / METRICS_FILE).exists():
+            print(f"an earlier start of this run in {workdir} ended before its first checkpoint; it begins again")
         print(parameter_overview.get_parameter_overview(state.parameters, include_stats=False))
     several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     print(

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from mpdit_jax.images import save_png
-from mpdit_jax.training.writers import MetricsFile, TensorBoard, WeightsAndBiases, Writer
+from mpdit_jax.training.writers import METRICS_FILE, MetricsFile, TensorBoard, WeightsAndBiases, Writer
 
 
 class Report:
@@ -24,7 +24,7 @@ class Report:
         """Open the files of a run that continues at step `start`."""
         self._samples, self._speaks = workdir / "samples", speaks
         self._writers: list[Writer] = []
-        self._metrics = MetricsFile(workdir / "metrics.jsonl", start) if speaks else None
+        self._metrics = MetricsFile(workdir / METRICS_FILE, start) if speaks else None
         if speaks:
             self._writers.append(TensorBoard(workdir / "tensorboard", start))
             if wandb_project:

@@ -4,7 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -30,6 +30,7 @@ class Stopwatch:
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._start = time.perf_counter()
         self._steps = 0
+        self._compiled = False
 
     @contextmanager
     def of(self, part: Literal["data_wait", "other"]) -> Iterator[None]:
@@ -40,12 +41,16 @@ class Stopwatch:
         finally:
             self._spent[part] += time.perf_counter() - start
 
-    def step(self) -> None:
-        """A step has been dispatched."""
-        self._steps += 1
+    def step(self, result: Any) -> None:
+        """A step has been dispatched that gives `result`. The first compiles: it is waited for and left out."""
+        if self._compiled:
+            self._steps += 1
+            return
+        jax.block_until_ready(result)
+        self._compiled = True
+        self._restart()
 
-    def restart(self) -> None:
-        """Begin a new window, as after the first step, which compiles."""
+    def _restart(self) -> None:
         self._spent.clear()
         self._start, self._steps = time.perf_counter(), 0
 
@@ -59,7 +64,7 @@ class Stopwatch:
         """
         seconds, steps = time.perf_counter() - self._start, self._steps
         spent = dict(self._spent)
-        self.restart()
+        self._restart()
         if not steps:
             return {}
         wait, other = (spent.get(part, 0.0) / steps for part in ("data_wait", "other"))

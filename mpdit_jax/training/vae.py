@@ -29,7 +29,7 @@ from mpdit_jax.vae import Autoencoder, AutoencoderConfig, load_vae, save_folder
 from mpdit_jax.vae.autoencoder import mean_and_std
 from mpdit_jax.vae.weights import Parameters, abstract, merge, split
 
-_SHOWN = 16  # images and their reconstructions in the picture
+_SHOWN = 16  # images and their reconstructions in the picture, and images encoded at a time
 _SCALED = 1024  # images that the scaling factor is measured on
 
 
@@ -88,7 +88,7 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> bool:
                     batch = jax.device_put(next(data)["x"], batch_sharding(mesh))
                 state, metrics = update(state, batch)
                 step += 1
-                watch.step()
+                watch.step(state)
                 report.advance(step)
                 last = step == config.steps
                 if step % config.log.every == 0 or last:
@@ -150,10 +150,12 @@ def _write(workdir: Path, architecture: AutoencoderConfig, parameters: Parameter
     folder = workdir / "vae"
     save_folder(folder, architecture, parameters)
     x = source.batch(np.linspace(0, len(source) - 1, min(_SCALED, len(source))).astype(int))["x"]
-    mean, std = load_vae(folder).encode(x)
-    spread = float(jnp.sqrt((mean**2 + std**2).mean() - mean.mean() ** 2))
+    vae = load_vae(folder)
+    moments = [vae.encode(part) for part in np.split(x, range(_SHOWN, len(x), _SHOWN))]
+    mean, std = (np.concatenate([np.asarray(pair[moment]) for pair in moments]) for moment in (0, 1))
+    spread = float(np.sqrt((mean**2 + std**2).mean() - mean.mean() ** 2))
     save_folder(folder, dataclasses.replace(architecture, scaling_factor=1 / spread), parameters)
     chosen = slice(0, None, max(1, len(x) // _SHOWN))
-    again = np.asarray(load_vae(folder).decode(mean[chosen]))
+    again = np.asarray(vae.decode(mean[chosen]))
     rows = np.concatenate([x[chosen][:_SHOWN], again[:_SHOWN]])
     images.save_png(workdir / "reconstructions.png", images.grid(images.to_uint8(rows), len(rows) // 2))

@@ -19,6 +19,8 @@ from mpdit_jax.errors import MissingExtraError
 from mpdit_jax.files import replacing
 from mpdit_jax.images import encode_png
 
+METRICS_FILE = "metrics.jsonl"
+
 
 class Writer(Protocol):
     """Shows scalars, pictures and the config of a run somewhere."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpdit_jax.errors import ConfigError
+from mpdit_jax.errors import ConfigError, InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,17 @@ class Tiling:
                 )
         if self.overlap >= self.size:
             raise ConfigError(f"Tiling.overlap={self.overlap} must be smaller than Tiling.size={self.size}.")
+
+
+def tiles(size: int) -> Tiling | None:
+    """Tiles of `size` image pixels that overlap by a quarter; None for 0.
+
+    Raises:
+        InputError: not 0 and not a positive multiple of 32.
+    """
+    if size < 0 or size % 32:
+        raise InputError(f"--vae_tile={size}: expected a multiple of 32, such as 512, or 0 for whole images.")
+    return Tiling(size, size // 4) if size else None
 
 
 def apply_tiled(

@@ -1,11 +1,13 @@
 """What a person sees who types the command, right and wrong."""
 
+import re
+
 import numpy as np
 import pytest
 
 from mpdit_jax import train
-from mpdit_jax.errors import ConfigError, DataError, InputError
-from tests.tiny import ROOT, run, train_arguments
+from mpdit_jax.errors import ConfigError, InputError
+from tests.tiny import ROOT, refusal, run, train_arguments
 
 
 def test_help_says_how(capsys):
@@ -33,35 +35,37 @@ def test_wrong_arguments(arguments, sentence, capsys):
     assert len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("override", "error", "sentence"), [
-    ("--config.batch_sise=3", ConfigError, r"key config\.batch_sise \(did you mean 'batch_size'\?\)"),
-    ("--config.optimizer.lr=1e-3", ConfigError, r"unknown config key config\.optimizer\.lr: config\.optimizer has b1,"),
-    ("--config.batch_size=many", ConfigError, "batch_size.*many|many.*batch_size"),
-    ("--config.batch_size=0", ConfigError, r"config\.batch_size=0: expected 1 or more"),
-    ("--config.ema_decay=1.0", ConfigError, r"config\.ema_decay=1\.0: expected at least 0 and below 1"),
-    ("--config.optimizer.learning_rate=nan", ConfigError, r"learning_rate=nan: expected a finite number"),
-    ("--config.optimizer.learning_rate=-1.", ConfigError, r"learning_rate=-1\.0: expected a positive number"),
-    ("--config.seed=-1", ConfigError, r"config\.seed=-1"),
-    ("--config.label_dropout=2.0", ConfigError, "between 0 and 1"),
-    ("--config.gradient_accumulation=3", ConfigError, r"gradient_accumulation=3: expected a divisor of batch_size=8"),
-    ("--config.optimizer.name=adam", ConfigError, r"optimizer\.name='adam' \(did you mean 'adamw'\?\)"),
-    ("--config.optimizer.schedule=cosine", ConfigError, r"decay_steps=0: expected how many steps"),
-    ("--config.skip.spike_factor=0.5", ConfigError, r"spike_factor=0\.5: expected 0"),
-    ("--config.time.distribution=normal", ConfigError, "did you mean 'logit_normal'"),
-    ("--config.model.preset=mpdit_bb", ConfigError, "unknown preset 'mpdit_bb'"),
-    ("--config.model.patch_sizes=3,1", ConfigError, "multiples of 3"),
-    ("--config.model.hidden_size=30", ConfigError, "not divisible by 4"),
-    ("--config.model.num_heads=3", ConfigError, "num_heads=3"),
-    ("--config.model.num_classes=5", DataError, r"set model\.num_classes=10"),
-    ("--config.model.in_channels=3", DataError, r"in_channels=1"),
-    ("--config.data.name=cifar10", DataError, "expected one of digits"),
-    ("--config.data.split=none", DataError, "expected one of all"),
-    ("--config.mesh.data=3", ConfigError, r"does not fit \d+ cpu device"),
+@pytest.mark.parametrize(("override", "sentence"), [
+    ("--config.batch_sise=3", r"key config\.batch_sise \(did you mean 'batch_size'\?\)"),
+    ("--config.optimizer.lr=1e-3", r"unknown config key config\.optimizer\.lr: config\.optimizer has b1,"),
+    ("--config.batch_size=many", "^config.batch_size=many: expected a whole number, such as 8"),
+    ("--config.steps=1.5", r"^config\.steps=1\.5: expected a whole number"),
+    ("--config.optimizer.learning_rate=fast", "^config.optimizer.learning_rate=fast: expected a number"),
+    ("--config.model.skip=maybe", "^config.model.skip=maybe: expected True or False"),
+    ("--config.model.depths=a,b", r"^model\.depths=\('a,b',\): expected positive whole numbers"),
+    ("--config.batch_size=0", r"config\.batch_size=0: expected 1 or more"),
+    ("--config.ema_decay=1.0", r"config\.ema_decay=1\.0: expected at least 0 and below 1"),
+    ("--config.optimizer.learning_rate=nan", r"learning_rate=nan: expected a finite number"),
+    ("--config.optimizer.learning_rate=-1.", r"learning_rate=-1\.0: expected a positive number"),
+    ("--config.seed=-1", r"config\.seed=-1"),
+    ("--config.label_dropout=2.0", "between 0 and 1"),
+    ("--config.gradient_accumulation=3", r"gradient_accumulation=3: expected a divisor of batch_size=8"),
+    ("--config.optimizer.name=adam", r"optimizer\.name='adam' \(did you mean 'adamw'\?\)"),
+    ("--config.optimizer.schedule=cosine", r"decay_steps=0: expected how many steps"),
+    ("--config.skip.spike_factor=0.5", r"spike_factor=0\.5: expected 0"),
+    ("--config.time.distribution=normal", "did you mean 'logit_normal'"),
+    ("--config.model.preset=mpdit_bb", "unknown preset 'mpdit_bb'"),
+    ("--config.model.patch_sizes=3,1", "multiples of 3"),
+    ("--config.model.hidden_size=30", "not divisible by 4"),
+    ("--config.model.num_heads=3", "num_heads=3"),
+    ("--config.model.num_classes=5", r"set model\.num_classes=10"),
+    ("--config.model.in_channels=3", r"in_channels=1"),
+    ("--config.data.name=cifar10", "expected one of digits"),
+    ("--config.data.split=none", "expected one of all"),
+    ("--config.mesh.data=3", r"does not fit \d+ cpu device"),
 ])  # fmt: skip
-def test_wrong_values_are_one_sentence_before_anything_is_written(tmp_path, override, error, sentence):
-    with pytest.raises(error, match=sentence) as caught:
-        train.main(train_arguments(tmp_path / "run", override))
-    assert len(str(caught.value).splitlines()) == 1
+def test_wrong_values_are_one_sentence_before_anything_is_written(tmp_path, monkeypatch, capsys, override, sentence):
+    assert re.search(sentence, refusal(train.main, train_arguments(tmp_path / "run", override), monkeypatch, capsys))
     assert not (tmp_path / "run").exists()
 
 
@@ -86,10 +90,10 @@ def test_missing_config_file(tmp_path):
         train.main(["--config=nowhere.py", f"--workdir={tmp_path}"])
 
 
-def test_unwritable_workdir(tmp_path):
+def test_unwritable_workdir(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="cannot write"):
-        train.main(train_arguments(tmp_path / "file" / "run"))
+    arguments = train_arguments(tmp_path / "file" / "run")
+    assert "cannot write" in refusal(train.main, arguments, monkeypatch, capsys)
     assert (tmp_path / "file").read_text() == "mine"
 
 

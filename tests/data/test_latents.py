@@ -55,6 +55,8 @@ def make_store(folder, count=40, shape=(4, 4, 2), views=2, fingerprint="f" * 64)
         class_counts=tuple(np.bincount(labels).tolist()),
         latent_mean=(2.0,) * channels,
         latent_std=(3.0,) * channels,
+        scaling_factor=0.25,
+        shift_factor=-1.0,
         rejected=0,
         source="random",
         labels_sha256=sha256(folder / LABELS),
@@ -98,6 +100,15 @@ def test_rows_of_several_processes_make_the_one_batch(store):
     parts = [next(batches(source, 8, seed=1, start=7, rows=rows)) for rows in (slice(0, 3), slice(3, 8))]
     for name, array in whole.items():
         np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_the_number_of_threads_changes_no_batch(store, threads):
+    source, found = source_of(store), batches(source_of(store), 8, seed=1, threads=threads)
+    for step in range(12):
+        expected, batch = batch_at(source, 8, seed=1, step=step), next(found)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(batch[name], array)
 
 
 def test_a_visit_draws_from_the_posterior_of_either_view():

@@ -1,6 +1,7 @@
 """Initialization against the measured moments of the published code's mpdit_b."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +15,12 @@ STATISTICS = json.loads((GOLDEN / "init_statistics_mpdit_b.json").read_text())
 @pytest.fixture(scope="module")
 def state():
     return mp.to_torch(mp.create_model("mpdit_b", seed=0))
+
+
+def test_no_parameter_is_left_out(state):
+    """The file lists some blocks of each level, and every kind of parameter."""
+    kinds = ({re.sub(r"blocks\.\d+", "blocks.N", name) for name in names} for names in (state, STATISTICS))
+    assert next(kinds) == next(kinds)
 
 
 @pytest.mark.parametrize("name", STATISTICS)

@@ -1,8 +1,10 @@
 """From images to a store: what is in it, resuming, and what is refused."""
 
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +95,23 @@ def test_an_interrupted_store_is_finished_with_the_same_bytes(finished, folder, 
     assert contents(out) == contents(finished)
 
 
+def test_a_finished_store_that_lost_files_is_repaired(finished, copy, folder, vae_folder, capsys):
+    """What is there is kept, what is lost is made again, and all ends with the same bytes."""
+    kept = copy / "shard-00000-of-00003.array_record"
+    before = kept.stat().st_mtime_ns
+    (copy / "shard-00001-of-00003.array_record").unlink()
+    (copy / "shard-00002-of-00003.array_record").write_bytes(b"half")
+    (copy / "labels.npy").unlink()
+    assert main(arguments(folder, vae_folder, copy)) == 0
+    assert f"repairing {copy}, since {copy}/shard-00001-of-00003.array_record is missing" in capsys.readouterr().out
+    assert kept.stat().st_mtime_ns == before
+    assert contents(copy) == contents(finished)
+    edit(copy, schema_version=2)
+    with pytest.raises(DataError, match="schema version 2"):
+        main(arguments(folder, vae_folder, copy))
+    assert json.loads((copy / "manifest.json").read_text())["schema_version"] == 2
+
+
 def test_other_settings_are_refused(copy, folder, vae_folder, other_vae):
     before = contents(copy)
     with pytest.raises(InputError, match=r"vae_fingerprint: .* there, .* now"):
@@ -122,6 +141,16 @@ def test_a_broken_image_is_left_out_and_many_fail(folder, vae_folder, tmp_path, 
 
 def test_verify(copy, capsys):
     assert main(["--verify", f"--out={copy}"]) == 0
+    stated = json.loads((copy / "manifest.json").read_text())["latent_mean"]
+    for fields, message in (
+        ({"latent_mean": [stated[0] + 0.01, stated[1]]}, "states latent means"),
+        ({"rejected": 1}, "rejected.jsonl does not name 1 images"),
+    ):
+        manifest = (copy / "manifest.json").read_bytes()
+        edit(copy, **fields)
+        with pytest.raises(DataError, match=message):
+            main(["--verify", f"--out={copy}"])
+        (copy / "manifest.json").write_bytes(manifest)
     shard = copy / "shard-00001-of-00003.array_record"
     damaged = bytearray(shard.read_bytes())
     damaged[-70] ^= 1
@@ -169,6 +198,55 @@ def test_zero_images_and_unknown_places(tmp_path, vae_folder):
             main(arguments(images, vae_folder, tmp_path / "out"))
 
 
+def test_an_idx_file_without_images(tmp_path, vae_folder):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + np.array([0, 8, 8], ">u4").tobytes())
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + np.array([0], ">u4").tobytes())
+    with pytest.raises(DataError, match="there are no images"):
+        main(arguments(f"idx:{tmp_path}", vae_folder, tmp_path / "out"))
+
+
+def test_other_pixels_under_the_same_names_are_another_set(tmp_path, vae_folder):
+    for value in (0, 1):
+        pixels = np.full((4, 8, 8), value, np.uint8)
+        header = bytes([0, 0, 8, 3]) + np.array(pixels.shape, ">u4").tobytes()
+        (tmp_path / "train-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        labels = bytes([0, 0, 8, 1]) + np.array([4], ">u4").tobytes() + bytes(range(4))
+        (tmp_path / "train-labels-idx1-ubyte").write_bytes(labels)
+        if value == 0:
+            assert main(arguments(f"idx:{tmp_path}", vae_folder, tmp_path / "out")) == 0
+        else:
+            with pytest.raises(InputError, match="names and labels of the images"):
+                main(arguments(f"idx:{tmp_path}", vae_folder, tmp_path / "out"))
+
+
+def test_a_name_that_is_not_utf8(folder, vae_folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "images")
+    name = b"caf\xe9.png"
+    try:
+        Path(os.fsdecode(os.fsencode(root / "one") + b"/" + name)).write_bytes(
+            next((root / "two").iterdir()).read_bytes()
+        )
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    assert main(arguments(root, vae_folder, tmp_path / "out")) == 0
+    store = LatentStore(tmp_path / "out")
+    assert b"one/" + name in store.read(np.arange(len(store)))["key"].tolist()
+
+
+def test_the_vaes_own_factors(finished, vae_folder):
+    config = json.loads((vae_folder / "config.json").read_text())
+    space = load_source("latents", str(finished), "train", normalization="vae").latents
+    assert space.std == (1 / config["scaling_factor"],) * 2
+    assert space.mean == (config.get("shift_factor") or 0.0,) * 2
+
+
+def test_tiles_are_another_setting(copy, folder, vae_folder, tmp_path):
+    with pytest.raises(InputError, match="vae_tile: 0 there, 32 now"):
+        main(arguments(folder, vae_folder, copy, "--vae_tile=32"))
+    with pytest.raises(InputError, match="--vae_tile=100: expected a multiple of 32"):
+        main(arguments(folder, vae_folder, tmp_path / "out", "--vae_tile=100"))
+
+
 def test_tfds_names_its_extra(tmp_path, vae_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(MissingExtraError, match=r"mpdit_jax\[tfds\]"):
@@ -188,3 +266,15 @@ def test_max_examples_and_class_balance(finished):
         "latents", str(finished), "train", normalization="manifest", max_examples=5, class_balance=True
     )
     assert np.bincount(uneven.labels).tolist() == [2, 2, 2]
+
+
+def test_class_balance_repeats_each_example_equally_often_or_once_more():
+    from mpdit_jax.data.sources import ArraySource, balanced
+
+    labels = np.repeat([0, 1], [10, 7])
+    even = balanced(ArraySource(np.zeros((17, 1, 1, 1), np.uint8), labels, ("a", "b")))
+    assert np.bincount(even.labels).tolist() == [10, 10]
+    visits = np.bincount(even.indices, minlength=17)
+    assert visits[:10].tolist() == [1] * 10
+    assert sorted(visits[10:]) == [1, 1, 1, 1, 2, 2, 2]
+    assert visits[10:13].sum() < 6  # not the first three

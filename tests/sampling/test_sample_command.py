@@ -1,6 +1,7 @@
 """`python -m mpdit_jax.sample`: what it writes, what it refuses, and what it finishes after being killed."""
 
 import os
+import re
 import signal
 import time
 
@@ -15,6 +16,7 @@ from mpdit_jax.errors import DivergedError, InputError
 from mpdit_jax.sample import main
 from mpdit_jax.sampling.command import parse_labels
 from tests.sampling.conftest import read_npz, start
+from tests.tiny import refusal
 
 FEW = ["--steps=2", "--batch_size=4"]
 
@@ -172,10 +174,10 @@ def test_a_diverged_model(workdir, tmp_path, monkeypatch):
     (["--trajectory=a.png"], "--trajectory=a.png: expected a name that ends in .gif"),
     (["--precision=float16"], "precision='float16'"),
 ])  # fmt: skip
-def test_bad_input_is_refused(workdir, tmp_path, monkeypatch, arguments, sentence):
+def test_bad_input_is_refused(workdir, tmp_path, monkeypatch, capsys, arguments, sentence):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(mp.MPDiTError, match=sentence):
-        run(workdir, f"--out={tmp_path}/a.npz", *arguments)
+    everything = [f"--workdir={workdir}", *FEW, f"--out={tmp_path}/a.npz", *arguments]
+    assert re.search(sentence, refusal(main, everything, monkeypatch, capsys))
     assert not (tmp_path / "a.npz").exists()
 
 

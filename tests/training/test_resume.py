@@ -112,6 +112,16 @@ def test_killed_run_continues_from_its_newest_checkpoint(undisturbed, tmp_path):
     assert (other / "metrics.jsonl").read_text() == (workdir / "metrics.jsonl").read_text()
 
 
+def test_a_run_killed_before_its_first_checkpoint_says_that_it_begins_again(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed[0], workdir, ignore=shutil.ignore_patterns("4", "8"))
+    status, stdout, stderr = run("train", train_arguments(workdir))
+    assert status == 0, stderr
+    assert f"an earlier start of this run in {workdir} ended before its first checkpoint; it begins again" in stdout
+    assert_same_bits(saved_arrays(undisturbed[0], 8), saved_arrays(workdir, 8))
+    assert (workdir / "metrics.jsonl").read_text() == (undisturbed[0] / "metrics.jsonl").read_text()
+
+
 def test_finished_run_says_so_and_changes_nothing(undisturbed):
     workdir, _ = undisturbed
     before = {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*") if path.is_file()}
