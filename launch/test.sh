@@ -3,8 +3,8 @@
 #
 #   bash launch/test.sh [--parity] [pytest arguments]
 #
-# Makes or completes .venv with the extra [test] first. --parity adds the extra [parity] (PyTorch, diffusers) and runs the
-# tests that compare with them. The tests run in up to four processes (-n 0 for one). Paths in pytest arguments start at
+# Makes or completes .venv with the extra [test] first. --parity adds the extra [parity] (PyTorch, diffusers, TFDS) and runs
+# the tests that compare with them. The tests run in up to four processes (-n 0 for one). Paths in pytest arguments start at
 # the repository's root; -m "not slow" leaves the long tests out. JAX runs on the CPU unless JAX_PLATFORMS says
 # otherwise; PYTHON=... picks the Python (>= 3.11).
 set -euo pipefail
@@ -33,7 +33,7 @@ else
     fi
   done
   pytest_arguments+=(-m "$marks")
-  left_out='Left out: the tests marked parity, which compare with PyTorch; --parity installs it and runs them too.'
+  left_out='Left out: the tests marked parity, which compare with PyTorch and read TFDS; --parity installs it and runs them too.'
   prepare_environment test
 fi
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
