@@ -165,14 +165,15 @@ class LatentStore:
         Raises:
             DataError: a damaged shard.
         """
-        records: list[bytes] = [b""] * len(indices)
+        dtype = self.manifest.record_dtype
+        records = np.empty((len(indices), dtype.itemsize), np.uint8)
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         for number in np.unique(shards):
-            rows = np.flatnonzero(shards == number)
-            found = self._read_shard(int(number), (indices[rows] - self._starts[number]).tolist())
-            for row, record in zip(rows.tolist(), found, strict=True):
-                records[row] = record
-        return np.frombuffer(b"".join(records), self.manifest.record_dtype)
+            places = np.flatnonzero(shards == number)
+            found = self._read_shard(int(number), (indices[places] - self._starts[number]).tolist())
+            for place, record in zip(places.tolist(), found, strict=True):
+                records[place] = np.frombuffer(record, np.uint8)
+        return records.view(dtype)[:, 0]
 
     def _read_shard(self, number: int, rows: list[int]) -> list[bytes]:
         shard, size = self.manifest.shards[number], self.manifest.record_dtype.itemsize
