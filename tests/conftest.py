@@ -10,7 +10,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # The processes that tests start compile the same few programs; one session compiles each once.
     CACHE = tempfile.mkdtemp(prefix="mpdit_jax_tests_")
     atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
 
 from pathlib import Path
 

@@ -29,24 +29,29 @@ def train_arguments(workdir, *more):
     return [f"--config={ROOT / 'configs/digits.py'}", f"--workdir={workdir}", *OVERRIDES, *more]
 
 
-def start(command, arguments, devices=1, **options):
-    """Start `python -m mpdit_jax.COMMAND` as its own process, with `devices` virtual CPU devices.
+# Compiling for several devices takes longer than all the steps of a tiny run, so that is done without optimization.
+UNOPTIMIZED = "--xla_backend_optimization_level=0"
 
-    Compiling for several takes longer than all the steps of a tiny run, so that is done without optimization.
-    """
-    level = " --xla_backend_optimization_level=0" if devices > 1 else ""
-    environment = {
+
+def environment(devices=1):
+    """That of a process with so many virtual CPU devices."""
+    level = f" {UNOPTIMIZED}" if devices > 1 else ""
+    return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}{level}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
+
+
+def start(command, arguments, devices=1, **options):
+    """Start `python -m mpdit_jax.COMMAND` as its own process, with `devices` virtual CPU devices."""
     return subprocess.Popen(
         [sys.executable, "-m", f"mpdit_jax.{command}", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=environment(devices),
         **options,
     )
 

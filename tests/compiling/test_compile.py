@@ -11,7 +11,7 @@ from mpdit_jax.compiling.programs import Program
 from mpdit_jax.compiling.report import describe, smaller, step_flops
 from mpdit_jax.config import base_config, resolve
 from mpdit_jax.errors import ConfigError
-from tests.tiny import ROOT, run
+from tests.tiny import ROOT, environment, run
 
 TEXT = """HloModule step
 
@@ -69,12 +69,11 @@ def loss(w, x):
 compiled = jax.jit(jax.grad(loss), in_shardings=(whole, split), out_shardings=whole).lower(w, x).compile()
 print(json.dumps(collective_bytes(compiled.as_text())))
 """
-    import os
     import subprocess
     import sys
 
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(8), check=True)
     found = json.loads(done.stdout)
     # Whether inside the loop or after it: the gradient of five matrices is summed once.
     assert found["all-reduce"] == pytest.approx(5 * 32 * 32 * 4, rel=0.01)

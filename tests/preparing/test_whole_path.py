@@ -151,9 +151,14 @@ def test_a_killed_prepare_continues_to_the_same_bytes(latents, vae, digits, tmp_
 @pytest.mark.slow
 def test_train_on_latents_and_draw(latents, vae, tmp_path):
     workdir, out = tmp_path / "run", tmp_path / "samples.npz"
-    status, stdout, stderr = run("train", [*MODEL, f"--config.data.path={latents}", f"--workdir={workdir}"])
+    shown = ["--config.sample.every=1000", "--config.sample.steps=2", f"--config.sample.vae={vae / 'vae'}"]
+    status, stdout, stderr = run("train", [*MODEL, *shown, f"--config.data.path={latents}", f"--workdir={workdir}"])
     assert status == 0, stderr
     assert "--vae=FOLDER" in stdout
+    [grid] = (workdir / "samples").iterdir()  # decoded, of the last step
+    with Image.open(grid) as picture:
+        assert picture.width > 8 * 16
+        assert np.asarray(picture).std() > 1
     draw = [f"--workdir={workdir}", "--labels=3,5", "--num_samples=6", "--steps=4", f"--out={out}"]
     status, _, stderr = run("sample", draw)
     assert (status, "give --vae=FOLDER" in stderr) == (1, True)

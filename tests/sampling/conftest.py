@@ -1,15 +1,13 @@
 """A finished run without the training: a checkpoint of random weights, and commands as a user runs them."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.tiny import environment
 
 
 @pytest.fixture(scope="session")
@@ -44,12 +42,6 @@ def make_workdir(path):
     with claim_workdir(path, resolved), Checkpoints(path, keep=1) as checkpoints:
         checkpoints.save(1, {"parameters": weights, "ema_parameters": weights})
     return path
-
-
-def environment(devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
 
 
 def start(*arguments, devices=1):

@@ -11,7 +11,7 @@ import mpdit_jax as mp
 from mpdit_jax.errors import InputError
 from mpdit_jax.export import main
 from tests.conftest import relative_error
-from tests.sampling.conftest import environment
+from tests.tiny import environment
 
 RUN = """
 import sys

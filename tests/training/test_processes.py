@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mpdit_jax.checkpoint import list_steps
-from tests.tiny import ROOT, run, saved_arrays, start, train_arguments
+from tests.tiny import ROOT, UNOPTIMIZED, run, saved_arrays, start, train_arguments
 
 STEPS = 20
 LONG = [f"--config.steps={STEPS}", "--config.checkpoint.every=10", "--config.log.every=5"]
@@ -32,11 +32,11 @@ def free_port():
 
 def launch(count, devices, *arguments):
     """`launch/local_multiprocess.sh`, its output and errors together."""
-    environment = {**os.environ, "PYTHON": sys.executable, "DEVICES": str(devices), "PORT": str(free_port())}
+    settings = {"PYTHON": sys.executable, "DEVICES": str(devices), "PORT": str(free_port()), "XLA_FLAGS": UNOPTIMIZED}
     script = ROOT / "launch/local_multiprocess.sh"
     return subprocess.Popen(
         ["bash", str(script), str(count), *arguments],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
-from tests.tiny import ROOT, run, saved_arrays, train_arguments
+from tests.tiny import environment, run, saved_arrays, train_arguments
 from tests.training.test_processes import free_port
 
 STEPS = 4
@@ -56,17 +55,11 @@ def eight_devices(tmp_path_factory):
 @pytest.mark.parametrize(("processes", "devices", "fsdp"), [(1, 1, 1), (1, 4, 2), (2, 2, 4), (4, 1, 2)])
 def test_the_same_bits_everywhere(eight_devices, processes, devices, fsdp):
     workdir, expected = eight_devices
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(ROOT),
-    }
     address = f"localhost:{free_port()}"
     readers = [
         subprocess.Popen(
             [sys.executable, "-c", READ, str(workdir), str(fsdp), address, str(processes), str(index)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for index in range(processes)
     ]  # fmt: skip

@@ -1,6 +1,8 @@
 """The same run on one device and on eight."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.mesh import check_batch, make_mesh
-from tests.tiny import run, saved_arrays, train_arguments
+from tests.tiny import environment, run, saved_arrays, train_arguments
 
 STEPS = 8
 
@@ -87,12 +89,7 @@ print(share / whole)
 
 
 def run_script(script):
-    import os
-    import subprocess
-    import sys
-
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **flags}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], env=environment(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

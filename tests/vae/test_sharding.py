@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ from mpdit_jax.errors import InputError
 from mpdit_jax.mesh import make_mesh
 from mpdit_jax.vae import VAE
 from tests.conftest import relative_error
+from tests.tiny import environment
 from tests.vae.conftest import TINY, random_images
 
 _ON_EIGHT_DEVICES = """
@@ -42,8 +42,7 @@ print("passed")
 
 
 def test_eight_devices_give_what_one_gives_without_talking():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", _ON_EIGHT_DEVICES], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", _ON_EIGHT_DEVICES], env=environment(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "passed" in done.stdout
 
