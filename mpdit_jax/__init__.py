@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpdit_jax.checkpoint import load_checkpoint as load_checkpoint
     from mpdit_jax.errors import MPDiTError as MPDiTError
+    from mpdit_jax.flow.conventions import as_velocity as as_velocity
     from mpdit_jax.flow.objective import flow_matching_loss as flow_matching_loss
     from mpdit_jax.flow.sampler import make_sampler as make_sampler
-    from mpdit_jax.interop.mpdit_torch import load_torch as load_torch
-    from mpdit_jax.interop.mpdit_torch import to_torch as to_torch
+    from mpdit_jax.interop.torch_weights import load_torch as load_torch
+    from mpdit_jax.interop.torch_weights import to_torch as to_torch
     from mpdit_jax.model.accounting import count as count
     from mpdit_jax.model.presets import create_model as create_model
     from mpdit_jax.model.presets import presets as presets
@@ -28,15 +29,17 @@ _HOME = {
     "flow_matching_loss": "mpdit_jax.flow.objective",
     "generate": "mpdit_jax.sampling.generate",
     "load_checkpoint": "mpdit_jax.checkpoint",
-    "load_torch": "mpdit_jax.interop.mpdit_torch",
+    "as_velocity": "mpdit_jax.flow.conventions",
+    "load_torch": "mpdit_jax.interop.torch_weights",
     "load_vae": "mpdit_jax.vae.vae",
     "make_sampler": "mpdit_jax.flow.sampler",
     "presets": "mpdit_jax.model.presets",
-    "to_torch": "mpdit_jax.interop.mpdit_torch",
+    "to_torch": "mpdit_jax.interop.torch_weights",
 }
 
 __all__ = [
     "MPDiTError",
+    "as_velocity",
     "count",
     "create_model",
     "flow_matching_loss",

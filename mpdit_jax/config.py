@@ -216,6 +216,8 @@ def _check(config: ConfigDict) -> None:
         hint = suggest(config.time.distribution, TIME_DISTRIBUTIONS)
         raise ConfigError(f"config.time.distribution={config.time.distribution!r}{hint}: expected one of {known}.")
     _expect(config, "time.std", config.time.std > 0, "a positive number")
+    trained = config.model.convention in (None, "velocity")
+    _expect(config, "model.convention", trained, "velocity: what is trained here")
     named = config.data.normalization in NORMALIZATIONS
     _expect(config, "data.normalization", named, f"one of {', '.join(NORMALIZATIONS)}")
 

@@ -86,10 +86,10 @@ class PlainField:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FactoredField:
-    """A model taken apart: class tokens are made once, modulations for all times at once."""
+    """A model taken apart: what the class decides is made once, what the time decides for all times at once."""
 
     model: Factored
-    class_tokens: jax.Array  # (B, ...)
+    class_embedding: Any  # a pytree of (B, ...)
 
     def prepare(self, times: jax.Array) -> Point:
         """The modulation of every time."""
@@ -98,7 +98,7 @@ class FactoredField:
 
     def __call__(self, z: jax.Array, point: Point) -> jax.Array:
         """The model's trunk."""
-        return _checked(self.model.velocity(z, point, self.class_tokens), z)
+        return _checked(self.model.velocity(z, point, self.class_embedding), z)
 
     def segments(self, start: float, end: float) -> Sequence[Segment]:
         """One."""

@@ -33,7 +33,7 @@ def check_model(model: object, name: str = "model") -> ClassConditional:
     if isinstance(model, DeclaresConvention) and model.convention != "velocity":
         raise InputError(
             f"{name} says that its convention is {model.convention!r}: expected 'velocity' (noise minus data, with t=0 "
-            "at the data and t=1 at the noise); wrap it in a module that converts times and output."
+            "at the data and t=1 at the noise); mpdit_jax.as_velocity(model) converts a DiT or SiT."
         )
     return cast(ClassConditional, model)
 

@@ -32,10 +32,10 @@ class Factored(ClassConditional, Protocol):
     def modulation(self, t: jax.Array, /) -> Any:
         """What depends on time alone: a pytree of (B, ...) arrays for times (B,)."""
 
-    def class_embedding(self, y: jax.Array, /) -> jax.Array:
-        """What depends on the class alone, (B, ...) for labels (B,)."""
+    def class_embedding(self, y: jax.Array, /) -> Any:
+        """What depends on the class alone: a pytree of (B, ...) arrays for labels (B,)."""
 
-    def velocity(self, x: jax.Array, modulation: Any, class_tokens: jax.Array, /) -> jax.Array:
+    def velocity(self, x: jax.Array, modulation: Any, class_embedding: Any, /) -> jax.Array:
         """The rest. Leaves of `modulation` may have a batch of 1 and are then broadcast."""
 
 

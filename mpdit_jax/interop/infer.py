@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpdit_jax.errors import ConfigError, WeightsError
-from mpdit_jax.interop.published_names import LevelNames, expected_shapes, level_names
+from mpdit_jax.interop.published_names import DIT_NAMES, LevelNames, expected_shapes, is_dit, level_names
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.embeddings import sincos_positions
 
@@ -74,7 +74,8 @@ def is_table(array: np.ndarray, table: np.ndarray) -> bool:
 
 def _candidates(state: State) -> Iterator[dict[str, Any]]:
     """Every combination of the sizes that some entry suggests; exactly one when all entries agree."""
-    names = level_names(_count_levels(state))
+    dit = is_dit(state)
+    names = [DIT_NAMES] if dit else level_names(_count_levels(state))
     sizes = _Sizes(state)
     blocks = rf"(?:{'|'.join(re.escape(name.blocks) for name in names)})\.\d+"
     width = sizes.first(
@@ -96,7 +97,9 @@ def _candidates(state: State) -> Iterator[dict[str, Any]]:
         "hidden_size": width,
         "mlp_ratio": mlp / width,
         "num_classes": max(1, sizes.first((table, 0, 2), default=1001) - 1),
-        "class_tokens": max(1, sizes.first((table, 1, 2), default=16 * width) // width),
+        "class_tokens": 1 if dit else max(1, sizes.first((table, 1, 2), default=16 * width) // width),
+        "condition": "vector" if dit else "tokens",
+        "modulation": "per_block" if dit else "shared",
         "time_embedding": "fno" if fno else "sinusoidal",
         "skip": not skips or any(name.startswith(skips) for name in state),
     }

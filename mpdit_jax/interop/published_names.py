@@ -1,10 +1,11 @@
 """The published PyTorch state dict: every entry's name, shape and layout, and the parameter of ours it becomes."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from mpdit_jax.errors import ConfigError
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.embeddings import sincos_positions
 
@@ -74,6 +75,9 @@ class LevelNames:
     blocks: str
 
 
+DIT_NAMES = LevelNames("pos_embed", "x_embedder", "", "", "blocks")
+
+
 def level_names(levels: int) -> list[LevelNames]:
     """The published names of each of so many levels, coarse to fine; what the coarsest lacks is called ""."""
     first = LevelNames("pos_embed", "x_embedder", "", "", "downsample_blocks")
@@ -85,8 +89,30 @@ def level_names(levels: int) -> list[LevelNames]:
 
 
 def trained_entries(config: ModelConfig) -> Iterator[Entry]:
-    """Every trained tensor of the published state dict."""
-    width, mlp, channels = config.hidden_size, config.mlp_size, config.in_channels
+    """Every trained tensor of the published state dict.
+
+    Raises:
+        ConfigError: neither an MPDiT nor a DiT: nobody has published weights of this kind.
+    """
+    if (config.modulation, config.condition) == ("shared", "tokens"):
+        return _mpdit_entries(config)
+    dit = (config.modulation, config.condition, config.time_embedding) == ("per_block", "vector", "sinusoidal")
+    if dit and len(config.depths) == 1:
+        return _dit_entries(config)
+    raise ConfigError(
+        f"model.modulation={config.modulation!r}, model.condition={config.condition!r}, {len(config.depths)} level(s), "
+        f"model.time_embedding={config.time_embedding!r} has no published PyTorch names: those of MPDiT (shared, "
+        "tokens) and of DiT (per_block, vector, one level, sinusoidal) have."
+    )
+
+
+def is_dit(names: Iterable[str]) -> bool:
+    """Whether these are a DiT's names rather than an MPDiT's."""
+    return any(name.startswith("blocks.") for name in names)
+
+
+def _mpdit_entries(config: ModelConfig) -> Iterator[Entry]:
+    width, channels = config.hidden_size, config.in_channels
     for level, names in enumerate(level_names(len(config.depths))):
         here, patch = f"levels.{level}", config.patch_sizes[level]
         if level == 0 or config.skip:
@@ -98,16 +124,33 @@ def trained_entries(config: ModelConfig) -> Iterator[Entry]:
             yield from _pair(f"{names.upsampler}.proj", f"{here}.upsample.expand", _linear(width, opened))
             yield from _pair(f"{names.upsampler}.refine", f"{here}.upsample.refine", _linear(width, width))
         for layer in range(config.depths[level]):
-            theirs, ours = f"{names.blocks}.{layer}", f"{here}.blocks.layers"
-            yield from _pair(f"{theirs}.attn.qkv", f"{ours}.attention.qkv", _linear(width, 3 * width), layer)
-            yield from _pair(f"{theirs}.attn.proj", f"{ours}.attention.out", _linear(width, width), layer)
-            yield from _pair(f"{theirs}.mlp.fc1", f"{ours}.mlp.inner", _linear(width, mlp), layer)
-            yield from _pair(f"{theirs}.mlp.fc2", f"{ours}.mlp.outer", _linear(mlp, width), layer)
+            yield from _block_entries(f"{names.blocks}.{layer}", level, layer, config)
     yield from _time_entries(config)
     table = _kept(config.num_classes + 1, config.class_tokens * width)
     yield Entry("y_embedder.embedding_table.weight", "class_embedding.table", table)
-    yield from _pair("time_modulation.1", "time_modulation", _linear(width, 6 * width))
+    yield from _pair("time_modulation.1", "time_modulation.linear", _linear(width, 6 * width))
     yield from _pair("final_layer.linear", "final", _linear(width, config.patch_sizes[-1] ** 2 * channels))
+
+
+def _dit_entries(config: ModelConfig) -> Iterator[Entry]:
+    width, channels, patch = config.hidden_size, config.in_channels, config.patch_sizes[0]
+    yield from _pair("x_embedder.proj", "levels.0.patch_embed", _patch(patch, channels, width))
+    yield from _time_entries(config)
+    yield Entry("y_embedder.embedding_table.weight", "class_embedding.table", _kept(config.num_classes + 1, width))
+    for layer in range(config.depths[0]):
+        yield from _block_entries(f"blocks.{layer}", 0, layer, config)
+        own = f"blocks.{layer}.adaLN_modulation.1"
+        yield from _pair(own, "levels.0.blocks.layers.modulation.linear", _linear(width, 6 * width), layer)
+    yield from _pair("final_layer.adaLN_modulation.1", "final_modulation.linear", _linear(width, 2 * width))
+    yield from _pair("final_layer.linear", "final", _linear(width, patch**2 * channels))
+
+
+def _block_entries(theirs: str, level: int, layer: int, config: ModelConfig) -> Iterator[Entry]:
+    width, mlp, ours = config.hidden_size, config.mlp_size, f"levels.{level}.blocks.layers"
+    yield from _pair(f"{theirs}.attn.qkv", f"{ours}.attention.qkv", _linear(width, 3 * width), layer)
+    yield from _pair(f"{theirs}.attn.proj", f"{ours}.attention.out", _linear(width, width), layer)
+    yield from _pair(f"{theirs}.mlp.fc1", f"{ours}.mlp.inner", _linear(width, mlp), layer)
+    yield from _pair(f"{theirs}.mlp.fc2", f"{ours}.mlp.outer", _linear(mlp, width), layer)
 
 
 def _time_entries(config: ModelConfig) -> Iterator[Entry]:

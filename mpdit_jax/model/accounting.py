@@ -20,8 +20,9 @@ def count(model: MPDiT | ModelConfig) -> tuple[int, int]:
 def count_parameters(config: ModelConfig) -> int:
     """Trained parameters, plus the frozen position tables that PyTorch keeps as parameters."""
     width = config.hidden_size
-    total = _time_parameters(config) + _affine(width, 6 * width)
-    total += (config.num_classes + 1) * config.class_tokens * width
+    own = sum(config.depths) * _affine(width, 6 * width) + _affine(width, 2 * width)
+    total = _time_parameters(config) + (_affine(width, 6 * width) if config.modulation == "shared" else own)
+    total += (config.num_classes + 1) * (config.class_tokens if config.condition == "tokens" else 1) * width
     for level, depth in enumerate(config.depths):
         total += depth * _block_parameters(config) + _tokens(config, level) * width
         if level == 0 or config.skip:
@@ -36,10 +37,11 @@ def count_parameters(config: ModelConfig) -> int:
 def count_macs(config: ModelConfig) -> int:
     """Multiply-adds of every matrix product of one forward pass of one example."""
     width = config.hidden_size
-    total = _time_macs(config) + 6 * width * width
+    vectors = 6 if config.modulation == "shared" else 6 * sum(config.depths) + 2
+    total = _time_macs(config) + vectors * width * width
     for level, depth in enumerate(config.depths):
         image = _tokens(config, level)
-        length = config.class_tokens + image
+        length = config.prefix_tokens + image
         total += depth * (length * (4 * width**2 + 2 * width * config.mlp_size) + 2 * length**2 * width)
         if level == 0 or config.skip:
             total += image * _patch_features(config, level) * width

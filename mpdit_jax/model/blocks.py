@@ -1,26 +1,16 @@
 """The transformer block, and a stack of blocks run by a scan."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mpdit_jax.mesh import constrain_batch
+from mpdit_jax.model.conditioning import MODULATIONS
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.linear import linear
-
-
-class Modulation(NamedTuple):
-    """The six vectors (B, D) that condition every block on time (paper, section 3.2)."""
-
-    shift1: jax.Array
-    scale1: jax.Array
-    gate1: jax.Array
-    shift2: jax.Array
-    scale2: jax.Array
-    gate2: jax.Array
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
@@ -68,15 +58,16 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block whose norms and residuals are modulated by time."""
+    """Pre-norm transformer block whose norms and residuals are modulated."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.modulation = MODULATIONS[config.modulation].block(config, rngs)
         self.attention = Attention(config, rngs)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: jax.Array, modulation: Modulation) -> jax.Array:
-        """(B, T, D) to (B, T, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+    def __call__(self, x: jax.Array, condition: Any) -> jax.Array:
+        """(B, T, D) to (B, T, D), given what the model's modulation gives to all blocks."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
         gate1, gate2 = gate1[:, None].astype(x.dtype), gate2[:, None].astype(x.dtype)
         x = x + gate1 * self.attention(modulate(layer_norm(x), shift1, scale1))
         return x + gate2 * self.mlp(modulate(layer_norm(x), shift2, scale2))
@@ -90,13 +81,13 @@ class BlockStack(nnx.Module):
         self.layers = create(rngs)  # every parameter has a leading axis of size depth
         self.remat = config.remat
 
-    def __call__(self, x: jax.Array, modulation: Modulation) -> jax.Array:
+    def __call__(self, x: jax.Array, condition: Any) -> jax.Array:
         """(B, T, D) to (B, T, D)."""
         structure, stacked = nnx.split(self.layers)
 
         def apply_layer(x: jax.Array, parameters: nnx.State) -> tuple[jax.Array, None]:
             block: Block = nnx.merge(structure, parameters)
-            return constrain_batch(block(x, modulation)), None
+            return constrain_batch(block(x, condition)), None
 
         return jax.lax.scan(REMAT[self.remat](apply_layer), constrain_batch(x), stacked)[0]
 

@@ -10,6 +10,9 @@ from typing import Any, Literal
 from mpdit_jax.errors import ConfigError
 
 TIME_EMBEDDINGS = ("fno", "sinusoidal")
+MODULATIONS = ("shared", "per_block")
+CONDITIONS = ("tokens", "vector")
+CONVENTIONS = ("velocity", "sit", "dit")
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "dots", "full")
 ATTENTIONS = ("xla", "cudnn")
@@ -31,10 +34,15 @@ class ModelConfig:
         in_channels: latent channels.
         num_classes: classes; index `num_classes` is the null class of classifier-free guidance.
         mlp_ratio: MLP width over D.
-        class_tokens: tokens that carry the class, in front of the image tokens.
+        condition: how the class enters: "tokens" in front of the image tokens (the paper's), or a "vector" added to the
+            time vector (DiT's).
+        class_tokens: how many tokens, of condition="tokens".
+        modulation: "shared" by all blocks and the final layer (the paper's), or "per_block", each its own (DiT's).
         time_embedding: "fno" (the paper's) or "sinusoidal" (DiT's).
         fno_width, fno_modes, fno_layers: channels, Fourier modes and layers of the FNO time embedding.
         skip: add a linear projection of the level's own patches when entering a finer level.
+        convention: what the output means: "velocity" (noise minus data, t = 0 at the data), or what "sit" and "dit"
+            predict, which `mpdit_jax.as_velocity` converts.
         dtype: compute dtype of linear layers and attention, "float32" or "bfloat16"; parameters are always float32,
             and so are norms, softmax, FFT and the output.
         remat: what the backward pass recomputes: "none", "dots" (all but matrix products) or "full" (whole blocks).
@@ -49,12 +57,15 @@ class ModelConfig:
     in_channels: int = 4
     num_classes: int = 1000
     mlp_ratio: float = 4.0
+    condition: str = "tokens"
     class_tokens: int = 16
+    modulation: str = "shared"
     time_embedding: str = "fno"
     fno_width: int = 32
     fno_modes: int = 16
     fno_layers: int = 3
     skip: bool = True
+    convention: str = "velocity"
     dtype: str = "float32"
     remat: str = "none"
     attention: Literal["xla", "cudnn"] = "xla"
@@ -70,6 +81,9 @@ class ModelConfig:
         if not isinstance(self.skip, bool):
             raise ConfigError(f"model.skip={self.skip!r}: expected True or False.")
         _choice("time_embedding", self.time_embedding, TIME_EMBEDDINGS)
+        _choice("condition", self.condition, CONDITIONS)
+        _choice("modulation", self.modulation, MODULATIONS)
+        _choice("convention", self.convention, CONVENTIONS)
         _choice("dtype", self.dtype, DTYPES)
         _choice("remat", self.remat, REMAT_POLICIES)
         _choice("attention", self.attention, ATTENTIONS)
@@ -124,6 +138,11 @@ class ModelConfig:
         A ratio that was read off a width w as w / hidden_size gives w again, whatever the division rounded to.
         """
         return int(self.hidden_size * self.mlp_ratio + 1e-6)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens in front of the image tokens."""
+        return self.class_tokens if self.condition == "tokens" else 0
 
     def grid(self, level: int) -> tuple[int, int]:
         """Rows and columns of image tokens at `level`."""

@@ -1,4 +1,4 @@
-"""Everything that turns an input into tokens or vectors: patches, positions, class tokens, time."""
+"""What turns an input into tokens or vectors: patches, positions, sinusoids of time."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,9 @@ import numpy as np
 from flax import nnx
 
 from mpdit_jax.model.config import ModelConfig
-from mpdit_jax.model.linear import linear
+from mpdit_jax.model.linear import NORMAL_002, linear
 
 TIME_FEATURES = 256  # sinusoids of the DiT time embedding
-NORMAL_002 = nnx.initializers.normal(0.02)
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:
@@ -41,23 +40,6 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
         angles = index.reshape(-1, 1).astype(np.float64) * omega  # (rows * columns, width / 4)
         halves.extend([np.sin(angles), np.cos(angles)])
     return np.concatenate(halves, axis=1).astype(np.float32)
-
-
-class ClassTokens(nnx.Module):
-    """A learned table of `class_tokens` tokens a class, with one more row for the null class (paper, section 3.3)."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.tokens, self.dtype = config.class_tokens, config.dtype
-        shape = (config.num_classes + 1, config.class_tokens * config.hidden_size)
-        self.table = nnx.Param(NORMAL_002(rngs.params(), shape, jnp.float32))
-
-    def __call__(self, labels: jax.Array) -> jax.Array:
-        """Tokens (B, m, D) of int labels (B,). A label outside the table gives NaN, never a neighbour's tokens."""
-        table = self.table[...]
-        # jnp.take counts negative indices from the end.
-        labels = jnp.where(labels < 0, table.shape[0], labels)
-        rows = jnp.take(table, labels, axis=0, mode="fill", fill_value=jnp.nan)  # (B, m * D)
-        return rows.reshape(labels.shape[0], self.tokens, -1).astype(self.dtype)
 
 
 class SinusoidalTime(nnx.Module):

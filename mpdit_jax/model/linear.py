@@ -9,6 +9,7 @@ from jax.nn.initializers import Initializer
 
 XAVIER_UNIFORM: Initializer = nnx.initializers.xavier_uniform()
 ZEROS: Initializer = nnx.initializers.zeros_init()
+NORMAL_002: Initializer = nnx.initializers.normal(0.02)
 
 
 def linear(

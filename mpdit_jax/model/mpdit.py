@@ -7,17 +7,20 @@
     velocity (B, H, W, C) ── unpatchify ── final linear ── few blocks ── [class tokens | 256 fine tokens] ────────┘
 
 Time enters through one modulation that every block and the final layer share. Any number of levels works the same way;
-one level is an isotropic transformer.
+one level is an isotropic transformer, and with DiT's kind of conditioning (conditioning.py) it is DiT.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mpdit_jax.errors import InputError
-from mpdit_jax.model.blocks import BlockStack, Modulation, layer_norm, modulate
+from mpdit_jax.model.blocks import BlockStack, layer_norm, modulate
+from mpdit_jax.model.conditioning import CONDITIONS, MODULATIONS, ClassEmbedding
 from mpdit_jax.model.config import ModelConfig
-from mpdit_jax.model.embeddings import ClassTokens, SinusoidalTime, patchify, sincos_positions, unpatchify
+from mpdit_jax.model.embeddings import SinusoidalTime, patchify, sincos_positions, unpatchify
 from mpdit_jax.model.fno import FNOTime
 from mpdit_jax.model.linear import ZEROS, linear
 from mpdit_jax.model.upsample import Upsample
@@ -38,7 +41,7 @@ class Level(nnx.Module):
         self.skip = linear(self.width, self.width, rngs, dtype=config.dtype) if entering and embedding else None
         self.blocks = BlockStack(config.depths[index], config, rngs)
 
-    def __call__(self, tokens: jax.Array, latents: jax.Array, modulation: Modulation) -> jax.Array:
+    def __call__(self, tokens: jax.Array, latents: jax.Array, condition: Any) -> jax.Array:
         """Carry tokens (B, m + N_coarse, D) to (B, m + N, D). On the first level the tokens are the m class tokens."""
         image = jnp.asarray(sincos_positions(self.grid, self.width), tokens.dtype)[None]  # (1, N, D)
         if self.patch_embed is not None:
@@ -50,7 +53,7 @@ class Level(nnx.Module):
             tokens = self.upsample(tokens)  # (B, m + N, D)
             count = image.shape[1]
             tokens = jnp.concatenate([tokens[:, :-count], tokens[:, -count:] + image], axis=1)
-        return self.blocks(tokens, modulation)
+        return self.blocks(tokens, condition)
 
 
 class MPDiT(nnx.Module):
@@ -64,8 +67,9 @@ class MPDiT(nnx.Module):
         self.config = config
         width, patch = config.hidden_size, config.patch_sizes[-1]
         self.time_embedding = TIME_EMBEDDINGS[config.time_embedding](config, rngs)
-        self.time_modulation = linear(width, 6 * width, rngs, kernel_init=ZEROS)
-        self.class_embedding = ClassTokens(config, rngs)
+        self.class_embedding = CONDITIONS[config.condition](config, rngs)
+        parts = MODULATIONS[config.modulation]
+        self.time_modulation, self.final_modulation = parts.model(config, rngs), parts.final(config, rngs)
         self.levels = nnx.List([Level(index, config, rngs) for index in range(len(config.patch_sizes))])
         self.final = linear(width, patch * patch * config.in_channels, rngs, kernel_init=ZEROS)
 
@@ -73,6 +77,11 @@ class MPDiT(nnx.Module):
     def input_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the latents."""
         return (*self.config.input_size, self.config.in_channels)
+
+    @property
+    def convention(self) -> str:
+        """What the output means; "velocity" is noise minus data, with t = 0 at the data."""
+        return self.config.convention
 
     @property
     def num_classes(self) -> int:
@@ -104,26 +113,30 @@ class MPDiT(nnx.Module):
             raise InputError(f"y has dtype {y.dtype}: expected labels, whole numbers from 0 to {self.num_classes}.")
         return self.velocity(x, self.modulation(t), self.class_embedding(y))
 
-    def modulation(self, t: jax.Array) -> Modulation:
-        """The six modulation vectors, float32 (B, D) each, of times (B,)."""
-        vectors = self.time_modulation(nnx.silu(self.time_embedding(t)))  # (B, 6 * D)
-        return Modulation(*jnp.split(vectors, 6, axis=-1))
+    def modulation(self, t: jax.Array) -> Any:
+        """What depends on the times (B,) alone, float32: the modulation, or the time vector (B, D) that the
+        class is yet to be added to.
+        """
+        vector = self.time_embedding(t)  # (B, D)
+        return vector if self.config.condition == "vector" else self.time_modulation(vector)
 
-    def velocity(self, x: jax.Array, modulation: Modulation, class_tokens: jax.Array) -> jax.Array:
-        """The trunk: latents (B, H, W, C), modulation of (B, D) vectors, class tokens (B, m, D) to (B, H, W, C)."""
-        tokens = class_tokens
+    def velocity(self, x: jax.Array, modulation: Any, class_embedding: ClassEmbedding) -> jax.Array:
+        """The trunk: latents (B, H, W, C), and what `modulation` and `class_embedding` give, to (B, H, W, C)."""
+        tokens, vector = class_embedding
+        prefix, dtype = tokens.shape[1], tokens.dtype
+        condition = modulation if vector is None else self.time_modulation(modulation + vector)
         for level in self.levels:
-            tokens = level(tokens, x.astype(class_tokens.dtype), modulation)
-        image = tokens[:, class_tokens.shape[1] :].astype(jnp.float32)  # (B, N, D)
-        image = self.final(modulate(layer_norm(image), modulation.shift2, modulation.scale2))  # (B, N, p * p * C)
+            tokens = level(tokens, x.astype(dtype), condition)
+        image = tokens[:, prefix:].astype(jnp.float32)  # (B, N, D)
+        image = self.final(modulate(layer_norm(image), *self.final_modulation(condition)))  # (B, N, p * p * C)
         return unpatchify(image, self.levels[-1].patch, self.levels[-1].grid)
 
     def astype(self, dtype: str) -> "MPDiT":
         """A copy for inference that computes in "float32" or "bfloat16".
 
         The weights of the levels and class tokens are stored in `dtype`, so that a loop over steps does not convert
-        them again and again; the others stay float32, as everything does in training. The values are those of a model
-        made with `dtype`.
+        them again and again; those of modulations and of all else stay float32, as everything does in training. The
+        values are those of a model made with `dtype`.
 
         Raises:
             ConfigError: another dtype.
@@ -131,6 +144,12 @@ class MPDiT(nnx.Module):
         config = self.config.replace(dtype=dtype)
         structure = nnx.graphdef(nnx.eval_shape(lambda: MPDiT(config, nnx.Rngs(params=0))))
         model = nnx.merge(structure, nnx.state(self))
-        for part in (model.levels, model.class_embedding):
-            nnx.update(part, jax.tree.map(lambda leaf: leaf.astype(dtype), nnx.state(part)))
+        levels = nnx.state(model.levels)
+        nnx.update(
+            model.levels,
+            nnx.map_state(lambda path, leaf: leaf if "modulation" in path else leaf.astype(dtype), levels),
+        )
+        if config.condition == "tokens":
+            tokens = nnx.state(model.class_embedding)
+            nnx.update(model.class_embedding, jax.tree.map(lambda leaf: leaf.astype(dtype), tokens))
         return model

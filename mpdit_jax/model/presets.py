@@ -9,6 +9,7 @@ from mpdit_jax.errors import ConfigError
 from mpdit_jax.model.config import ModelConfig, is_whole, suggest
 from mpdit_jax.model.mpdit import MPDiT
 
+_SMALL = {"hidden_size": 384, "num_heads": 6}
 _BASE = {"hidden_size": 768, "num_heads": 12}
 _LARGE = {"hidden_size": 1024, "num_heads": 16}
 _XLARGE = {"hidden_size": 1152, "num_heads": 16}
@@ -22,6 +23,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mpdit3_xl": {"patch_sizes": (8, 4, 2), "depths": (14, 8, 6), "input_size": (64, 64), **_XLARGE},
     "mpdit3_xl_paper": {"patch_sizes": (8, 4, 2), "depths": (18, 6, 4), "input_size": (64, 64), **_XLARGE},
 }
+
+# The isotropic baselines: dit_b_2 is DiT-B with patches of 2.
+_DIT = {"time_embedding": "sinusoidal", "condition": "vector", "modulation": "per_block"}
+for _name, _depth, _size in (("s", 12, _SMALL), ("b", 12, _BASE), ("l", 24, _LARGE), ("xl", 28, _XLARGE)):
+    for _patch in (2, 4, 8):
+        PRESETS[f"dit_{_name}_{_patch}"] = {"patch_sizes": (_patch,), "depths": (_depth,), **_DIT, **_size}
 
 
 def presets() -> tuple[str, ...]:

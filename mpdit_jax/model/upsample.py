@@ -21,7 +21,7 @@ class Upsample(nnx.Module):
 
     def __init__(self, factor: int, grid: tuple[int, int], config: ModelConfig, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
-        self.factor, self.grid, self.class_tokens = factor, grid, config.class_tokens
+        self.factor, self.grid, self.class_tokens = factor, grid, config.prefix_tokens
         self.expand = linear(width, width * factor * factor, rngs, dtype=config.dtype)
         self.refine = linear(width, width, rngs, dtype=config.dtype)
 

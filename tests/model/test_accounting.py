@@ -16,13 +16,18 @@ PRINTED = {
     "mpdit3_l": "339.4",
     "mpdit3_xl": "490.7",
     "mpdit3_xl_paper": "491",
+    "dit_s_2": "33",
+    "dit_b_2": "130.5",
+    "dit_l_2": "458",
+    "dit_xl_2": "675",
 }
-GIGA_MACS = {"mpdit_b": 16.15, "mpdit_l": 40.6, "mpdit_xl": 56.4}
+GIGA_MACS = {"mpdit_b": 16.15, "mpdit_l": 40.6, "mpdit_xl": 56.4, "dit_b_2": 23.0, "dit_xl_2": 118.66}
 SMALL = {"hidden_size": 64, "num_heads": 4, "num_classes": 10}
 
 
 def test_every_preset_has_a_printed_figure():
-    assert set(mp.presets()) == set(PRINTED)
+    coarser = {f"dit_{size}_{patch}" for size in ("s", "b", "l", "xl") for patch in (4, 8)}
+    assert set(mp.presets()) == set(PRINTED) | coarser
 
 
 @pytest.mark.parametrize("preset", PRINTED)
@@ -43,6 +48,9 @@ def test_macs_are_near_the_table(preset):
     {"patch_sizes": (8, 4, 2), "depths": (1, 1, 2), "input_size": 16, "time_embedding": "sinusoidal"},
     {"patch_sizes": (2,), "depths": (3,), "input_size": 8, "class_tokens": 1},
     {"patch_sizes": (4, 2), "depths": (1, 1), "input_size": 8, "skip": False, "mlp_ratio": 3.0, "fno_layers": 2},
+    {"patch_sizes": (2,), "depths": (3,), "input_size": 8, "condition": "vector", "modulation": "per_block"},
+    {"patch_sizes": (4, 2), "depths": (2, 1), "input_size": 8, "condition": "vector"},
+    {"patch_sizes": (4, 2), "depths": (2, 1), "input_size": 8, "modulation": "per_block"},
 ])  # fmt: skip
 def test_parameters_are_those_of_the_model(fields):
     config = model_config("mpdit_b", **SMALL, **fields)
@@ -52,12 +60,14 @@ def test_parameters_are_those_of_the_model(fields):
     assert mp.count(model)[0] == mp.count(config)[0] == trained + tables
 
 
-@pytest.mark.parametrize("time_embedding", ["fno", "sinusoidal"])
-def test_macs_are_what_xla_counts(time_embedding):
+@pytest.mark.parametrize("fields", [
+    {},
+    {"time_embedding": "sinusoidal"},
+    {"time_embedding": "sinusoidal", "condition": "vector", "modulation": "per_block"},
+])  # fmt: skip
+def test_macs_are_what_xla_counts(fields):
     """XLA counts a scan's body once, so the model has one block a level; its norms and activations are the 1 %."""
-    config = model_config(
-        "mpdit_b", depths=(1, 1), hidden_size=768, num_classes=10, input_size=32, time_embedding=time_embedding
-    )
+    config = model_config("mpdit_b", depths=(1, 1), hidden_size=768, num_classes=10, input_size=32, **fields)
     structure, shapes = abstract(config)
     batch = 4
     x = jax.ShapeDtypeStruct((batch, 32, 32, 4), jnp.float32)

@@ -10,8 +10,8 @@ import numpy as np
 from mpdit_jax.errors import ConfigError, WeightsError
 from mpdit_jax.interop.files import normalize_state_dict, read_state_dict
 from mpdit_jax.interop.infer import find_problems, infer_config, is_table
-from mpdit_jax.interop.published_names import expected_shapes, position_tables, trained_entries
-from mpdit_jax.model.config import ModelConfig
+from mpdit_jax.interop.published_names import expected_shapes, is_dit, position_tables, trained_entries
+from mpdit_jax.model.config import CONVENTIONS, ModelConfig
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import Parameters, abstract, merge, split
 from mpdit_jax.model.presets import PRESETS, model_config
@@ -19,25 +19,32 @@ from mpdit_jax.model.presets import PRESETS, model_config
 StateDict = dict[str, np.ndarray]
 
 
-def load_torch(source: str | Path | Mapping[str, Any], num_heads: int | None = None) -> MPDiT:
-    """A model with published PyTorch weights.
+def load_torch(
+    source: str | Path | Mapping[str, Any], num_heads: int | None = None, convention: str | None = None
+) -> MPDiT:
+    """A model with published PyTorch weights: an MPDiT's, or a DiT's or SiT's, whose learned variance is dropped.
 
     Args:
         source: path of a `.safetensors`, `.pt` or `.pth` (weights only; the key "ema" is preferred), or a mapping from
             the published names to arrays.
         num_heads: attention heads, which no shape tells; default: those of the preset with this width.
+        convention: what the model predicts: "velocity" (ours), "dit" or "sit"; recorded as `model.config.convention`.
+            Default: "velocity" where the names are MPDiT's or no variance is learned; DiT and SiT files look alike,
+            and theirs has to be given. `as_velocity(model)` is then what samplers take.
 
     Raises:
-        WeightsError: the file cannot be read, or entries are missing, extra or misshapen; all of them are named.
+        WeightsError: the file cannot be read, or entries are missing, extra or misshapen; all of them are named. Or the
+            convention is not one of these, or needed.
         MissingExtraError: a PyTorch file without PyTorch installed.
     """
     if isinstance(source, Mapping):
         state, origin = normalize_state_dict(source, "state dict"), "state dict"
     else:
         state, origin = read_state_dict(source), str(source)
+    state, convention = _without_variance(state, convention, origin)
     config = infer_config(state, origin)
     _check_entries(state, config, origin)
-    config = _with_heads(config, num_heads, origin)
+    config = _with_heads(config.replace(convention=convention), num_heads, origin)
     structure, shapes = abstract(config)
     parameters: Parameters = {}
     layers: dict[str, list[np.ndarray]] = {}
@@ -52,7 +59,11 @@ def load_torch(source: str | Path | Mapping[str, Any], num_heads: int | None = N
 
 
 def to_torch(model: MPDiT) -> StateDict:
-    """The model's weights under their published PyTorch names, float32 numpy; the exact inverse of `load_torch`."""
+    """The model's weights under their published PyTorch names, float32 numpy; the exact inverse of `load_torch`.
+
+    Raises:
+        ConfigError: a model of a kind for which there are no published names (`trained_entries`).
+    """
     parameters = {path: np.asarray(array) for path, array in split(model)[1].items()}
     state: StateDict = dict(position_tables(model.config))
     for entry in trained_entries(model.config):
@@ -77,6 +88,29 @@ def _check_entries(state: Mapping[str, np.ndarray], config: ModelConfig, origin:
             f"{'; '.join(found)}. Expected the published MPDiT names; this has {len(state)} entries, such as "
             f"{', '.join(list(state)[:3]) or 'none'}."
         )
+
+
+def _without_variance(state: StateDict, convention: str | None, origin: str) -> tuple[StateDict, str]:
+    """The entries without the learned variance of a published DiT or SiT, and what the model predicts."""
+    halves = dict[str, np.ndarray]()
+    patches = state.get("x_embedder.proj.weight", np.zeros(0))
+    if is_dit(state) and patches.ndim == 4:
+        _, channels, patch, _ = patches.shape
+        for name, dimensions in (("final_layer.linear.weight", 2), ("final_layer.linear.bias", 1)):
+            final = state.get(name, np.zeros(0))
+            if final.ndim == dimensions and channels and final.shape[0] == 2 * channels * patch**2:
+                # Features are (row, column, channel), and the second half of the channels is the variance.
+                half = final.reshape(patch**2, 2, channels, *final.shape[1:])[:, 0]
+                halves[name] = half.reshape(-1, *final.shape[1:])
+    if convention is None and halves:
+        raise WeightsError(
+            f"{origin} is a DiT or a SiT, which no name or shape tells apart: say which by convention='dit' or 'sit'."
+        )
+    if convention not in (None, *CONVENTIONS):
+        raise WeightsError(f"convention={convention!r}: expected one of {', '.join(CONVENTIONS)}.")
+    if convention in ("dit", "sit") and not is_dit(state):
+        raise WeightsError(f"convention={convention!r}: {origin} has an MPDiT's names, which is a velocity.")
+    return state | halves, convention or "velocity"
 
 
 def _with_heads(config: ModelConfig, num_heads: int | None, origin: str) -> ModelConfig:

@@ -1,0 +1,115 @@
+"""Models trained by other conventions as velocities of the linear path, so that every sampler here runs them.
+
+Ours: z_t = (1 − t) x + t n, velocity n − x, t = 0 at the data x and t = 1 at the noise n.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mpdit_jax.errors import InputError
+from mpdit_jax.model.mpdit import MPDiT
+
+DIFFUSION_STEPS = 1000
+FIRST_BETA, LAST_BETA = 1e-4, 0.02
+
+
+def as_velocity(model: MPDiT) -> nnx.Module:
+    """The model as a velocity of our convention, by `model.config.convention`; returned as it is if it is one already.
+
+    Raises:
+        InputError: not an MPDiT.
+    """
+    if not isinstance(model, MPDiT):
+        raise InputError(f"model={type(model).__name__}: expected a model from load_torch or create_model.")
+    return {"velocity": lambda found: found, "sit": SiTVelocity, "dit": DiTVelocity}[model.config.convention](model)
+
+
+class Converted(nnx.Module):
+    """What the conversions share: a model inside, called as models are."""
+
+    def __init__(self, model: MPDiT) -> None:
+        self.model = model
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the latents."""
+        return self.model.input_shape
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; as a label, the null class."""
+        return self.model.num_classes
+
+    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+        """Velocity (B, H, W, C) at latents x (B, H, W, C), times (B,), labels (B,)."""
+        return self.velocity(x, self.modulation(jnp.asarray(t, jnp.float32)), self.class_embedding(y))
+
+    def modulation(self, t: jax.Array) -> Any:
+        """What depends on times (B,) alone."""
+        raise NotImplementedError
+
+    def class_embedding(self, y: jax.Array) -> Any:
+        """What depends on labels (B,) alone."""
+        return self.model.class_embedding(y)
+
+    def velocity(self, x: jax.Array, modulation: Any, class_embedding: Any) -> jax.Array:
+        """The rest."""
+        raise NotImplementedError
+
+    def astype(self, dtype: str) -> "Converted":
+        """A copy for inference that computes in "float32" or "bfloat16"."""
+        return type(self)(self.model.astype(dtype))
+
+
+class SiTVelocity(Converted):
+    """SiT's time runs from the noise at 0 to the data at 1, and its velocity is data minus noise."""
+
+    def modulation(self, t: jax.Array) -> Any:
+        """The model's at 1 − t."""
+        return self.model.modulation(1 - t)
+
+    def velocity(self, x: jax.Array, modulation: Any, class_embedding: Any) -> jax.Array:
+        """The model's with its sign changed."""
+        return -self.model.velocity(x, modulation, class_embedding)
+
+
+class DiTVelocity(Converted):
+    r"""DiT predicts the noise ε of x_k = √ᾱ_k x + √(1 − ᾱ_k) n at steps k = 0 … 999 of a linear β schedule.
+
+    A point z_t of the linear path, divided by s(t) = √((1 − t)² + t²), has the noise level of the step k with
+    t / (1 − t) = √((1 − ᾱ_k) / ᾱ_k), since then √ᾱ_k = (1 − t) / s and √(1 − ᾱ_k) = t / s. Steps between the whole ones
+    are interpolated in the logarithm of that ratio. With ε the model's answer at (z_t / s, k), the data are
+    x = (z_t − t ε) / (1 − t) and the velocity is ε − x = (ε − z_t) / (1 − t). A step of Euler with it from t to u gives
+    (1 − u) x + u ε, which is a deterministic DDIM step.
+
+    The last step still holds a little of the data (t = 0.9937), and the pure noise of t = 1 is treated as lying there.
+    """
+
+    def modulation(self, t: jax.Array) -> Any:
+        """The model's at the step of each time, and the times, (B,) each."""
+        ratios = np.sqrt((1 - _alpha_bars()) / _alpha_bars())  # rising, 0.01 to 157
+        inside = jnp.minimum(t, float(ratios[-1] / (1 + ratios[-1])))
+        logarithm = jnp.log(jnp.maximum(inside, 1e-8) / (1 - inside))
+        step = jnp.interp(logarithm, np.log(ratios).astype(np.float32), np.arange(DIFFUSION_STEPS, dtype=np.float32))
+        return self.model.modulation(step), t, inside
+
+    def velocity(self, x: jax.Array, modulation: Any, class_embedding: Any) -> jax.Array:
+        """(ε − z) / (1 − t)."""
+        inner, t, inside = modulation
+        t, inside = (times[:, None, None, None] for times in (t, inside))  # (B, 1, 1, 1)
+        unit = x / _spread(t)
+        noise = self.model.velocity(unit, inner, class_embedding)
+        return (noise - unit * _spread(inside)) / (1 - inside)
+
+
+def _spread(t: jax.Array) -> jax.Array:
+    return jnp.sqrt((1 - t) ** 2 + t**2)
+
+
+def _alpha_bars() -> np.ndarray:
+    """ᾱ of every step, float64 (1000,)."""
+    return np.cumprod(1 - np.linspace(FIRST_BETA, LAST_BETA, DIFFUSION_STEPS))
