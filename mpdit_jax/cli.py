@@ -18,7 +18,8 @@ from mpdit_jax.model.config import suggest
 from mpdit_jax.model.presets import PRESETS
 
 _CONFIG_HELP = """
-config overrides:
+config:
+  --config=FILE          the experiment: a Python file with get_config(), such as configs/digits.py
   --config.FIELD=VALUE   any field of the config file, such as --config.optimizer.learning_rate=3e-4,
                          --config.batch_size=256 or --config.model.depths=4,8
 """
@@ -146,8 +147,6 @@ def _load_config(arguments: Sequence[str]) -> ConfigDict:
     try:
         values(argv)
         config = values["config"].value
-    except FileNotFoundError as error:
-        raise ConfigError(f"config file {error.filename} not found; see configs/ for those there are.") from error
     except Exception as error:  # a config file is the user's own code and can fail in any way
         raise ConfigError(f"{_config_file(arguments)}: {_first_line(error)}") from error
     if not isinstance(config, ConfigDict):
@@ -182,7 +181,11 @@ def _explain_overrides(arguments: Sequence[str]) -> None:
             continue
         name, _, value = word.removeprefix("--").partition("=")
         *groups, field = name.partition("[")[0].split(".")[1:]
-        expected = _EXPECTED.get(functools.reduce(getitem, groups, config).get_type(field))
+        group = functools.reduce(getitem, groups, config)
+        if isinstance(group[field], ConfigDict):
+            known = ", ".join(f"--{name}.{key}" for key in group[field])
+            raise ConfigError(f"{name}={value}: {name} is a group of fields; set one of {known}.")
+        expected = _EXPECTED.get(group.get_type(field))
         try:
             _load_config([*file, word])
         except ConfigError as error:
@@ -196,6 +199,8 @@ def _check_config_file(arguments: Sequence[str]) -> None:
     if not path.endswith(".py"):
         known = f"{path}.py" if os.path.isfile(f"{path}.py") else "configs/digits.py"
         raise ConfigError(f"--config={path}: expected a Python file, such as {known}.")
+    if not os.path.isfile(path):
+        raise ConfigError(f"--config={path}: no such file; configs/ has those that come with mpdit_jax.")
 
 
 def _config_file(arguments: Sequence[str]) -> str:

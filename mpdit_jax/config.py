@@ -143,7 +143,9 @@ def to_json(config: FrozenConfigDict | ConfigDict) -> str:
 
 
 def from_json(text: str) -> FrozenConfigDict:
-    """Inverse of `to_json`, checked again.
+    """Inverse of `to_json`, checked again. A field that the version which wrote it did not have gets its default.
+
+    So that older runs stay readable, the default of a field that is new must be what the code did without it.
 
     Raises:
         ConfigError: not JSON, or not a config of this version.
@@ -154,7 +156,16 @@ def from_json(text: str) -> FrozenConfigDict:
         raise ConfigError(f"not a JSON config ({error}).") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"expected a JSON object of config fields, got {type(stored).__name__}.")
-    return resolve(ConfigDict(_lists_to_tuples(stored)))
+    return resolve(ConfigDict(_with_defaults(_lists_to_tuples(stored), base_config().to_dict())))
+
+
+def _with_defaults(stored: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """The stored fields, and those of `base` that are missing, at any depth."""
+    filled = base | stored
+    for key, default in base.items():
+        if isinstance(default, dict) and isinstance(filled[key], dict):
+            filled[key] = _with_defaults(filled[key], default)
+    return filled
 
 
 def differences(stored: FrozenConfigDict, new: FrozenConfigDict) -> dict[str, tuple[Any, Any]]:

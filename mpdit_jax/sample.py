@@ -104,6 +104,8 @@ def _checked_out(options: argparse.Namespace) -> Path:
     for name, value, ending in (("grid", options.grid, ".png"), ("trajectory", options.trajectory, ".gif")):
         if value not in ("", "beside") and not value.endswith(ending):
             raise InputError(f"--{name}={value}: expected a name that ends in {ending}.")
+    if not options.workdir:
+        raise InputError("--workdir is empty: expected the folder of a run, such as runs/digits.")
     if options.batch_size < 1:
         raise InputError(f"--batch_size={options.batch_size}: expected 1 or more.")
     if not 0 <= options.seed < 2**32:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mpdit_jax.errors import InputError
@@ -100,7 +101,8 @@ class MPDiT(nnx.Module):
             float32 (B, H, W, C).
 
         Raises:
-            InputError: a shape does not fit the model, or labels that are not whole numbers.
+            InputError: a shape does not fit the model, or labels that are not whole numbers or that it does not have.
+                The values of traced labels cannot be checked; one out of range then gives NaN.
         """
         x, t, y = jnp.asarray(x, jnp.float32), jnp.asarray(t, jnp.float32), jnp.asarray(y)
         if x.shape[1:] != self.input_shape or t.shape != x.shape[:1] or y.shape != x.shape[:1]:
@@ -111,6 +113,14 @@ class MPDiT(nnx.Module):
             )
         if not jnp.issubdtype(y.dtype, jnp.integer):
             raise InputError(f"y has dtype {y.dtype}: expected labels, whole numbers from 0 to {self.num_classes}.")
+        if not isinstance(y, jax.core.Tracer):
+            labels = np.asarray(y)
+            outside = labels[(labels < 0) | (labels > self.num_classes)]
+            if outside.size:
+                raise InputError(
+                    f"label {outside[0]} is out of range: this model has classes 0 to {self.num_classes - 1} "
+                    f"(and {self.num_classes}, the null class)."
+                )
         return self.velocity(x, self.modulation(t), self.class_embedding(y))
 
     def modulation(self, t: jax.Array) -> Any:

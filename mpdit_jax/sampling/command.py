@@ -51,7 +51,7 @@ def parse_labels(text: str, count: int | None, num_classes: int, seed: int) -> n
     Raises:
         InputError: not labels, or fewer than one image.
     """
-    if text in ("balanced", "random", ""):
+    if text in ("balanced", "random"):
         chosen = np.arange(num_classes)
     else:
         try:

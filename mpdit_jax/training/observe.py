@@ -121,10 +121,10 @@ class ProgressLine:
 
     def _describe(self, step: int) -> str:
         rate = self.images_per_second(step)
-        if math.isnan(rate):
-            return f"step {step}/{self._total}  starting"
-        left = (self._total - step) * self._batch_size / rate
         loss = "" if math.isnan(self._loss) else f"  loss {self._loss:.4f}"
+        if math.isnan(rate):
+            return f"step {step}/{self._total}{loss or '  starting'}"
+        left = (self._total - step) * self._batch_size / rate
         return f"step {step}/{self._total}{loss}  {rate:,.0f} images/s  {duration(left)} left"
 
 

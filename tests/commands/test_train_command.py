@@ -43,6 +43,8 @@ def test_wrong_arguments(arguments, sentence, capsys):
     ("--config.optimizer.learning_rate=fast", "^config.optimizer.learning_rate=fast: expected a number"),
     ("--config.model.skip=maybe", "^config.model.skip=maybe: expected True or False"),
     ("--config.model.depths=a,b", r"^model\.depths=\('a,b',\): expected positive whole numbers"),
+    ("--config.model=mpdit_b", r"config\.model=mpdit_b: config\.model is a group of fields; set one of --config"),
+    ("--config.mesh=2", r"config\.mesh=2: config\.mesh is a group of fields; set one of --config\.mesh\.data, "),
     ("--config.batch_size=0", r"config\.batch_size=0: expected 1 or more"),
     ("--config.ema_decay=1.0", r"config\.ema_decay=1\.0: expected at least 0 and below 1"),
     ("--config.optimizer.learning_rate=nan", r"learning_rate=nan: expected a finite number"),
@@ -86,8 +88,9 @@ def test_broken_config_files(tmp_path, content, sentence):
 
 
 def test_missing_config_file(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere\.py"):
-        train.main(["--config=nowhere.py", f"--workdir={tmp_path}"])
+    for more in ([], ["--config.steps=3"]):
+        with pytest.raises(ConfigError, match=r"^--config=nowhere\.py: no such file; configs/ has"):
+            train.main(["--config=nowhere.py", f"--workdir={tmp_path}", *more])
 
 
 def test_unwritable_workdir(tmp_path, monkeypatch, capsys):
