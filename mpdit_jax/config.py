@@ -86,6 +86,7 @@ def base_config() -> ConfigDict:
     config.checkpoint.every = 5_000  # steps
     config.checkpoint.keep = 3  # newest checkpoints kept
     config.checkpoint.keep_every = 0  # steps; checkpoints at multiples of this are never deleted; 0 for none
+    config.checkpoint.grace = 600.0  # seconds after SIGTERM in which the run must be saved, or it ends; 0 for no limit
 
     config.log = ConfigDict()
     config.log.every = 100  # steps; losses are means over this window
@@ -143,7 +144,7 @@ def to_json(config: FrozenConfigDict | ConfigDict) -> str:
 
 
 def from_json(text: str) -> FrozenConfigDict:
-    """Inverse of `to_json`, checked again.
+    """Inverse of `to_json`, checked again. Fields that an older version did not know get their defaults.
 
     Raises:
         ConfigError: not JSON, or not a config of this version.
@@ -154,7 +155,7 @@ def from_json(text: str) -> FrozenConfigDict:
         raise ConfigError(f"not a JSON config ({error}).") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"expected a JSON object of config fields, got {type(stored).__name__}.")
-    return resolve(ConfigDict(_lists_to_tuples(stored)))
+    return resolve(ConfigDict(_lists_to_tuples(_completed(stored, base_config().to_dict()))))
 
 
 def differences(stored: FrozenConfigDict, new: FrozenConfigDict) -> dict[str, tuple[Any, Any]]:
@@ -182,6 +183,7 @@ def _check(config: ConfigDict) -> None:
     for path in (
         "seed",
         "checkpoint.keep_every",
+        "checkpoint.grace",
         "sample.every",
         "sample.guidance_scale",
         "optimizer.weight_decay",
@@ -260,6 +262,15 @@ def _same_type(path: str, value: Any, default: Any) -> None:
         raise ConfigError(f"{path}={value!r}: expected {names[kind]}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{path}={value!r}: expected a finite number.")
+
+
+def _completed(stored: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """`stored` with what it lacks of `base`."""
+    found = {**base, **stored}
+    for name, default in base.items():
+        if isinstance(default, dict) and isinstance(found[name], dict):
+            found[name] = _completed(found[name], default)
+    return found
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -74,13 +74,10 @@ class ArraySource:
         return len(self.images)
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """The examples at `indices`; raises DataError if one holds NaN or Inf."""
+        """The examples at `indices`."""
         x = self.images[indices].astype(np.float32)
         if self.images.dtype.kind != "f":
             x = x / np.float32(self.largest / 2) - 1
-        elif not np.isfinite(x).all():
-            bad = indices[~np.isfinite(x).reshape(len(x), -1).all(axis=1)][0]
-            raise DataError(f"example {bad} of the data holds NaN or Inf; remove or repair it.")
         return {"x": x, "y": self.labels[indices].astype(np.int32)}
 
 
@@ -267,6 +264,12 @@ def _checked(source: ArraySource, origin: str) -> ArraySource:
     if low < 0 or high >= len(source.class_names):
         bad = low if low < 0 else high
         raise DataError(f"{origin}: label {bad} is outside 0 to {len(source.class_names) - 1}.")
+    if source.images.dtype.kind == "f":
+        for start in range(0, len(source), 1024):  # a part at a time: the set may fill half of the memory
+            finite = np.isfinite(source.images[start : start + 1024]).reshape(-1, source.images[0].size).all(axis=1)
+            if not finite.all():
+                bad = start + int(np.argmin(finite))
+                raise DataError(f"{origin}: example {bad} of the data holds NaN or Inf; remove or repair it.")
     return source
 
 
