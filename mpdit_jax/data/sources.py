@@ -1,7 +1,6 @@
 """Labelled image sets, each a random-access `Source` of the same form."""
 
 import dataclasses
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +9,7 @@ import numpy as np
 
 from mpdit_jax.data.idx import read_idx
 from mpdit_jax.data.latents import LatentSpace, load_latents
+from mpdit_jax.data.npz import read_npz
 from mpdit_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
@@ -144,9 +144,8 @@ def load_arrays(path: str = "", split: str = "train") -> ArraySource:
     if not path or not Path(path).is_file():
         raise DataError(f"config.data.path={path!r}: no such file; the source 'arrays' reads an .npz.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            images, labels = archive["images"], archive["labels"]
-    except (KeyError, ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        images, labels = read_npz(path, ("images", "labels"))
+    except ValueError as error:
         raise DataError(f"{path}: expected an .npz with arrays `images` and `labels` ({error}).") from error
     if images.ndim != 4 or images.dtype not in (np.uint8, np.float32) or labels.shape != images.shape[:1]:
         raise DataError(

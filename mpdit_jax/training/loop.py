@@ -143,6 +143,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                 watch.step(state)
                 report.advance(step)
                 if step % config.log.every == 0 or last:
+                    claim.check()
                     window, accepted = jax.device_get((state.window, state.guard["accepted"]))
                     state = dataclasses.replace(state, window=fresh_window())
                     means = window_means(window) | {"learning_rate": float(learning_rate(accepted))}
@@ -226,6 +227,7 @@ def _check_skips(checkpoints: Checkpoints, step: int, state: TrainState, abort_a
     """How many of the newest steps were left out; DivergedError from `abort_after` on."""
     skipped = int(jax.device_get(state.guard["skipped_in_a_row"]))
     if skipped >= abort_after:
+        checkpoints.wait()
         kept = checkpoints.latest_step()
         newest = "no step" if kept is None else f"step {kept}"
         raise DivergedError(
