@@ -125,10 +125,12 @@ def resolve(config: ConfigDict) -> FrozenConfigDict:
         ConfigError: a field that cannot be; the message names it, its value and what was expected.
     """
     check_fields(config, base_config(), "config")
+    _expect(config, "model.preset", isinstance(config.model.preset, str | None), "the name of a preset, or None")
     resolved = ConfigDict(config.to_dict())
     fields = {key: value for key, value in resolved.model.items() if key != "preset" and value is not None}
     model = model_config(resolved.model.preset, **fields) if resolved.model.preset else ModelConfig().replace(**fields)
-    resolved.model.update(dataclasses.asdict(model))
+    with resolved.model.ignore_type():  # a size that was given as one number is a tuple now
+        resolved.model.update(dataclasses.asdict(model))
     _check(resolved)
     return FrozenConfigDict(resolved)
 

@@ -21,17 +21,18 @@ _OWN_END = 20.0  # seconds that a process has to end by itself after another one
 _VERDICT = 10.0  # seconds that an error waits for the news that a lost process explains it
 
 
-class PeerWatch:
-    """Watches the other processes from a thread, and ends this one when one of them is lost."""
+class PeerWatch(threading.Thread):
+    """A thread that watches the other processes, and ends this one when one of them is lost."""
 
     def __init__(self, index: int, count: int, connections: Mapping[int, socket.socket]) -> None:
-        """Start to watch.
+        """Not started yet.
 
         Args:
             index: of this process.
             count: of all.
             connections: to every other process on process 0, to process 0 on the others.
         """
+        super().__init__(name="peers", daemon=True)
         self._index, self._count = index, count
         self._peers = dict(connections)
         self._heard = dict.fromkeys(self._peers, time.monotonic())
@@ -40,7 +41,6 @@ class PeerWatch:
         self._lock = threading.Lock()
         for connection in self._peers.values():
             connection.setblocking(False)
-        threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
     def leave(self, *, failed: bool) -> None:
         """Say that this process ends by itself, so that it is not taken for lost."""
@@ -52,7 +52,8 @@ class PeerWatch:
         """Give the thread time to find out that a lost process explains an error; it then ends this process."""
         time.sleep(_VERDICT)
 
-    def _watch(self) -> None:
+    def run(self) -> None:
+        """Watch until the process ends."""
         beat = time.monotonic()
         while True:
             numbers = {connection: number for number, connection in self._peers.items()}
@@ -121,13 +122,10 @@ class PeerWatch:
                 continue  # it is found out when it is read from
 
 
-_watches: list[PeerWatch] = []  # of this process: as much the process's own as its signal handlers
-
-
 def start_watch(index: int, count: int, connections: Mapping[int, socket.socket]) -> None:
     """Watch the other processes until `leave`. An error that nobody catches waits for what the watch finds out."""
     watch = PeerWatch(index, count, connections)
-    _watches.append(watch)
+    watch.start()
     print_traceback = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -139,5 +137,6 @@ def start_watch(index: int, count: int, connections: Mapping[int, socket.socket]
 
 def leave(*, failed: bool) -> None:
     """Tell the others, if there are any, that this process ends by itself."""
-    while _watches:
-        _watches.pop().leave(failed=failed)
+    for thread in threading.enumerate():
+        if isinstance(thread, PeerWatch):
+            thread.leave(failed=failed)

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,7 +148,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 def _is_sound(shard: Shard) -> bool:
     """Whether a shard has possible numbers, and a name that stays in the folder."""
-    plain = isinstance(shard.name, str) and Path(shard.name).name == shard.name and "\0" not in shard.name
+    plain = isinstance(shard.name, str) and re.fullmatch(r"[^/\\\0]*[^/\\\0.][^/\\\0]*", shard.name) is not None
     return plain and all(isinstance(size, int) and size >= 0 for size in (shard.examples, shard.bytes))
 
 
