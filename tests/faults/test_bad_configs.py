@@ -27,7 +27,8 @@ from tests.tiny import ROOT
 TINY = {
     "steps": 1, "batch_size": 4, "data.split": "all", "sample.every": 0, "model.patch_sizes": (2, 1),
     "model.depths": (1, 1), "model.hidden_size": 16, "model.num_heads": 2, "model.input_size": (8, 8),
-    "model.in_channels": 1, "model.num_classes": 10, "model.class_tokens": 2, "model.fno_width": 4, "model.time_embedding": "sinusoidal",
+    "model.in_channels": 1, "model.num_classes": 10, "model.class_tokens": 2, "model.fno_width": 4,
+    "model.time_embedding": "sinusoidal",
 }  # fmt: skip
 
 

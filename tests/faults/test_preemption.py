@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,11 +22,19 @@ def nursery(tmp_path_factory):
         yield nursery
 
 
+def handles(pid, number):
+    """Whether a process has a handler of its own for a signal."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = next(line.split()[1] for line in lines if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) & 1 << (number - 1))
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_while_libraries_are_imported(tmp_path, number, status):
     """The first thing that happens takes seconds, and a Ctrl-C there used to end in a traceback of some library."""
     process = start("train", train_arguments(tmp_path / "run"))
-    time.sleep(0.4)
+    while not handles(process.pid, signal.SIGTERM):  # before, Python itself is still starting
+        time.sleep(0.001)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (status, "")
