@@ -248,7 +248,6 @@ def test_what_digests_cost(tmp_path):
             checkpoints.wait()
             seconds["saving"].append(time.perf_counter() - since)
     share = min(seconds["digests"]) / min(seconds["saving"])
-    print(
-        f"digests of {sum(leaf.nbytes for leaf in tree.values()) / 2**20:.0f} MiB take {share:.0%} of what saving takes, digests included"
-    )
+    size = sum(leaf.nbytes for leaf in tree.values()) / 2**20
+    print(f"digests of {size:.0f} MiB take {share:.0%} of what saving takes, digests included")
     assert share < 0.5
