@@ -1,21 +1,26 @@
 """What the commands share: a config from the command line, and errors as one sentence."""
 
 import argparse
+import errno
 import functools
 import os
+import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from operator import getitem
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mpdit_jax.config import defaults
-from mpdit_jax.errors import ConfigError, MPDiTError
+from mpdit_jax.errors import ConfigError, DamageWarning, MPDiTError
+from mpdit_jax.interrupt import KILLED_BY, Terminated, end_by_exception, this_command
 from mpdit_jax.model.config import suggest
 from mpdit_jax.model.presets import PRESETS
+from mpdit_jax.peers import leave
 
 _CONFIG_HELP = """
 config:
@@ -23,6 +28,19 @@ config:
   --config.FIELD=VALUE   any field of the config file, such as --config.optimizer.learning_rate=3e-4,
                          --config.batch_size=256 or --config.model.depths=4,8
 """
+# What a file system refuses: no space, no quota, too large, not permitted, read-only, broken, gone.
+_REFUSALS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ENOENT,
+    errno.ESTALE,
+    errno.ENAMETOOLONG,
+)
 # What a person would call the types that config fields have.
 _EXPECTED = {
     bool: "True or False",
@@ -98,22 +116,55 @@ def parse_with_config(parser: Parser, arguments: Sequence[str]) -> tuple[argpars
     return parsed, config
 
 
-def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Run a command's main with the process's arguments; bad input ends with one sentence and status 1."""
+def run(main: Callable[[Sequence[str]], int], *, terminated: int = KILLED_BY + signal.SIGTERM) -> NoReturn:
+    """Run a command's main with the process's arguments, and end the process.
+
+    Bad input, and a machine that refuses a file, end with one sentence and the error's `exit_status` (1, or 3 for
+    a training that diverged).
+
+    Args:
+        main: what the command does, from arguments to exit status.
+        terminated: the status after a SIGTERM that `main` does not handle itself.
+    """
+    end_by_exception()
+    warnings.showwarning = _in_one_line
+    status = 1
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
     except MPDiTError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = 1
+        status = error.exit_status
+    except Terminated:
+        print(f"SIGTERM: stopped; the same command continues:\n  {this_command()}", file=sys.stderr)
+        status = terminated
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        status = 130
+        status = KILLED_BY + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output has gone, as with `| head`; keep the interpreter's last flush quiet as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
+        status = KILLED_BY + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(f"error: the system refused to read or write{where} ({error.strerror}).", file=sys.stderr)
+    leave(failed=status != 0)
     sys.exit(status)
+
+
+def _in_one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """How a command shows warnings: its own as a sentence, those of libraries as Python does."""
+    text = f"warning: {message}\n" if issubclass(category, DamageWarning) else None
+    (file or sys.stderr).write(text or warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _let_preset_win(config: ConfigDict, arguments: Sequence[str]) -> None:

@@ -86,6 +86,7 @@ def base_config() -> ConfigDict:
     config.checkpoint.every = 5_000  # steps
     config.checkpoint.keep = 3  # newest checkpoints kept
     config.checkpoint.keep_every = 0  # steps; checkpoints at multiples of this are never deleted; 0 for none
+    config.checkpoint.grace = 600.0  # seconds after SIGTERM in which the run must be saved, or it ends; 0 for no limit
 
     config.log = ConfigDict()
     config.log.every = 100  # steps; losses are means over this window
@@ -124,10 +125,12 @@ def resolve(config: ConfigDict) -> FrozenConfigDict:
         ConfigError: a field that cannot be; the message names it, its value and what was expected.
     """
     check_fields(config, base_config(), "config")
+    _expect(config, "model.preset", isinstance(config.model.preset, str | None), "the name of a preset, or None")
     resolved = ConfigDict(config.to_dict())
     fields = {key: value for key, value in resolved.model.items() if key != "preset" and value is not None}
     model = model_config(resolved.model.preset, **fields) if resolved.model.preset else ModelConfig().replace(**fields)
-    resolved.model.update(dataclasses.asdict(model))
+    with resolved.model.ignore_type():  # a size that was given as one number is a tuple now
+        resolved.model.update(dataclasses.asdict(model))
     _check(resolved)
     return FrozenConfigDict(resolved)
 
@@ -156,16 +159,7 @@ def from_json(text: str) -> FrozenConfigDict:
         raise ConfigError(f"not a JSON config ({error}).") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"expected a JSON object of config fields, got {type(stored).__name__}.")
-    return resolve(ConfigDict(_with_defaults(_lists_to_tuples(stored), base_config().to_dict())))
-
-
-def _with_defaults(stored: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """The stored fields, and those of `base` that are missing, at any depth."""
-    filled = base | stored
-    for key, default in base.items():
-        if isinstance(default, dict) and isinstance(filled[key], dict):
-            filled[key] = _with_defaults(filled[key], default)
-    return filled
+    return resolve(ConfigDict(_lists_to_tuples(_completed(stored, base_config().to_dict()))))
 
 
 def differences(stored: FrozenConfigDict, new: FrozenConfigDict) -> dict[str, tuple[Any, Any]]:
@@ -193,6 +187,7 @@ def _check(config: ConfigDict) -> None:
     for path in (
         "seed",
         "checkpoint.keep_every",
+        "checkpoint.grace",
         "sample.every",
         "sample.guidance_scale",
         "optimizer.weight_decay",
@@ -271,6 +266,15 @@ def _same_type(path: str, value: Any, default: Any) -> None:
         raise ConfigError(f"{path}={value!r}: expected {names[kind]}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{path}={value!r}: expected a finite number.")
+
+
+def _completed(stored: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """`stored` with what it lacks of `base`."""
+    found = {**base, **stored}
+    for name, default in base.items():
+        if isinstance(default, dict) and isinstance(found[name], dict):
+            found[name] = _completed(found[name], default)
+    return found
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

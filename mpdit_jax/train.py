@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpdit_jax.cli import make_parser, parse_with_config, run
 from mpdit_jax.config import facts as config_facts
-from mpdit_jax.errors import InputError
+from mpdit_jax.errors import DivergedError, InputError
 from mpdit_jax.processes import add_flags, join
 
 _CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # whoever sets it has a place for compiled programs already
@@ -30,6 +30,13 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.usage = f"{parser.prog} --config=FILE --workdir=FOLDER [--config.FIELD=VALUE ...]"
     parser.add_argument("--workdir", required=True, help="folder of the run: config, checkpoints, metrics, logs, grids")
+    parser.add_argument(
+        "--replay_step",
+        type=int,
+        metavar="N",
+        help="run step N of the log again, from the checkpoint before it, and say what in it is not finite; writes "
+        "nothing, status 3 if it does not count",
+    )
     add_flags(parser)
     options, config = parse_with_config(parser, arguments)
     if not options.workdir:
@@ -45,9 +52,15 @@ def main(arguments: Sequence[str]) -> int:
 
     from mpdit_jax.data.facts import read_facts
     from mpdit_jax.training.loop import train
+    from mpdit_jax.training.replay import replay
 
     if _CACHE_VARIABLE not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
+
+    if options.replay_step is not None:
+        found = replay(config, workdir, options.replay_step)
+        print("\n".join(found.lines))
+        return 0 if found.sound else DivergedError.exit_status
 
     state = train(config, workdir)
     if jax.process_index() > 0:
@@ -66,4 +79,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, terminated=0)

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,12 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from mpdit_jax.data.npz import read_npy
 from mpdit_jax.errors import DataError
 
 SCHEMA_VERSION = 1
 MANIFEST, LABELS, REJECTED = "manifest.json", "labels.npy", "rejected.jsonl"
+_LARGEST_RECORD = 2**28  # bytes, far beyond any latent
 _READER_OPTIONS = "readahead_buffer_size:0"  # records are read one here, one there
 
 
@@ -127,15 +130,26 @@ def read_manifest(folder: str | Path) -> Manifest:
             and manifest.views in (1, 2)
             and manifest.scaling_factor > 0
             and math.isfinite(manifest.scaling_factor + manifest.shift_factor)
-            and manifest.record_dtype.itemsize > 0
+            and 0 < manifest.record_dtype.itemsize < _LARGEST_RECORD
+            and all(map(_is_sound, shards))
+            and all(isinstance(name, str) for name in manifest.class_names)
+            and all(isinstance(count, int) and count >= 0 for count in manifest.class_counts)
+            and all(math.isfinite(value) for value in (*manifest.latent_mean, *manifest.latent_std))
+            and isinstance(manifest.vae_fingerprint, str)
         )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is damaged ({error}); prepare the latents again.") from error
     if not consistent:
         raise DataError(f"{path} contradicts itself: its counts, shapes or statistics do not fit; prepare again.")
     return manifest
+
+
+def _is_sound(shard: Shard) -> bool:
+    """Whether a shard has possible numbers, and a name that stays in the folder."""
+    plain = isinstance(shard.name, str) and re.fullmatch(r"[^/\\\0]*[^/\\\0.][^/\\\0]*", shard.name) is not None
+    return plain and all(isinstance(size, int) and size >= 0 for size in (shard.examples, shard.bytes))
 
 
 class LatentStore:
@@ -266,8 +280,8 @@ def _count_lines(path: Path) -> int:
 def _read_labels(folder: Path, manifest: Manifest) -> np.ndarray:
     path = folder / LABELS
     try:
-        labels = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        labels = read_npy(path)
+    except ValueError as error:
         raise DataError(f"{path} cannot be read ({error}); copy it again, or repeat the prepare command.") from error
     classes = len(manifest.class_names)
     if labels.dtype != np.int32 or labels.shape != (manifest.examples,):

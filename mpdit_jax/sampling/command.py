@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from mpdit_jax import images
-from mpdit_jax.checkpoint import list_steps, load_config
+from mpdit_jax.checkpoint import load_config
 from mpdit_jax.errors import DivergedError, InputError
 from mpdit_jax.files import check_writable
 from mpdit_jax.flow.inputs import check_labels
@@ -161,10 +161,9 @@ def _save_film(request: Request, path: Path) -> None:
 def _settings(request: Request) -> dict[str, Any]:
     """What decides every pixel."""
     options, sampler = request.options, request.sampler
-    steps = list_steps(options.workdir)
     return {
         "workdir": str(Path(options.workdir).resolve()),
-        "checkpoint": steps[-1] if options.step is None else options.step,
+        "checkpoint": options.step,
         "model": _fingerprint(request.model),
         "guide": _fingerprint(request.guide) if request.guide is not None else "",
         "solver": repr(sampler.settings.solver),

@@ -83,7 +83,6 @@ def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     (stopped,) = list_steps(workdir)
-    assert stopped % 10 == 0
     assert f"stopped at step {stopped} of 4000, saved; continue with:" in output
 
 
