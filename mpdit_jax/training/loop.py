@@ -91,7 +91,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
 
         plain_step = make_step(
             make_draw(config, source.latents),
-            make_loss(structure),
+            make_loss(structure, config.mask_loss_weight),
             optimizer,
             config.ema_decay,
             accumulation=config.gradient_accumulation,
@@ -107,7 +107,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         )
 
         peak = peak_flops(mesh, model_config.dtype) if speaks else None
-        watch = Stopwatch(config.batch_size, training_flops(model_config), peak)
+        watch = Stopwatch(config.batch_size, training_flops(model_config, config.mask_ratio), peak)
         with (
             Report(
                 workdir, step, config.steps, config.batch_size, speaks=speaks, wandb_project=config.log.wandb_project
