@@ -1,6 +1,7 @@
 """Weights files to plain numpy arrays, executing nothing."""
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {named.group(1)}" if named else str(error).splitlines()[0]
         raise WeightsError(
             f"{path} holds more than tensors and was not loaded, since it could run code ({reason})."
         ) from error

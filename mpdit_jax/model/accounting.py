@@ -81,10 +81,9 @@ def paper_macs(config: ModelConfig) -> int:
     )
     elements = _tokens(config, -1) * width  # the final norm
     for level, depth in enumerate(config.depths):
-        length = config.prefix_tokens + _tokens(config, level)
-        elements += depth * length * (2 * width + config.mlp_size)
-        if level > 0 and config.upsampler not in ("linear", "conv_transpose"):
-            elements += length * width + _tokens(config, level) * width
+        elements += depth * _refined_tokens(config, level) * (2 * width + config.mlp_size)
+        if level > 0:
+            elements += _UPSAMPLER_ELEMENTS[config.upsampler](config, level)
     return count_macs(config) - attention + blocks * _attention_macs(config, PAPER_TOKENS) + elements
 
 
@@ -202,6 +201,15 @@ _UPSAMPLER_PARAMETERS: dict[str, _Count] = {
     "linear_mlp": lambda c, level: _expand_parameters(c, level) + _mlp_parameters(c),
     "linear_conv": lambda c, level: _expand_parameters(c, level) + _convolution_parameters(c, CONV_KERNEL),
     "conv_transpose": lambda c, level: _convolution_parameters(c, TRANSPOSED_KERNEL * _ratio(c, level)),
+}
+_UPSAMPLER_ELEMENTS: dict[str, _Count] = {
+    "linear_linear": lambda c, level: (_tokens(c, level) + _refined_tokens(c, level)) * c.hidden_size,
+    "linear": lambda c, level: 0,
+    "linear_mlp": lambda c, level: (
+        (_tokens(c, level) + _refined_tokens(c, level)) * c.hidden_size + _refined_tokens(c, level) * c.mlp_size
+    ),
+    "linear_conv": lambda c, level: 2 * _tokens(c, level) * c.hidden_size,
+    "conv_transpose": lambda c, level: 0,
 }
 _UPSAMPLER_MACS: dict[str, _Count] = {
     "linear_linear": lambda c, level: _expand_macs(c, level) + _refined_tokens(c, level) * c.hidden_size**2,

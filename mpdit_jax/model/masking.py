@@ -10,6 +10,7 @@ Sampling runs every block on every token.
 import jax
 import jax.numpy as jnp
 
+from mpdit_jax.errors import InputError
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.embeddings import patchify
 from mpdit_jax.model.mpdit import MPDiT
@@ -34,8 +35,10 @@ def masked_velocity(
     """The velocity by a model that sees the `kept` (B, K) image tokens in its trunk; arguments and result as a call's.
 
     Raises:
-        InputError: a shape does not fit the model, or labels that are not whole numbers.
+        InputError: a shape does not fit the model, labels that are not whole numbers, or a model without a decoder.
     """
+    if model.mask_token is None:
+        raise InputError("model.decoder_depth=0: a model that is trained with hidden tokens needs 1 or more.")
     x, t, y = model.check(x, t, y)
     embedding, level = model.class_embedding(y), model.levels[0]
     condition, dtype = model.condition(model.modulation(t), embedding), embedding.tokens.dtype
