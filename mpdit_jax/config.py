@@ -47,6 +47,9 @@ def base_config() -> ConfigDict:
     config.ema_decay = 0.9999
     config.label_dropout = 0.1  # fraction of labels replaced by the null class, for classifier-free guidance
 
+    config.mask_ratio = 0.0  # fraction of tokens hidden from the trunk in training; needs model.decoder_depth
+    config.mask_loss_weight = 0.1  # of the hidden tokens' loss beside the others'
+
     config.model = ConfigDict({"preset": placeholder(str)})
     kinds = {tuple: tuple, bool: bool, int: int, float: float, str: str}
     for field in dataclasses.fields(ModelConfig):
@@ -222,6 +225,13 @@ def _check(config: ConfigDict) -> None:
         hint = suggest(config.time.distribution, TIME_DISTRIBUTIONS)
         raise ConfigError(f"config.time.distribution={config.time.distribution!r}{hint}: expected one of {known}.")
     _expect(config, "time.std", config.time.std > 0, "a positive number")
+    _expect(config, "mask_ratio", 0 <= config.mask_ratio < 1, "at least 0 and below 1")
+    _expect(config, "mask_loss_weight", config.mask_loss_weight >= 0, "0 or more")
+    if bool(config.mask_ratio) != bool(config.model.decoder_depth):
+        raise ConfigError(
+            f"config.mask_ratio={config.mask_ratio} with config.model.decoder_depth={config.model.decoder_depth}: "
+            "masked training needs both, such as 0.75 and 2 (of one level: patch_sizes=(2,)), and any other neither."
+        )
     trained = config.model.convention in (None, "velocity")
     _expect(config, "model.convention", trained, "velocity: what is trained here")
     named = config.data.normalization in NORMALIZATIONS

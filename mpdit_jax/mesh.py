@@ -19,6 +19,7 @@ AXES = ("data", "fsdp")
 # the layer index first, which a scan must find whole. An array too small to divide stays replicated.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     ("levels.*.blocks.layers.*.kernel", PartitionSpec(None, "fsdp", None)),  # (layers, in, out)
+    ("levels.*.conv.kernel", PartitionSpec(None, None, "fsdp", None)),  # (rows, columns, in, out)
     ("*.kernel", PartitionSpec("fsdp", None)),  # (in, out)
     ("class_embedding.table", PartitionSpec(None, "fsdp")),  # (classes + 1, tokens * width)
     ("*", PartitionSpec()),  # biases, FNO weights: a few kilobytes

@@ -77,7 +77,11 @@ def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, rep
     structure, random = abstract(model)[0], np.random.default_rng(0)
     with jax.set_mesh(mesh):
         state = create_state(model, optimizer, mesh, seed=0)
-        update = jit_step(make_step(make_draw(config), make_loss(structure), optimizer, config.ema_decay), state, mesh)
+        update = jit_step(
+            make_step(make_draw(config), make_loss(structure, config.mask_loss_weight), optimizer, config.ema_decay),
+            state,
+            mesh,
+        )
         x = jnp.asarray(random.standard_normal((batch, *model.input_size, model.in_channels), np.float32))
         y = jnp.asarray(random.integers(model.num_classes, size=batch), jnp.int32)
         t = jnp.asarray(random.uniform(size=batch), jnp.float32)

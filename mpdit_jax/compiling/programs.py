@@ -75,7 +75,7 @@ def compile_step(config: FrozenConfigDict, mesh: Mesh) -> Program:
     latents = LatentSpace((0.0,) * channels, (1.0,) * channels, "") if config.data.name == "latents" else None
     step = make_step(
         make_draw(config, latents),
-        make_loss(abstract(model)[0]),
+        make_loss(abstract(model)[0], config.mask_loss_weight),
         optimizer,
         config.ema_decay,
         accumulation=config.gradient_accumulation,

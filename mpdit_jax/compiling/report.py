@@ -21,7 +21,7 @@ def step_flops(config: FrozenConfigDict) -> float:
     What remat computes again is included.
     """
     model = model_of(config)
-    return config.batch_size * training_flops(model) * (1 + _RECOMPUTED[model.remat] / 3)
+    return config.batch_size * training_flops(model, config.mask_ratio) * (1 + _RECOMPUTED[model.remat] / 3)
 
 
 def sampler_flops(config: FrozenConfigDict, batch_size: int) -> float:

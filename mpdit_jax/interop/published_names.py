@@ -7,7 +7,7 @@ import numpy as np
 
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.model.config import ModelConfig
-from mpdit_jax.model.embeddings import sincos_positions
+from mpdit_jax.model.embeddings import TIME_FEATURES, sincos_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,15 @@ def trained_entries(config: ModelConfig) -> Iterator[Entry]:
     Raises:
         ConfigError: neither an MPDiT nor a DiT: nobody has published weights of this kind.
     """
+    for name, published in (
+        ("upsampler", "linear_linear"),
+        ("fno_init", "paper"),
+        ("sinusoidal_layers", 2),
+        ("decoder_depth", 0),
+    ):
+        value = getattr(config, name)
+        if value != published:
+            raise ConfigError(f"model.{name}={value!r} has no published PyTorch names: only {published!r} has.")
     if (config.modulation, config.condition) == ("shared", "tokens"):
         return _mpdit_entries(config)
     dit = (config.modulation, config.condition, config.time_embedding) == ("per_block", "vector", "sinusoidal")
@@ -121,8 +130,8 @@ def _mpdit_entries(config: ModelConfig) -> Iterator[Entry]:
             yield from _pair(names.skip, f"{here}.skip", _linear(width, width))
         if level > 0:
             opened = width * (config.patch_sizes[level - 1] // patch) ** 2
-            yield from _pair(f"{names.upsampler}.proj", f"{here}.upsample.expand", _linear(width, opened))
-            yield from _pair(f"{names.upsampler}.refine", f"{here}.upsample.refine", _linear(width, width))
+            yield from _pair(f"{names.upsampler}.proj", f"{here}.upsample.expand.linear", _linear(width, opened))
+            yield from _pair(f"{names.upsampler}.refine", f"{here}.upsample.refine.linear", _linear(width, width))
         for layer in range(config.depths[level]):
             yield from _block_entries(f"{names.blocks}.{layer}", level, layer, config)
     yield from _time_entries(config)
@@ -156,8 +165,8 @@ def _block_entries(theirs: str, level: int, layer: int, config: ModelConfig) -> 
 def _time_entries(config: ModelConfig) -> Iterator[Entry]:
     width = config.hidden_size
     if config.time_embedding == "sinusoidal":
-        yield from _pair("t_embedder.mlp.0", "time_embedding.inner", _linear(256, width))
-        yield from _pair("t_embedder.mlp.2", "time_embedding.outer", _linear(width, width))
+        yield from _pair("t_embedder.mlp.0", "time_embedding.layers.0", _linear(TIME_FEATURES, width))
+        yield from _pair("t_embedder.mlp.2", "time_embedding.layers.1", _linear(width, width))
         return
     fno = config.fno_width
     spectral = _kept(fno, fno, config.fno_modes)

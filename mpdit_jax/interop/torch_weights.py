@@ -10,6 +10,7 @@ import numpy as np
 from mpdit_jax.errors import ConfigError, WeightsError
 from mpdit_jax.interop.files import normalize_state_dict, read_state_dict
 from mpdit_jax.interop.infer import find_problems, infer_config, is_table
+from mpdit_jax.interop.own_files import load_own
 from mpdit_jax.interop.published_names import expected_shapes, is_dit, position_tables, trained_entries
 from mpdit_jax.model.config import CONVENTIONS, ModelConfig
 from mpdit_jax.model.mpdit import MPDiT
@@ -23,6 +24,8 @@ def load_torch(
     source: str | Path | Mapping[str, Any], num_heads: int | None = None, convention: str | None = None
 ) -> MPDiT:
     """A model with published PyTorch weights: an MPDiT's, or a DiT's or SiT's, whose learned variance is dropped.
+
+    A `.safetensors` that `python -m mpdit_jax.convert` wrote is read as well; its config is inside.
 
     Args:
         source: path of a `.safetensors`, `.pt` or `.pth` (weights only; the key "ema" is preferred), or a mapping from
@@ -40,6 +43,8 @@ def load_torch(
     """
     if isinstance(source, Mapping):
         state, origin = normalize_state_dict(source, "state dict"), "state dict"
+    elif (own := load_own(source)) is not None:
+        return own
     else:
         state, origin = read_state_dict(source), str(source)
     state, convention = _without_variance(state, convention, origin)

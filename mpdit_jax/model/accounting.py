@@ -1,8 +1,14 @@
 """What a model costs: parameters and multiply-adds, read off the config alone."""
 
+from collections.abc import Callable
+
 from mpdit_jax.model.config import FNO_GRID, ModelConfig
 from mpdit_jax.model.embeddings import TIME_FEATURES
+from mpdit_jax.model.masking import kept_tokens
 from mpdit_jax.model.mpdit import MPDiT
+from mpdit_jax.model.upsample import CONV_KERNEL, TRANSPOSED_KERNEL
+
+PAPER_TOKENS = 256  # at which the paper counts the attention of every block
 
 
 def count(model: MPDiT | ModelConfig) -> tuple[int, int]:
@@ -23,12 +29,13 @@ def count_parameters(config: ModelConfig) -> int:
     own = sum(config.depths) * _affine(width, 6 * width) + _affine(width, 2 * width)
     total = _time_parameters(config) + (_affine(width, 6 * width) if config.modulation == "shared" else own)
     total += (config.num_classes + 1) * (config.class_tokens if config.condition == "tokens" else 1) * width
+    total += width if config.decoder_depth else 0
     for level, depth in enumerate(config.depths):
         total += depth * _block_parameters(config) + _tokens(config, level) * width
         if level == 0 or config.skip:
             total += _affine(_patch_features(config, level), width)
         if level > 0:
-            total += _affine(width, width * _ratio(config, level) ** 2) + _affine(width, width)
+            total += _UPSAMPLER_PARAMETERS[config.upsampler](config, level)
         if level > 0 and config.skip:
             total += _affine(width, width)
     return total + _affine(width, _patch_features(config, -1))
@@ -36,25 +43,48 @@ def count_parameters(config: ModelConfig) -> int:
 
 def count_macs(config: ModelConfig) -> int:
     """Multiply-adds of every matrix product of one forward pass of one example."""
-    width = config.hidden_size
-    vectors = 6 if config.modulation == "shared" else 6 * sum(config.depths) + 2
-    total = _time_macs(config) + vectors * width * width
-    for level, depth in enumerate(config.depths):
-        image = _tokens(config, level)
-        length = config.prefix_tokens + image
-        total += depth * (length * (4 * width**2 + 2 * width * config.mlp_size) + 2 * length**2 * width)
-        if level == 0 or config.skip:
-            total += image * _patch_features(config, level) * width
-        if level > 0:
-            total += _tokens(config, level - 1) * width * width * _ratio(config, level) ** 2 + length * width**2
-        if level > 0 and config.skip:
-            total += image * width**2
-    return total + _tokens(config, -1) * width * _patch_features(config, -1)
+    lengths = [
+        config.prefix_tokens + _tokens(config, level) for level, depth in enumerate(config.depths) for _ in range(depth)
+    ]
+    return _outside_blocks(config) + sum(_block_macs(config, length) for length in lengths)
 
 
-def training_flops(config: ModelConfig) -> int:
+def masked_macs(config: ModelConfig, mask_ratio: float) -> int:
+    """Multiply-adds of one forward pass of one example in training with tokens hidden from the trunk."""
+    if not mask_ratio:
+        return count_macs(config)
+    visible = config.prefix_tokens + kept_tokens(config, mask_ratio)
+    trunk = (config.depths[0] - config.decoder_depth) * _block_macs(config, visible)
+    decoder = config.decoder_depth * _block_macs(config, config.prefix_tokens + _tokens(config, 0))
+    return _outside_blocks(config) + trunk + decoder
+
+
+def training_flops(config: ModelConfig, mask_ratio: float = 0.0) -> int:
     """Floating-point operations of training on one example: 2 a multiply-add, one forward pass and two backward."""
-    return 6 * count_macs(config)
+    return 6 * masked_macs(config, mask_ratio)
+
+
+def paper_macs(config: ModelConfig) -> int:
+    """What the paper prints as FLOPs.
+
+    The paper does not say how it counts; this is read off its figures. Multiply-adds of linear maps are counted at the
+    lengths they have, and the two products of attention in every block as of 256 tokens, whatever it sees. One
+    operation for each element that a LayerNorm or GELU puts out, as counters do that hook PyTorch's modules, makes all
+    of the twelve figures the paper gives at 256 pixels come out, cut (not rounded) behind the last digit it prints;
+    without these two, ten do.
+    """
+    width = config.hidden_size
+    blocks = sum(config.depths)
+    attention = sum(
+        depth * _attention_macs(config, config.prefix_tokens + _tokens(config, level))
+        for level, depth in enumerate(config.depths)
+    )
+    elements = _tokens(config, -1) * width  # the final norm
+    for level, depth in enumerate(config.depths):
+        elements += depth * _refined_tokens(config, level) * (2 * width + config.mlp_size)
+        if level > 0:
+            elements += _UPSAMPLER_ELEMENTS[config.upsampler](config, level)
+    return count_macs(config) - attention + blocks * _attention_macs(config, PAPER_TOKENS) + elements
 
 
 def _affine(inputs: int, outputs: int) -> int:
@@ -74,16 +104,48 @@ def _patch_features(config: ModelConfig, level: int) -> int:
     return config.patch_sizes[level] ** 2 * config.in_channels
 
 
+def _mlp_parameters(config: ModelConfig) -> int:
+    return _affine(config.hidden_size, config.mlp_size) + _affine(config.mlp_size, config.hidden_size)
+
+
+def _mlp_macs(config: ModelConfig) -> int:
+    """Of one token."""
+    return 2 * config.hidden_size * config.mlp_size
+
+
 def _block_parameters(config: ModelConfig) -> int:
     width = config.hidden_size
-    attention = _affine(width, 3 * width) + _affine(width, width)
-    return attention + _affine(width, config.mlp_size) + _affine(config.mlp_size, width)
+    return _affine(width, 3 * width) + _affine(width, width) + _mlp_parameters(config)
+
+
+def _attention_macs(config: ModelConfig, length: int) -> int:
+    """Of both products of one block."""
+    return 2 * length**2 * config.hidden_size
+
+
+def _block_macs(config: ModelConfig, length: int) -> int:
+    return length * (4 * config.hidden_size**2 + _mlp_macs(config)) + _attention_macs(config, length)
+
+
+def _outside_blocks(config: ModelConfig) -> int:
+    width = config.hidden_size
+    vectors = 6 if config.modulation == "shared" else 6 * sum(config.depths) + 2
+    total = _time_macs(config) + vectors * width * width
+    for level in range(len(config.depths)):
+        image = _tokens(config, level)
+        if level == 0 or config.skip:
+            total += image * _patch_features(config, level) * width
+        if level > 0:
+            total += _UPSAMPLER_MACS[config.upsampler](config, level)
+        if level > 0 and config.skip:
+            total += image * width**2
+    return total + _tokens(config, -1) * width * _patch_features(config, -1)
 
 
 def _time_parameters(config: ModelConfig) -> int:
     width = config.hidden_size
     if config.time_embedding == "sinusoidal":
-        return _affine(TIME_FEATURES, width) + _affine(width, width)
+        return _affine(TIME_FEATURES, width) + (config.sinusoidal_layers - 1) * _affine(width, width)
     channels = config.fno_width
     layer = 2 * channels**2 * config.fno_modes + _affine(channels, channels)
     return _affine(1, channels) + config.fno_layers * layer + _affine(channels, width)
@@ -92,8 +154,67 @@ def _time_parameters(config: ModelConfig) -> int:
 def _time_macs(config: ModelConfig) -> int:
     width = config.hidden_size
     if config.time_embedding == "sinusoidal":
-        return TIME_FEATURES * width + width**2
+        return TIME_FEATURES * width + (config.sinusoidal_layers - 1) * width**2
     channels = config.fno_width
     # A complex product is four real ones.
     layer = 4 * channels**2 * config.fno_modes + FNO_GRID * channels**2
     return FNO_GRID * channels + config.fno_layers * layer + channels * width
+
+
+_Count = Callable[[ModelConfig, int], int]  # of the upsampler that enters a level
+
+
+def _expand_parameters(config: ModelConfig, level: int) -> int:
+    return _affine(config.hidden_size, config.hidden_size * _ratio(config, level) ** 2)
+
+
+def _expand_macs(config: ModelConfig, level: int) -> int:
+    return _tokens(config, level) * config.hidden_size**2
+
+
+def _refined_tokens(config: ModelConfig, level: int) -> int:
+    return config.prefix_tokens + _tokens(config, level)
+
+
+def _convolution_parameters(config: ModelConfig, side: int) -> int:
+    return _affine(side**2 * config.hidden_size, config.hidden_size)
+
+
+def _convolution_macs(config: ModelConfig, level: int) -> int:
+    """Of the refining convolution, without the products with what is padded."""
+    rows, columns = config.grid(level)
+    lost = CONV_KERNEL - 1
+    return (CONV_KERNEL * rows - lost) * (CONV_KERNEL * columns - lost) * config.hidden_size**2
+
+
+def _transposed_macs(config: ModelConfig, level: int) -> int:
+    """Of the transposed convolution, without what falls outside the image."""
+    rows, columns = config.grid(level)
+    lost = (TRANSPOSED_KERNEL - 1) * _ratio(config, level)
+    taps = [TRANSPOSED_KERNEL * side - lost for side in (rows, columns)]
+    return taps[0] * taps[1] * config.hidden_size**2
+
+
+_UPSAMPLER_PARAMETERS: dict[str, _Count] = {
+    "linear_linear": lambda c, level: _expand_parameters(c, level) + _affine(c.hidden_size, c.hidden_size),
+    "linear": _expand_parameters,
+    "linear_mlp": lambda c, level: _expand_parameters(c, level) + _mlp_parameters(c),
+    "linear_conv": lambda c, level: _expand_parameters(c, level) + _convolution_parameters(c, CONV_KERNEL),
+    "conv_transpose": lambda c, level: _convolution_parameters(c, TRANSPOSED_KERNEL * _ratio(c, level)),
+}
+_UPSAMPLER_ELEMENTS: dict[str, _Count] = {
+    "linear_linear": lambda c, level: (_tokens(c, level) + _refined_tokens(c, level)) * c.hidden_size,
+    "linear": lambda c, level: 0,
+    "linear_mlp": lambda c, level: (
+        (_tokens(c, level) + _refined_tokens(c, level)) * c.hidden_size + _refined_tokens(c, level) * c.mlp_size
+    ),
+    "linear_conv": lambda c, level: 2 * _tokens(c, level) * c.hidden_size,
+    "conv_transpose": lambda c, level: 0,
+}
+_UPSAMPLER_MACS: dict[str, _Count] = {
+    "linear_linear": lambda c, level: _expand_macs(c, level) + _refined_tokens(c, level) * c.hidden_size**2,
+    "linear": _expand_macs,
+    "linear_mlp": lambda c, level: _expand_macs(c, level) + _refined_tokens(c, level) * _mlp_macs(c),
+    "linear_conv": lambda c, level: _expand_macs(c, level) + _convolution_macs(c, level),
+    "conv_transpose": _transposed_macs,
+}

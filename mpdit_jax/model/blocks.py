@@ -81,9 +81,11 @@ class BlockStack(nnx.Module):
         self.layers = create(rngs)  # every parameter has a leading axis of size depth
         self.remat = config.remat
 
-    def __call__(self, x: jax.Array, condition: Any) -> jax.Array:
-        """(B, T, D) to (B, T, D)."""
+    def __call__(self, x: jax.Array, condition: Any, layers: slice = slice(None)) -> jax.Array:
+        """(B, T, D) to (B, T, D), by those of the blocks."""
         structure, stacked = nnx.split(self.layers)
+        if layers != slice(None):
+            stacked = jax.tree.map(lambda parameter: parameter[layers], stacked)
 
         def apply_layer(x: jax.Array, parameters: nnx.State) -> tuple[jax.Array, None]:
             block: Block = nnx.merge(structure, parameters)

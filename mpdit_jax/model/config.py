@@ -10,6 +10,8 @@ from typing import Any, Literal
 from mpdit_jax.errors import ConfigError
 
 TIME_EMBEDDINGS = ("fno", "sinusoidal")
+FNO_INITS = ("paper", "scaled")
+UPSAMPLERS = ("linear_linear", "linear", "linear_mlp", "linear_conv", "conv_transpose")
 MODULATIONS = ("shared", "per_block")
 CONDITIONS = ("tokens", "vector")
 CONVENTIONS = ("velocity", "sit", "dit")
@@ -41,7 +43,13 @@ class ModelConfig:
         modulation: "shared" by all blocks and the final layer (the paper's), or "per_block", each its own (DiT's).
         time_embedding: "fno" (the paper's) or "sinusoidal" (DiT's).
         fno_width, fno_modes, fno_layers: channels, Fourier modes and layers of the FNO time embedding.
+        fno_init: "paper", or "scaled", whose output and gradients do not grow with fno_width (see `model.fno`).
+        sinusoidal_layers: linear layers of the sinusoidal time embedding's MLP; 2 is DiT's.
+        upsampler: how a coarse token becomes fine ones: "linear_linear" (the paper's), "linear", "linear_mlp",
+            "linear_conv" or "conv_transpose" (see `model.upsample`).
         skip: add a linear projection of the level's own patches when entering a finer level.
+        decoder_depth: the last blocks, of a model of one level, that see every token where training hides some
+            (config.mask_ratio, see `model.masking`); 0 for a model that is never trained so.
         convention: what the output means: "velocity" (noise minus data, t = 0 at the data), or what "sit" and "dit"
             predict, which `mpdit_jax.as_velocity` converts.
         dtype: compute dtype of linear layers and attention, "float32" or "bfloat16"; parameters are always float32,
@@ -65,7 +73,11 @@ class ModelConfig:
     fno_width: int = 32
     fno_modes: int = 16
     fno_layers: int = 3
+    fno_init: str = "paper"
+    sinusoidal_layers: int = 2
+    upsampler: str = "linear_linear"
     skip: bool = True
+    decoder_depth: int = 0
     convention: str = "velocity"
     dtype: str = "float32"
     remat: str = "none"
@@ -77,11 +89,13 @@ class ModelConfig:
         object.__setattr__(self, "mlp_ratio", _number("mlp_ratio", self.mlp_ratio))
         for name in ("hidden_size", "num_heads", "in_channels", "num_classes", "class_tokens"):
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
-        for name in ("fno_width", "fno_modes", "fno_layers"):
+        for name in ("fno_width", "fno_modes", "fno_layers", "sinusoidal_layers"):
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
         if not isinstance(self.skip, bool):
             raise ConfigError(f"model.skip={self.skip!r}: expected True or False.")
         _choice("time_embedding", self.time_embedding, TIME_EMBEDDINGS)
+        _choice("fno_init", self.fno_init, FNO_INITS)
+        _choice("upsampler", self.upsampler, UPSAMPLERS)
         _choice("condition", self.condition, CONDITIONS)
         _choice("modulation", self.modulation, MODULATIONS)
         _choice("convention", self.convention, CONVENTIONS)
@@ -90,6 +104,8 @@ class ModelConfig:
         _choice("attention", self.attention, ATTENTIONS)
         self._check_levels()
         self._check_widths()
+        self._check_switches()
+        self._check_decoder()
 
     def _check_levels(self) -> None:
         if len(self.patch_sizes) != len(self.depths):
@@ -130,6 +146,34 @@ class ModelConfig:
             raise ConfigError(
                 f"model.fno_modes={self.fno_modes}: a grid of {FNO_GRID} points has {FNO_GRID // 2 + 1} Fourier modes; "
                 "use that many or fewer."
+            )
+
+    def _check_switches(self) -> None:
+        """A switch of a part that the model does not have would change nothing: say so."""
+        one_level, fno = len(self.depths) == 1, self.time_embedding == "fno"
+        for name, idle, default, reason in (
+            ("upsampler", one_level, "linear_linear", f"patch_sizes={self.patch_sizes} is one level"),
+            ("fno_init", not fno, "paper", "time_embedding='sinusoidal' has no FNO"),
+            ("sinusoidal_layers", fno, 2, "time_embedding='fno' has no such layers"),
+        ):
+            value = getattr(self, name)
+            if idle and value != default:
+                raise ConfigError(
+                    f"model.{name}={value!r} would change nothing, since {reason}: leave it at {default!r}."
+                )
+
+    def _check_decoder(self) -> None:
+        if not is_whole(self.decoder_depth) or self.decoder_depth < 0:
+            raise ConfigError(f"model.decoder_depth={self.decoder_depth!r}: expected a whole number, 0 or more.")
+        object.__setattr__(self, "decoder_depth", int(self.decoder_depth))
+        if self.decoder_depth and len(self.depths) > 1:
+            raise ConfigError(
+                f"model.decoder_depth={self.decoder_depth} with patch_sizes={self.patch_sizes}: random masking is for "
+                "isotropic models, of one level; several levels reduce tokens by themselves."
+            )
+        if self.decoder_depth and self.decoder_depth >= self.depths[0]:
+            raise ConfigError(
+                f"model.decoder_depth={self.decoder_depth} leaves no block of {self.depths[0]} to the trunk: use fewer."
             )
 
     @property

@@ -43,12 +43,12 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
 
 
 class SinusoidalTime(nnx.Module):
-    """DiT's time embedding: 256 sinusoids of t (not rescaled), then Linear, SiLU, Linear."""
+    """DiT's time embedding: 256 sinusoids of t (not rescaled), then linear layers with SiLU between; DiT has two."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
-        self.inner = linear(TIME_FEATURES, width, rngs, kernel_init=NORMAL_002)
-        self.outer = linear(width, width, rngs, kernel_init=NORMAL_002)
+        inputs = [TIME_FEATURES] + [width] * (config.sinusoidal_layers - 1)
+        self.layers = nnx.List([linear(size, width, rngs, kernel_init=NORMAL_002) for size in inputs])
 
     def __call__(self, t: jax.Array) -> jax.Array:
         """Time vectors (B, D) float32 of times (B,) in [0, 1]."""
@@ -56,4 +56,8 @@ class SinusoidalTime(nnx.Module):
         frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
         angles = t.astype(jnp.float32)[:, None] * frequencies  # (B, 128)
         features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)  # (B, 256)
-        return self.outer(nnx.silu(self.inner(features)))
+        first, *rest = self.layers
+        vector = first(features)  # (B, D)
+        for layer in rest:
+            vector = layer(nnx.silu(vector))
+        return vector

@@ -23,7 +23,7 @@ from mpdit_jax.model.conditioning import CONDITIONS, MODULATIONS, ClassEmbedding
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.embeddings import SinusoidalTime, patchify, sincos_positions, unpatchify
 from mpdit_jax.model.fno import FNOTime
-from mpdit_jax.model.linear import ZEROS, linear
+from mpdit_jax.model.linear import NORMAL_002, ZEROS, linear
 from mpdit_jax.model.upsample import Upsample
 
 TIME_EMBEDDINGS = {"fno": FNOTime, "sinusoidal": SinusoidalTime}
@@ -44,10 +44,7 @@ class Level(nnx.Module):
 
     def __call__(self, tokens: jax.Array, latents: jax.Array, condition: Any) -> jax.Array:
         """Carry tokens (B, m + N_coarse, D) to (B, m + N, D). On the first level the tokens are the m class tokens."""
-        image = jnp.asarray(sincos_positions(self.grid, self.width), tokens.dtype)[None]  # (1, N, D)
-        if self.patch_embed is not None:
-            patches = self.patch_embed(patchify(latents, self.patch))  # (B, N, D)
-            image = image + (patches if self.skip is None else self.skip(patches))
+        image = self.embed(latents)  # (B, N, D), or (1, N, D) where nothing but positions enters
         if self.upsample is None:
             tokens = jnp.concatenate([tokens, image], axis=1)  # (B, m + N, D)
         else:
@@ -55,6 +52,18 @@ class Level(nnx.Module):
             count = image.shape[1]
             tokens = jnp.concatenate([tokens[:, :-count], tokens[:, -count:] + image], axis=1)
         return self.blocks(tokens, condition)
+
+    def embed(self, latents: jax.Array) -> jax.Array:
+        """What the level's own patches of latents (B, H, W, C) bring to its image tokens (B, N, D), with positions."""
+        positions = self.positions(latents.dtype)
+        if self.patch_embed is None:
+            return positions
+        patches = self.patch_embed(patchify(latents, self.patch))  # (B, N, D)
+        return positions + (patches if self.skip is None else self.skip(patches))
+
+    def positions(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """(1, N, D)."""
+        return jnp.asarray(sincos_positions(self.grid, self.width), dtype)[None]
 
 
 class MPDiT(nnx.Module):
@@ -73,6 +82,8 @@ class MPDiT(nnx.Module):
         self.time_modulation, self.final_modulation = parts.model(config, rngs), parts.final(config, rngs)
         self.levels = nnx.List([Level(index, config, rngs) for index in range(len(config.patch_sizes))])
         self.final = linear(width, patch * patch * config.in_channels, rngs, kernel_init=ZEROS)
+        # Stands for the tokens that masked training hides; sampling has no use for it.
+        self.mask_token = nnx.Param(NORMAL_002(rngs.params(), (width,), jnp.float32)) if config.decoder_depth else None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -104,6 +115,13 @@ class MPDiT(nnx.Module):
             InputError: a shape does not fit the model, or labels that are not whole numbers or that it does not have.
                 The values of traced labels cannot be checked; one out of range then gives NaN.
         """
+        x, t, y = self.check(x, t, y)
+        return self.velocity(x, self.modulation(t), self.class_embedding(y))
+
+    def check(
+        self, x: jax.typing.ArrayLike, t: jax.typing.ArrayLike, y: jax.typing.ArrayLike
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The arguments of a call as arrays; raises InputError as that does."""
         x, t, y = jnp.asarray(x, jnp.float32), jnp.asarray(t, jnp.float32), jnp.asarray(y)
         if x.shape[1:] != self.input_shape or t.shape != x.shape[:1] or y.shape != x.shape[:1]:
             height, width, channels = self.input_shape
@@ -121,7 +139,7 @@ class MPDiT(nnx.Module):
                     f"label {outside[0]} is out of range: this model has classes 0 to {self.num_classes - 1} "
                     f"(and {self.num_classes}, the null class)."
                 )
-        return self.velocity(x, self.modulation(t), self.class_embedding(y))
+        return x, t, y
 
     def modulation(self, t: jax.Array) -> Any:
         """What depends on the times (B,) alone, float32: the modulation, or the time vector (B, D) that the
@@ -132,12 +150,20 @@ class MPDiT(nnx.Module):
 
     def velocity(self, x: jax.Array, modulation: Any, class_embedding: ClassEmbedding) -> jax.Array:
         """The trunk: latents (B, H, W, C), and what `modulation` and `class_embedding` give, to (B, H, W, C)."""
-        tokens, vector = class_embedding
-        prefix, dtype = tokens.shape[1], tokens.dtype
-        condition = modulation if vector is None else self.time_modulation(modulation + vector)
+        condition, tokens = self.condition(modulation, class_embedding), class_embedding.tokens
+        x = x.astype(tokens.dtype)
         for level in self.levels:
-            tokens = level(tokens, x.astype(dtype), condition)
-        image = tokens[:, prefix:].astype(jnp.float32)  # (B, N, D)
+            tokens = level(tokens, x, condition)
+        return self.read(tokens, condition)
+
+    def condition(self, modulation: Any, class_embedding: ClassEmbedding) -> Any:
+        """What all blocks and the final layer are given."""
+        vector = class_embedding.vector
+        return modulation if vector is None else self.time_modulation(modulation + vector)
+
+    def read(self, tokens: jax.Array, condition: Any) -> jax.Array:
+        """The final layer: tokens (B, m + N, D) of the last level to velocities (B, H, W, C), float32."""
+        image = tokens[:, self.config.prefix_tokens :].astype(jnp.float32)  # (B, N, D)
         image = self.final(modulate(layer_norm(image), *self.final_modulation(condition)))  # (B, N, p * p * C)
         return unpatchify(image, self.levels[-1].patch, self.levels[-1].grid)
 

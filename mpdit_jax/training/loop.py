@@ -98,7 +98,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
 
         plain_step = make_step(
             make_draw(config, source.latents),
-            make_loss(structure),
+            make_loss(structure, config.mask_loss_weight),
             optimizer,
             config.ema_decay,
             accumulation=config.gradient_accumulation,
@@ -114,7 +114,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         )
 
         peak = peak_flops(mesh, model_config.dtype) if speaks else None
-        watch, vote = Stopwatch(config.batch_size, training_flops(model_config), peak), StopVote()
+        watch, vote = Stopwatch(config.batch_size, training_flops(model_config, config.mask_ratio), peak), StopVote()
         with (
             Report(
                 workdir, step, config.steps, config.batch_size, speaks=speaks, wandb_project=config.log.wandb_project

@@ -9,9 +9,11 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
+from mpdit_jax.config import model_of
 from mpdit_jax.data.latents import LatentSpace
-from mpdit_jax.flow.objective import flow_matching_loss, time_distribution
+from mpdit_jax.flow.objective import flow_matching_loss, interpolate, time_distribution
 from mpdit_jax.mesh import batch_sharding
+from mpdit_jax.model.masking import draw_kept, masked_velocity, split_error
 from mpdit_jax.model.parameters import Parameters, Structure, merge
 from mpdit_jax.training.guard import accept, judge
 from mpdit_jax.training.state import TrainState
@@ -28,6 +30,7 @@ class Examples(NamedTuple):
     y: jax.Array  # (B,), the null class where the label was dropped
     t: jax.Array  # (B,)
     noise: jax.Array  # (B, H, W, C)
+    kept: jax.Array | None = None  # (B, K), the tokens that the trunk sees; None for all
 
 
 Draw: TypeAlias = Callable[[Batch, jax.Array], Examples]
@@ -37,14 +40,14 @@ Step: TypeAlias = Callable[[TrainState, Batch], TrainState]
 
 
 def make_draw(config: FrozenConfigDict, latents: LatentSpace | None = None) -> Draw:
-    """What is random in a step, a function of (batch, key): label dropout, times, noise, samples of latents.
+    """What is random in a step, a function of (batch, key): label dropout, times, noise, latents, hidden tokens.
 
     Args:
         config: the run's.
         latents: the space of the batches' moments; None where they hold images.
     """
     times = time_distribution(config.time.distribution, config.time.mean, config.time.std)
-    null = config.model.num_classes
+    null, model, ratio = config.model.num_classes, model_of(config), config.mask_ratio
 
     def draw(batch: Batch, key: jax.Array) -> Examples:
         dropout_key, flow_key = jax.random.split(key)
@@ -55,6 +58,7 @@ def make_draw(config: FrozenConfigDict, latents: LatentSpace | None = None) -> D
             y=drop_labels(dropout_key, batch["y"], config.label_dropout, null),
             t=times.sample(time_key, x.shape[0]),
             noise=jax.random.normal(noise_key, x.shape),
+            kept=draw_kept(jax.random.fold_in(key, 3), model, ratio, x.shape[0]) if ratio else None,
         )
 
     return draw
@@ -83,12 +87,23 @@ def sample_latents(key: jax.Array, batch: Batch, space: LatentSpace) -> jax.Arra
     return (sample - jnp.asarray(space.mean, jnp.float32)) / jnp.asarray(space.std, jnp.float32)
 
 
-def make_loss(structure: Structure) -> LossFunction:
-    """The flow-matching loss of a model's parameters."""
+def make_loss(structure: Structure, mask_loss_weight: float = 0.0) -> LossFunction:
+    """The flow-matching loss of a model's parameters.
+
+    Where the examples say which tokens are kept, it is the mean over those tokens plus `mask_loss_weight` times the
+    mean over the hidden ones. There the noise cannot be known, and what can be learned of the velocity is minus the
+    image: MaskDiT's reconstruction.
+    """
 
     def loss(parameters: Parameters, examples: Examples) -> tuple[jax.Array, jax.Array]:
         model = merge(structure, parameters)
-        return flow_matching_loss(model, examples.x, examples.y, t=examples.t, noise=examples.noise)
+        if examples.kept is None:
+            return flow_matching_loss(model, examples.x, examples.y, t=examples.t, noise=examples.noise)
+        z, velocity = interpolate(examples.x, examples.noise, examples.t)
+        error = masked_velocity(model, z, examples.t, examples.y, examples.kept) - velocity
+        seen, hidden = split_error(jnp.square(error), examples.kept, model.config.patch_sizes[0])  # (B,) each
+        per_example = seen + mask_loss_weight * hidden
+        return per_example.mean(), per_example
 
     return loss
 

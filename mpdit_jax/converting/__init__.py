@@ -1,0 +1,1 @@
+"""One model between the forms it is kept in: a workdir, a PyTorch file, a safetensors file."""

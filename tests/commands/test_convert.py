@@ -1,0 +1,176 @@
+"""python -m mpdit_jax.convert: every form to every other and back, and what it refuses."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mpdit_jax as mp
+from mpdit_jax import convert, train
+from mpdit_jax.model.parameters import abstract, merge, split
+from mpdit_jax.model.presets import model_config
+from tests.conftest import Golden
+from tests.tiny import ROOT, refusal, saved_arrays
+
+TINY = {"depths": (1, 1), "hidden_size": 16, "num_heads": 2, "input_size": 8, "num_classes": 3, "class_tokens": 2}
+
+
+def random_model(**fields):
+    config = model_config("mpdit_b", **{**TINY, **fields})
+    structure, shapes = abstract(config)
+    random = np.random.default_rng(0)
+    return merge(structure, {k: jnp.asarray(random.normal(0, 0.3, s.shape), jnp.float32) for k, s in shapes.items()})
+
+
+def same(first, second):
+    one, other = split(first)[1], split(second)[1]
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    """A published state dict as a safetensors file, and its model."""
+    import safetensors.numpy
+
+    state = Golden("mpdit_two_level_fno").group("state/")
+    path = tmp_path_factory.mktemp("golden") / "published.safetensors"
+    safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in state.items()}, path)
+    return path, mp.load_torch(path, num_heads=4)
+
+
+@pytest.mark.parity
+def test_all_the_way_round(golden, tmp_path, capsys):
+    """Published file, workdir, our file, PyTorch file, and our file again: the same bits in all of them."""
+    pytest.importorskip("torch")
+    path, model = golden
+    chain = [path, tmp_path / "run", tmp_path / "own.safetensors", tmp_path / "named.pt", tmp_path / "end.safetensors"]
+    sums = set()
+    for source, out in itertools.pairwise(chain):
+        assert convert.main([f"--source={source}", f"--out={out}", "--num_heads=4"]) == 0
+        text = capsys.readouterr().out
+        assert f"read {source}" in text
+        assert f"wrote {out}" in text
+        sums |= {line.split()[2] for line in text.splitlines() if "forward pass" in line}
+    assert len(sums) == 1
+    assert same(mp.load_torch(tmp_path / "end.safetensors"), model)
+    assert same(mp.load_checkpoint(tmp_path / "run"), model)
+    assert same(mp.load_torch(tmp_path / "named.pt", num_heads=4), model)
+    assert sorted(found.name for found in tmp_path.iterdir()) == sorted(found.name for found in chain[1:])
+
+
+def test_variants_keep_their_config(tmp_path, capsys):
+    """What has no published names has our own: also the scaled FNO, whose constants are in the config."""
+    from mpdit_jax.interop.own_files import own_step, save_own
+
+    model = random_model(upsampler="linear_mlp", fno_init="scaled", mlp_ratio=3.0)
+    save_own(tmp_path / "model.safetensors", model, step=7)
+    assert own_step(tmp_path / "model.safetensors") == 7
+    again = mp.load_torch(tmp_path / "model.safetensors")
+    assert again.config == model.config
+    assert same(again, model)
+    message = refusal_of(f"--source={tmp_path / 'model.safetensors'}", f"--out={tmp_path / 'model.pt'}")
+    assert "model.upsampler='linear_mlp' has no published PyTorch names" in message
+    assert not (tmp_path / "model.pt").exists()
+    capsys.readouterr()
+
+
+def test_a_run_starts_from_a_converted_workdir(tmp_path, capsys):
+    """The step goes on where the file's ended, from its weights, by the config given."""
+    from mpdit_jax.interop.own_files import save_own
+
+    config = f"--config={ROOT / 'configs/digits.py'}"
+    tiny = ["--config.model.hidden_size=16", "--config.model.depths=1,1", "--config.sample.every=0"]
+    model = random_model(patch_sizes=(2, 1), in_channels=1, num_classes=10)
+    save_own(tmp_path / "model.safetensors", model, step=5)
+    source = f"--source={tmp_path / 'model.safetensors'}"
+    tiny += ["--config.steps=6", "--config.batch_size=8", "--config.log.every=1"]
+    assert convert.main([source, f"--out={tmp_path / 'run'}", config, *tiny]) == 0
+    assert "workdir of step 5" in capsys.readouterr().out
+    assert same(mp.load_checkpoint(tmp_path / "run", ema=False), model)
+    assert train.main([config, f"--workdir={tmp_path / 'run'}", *tiny]) == 0
+    assert "continuing at step 5" in capsys.readouterr().out
+    assert "progress['step']" in saved_arrays(tmp_path / "run", 6)
+    message = refusal_of(source, f"--out={tmp_path / 'other'}", config, *tiny, "--config.model.class_tokens=3")
+    assert "--config is of another model: config.model.class_tokens=3 (the file: 2)" in message
+    assert not (tmp_path / "other").exists()
+
+
+def refusal_of(*arguments):
+    from mpdit_jax.errors import MPDiTError
+
+    with pytest.raises(MPDiTError) as error:
+        convert.main(list(arguments))
+    return str(error.value)
+
+
+def test_nothing_is_overwritten(golden, tmp_path):
+    source = f"--source={golden[0]}"
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    (tmp_path / "there.safetensors").write_text("mine")
+    assert "a run is never overwritten" in refusal_of(source, f"--out={run}")
+    assert "exists: choose another --out" in refusal_of(source, f"--out={tmp_path / 'there.safetensors'}")
+    assert "expected .safetensors, .pt or .pth" in refusal_of(source, f"--out={tmp_path / 'model.npz'}")
+    assert (run / "config.json").read_text() == "{}"
+    assert (tmp_path / "there.safetensors").read_text() == "mine"
+
+
+def test_what_cannot_be_read(golden, tmp_path, monkeypatch, capsys):
+    out = f"--out={tmp_path / 'out.safetensors'}"
+    message = refusal(convert.main, [f"--source={tmp_path / 'none.pt'}", out], monkeypatch, capsys)
+    assert "none.pt: no such file" in message
+    (tmp_path / "empty").mkdir()
+    assert "holds no run" in refusal_of(f"--source={tmp_path / 'empty'}", out)
+    assert "is no workdir and has no steps" in refusal_of(f"--source={golden[0]}", out, "--step=3")
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(golden[0].read_bytes()[:-100])
+    assert "damaged.safetensors is not a readable safetensors file" in refusal_of(f"--source={damaged}", out)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_one_of_ours_that_is_damaged(tmp_path):
+    import safetensors.numpy
+
+    from mpdit_jax.interop.own_files import save_own
+
+    model = random_model()
+    path = tmp_path / "model.safetensors"
+    save_own(path, model, 1)
+    with safetensors.safe_open(path, framework="numpy") as file:
+        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    arrays["final.bias"] = arrays["final.bias"][:-1]
+    arrays["final.kernel"] = np.full_like(arrays["final.kernel"], np.nan)
+    safetensors.numpy.save_file(arrays, path, metadata)
+    with pytest.raises(mp.MPDiTError, match=r"not finite: final\.bias, final\.kernel\."):
+        mp.load_torch(path)
+    safetensors.numpy.save_file(arrays, path, {**metadata, "model": '{"depth": 3}'})
+    with pytest.raises(mp.MPDiTError, match=r"hold no model config of this version .unknown model field 'depth'"):
+        mp.load_torch(path)
+
+
+@pytest.mark.parity
+def test_a_pickle_that_carries_code_is_refused_by_name(tmp_path):
+    torch = pytest.importorskip("torch")
+
+    class Trap:
+        def __reduce__(self):
+            return (eval, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+    path = tmp_path / "trap.pt"
+    torch.save({"ema": Trap()}, path)
+    message = refusal_of(f"--source={path}", f"--out={tmp_path / 'out.safetensors'}")
+    assert "trap.pt holds more than tensors and was not loaded, since it could run code" in message
+    assert "it asks for builtins.eval" in message or "it asks for __builtin__.eval" in message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_dit_is_no_run(tmp_path):
+    from mpdit_jax.interop.own_files import save_own
+
+    fields = {"patch_sizes": (2,), "depths": (1,), "time_embedding": "sinusoidal"}
+    model = random_model(**fields, condition="vector", modulation="per_block", convention="sit")
+    save_own(tmp_path / "sit.safetensors", model, 1)
+    message = refusal_of(f"--source={tmp_path / 'sit.safetensors'}", f"--out={tmp_path / 'run'}")
+    assert "by the convention 'sit' cannot be trained here" in message

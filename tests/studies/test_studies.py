@@ -1,0 +1,105 @@
+"""The studies behind docs/: they go on where they were interrupted, compare what they say, and plot what they found."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mpdit_jax.errors import DataError, InputError
+from mpdit_jax.model.accounting import count
+from mpdit_jax.studies import fno_width, token_budget
+from mpdit_jax.studies.records import Records
+
+RUNS = [{"model": name, "seed": seed} for name in ("a", "b") for seed in (0, 1)]
+
+
+def test_finished_runs_are_not_done_again(tmp_path):
+    path, done = tmp_path / "new" / "records.jsonl", []
+
+    def measure(settings, stop_after):
+        if len(done) == stop_after:
+            raise KeyboardInterrupt
+        done.append(settings)
+        return {"loss": len(done)}
+
+    with pytest.raises(KeyboardInterrupt):
+        Records(path).run("testing", RUNS, lambda settings: measure(settings, 2))
+    with path.open("a") as file:
+        file.write('{"model": "b", "se')  # killed while it wrote
+    found = Records(path).run("testing", RUNS, lambda settings: measure(settings, None))
+    assert done == RUNS
+    assert [record["loss"] for record in found] == [1, 2, 3, 4]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == found
+    assert Records(path).run("testing", RUNS[::-1], lambda settings: measure(settings, 0)) == found[::-1]
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / "records.jsonl").write_text("not JSON\n{}\n")
+    with pytest.raises(DataError, match="has a line that is not JSON"):
+        Records(tmp_path / "records.jsonl")
+
+
+def test_models_of_one_size_and_one_budget():
+    parameters = [count(token_budget.matched_config(name))[0] for name in token_budget.MODELS]
+    assert max(parameters) / min(parameters) < 1.001
+    for name in token_budget.MODELS:
+        config = token_budget.training_config(name, 2000, "")
+        spent = config.steps * config.batch_size * token_budget.training_macs(name) / 1e9
+        assert spent == pytest.approx(2000, rel=0.01)
+    with pytest.raises(InputError, match="--budget=0"):
+        token_budget.main(["--budget=0"])
+
+
+def test_a_short_run_is_measured():
+    """Twenty steps of digits: means of ten steps each, not running totals."""
+    found = fno_width._measure_training({"init": "scaled", "width": 8, "steps": 20, "seed": 0})
+    first, second = found["losses"]
+    assert 0.8 < second < first < 2.5
+    assert len(found["gradient_norms"]) == 2
+    assert found["skipped"] == 0
+
+
+def fake_records():
+    start = [
+        {"init": init, "width": width} | dict.fromkeys(
+            ("output_rms", "output_rms_std", "gradient_norm", "gradient_norm_std"), 1.0
+        )
+        for init in ("paper", "scaled")
+        for width in fno_width.WIDTHS
+    ]  # fmt: skip
+    trained = [
+        {"init": init, "width": width, "losses": [1.0, 0.5 + 0.1 * seed], "gradient_norms": [3.0, 1.0]}
+        for init in ("paper", "scaled")
+        for width in fno_width.TRAINED_WIDTHS
+        for seed in range(3)
+    ]
+    return start, trained
+
+
+def test_tables():
+    start, trained = fake_records()
+    text = fno_width.as_tables(start, trained)
+    assert text.count("| 1.000 ± 0.000 | 0.600 ± 0.100 | 3.000 ± 0.000 |") == 4
+    text = token_budget.as_table(budget_records())
+    assert text.count("| 2,000 | 0.6000 ± 0.1000 | 0.900 ± 0.000 |") == 2
+
+
+def budget_records():
+    return [
+        {"model": name, "parameters": 1000, "forward_mmacs": 2.0, "steps": 30}
+        | {"points": [{"gmacs": 2000.0, "test_loss": 0.5 + 0.1 * seed, "accuracy": 0.9}]}
+        for name in ("fine", "coarse")
+        for seed in range(3)
+    ]
+
+
+def test_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    fno_width.draw(*fake_records(), tmp_path / "fno.png")
+    token_budget.draw(budget_records(), tmp_path / "tokens.png")
+    for name in ("fno", "tokens"):
+        picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
+        assert picture.shape[1] > picture.shape[0] > 300
+        assert (picture < 200).mean() > 0.005
