@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from mpdit_jax.errors import DataError
+from mpdit_jax.errors import DataError, InputError
 
 SCHEMA_VERSION = 1
 MANIFEST, LABELS, REJECTED = "manifest.json", "labels.npy", "rejected.jsonl"
-_READER_OPTIONS = "readahead_buffer_size:0"  # records are read one here, one there
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # records are read one here, one there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ class LatentStore:
         self.labels = _read_labels(self.folder, manifest)
         self._starts = np.cumsum([0, *[shard.examples for shard in manifest.shards]])
         self._readers: dict[int, Any] = {}
-        self._lock = threading.Lock()
+        self._locks = [threading.Lock() for _ in manifest.shards]
 
     def __len__(self) -> int:
         return self.manifest.examples
@@ -167,30 +167,72 @@ class LatentStore:
         """
         dtype = self.manifest.record_dtype
         records = np.empty((len(indices), dtype.itemsize), np.uint8)
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        for number in np.unique(shards):
-            places = np.flatnonzero(shards == number)
-            found = self._read_shard(int(number), (indices[places] - self._starts[number]).tolist())
-            for place, record in zip(places.tolist(), found, strict=True):
-                records[place] = np.frombuffer(record, np.uint8)
+        for place, record in enumerate(self._records(indices)):
+            records[place] = np.frombuffer(record, np.uint8)
         return records.view(dtype)[:, 0]
 
-    def _read_shard(self, number: int, rows: list[int]) -> list[bytes]:
-        shard, size = self.manifest.shards[number], self.manifest.record_dtype.itemsize
-        try:
-            with self._lock:
-                if number not in self._readers:
-                    self._readers[number] = ArrayRecordReader(str(self.folder / shard.name), _READER_OPTIONS)
-                reader = self._readers[number]
-            records: list[bytes] = reader.read(rows)
-            if any(len(record) != size for record in records):
-                raise ValueError(f"a record is not {size} bytes long")
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise DataError(
-                f"{self.folder / shard.name} is damaged ({str(error).splitlines()[0][:200]}): see `python -m "
-                f"mpdit_jax.prepare --verify --out={self.folder}`."
-            ) from error
-        return records
+    def moments(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the examples at `indices` (n,), each float16 (n, views, h, w, C), contiguous.
+
+        Raises:
+            DataError: a damaged shard.
+        """
+        shape = (self.manifest.views, *self.manifest.latent_shape)
+        size = 2 * math.prod(shape)  # bytes
+        mean, std = (np.empty((len(indices), *shape), "<f2") for _ in range(2))
+        # Each record is copied once and through plain buffers: arrays made for each would cost more than the copy.
+        means, stds = (memoryview(array.reshape(-1).view(np.uint8)) for array in (mean, std))
+        for place, record in enumerate(self._records(indices)):
+            start, view = place * size, memoryview(record)
+            means[start : start + size], stds[start : start + size] = view[:size], view[size : 2 * size]
+        return mean, std
+
+    def in_order(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+        """Every example once, in the order of the store, as evaluation reads it.
+
+        Args:
+            batch_size: examples at a time; the last batch has what is left.
+
+        Yields:
+            `mean` and `std` float16 (n, views, h, w, C), of which view 0 is the image as it was; `y` int32 (n,).
+
+        Raises:
+            InputError: a batch size below 1.
+            DataError: a damaged shard.
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size}: expected 1 or more.")
+        return (self._batch(start, batch_size) for start in range(0, len(self), batch_size))
+
+    def _batch(self, start: int, batch_size: int) -> dict[str, np.ndarray]:
+        rows = np.arange(start, min(start + batch_size, len(self)))
+        mean, std = self.moments(rows)
+        return {"mean": mean, "std": std, "y": self.labels[rows]}
+
+    def _records(self, indices: np.ndarray) -> Iterator[bytes]:
+        """The records, one by one: ArrayRecord takes three times as long for each of a list of scattered ones."""
+        size = self.manifest.record_dtype.itemsize
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        for number, row in zip(shards.tolist(), (indices - self._starts[shards]).tolist(), strict=True):
+            try:
+                with self._locks[number]:  # a reader has one position
+                    reader = self._readers.get(number) or self._open(number)
+                    reader.seek(row)
+                    record: bytes = reader.read()
+                if len(record) != size:
+                    raise ValueError(f"a record is {len(record)} bytes long instead of {size}")
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise DataError(
+                    f"{self.folder / self.manifest.shards[number].name} is damaged "
+                    f"({str(error).splitlines()[0][:200]}): see `python -m mpdit_jax.prepare --verify "
+                    f"--out={self.folder}`."
+                ) from error
+            yield record
+
+    def _open(self, number: int) -> Any:
+        path = self.folder / self.manifest.shards[number].name
+        self._readers[number] = reader = ArrayRecordReader(str(path), _READER_OPTIONS)
+        return reader
 
 
 def check_shard(folder: Path, shard: Shard) -> None:
