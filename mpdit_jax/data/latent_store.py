@@ -181,7 +181,7 @@ class LatentStore:
         size = 2 * math.prod(shape)  # bytes
         mean, std = (np.empty((len(indices), *shape), "<f2") for _ in range(2))
         # Each record is copied once and through plain buffers: arrays made for each would cost more than the copy.
-        means, stds = (memoryview(array.reshape(-1).view(np.uint8)) for array in (mean, std))
+        means, stds = (array.reshape(-1).view(np.uint8).data for array in (mean, std))
         for place, record in enumerate(self._records(indices)):
             start, view = place * size, memoryview(record)
             means[start : start + size], stds[start : start + size] = view[:size], view[size : 2 * size]

@@ -81,6 +81,26 @@ def test_any_order_gives_the_records_asked_for(store):
     assert [int(key) for key in opened.read(indices)["key"]] == indices.tolist()
 
 
+def test_evaluation_reads_a_store_in_order(store):
+    opened = source_of(store).store
+    found = list(opened.in_order(16))
+    assert [len(batch["y"]) for batch in found] == [16, 16, 8]
+    expected = opened.read(np.arange(40))
+    for name, field in (("mean", "mean"), ("std", "std"), ("y", "label")):
+        array = np.concatenate([batch[name] for batch in found])
+        np.testing.assert_array_equal(array, expected[field], strict=True)
+        assert array.flags.c_contiguous
+    with pytest.raises(InputError, match="batch_size=0"):
+        opened.in_order(0)
+
+
+def test_the_vaes_scaling_and_shift_are_honoured(store):
+    space = load_source("latents", str(store), "train", normalization="vae").latents
+    assert (space.mean, space.std) == ((-1.0, -1.0), (4.0, 4.0))  # shift_factor, 1 / scaling_factor
+    moments = {"mean": np.full((1, 1, 4, 4, 2), 7, np.float16), "std": np.zeros((1, 1, 4, 4, 2), np.float16)}
+    assert (np.asarray(sample_latents(jax.random.key(0), moments, space)) == (7 - -1) * 0.25).all()
+
+
 def test_every_epoch_visits_each_example_once_in_a_new_order(store):
     class Keys:
         def __len__(self):
