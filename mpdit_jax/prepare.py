@@ -114,7 +114,8 @@ def _prepare(options: argparse.Namespace, out: Path) -> int:
 
 
 def _verify(out: Path) -> int:
-    from mpdit_jax.data.latent_store import read_manifest, verify
+    from mpdit_jax.data.latent_store import read_manifest
+    from mpdit_jax.data.verifying import verify
     from mpdit_jax.progress import WorkBar
 
     examples, before = read_manifest(out).examples, 0

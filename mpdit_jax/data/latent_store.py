@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import resource
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from mpdit_jax.errors import DataError, InputError
 
 SCHEMA_VERSION = 1
 MANIFEST, LABELS, REJECTED = "manifest.json", "labels.npy", "rejected.jsonl"
+_OTHER_FILES = 512  # what JAX, loggers and checkpoints may open
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # records are read one here, one there
 
 
@@ -145,10 +147,12 @@ class LatentStore:
         """Open it: every shard must be there at its full length, but none is read yet.
 
         Raises:
-            DataError: no manifest, a damaged one, a shard missing or of another length, labels that do not fit.
+            DataError: no manifest, a damaged one, a shard missing or of another length, labels that do not fit, or
+                more shards than this process may open.
         """
         self.folder = Path(folder)
         self.manifest = manifest = read_manifest(self.folder)
+        allow_open_files(len(manifest.shards), str(folder))
         for shard in manifest.shards:
             check_shard(self.folder, shard)
         self.labels = _read_labels(self.folder, manifest)
@@ -216,7 +220,9 @@ class LatentStore:
         for number, row in zip(shards.tolist(), (indices - self._starts[shards]).tolist(), strict=True):
             try:
                 with self._locks[number]:  # a reader has one position
-                    reader = self._readers.get(number) or self._open(number)
+                    reader = self._readers.get(number)
+                    if reader is None:
+                        reader = self._open(number)
                     reader.seek(row)
                     record: bytes = reader.read()
                 if len(record) != size:
@@ -235,6 +241,24 @@ class LatentStore:
         return reader
 
 
+def allow_open_files(count: int, folder: str) -> None:
+    """Let this process keep `count` files open beside what else it needs; all shards are, once they have been read.
+
+    Raises:
+        DataError: the system does not allow it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise DataError(
+            f"{folder} has {count} shards and this process may open {hard} files: raise the limit (`ulimit -Hn "
+            f"{needed}` as an administrator), or prepare with a larger --shard_size."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 def check_shard(folder: Path, shard: Shard) -> None:
     """Raise DataError unless the shard is there at its full length."""
     path = folder / shard.name
@@ -251,58 +275,6 @@ def sha256(path: Path) -> str:
     """Hexadecimal digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def verify(folder: str | Path) -> Iterator[int]:
-    """Read everything and compare it with the manifest, the statistics included; gives the examples read so far, after
-    every shard.
-
-    Raises:
-        DataError: the first thing that differs, by name.
-    """
-    store = LatentStore(folder)
-    if sha256(store.folder / LABELS) != store.manifest.labels_sha256:
-        raise DataError(f"{store.folder / LABELS} is not what was written (SHA-256 differs); prepare again.")
-    if _count_lines(store.folder / REJECTED) != store.manifest.rejected:
-        raise DataError(f"{store.folder / REJECTED} does not name {store.manifest.rejected} images; copy it again.")
-    channels, done = store.manifest.latent_shape[2], 0
-    total, square = np.zeros(channels), np.zeros(channels)
-    for shard in store.manifest.shards:
-        path = store.folder / shard.name
-        if sha256(path) != shard.sha256:
-            raise DataError(
-                f"{path} is not what was written (SHA-256 differs): copy it again, or delete it and repeat the prepare "
-                "command."
-            )
-        for start in range(done, done + shard.examples, 256):
-            rows = np.arange(start, min(start + 256, done + shard.examples))
-            records = store.read(rows)
-            finite = np.isfinite(records["mean"]) & np.isfinite(records["std"])
-            bad = np.flatnonzero(~finite.reshape(len(rows), -1).all(axis=1) | (records["label"] != store.labels[rows]))
-            if len(bad):
-                key = records["key"][bad[0]].decode(errors="replace")
-                raise DataError(
-                    f"{path}: example {rows[bad[0]]} ({key}) is not finite, or its label is not the one in {LABELS}; "
-                    "prepare again."
-                )
-            mean, std = records["mean"].astype(np.float64), records["std"].astype(np.float64)
-            total += mean.sum(axis=(0, 1, 2, 3))
-            square += (mean**2 + std**2).sum(axis=(0, 1, 2, 3))
-        done += shard.examples
-        yield done
-    positions = done * store.manifest.views * int(np.prod(store.manifest.latent_shape[:2]))
-    mean, variance = total / positions, square / positions - (total / positions) ** 2
-    found = np.stack([mean, np.sqrt(np.maximum(variance, 0))])
-    stated = np.array([store.manifest.latent_mean, store.manifest.latent_std])
-    if not np.allclose(found, stated, rtol=1e-5, atol=1e-5 * np.abs(stated).max()):
-        raise DataError(
-            f"{store.folder / MANIFEST} states latent means and standard deviations {stated.tolist()} and they are "
-            f"{found.tolist()}: copy it again, or delete it and repeat the prepare command."
-        )
-
-
-def _count_lines(path: Path) -> int:
-    return len(path.read_text().splitlines()) if path.is_file() else -1
 
 
 def _read_labels(folder: Path, manifest: Manifest) -> np.ndarray:

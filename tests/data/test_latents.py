@@ -1,6 +1,7 @@
 """Training on a store of latents: what is drawn from it, in which order, and what a run keeps of it."""
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from mpdit_jax.data.latent_store import (
     LatentStore,
     Manifest,
     Shard,
+    allow_open_files,
     manifest_to_json,
     record_dtype,
     sha256,
@@ -79,6 +81,20 @@ def test_any_order_gives_the_records_asked_for(store):
     opened = LatentStore(store)
     indices = np.array([39, 0, 17, 17, 3, 32])
     assert [int(key) for key in opened.read(indices)["key"]] == indices.tolist()
+
+
+def test_a_store_of_many_shards_may_open_them_all_or_says_why_not(monkeypatch):
+    for hard, raised in ((20_000, [(5_512, 20_000)]), (resource.RLIM_INFINITY, [(5_512, resource.RLIM_INFINITY)])):
+        calls = []
+        monkeypatch.setattr(resource, "getrlimit", lambda _, hard=hard: (1024, hard))
+        monkeypatch.setattr(resource, "setrlimit", lambda _, limits, calls=calls: calls.append(limits))
+        allow_open_files(100, "store")
+        assert calls == []
+        allow_open_files(5_000, "store")
+        assert calls == raised
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+    with pytest.raises(DataError, match=r"store has 5000 shards and this process may open 4096 files: .*--shard_size"):
+        allow_open_files(5_000, "store")
 
 
 def test_evaluation_reads_a_store_in_order(store):
