@@ -31,6 +31,7 @@ from mpdit_jax.vae.autoencoder import mean_and_std
 from mpdit_jax.vae.weights import Parameters, abstract, merge, split
 
 _SHOWN = 16  # images and their reconstructions in the picture, and images encoded at a time
+_THREADS = 2  # that decode image files
 _SCALED = 1024  # images that the scaling factor is measured on
 
 
@@ -83,7 +84,7 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> bool:
         else:
             step, state = 0, jax.jit(create, out_shardings=replicated(mesh))()
         update = _make_update(architecture, optimizer, config)
-        data = batches(source, config.batch_size, config.seed, start=step)
+        data = batches(source, config.batch_size, config.seed, start=step, threads=_THREADS)
         watch = Stopwatch(config.batch_size)
         with Report(workdir, step, config.steps, config.batch_size) as report:
             while step < config.steps and stop.name is None:
