@@ -42,7 +42,7 @@ def count_macs(config: ModelConfig) -> int:
     for level, depth in enumerate(config.depths):
         image = _tokens(config, level)
         length = config.prefix_tokens + image
-        total += depth * (length * (4 * width**2 + 2 * width * config.mlp_size) + 2 * length**2 * width)
+        total += depth * (length * (4 * width**2 + 2 * width * config.mlp_size) + _attention_macs(config, length))
         if level == 0 or config.skip:
             total += image * _patch_features(config, level) * width
         if level > 0:
@@ -53,8 +53,30 @@ def count_macs(config: ModelConfig) -> int:
 
 
 def training_flops(config: ModelConfig) -> int:
-    """Floating-point operations of training on one example: 2 a multiply-add, one forward pass and two backward."""
+    """Floating-point operations of training on one example: 2 a multiply-add, one forward pass and two backward.
+
+    What remat computes again is not among them: see `recomputed_macs`.
+    """
     return 6 * count_macs(config)
+
+
+def recomputed_macs(config: ModelConfig) -> int:
+    """Multiply-adds that `config.remat` does a second time for one example: of the blocks all (full), of their
+    products without a batch dimension none (dots), which leaves attention's two.
+    """
+    total, width = 0, config.hidden_size
+    for level, depth in enumerate(config.depths):
+        length = config.prefix_tokens + _tokens(config, level)
+        products = length * (4 * width**2 + 2 * width * config.mlp_size)
+        block = {"none": 0, "dots": 0, "full": products + (6 * width**2 if config.modulation == "per_block" else 0)}
+        attention = 0 if config.remat == "none" else _attention_macs(config, length)
+        total += depth * (block[config.remat] + attention)
+    return total
+
+
+def _attention_macs(config: ModelConfig, length: int) -> int:
+    """Both products of attention over `length` tokens."""
+    return 2 * length**2 * config.hidden_size
 
 
 def _affine(inputs: int, outputs: int) -> int:

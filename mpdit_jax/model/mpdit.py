@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mpdit_jax.errors import InputError
+from mpdit_jax.mesh import constrain_batch
 from mpdit_jax.model.blocks import BlockStack, layer_norm, modulate
 from mpdit_jax.model.conditioning import CONDITIONS, MODULATIONS, ClassEmbedding
 from mpdit_jax.model.config import ModelConfig
@@ -111,7 +112,10 @@ class MPDiT(nnx.Module):
             )
         if not jnp.issubdtype(y.dtype, jnp.integer):
             raise InputError(f"y has dtype {y.dtype}: expected labels, whole numbers from 0 to {self.num_classes}.")
-        return self.velocity(x, self.modulation(t), self.class_embedding(y))
+        # Without the constraints every device computes the conditioning of the whole batch.
+        x, t, y = constrain_batch(x), constrain_batch(t), constrain_batch(y)
+        modulation = jax.tree.map(constrain_batch, self.modulation(t))
+        return self.velocity(x, modulation, self.class_embedding(y))
 
     def modulation(self, t: jax.Array) -> Any:
         """What depends on the times (B,) alone, float32: the modulation, or the time vector (B, D) that the
