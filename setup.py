@@ -60,6 +60,8 @@ EXTRAS = {
     # CUDA 12 is also what jax's own extra `cuda` means and runs on older drivers; jax[cuda13] works as well.
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
+    # Drawing the pictures of docs/scaling.md.
+    "docs": ["matplotlib>=3.11.2,<4"],
 }
 
 setup(

@@ -1,0 +1,1 @@
+"""Measurements whose results are pages of docs/, made by a command each."""
