@@ -56,7 +56,7 @@ EXTRAS = {
     # A second place for a run's numbers and pictures: config.log.wandb_project.
     "wandb": WANDB,
     # Plots of the studies whose results are in docs/.
-    "docs": ["matplotlib>=3.10,<4"],
+    "docs": ["matplotlib>=3.11.2,<4"],
     # What the tests marked `parity` compare with, and the other large thing they read.
     "parity": ["torch==2.13.0", "diffusers==0.42.1", "tensorflow_datasets==4.9.10", "importlib_resources>=6"],
     # CUDA 12 is also what jax's own extra `cuda` means and runs on older drivers; jax[cuda13] works as well.
