@@ -14,7 +14,8 @@ import numpy as np
 
 from mpdit_jax.errors import InputError
 
-_BLOCK = 2048  # rows and columns of distances at a time: 16 MiB
+_BLOCK = 2048  # rows and columns of distances at a time, at most: 16 MiB
+_SMALLEST_BLOCK = 256
 _SPARE = 5  # more neighbours than asked for are kept, for float64 to choose from
 _EXACT = 64  # rows settled in float64 at a time
 _EPSILON = float(np.finfo(np.float32).eps)
@@ -24,9 +25,9 @@ class _Set(NamedTuple):
     """Features about a common centre, padded to whole blocks."""
 
     exact: np.ndarray  # float64 (n, d), as given
-    centred: np.ndarray  # float32 (blocks, _BLOCK, d)
-    norms: np.ndarray  # float32 (blocks, _BLOCK), squared
-    valid: np.ndarray  # bool (blocks, _BLOCK); False for what only fills up the last block
+    centred: np.ndarray  # float32 (blocks, block, d)
+    norms: np.ndarray  # float32 (blocks, block), squared
+    valid: np.ndarray  # bool (blocks, block); False for what only fills up the last block
 
 
 def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
@@ -61,21 +62,24 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
         if not np.isfinite(features).all():
             raise InputError(f"the {name} features hold NaN or Inf: leave those images out.")
     centre = real.mean(axis=0, dtype=np.float64)
-    reals, fakes = _prepare(real, centre), _prepare(fake, centre)
+    block = _SMALLEST_BLOCK
+    while block < min(_BLOCK, max(len(real), len(fake))):
+        block *= 2
+    reals, fakes = _prepare(real, centre, block), _prepare(fake, centre, block)
     fakes_covered, reals_covered = _cover(reals, _radii(reals, k), fakes, _radii(fakes, k))
     return float(fakes_covered.mean()), float(reals_covered.mean())
 
 
-def _prepare(features: np.ndarray, centre: np.ndarray) -> _Set:
+def _prepare(features: np.ndarray, centre: np.ndarray, block: int) -> _Set:
     count, dimension = features.shape
-    blocks = -(-count // _BLOCK)
-    centred = np.zeros((blocks * _BLOCK, dimension), np.float32)
-    for start in range(0, count, _BLOCK):
-        part = features[start : start + _BLOCK]
+    blocks = -(-count // block)
+    centred = np.zeros((blocks * block, dimension), np.float32)
+    for start in range(0, count, block):
+        part = features[start : start + block]
         centred[start : start + len(part)] = part - centre
     norms = np.einsum("nd,nd->n", centred, centred)
-    valid = np.arange(blocks * _BLOCK) < count
-    return _Set(features, *(array.reshape(blocks, _BLOCK, *array.shape[1:]) for array in (centred, norms, valid)))
+    valid = np.arange(blocks * block) < count
+    return _Set(features, *(array.reshape(blocks, block, *array.shape[1:]) for array in (centred, norms, valid)))
 
 
 def _radii(points: _Set, k: int) -> np.ndarray:
@@ -83,10 +87,10 @@ def _radii(points: _Set, k: int) -> np.ndarray:
     count, keep = len(points.exact), min(k + _SPARE, len(points.exact) - 1)
     radii = np.empty(count)
     columns = jax.device_put((points.centred, points.norms, points.valid))
-    for block in range(len(points.centred)):
-        start = block * _BLOCK
-        lower, found = _nearest(points.centred[block], points.norms[block], start, columns, keep)
-        rows = np.arange(start, min(start + _BLOCK, count))
+    for number, norms in enumerate(points.norms):
+        start = number * len(norms)
+        lower, found = _nearest(points.centred[number], norms, start, columns, keep)
+        rows = np.arange(start, min(start + len(norms), count))
         bounds, candidates = np.asarray(lower)[: len(rows), -1], np.asarray(found)[: len(rows)]
         for part in np.array_split(np.arange(len(rows)), -(-len(rows) // _EXACT)):
             exact = _between(points.exact[rows[part], None], points.exact[candidates[part]])  # (part, keep)
@@ -106,19 +110,19 @@ def _nearest(
     rows: jax.Array, norms: jax.Array, start: int, columns: tuple[jax.Array, jax.Array, jax.Array], keep: int
 ) -> tuple[jax.Array, jax.Array]:
     """For each row of a block the `keep` columns with the smallest lower bounds of squared distance, ascending."""
-    here = jnp.arange(_BLOCK)
+    block = len(rows)
+    here = jnp.arange(block)
 
     def step(best: tuple[jax.Array, jax.Array], column: tuple[jax.Array, ...]) -> tuple[Any, None]:
         number, centred, column_norms, valid = column
         squares, error = _squares(rows, norms, centred, column_norms)
-        there = number * _BLOCK + here
-        use = valid[None, :] & (there[None, :] != (start + here)[:, None])
+        use = valid[None, :] & (number * block + here[None, :] != start + here[:, None])
         lower = jnp.concatenate([best[0], jnp.where(use, squares - error, jnp.inf)], axis=1)  # (rows, keep + columns)
-        places = jnp.concatenate([best[1], jnp.broadcast_to(there, (_BLOCK, _BLOCK))], axis=1)
         values, chosen = jax.lax.top_k(-lower, keep)
-        return (-values, jnp.take_along_axis(places, chosen, axis=1)), None
+        before = jnp.take_along_axis(best[1], jnp.minimum(chosen, keep - 1), axis=1)
+        return (-values, jnp.where(chosen < keep, before, number * block + chosen - keep)), None
 
-    initial = jnp.full((_BLOCK, keep), jnp.inf), jnp.zeros((_BLOCK, keep), jnp.int32)
+    initial = jnp.full((block, keep), jnp.inf), jnp.zeros((block, keep), jnp.int32)
     best, _ = jax.lax.scan(step, initial, (jnp.arange(len(columns[0])), *columns))
     return best
 
@@ -128,9 +132,10 @@ def _cover(real: _Set, real_radii: np.ndarray, fake: _Set, fake_radii: np.ndarra
     balls = jax.device_put((fake.centred, fake.norms, fake.valid, _filled(fake_radii, fake.valid)))
     reach = _filled(real_radii, real.valid)
     real_found, fake_found = np.zeros((2, real.valid.size), bool), np.zeros((2, fake.valid.size), bool)
-    for block in range(len(real.centred)):
-        rows, columns = _inside(real.centred[block], real.norms[block], real.valid[block], reach[block], balls)
-        real_found[:, block * _BLOCK : (block + 1) * _BLOCK] = rows
+    block = reach.shape[1]
+    for number in range(len(reach)):
+        rows, columns = _inside(real.centred[number], real.norms[number], real.valid[number], reach[number], balls)
+        real_found[:, number * block : (number + 1) * block] = rows
         fake_found |= np.asarray(columns).swapaxes(0, 1).reshape(2, -1)
     covered = []
     for (surely, perhaps), points, centres, radii in (
@@ -169,7 +174,7 @@ def _inside(
         others = jnp.stack([(use & (in_rows > row_error)).any(0), (use & (in_rows >= -row_error)).any(0)])
         return found, others
 
-    return jax.lax.scan(step, jnp.zeros((2, _BLOCK), bool), columns)
+    return jax.lax.scan(step, jnp.zeros((2, len(rows)), bool), columns)
 
 
 def _squares(

@@ -34,7 +34,6 @@ from mpdit_jax.evaluation.statistics import (
     save_statistics,
 )
 from mpdit_jax.flow.sampler import Sampler, make_sampler
-from mpdit_jax.images import to_uint8
 from mpdit_jax.mesh import batch_sharding, make_mesh
 from mpdit_jax.model.parameters import Parameters, Structure, merge
 from mpdit_jax.processes import any_process, first_does
@@ -256,5 +255,6 @@ class _Decoded:
         batch, space = self._source.batch(indices), self._source.latents
         if space is None or self._decode is None:
             return {"x": batch["x"]}
-        latents = (batch["mean"][:, 0].astype(np.float32) - np.float32(space.mean)) / np.float32(space.std)
+        mean, std = np.array(space.mean, np.float32), np.array(space.std, np.float32)
+        latents = (batch["mean"][:, 0].astype(np.float32) - mean) / std  # (n, h, w, C)
         return {"x": np.clip(np.asarray(self._decode(jax.numpy.asarray(latents))), -1, 1)}
