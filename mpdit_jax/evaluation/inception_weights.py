@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +100,7 @@ def from_torch(state: Mapping[str, np.ndarray], source: str) -> Inception:
         *parts, kind = map(str, path)
         if kind != "kernel" or parts == ["fc"]:
             continue
-        name = ".".join([_STEM.get(parts[0], parts[0].capitalize()), *parts[1:]])
+        name = published_name(parts)
         kernel, bias = fold(state, f"{name}.conv", f"{name}.bn", _EPSILON, source)
         arrays |= {f"{'.'.join(parts)}.kernel": kernel, f"{'.'.join(parts)}.bias": bias}
         left -= {f"{name}.conv.weight", *(f"{name}.bn.{n}" for n in ("weight", "bias", "running_mean", "running_var"))}
@@ -110,6 +110,11 @@ def from_torch(state: Mapping[str, np.ndarray], source: str) -> Inception:
         raise WeightsError(f"{source}: entry {min(left)} has no place in the Inception network of FID; {_remedy()}")
     assign(model, arrays, source)
     return model
+
+
+def published_name(path: Sequence[str]) -> str:
+    """What a convolution of ours is called in published files, such as Mixed_5b.branch1x1."""
+    return ".".join([_STEM.get(path[0], path[0].capitalize()), *path[1:]])
 
 
 def _remedy() -> str:
