@@ -18,7 +18,7 @@ from mpdit_jax.errors import WeightsError
 from mpdit_jax.evaluation.layers import Conv, assign
 from mpdit_jax.files import replacing
 
-_FORMAT = "mpdit_jax classifier 1"
+_KEY, _FORMAT = "mpdit_jax", "classifier 1"
 _SMALLEST = 4  # pixels a side that the images are brought down to, by halves
 
 
@@ -78,7 +78,8 @@ def save_classifier(path: str | Path, model: Classifier) -> None:
     """
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     arrays = {".".join(map(str, name)): np.asarray(leaf[...]) for name, leaf in flat}
-    metadata = {"format": _FORMAT, "config": json.dumps(dataclasses.asdict(model.config), sort_keys=True)}
+    # One entry: several would be written in an order that changes from one time to the next.
+    metadata = {_KEY: json.dumps({"format": _FORMAT, **dataclasses.asdict(model.config)}, sort_keys=True)}
     with replacing(path) as file:
         file.write(safetensors.numpy.save(arrays, metadata=metadata))
 
@@ -97,11 +98,10 @@ def load_classifier(path: str | Path) -> Classifier:
         )
     try:
         with safetensors.safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
+            fields = json.loads((file.metadata() or {}).get(_KEY, "{}"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-        if metadata.get("format") != _FORMAT:
+        if fields.pop("format", "") != _FORMAT:
             raise WeightsError(f"{path} is not a classifier that mpdit_jax.train_classifier has written.")
-        fields = json.loads(metadata["config"])
         if not all(isinstance(value, int) and 0 < value < 2**20 for value in fields.values()):
             raise ValueError(f"config {fields}")
         config = ClassifierConfig(**fields)

@@ -52,6 +52,7 @@ def make_result(
         "reference": {"count": reference.count, **reference.about},
         "k": options.k,
         "splits": options.splits,
+        "kid": "100 subsets of 1000 images, or of half of what there is",
         "seed": options.seed,
         "version": __version__,
         "jax": jax.__version__,

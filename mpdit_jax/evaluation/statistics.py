@@ -202,7 +202,8 @@ def compare(
                 results[metric_label(name, fake.extractor)] = value
     if "kid" in metrics:
         sets = _features(real, "KID"), _features(fake, "KID")
-        size = min(_KID_SUBSET, *map(len, sets))
+        fewest = min(map(len, sets))
+        size = _KID_SUBSET if fewest >= _KID_SUBSET else max(2, fewest // 2)
         label = metric_label("kid", fake.extractor)
         results[label], results[f"{label} std"] = kernel_distance(*sets, subset_size=size, seed=seed)
     return results

@@ -1,37 +1,20 @@
 """The PyTorch networks that our extractors are compared with, with random weights."""
 
-import sys
-
 import numpy as np
 import pytest
 from flax import nnx
 
+from mpdit_jax.benchmarks import torch_operators
 from mpdit_jax.evaluation.inception import Inception
 from mpdit_jax.evaluation.inception_weights import published_name
 
-_declared = []  # kept alive: PyTorch forgets the operators of a library that nobody holds
-
 
 def import_torchvision():
-    """Import torchvision, which pytorch-fid and torch-fidelity need, also where its compiled operators do not load.
-
-    Its wheel for CUDA cannot load them beside a PyTorch for CPUs alone. Neither reference calls one, so declaring those
-    that its import asks for is enough.
-    """
-    torch = pytest.importorskip("torch")
+    """Import torchvision, or skip the test."""
     try:
-        import torchvision
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
-        _declared.append(library)
-        import torchvision
-    except ImportError:
-        pytest.skip("torchvision is not installed")
-    return torchvision
+        return torch_operators.import_torchvision()
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 def random_inception_state():
