@@ -12,6 +12,7 @@ from ml_collections.config_dict import placeholder
 from mpdit_jax import __version__
 from mpdit_jax.data.latents import NORMALIZATIONS
 from mpdit_jax.errors import ConfigError
+from mpdit_jax.evaluation.settings import check_eval
 from mpdit_jax.files import code_fingerprint
 from mpdit_jax.flow.objective import TIME_DISTRIBUTIONS
 from mpdit_jax.model.config import ModelConfig, suggest
@@ -26,6 +27,7 @@ CONTINUABLE = (
     "log",
     "profile",
     "sample",
+    "eval",
     "skip.abort_after",
     "mesh",
     "data.path",
@@ -105,6 +107,19 @@ def base_config() -> ConfigDict:
     config.sample.guidance_scale = 1.5
     config.sample.per_class = 8  # images a class in the grid, for up to 10 classes
     config.sample.vae = ""  # folder or hub name of the VAE that decodes the grid of a run on latents; "" for no grid
+
+    config.eval = ConfigDict()  # metrics of samples from the moving average, against real images (docs/evaluation.md)
+    config.eval.every = 0  # steps, and after the last; 0 for never
+    config.eval.num_samples = 1_000  # for each guidance scale
+    config.eval.guidance_scales = (1.0,)
+    config.eval.solver = "euler"
+    config.eval.steps = 50  # velocity evaluations
+    config.eval.metrics = ("fd",)  # fd | sfd | is | precision | recall | kid
+    config.eval.features = "inception"  # inception | efficientnet_lite0 | classifier:FILE | classifier (trained here)
+    config.eval.inception = ""  # its weights; "" for where they usually are
+    config.eval.reference = ""  # images or saved statistics; "" for the run's own data, at most 50,000 of them
+    config.eval.batch_size = 64  # samples at a time, on each process
+    config.eval.classifier_steps = 500  # of features="classifier", trained on the run's data when first needed
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: all devices that are left
     return config.lock()
@@ -220,6 +235,7 @@ def _check(config: ConfigDict) -> None:
     factor = config.skip.spike_factor
     _expect(config, "skip.spike_factor", factor == 0 or factor > 1, "0 (never) or a number above 1, such as 10")
     check_optimizer(config.optimizer)
+    check_eval(config.eval)
     if config.time.distribution not in TIME_DISTRIBUTIONS:
         known = ", ".join(TIME_DISTRIBUTIONS)
         hint = suggest(config.time.distribution, TIME_DISTRIBUTIONS)
@@ -272,7 +288,13 @@ def _same_type(path: str, value: Any, default: Any) -> None:
     kind = type(default)
     fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
-        names = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+        names = {
+            int: "a whole number",
+            float: "a number",
+            str: "text",
+            bool: "True or False",
+            tuple: "values with commas between them",
+        }
         raise ConfigError(f"{path}={value!r}: expected {names[kind]}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{path}={value!r}: expected a finite number.")

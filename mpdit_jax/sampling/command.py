@@ -82,7 +82,7 @@ def draw(request: Request, out: Path) -> np.ndarray:
         if path is not None:
             check_writable(path)
     names = class_names(options.workdir, load_config(options.workdir), options.class_names)
-    folder = BlockFolder(unfinished_folder(out), _settings(request))
+    folder = BlockFolder(unfinished_folder(out), run_settings(request))
 
     def each(block: Block) -> None:
         if options.png_folder:
@@ -158,7 +158,7 @@ def _save_film(request: Request, path: Path) -> None:
     images.save_png(path.with_suffix(".png"), strip)
 
 
-def _settings(request: Request) -> dict[str, Any]:
+def run_settings(request: Request) -> dict[str, Any]:
     """What decides every pixel."""
     options, sampler = request.options, request.sampler
     return {

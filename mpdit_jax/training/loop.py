@@ -28,6 +28,7 @@ from mpdit_jax.model.parameters import Structure, abstract, merge
 from mpdit_jax.processes import StopVote, first_does
 from mpdit_jax.sampling.decoding import Decode, make_decode
 from mpdit_jax.stored import list_steps
+from mpdit_jax.training.evaluation import Evaluator
 from mpdit_jax.training.feed import Feed
 from mpdit_jax.training.observe import Report
 from mpdit_jax.training.optimizer import make_optimizer, make_schedule
@@ -87,7 +88,9 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         speaks = jax.process_index() == 0
         first_does(partial(claim_data, workdir, source, trained=step > 0))
         decode = make_decode(str(workdir), config.sample.vae) if config.sample.vae else None
-        if step >= config.steps:
+        evaluator = Evaluator(config, workdir, source, structure, decode, lambda: stop.name is not None)
+        unevaluated = evaluator.pending(step)
+        if step >= config.steps and not unevaluated:
             if speaks:
                 print(f"{workdir} is done: {step} of {config.steps} steps. For more: --config.steps={2 * step}")
             return state
@@ -122,6 +125,8 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
             Profiler(workdir / "tensorboard", config.profile.start, config.profile.steps if speaks else 0) as profiler,
         ):
             report.config(step, to_json(config))
+            if unevaluated:  # an earlier start ended in the middle of it
+                report.evaluation(step, evaluator(state.ema_parameters))
             while step < config.steps and not vote.asked(stop.name is not None, step):
                 with watch.of("data_wait"):
                     try:
@@ -162,6 +167,9 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                         picture = draw_grid(config, structure, state, decode)
                         if picture is not None:
                             report.picture(step, picture)
+                if evaluator.due(step):  # after the checkpoint, from which it is made up for when it is cut off
+                    with watch.of("other"):
+                        report.evaluation(step, evaluator(state.ema_parameters))
             if step < config.steps:
                 stop.begin_grace()
                 report.say(f"{stop.name or 'another process was asked to stop'}: saving step {step}")

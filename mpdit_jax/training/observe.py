@@ -75,6 +75,16 @@ class Report:
                 f"--replay_step={steps[0]}"
             )
 
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Metrics of samples drawn at this step, on a line of their own; nothing if there are none."""
+        if not values:
+            return
+        if self._metrics is not None:
+            self._metrics.write(step, values)
+        for writer in self._writers:
+            writer.scalars(step, values)
+        self.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
     def picture(self, step: int, picture: np.ndarray) -> None:
         """A grid of samples, uint8 (H, W, 1 or 3)."""
         if self._speaks:
