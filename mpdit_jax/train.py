@@ -67,7 +67,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if int(state.step) < config.steps:
         again = shlex.join([sys.executable, "-m", "mpdit_jax.train", *arguments])
-        print(f"stopped at step {int(state.step)} of {config.steps}, saved; continue with:\n  {again}")
+        saved = "saved" if int(state.step) else "with nothing trained yet"
+        print(f"stopped at step {int(state.step)} of {config.steps}, {saved}; continue with:\n  {again}")
     else:
         facts = read_facts(workdir)
         vae = " --vae=FOLDER" if facts is not None and facts.latents is not None else ""

@@ -15,10 +15,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpdit_jax.checkpoint import list_steps
 from mpdit_jax.cli import make_parser, run
 from mpdit_jax.errors import InputError, MPDiTError
 from mpdit_jax.files import check_writable, replacing
+from mpdit_jax.stored import list_steps
 
 _EXAMPLES = """\
   python -m mpdit_jax.studies.soak --workdir=runs/soak --report=docs/soak.md

@@ -132,7 +132,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                     try:
                         batch = feed.take()
                     except DataError:
-                        if jax.process_count() == 1:  # saving takes all of them, and the others do not know
+                        if step and jax.process_count() == 1:  # saving takes all, and the others do not know
                             checkpoints.save(step, to_items(state))
                         raise
                 with profiler.step(step), jax.transfer_guard("disallow"):
@@ -170,7 +170,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                 if evaluator.due(step):  # after the checkpoint, from which it is made up for when it is cut off
                     with watch.of("other"):
                         report.evaluation(step, evaluator(state.ema_parameters))
-            if step < config.steps:
+            if 0 < step < config.steps:
                 stop.begin_grace()
                 report.say(f"{stop.name or 'another process was asked to stop'}: saving step {step}")
                 claim.check()

@@ -192,7 +192,8 @@ def test_a_run_is_drawn_and_compared_for_several_settings_in_one_go(tmp_path, cl
     # The same images by the other way: drawn into a file first.
     out = tmp_path / "drawn.npz"
     assert sample([
-        f"--workdir={workdir}", "--num_samples=30", "--steps=2", "--guidance_scale=1.5", "--batch_size=16", f"--out={out}",
+        f"--workdir={workdir}", f"--out={out}",
+        "--num_samples=30", "--steps=2", "--guidance_scale=1.5", "--batch_size=16",
     ]) == 0  # fmt: skip
     run(capsys, f"--samples={out}", "--reference=data:digits", arguments[1], f"--out={tmp_path / 'z.json'}")
     by_file = json.loads((tmp_path / "z.json").read_text())["results"][0]["metrics"]

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from mpdit_jax.checkpoint import list_steps
 from mpdit_jax.data import sources
 from mpdit_jax.errors import DivergedError
+from mpdit_jax.stored import list_steps
 from mpdit_jax.train import main
 from mpdit_jax.training.observe import LossSpikes
 from tests.tiny import ROOT, environment, train_arguments

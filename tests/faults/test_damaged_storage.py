@@ -12,11 +12,12 @@ import pytest
 
 import mpdit_jax as mp
 from mpdit_jax import integrity
-from mpdit_jax.checkpoint import Checkpoints, list_steps, load_config
+from mpdit_jax.checkpoint import Checkpoints, load_config
 from mpdit_jax.config import model_of
 from mpdit_jax.errors import CheckpointError, DamageWarning
 from mpdit_jax.mesh import make_mesh
 from mpdit_jax.model.parameters import split
+from mpdit_jax.stored import list_steps
 from mpdit_jax.training.optimizer import make_optimizer
 from mpdit_jax.training.state import abstract_state, to_items
 from tests.tiny import assert_same_bits, run, saved_arrays, train_arguments

@@ -8,9 +8,9 @@ import subprocess
 
 import pytest
 
-from mpdit_jax.checkpoint import list_steps
 from mpdit_jax.errors import CheckpointError, InputError
 from mpdit_jax.files import take_lock
+from mpdit_jax.stored import list_steps
 from mpdit_jax.train import main
 from tests.faults.nursery import Nursery, wait_until
 from tests.tiny import assert_same_bits, saved_arrays, train_arguments

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from mpdit_jax.checkpoint import list_steps
+from mpdit_jax.stored import list_steps
 from tests.tiny import ROOT, start, train_arguments
 from tests.training.test_processes import free_port, join_flags
 

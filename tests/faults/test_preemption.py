@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mpdit_jax.checkpoint import list_steps
+from mpdit_jax.stored import list_steps
 from tests.faults.nursery import Nursery, wait_until
 from tests.tiny import ROOT, assert_same_bits, environment, saved_arrays, start, train_arguments
 

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from mpdit_jax.checkpoint import list_steps
+from mpdit_jax.stored import list_steps
 from tests.tiny import ROOT, UNOPTIMIZED, run, saved_arrays, start, train_arguments
 
 STEPS = 20

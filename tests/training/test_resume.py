@@ -9,8 +9,8 @@ import subprocess
 
 import pytest
 
-from mpdit_jax.checkpoint import list_steps
 from mpdit_jax.errors import InputError
+from mpdit_jax.stored import list_steps
 from mpdit_jax.train import main
 from tests.tiny import ROOT, assert_same_bits, run, saved_arrays, start, train_arguments
 
