@@ -9,7 +9,8 @@ import sys
 import textwrap
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import getitem
 from typing import NoReturn, TextIO
 
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from mpdit_jax.config import defaults
 from mpdit_jax.errors import ConfigError, DamageWarning, MPDiTError
 from mpdit_jax.files import REFUSALS
-from mpdit_jax.interrupt import KILLED_BY, Terminated, end_by_exception, this_command
+from mpdit_jax.interrupt import KILLED_BY, Terminated, ending_by_exception, this_command
 from mpdit_jax.model.config import suggest
 from mpdit_jax.model.presets import PRESETS
 from mpdit_jax.peers import leave
@@ -114,34 +115,50 @@ def run(main: Callable[[Sequence[str]], int], *, terminated: int = KILLED_BY + s
         main: what the command does, from arguments to exit status.
         terminated: the status after a SIGTERM that `main` does not handle itself.
     """
-    end_by_exception()
-    warnings.showwarning = _in_one_line
-    logging.getLogger("absl").addFilter(_is_news)
-    threading.excepthook = _thread_in_one_line
-    status = 1
+    with ending_by_exception(), _quiet():
+        status = _status_of(main, terminated)
+    leave(failed=status != 0)
+    sys.exit(status)
+
+
+def _status_of(main: Callable[[Sequence[str]], int], terminated: int) -> int:
+    """Run `main`; whatever it ends by has become a sentence and a status."""
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
+        return status
     except MPDiTError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = error.exit_status
+        return error.exit_status
     except Terminated:
         print(f"SIGTERM: stopped; the same command continues:\n  {this_command()}", file=sys.stderr)
-        status = terminated
+        return terminated
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        status = KILLED_BY + signal.SIGINT
+        return KILLED_BY + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output has gone, as with `| head`; keep the interpreter's last flush quiet as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = KILLED_BY + signal.SIGPIPE
+        return KILLED_BY + signal.SIGPIPE
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
         where = f" {error.filename}" if error.filename else ""
         print(f"error: the system refused to read or write{where} ({error.strerror}).", file=sys.stderr)
-    leave(failed=status != 0)
-    sys.exit(status)
+        return 1
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What libraries print beside an error that becomes a sentence is left out, and our own warnings are sentences."""
+    absl, show, hook = logging.getLogger("absl"), warnings.showwarning, threading.excepthook
+    absl.addFilter(_is_news)
+    warnings.showwarning, threading.excepthook = _in_one_line, _thread_in_one_line
+    try:
+        yield
+    finally:
+        absl.removeFilter(_is_news)
+        warnings.showwarning, threading.excepthook = show, hook
 
 
 def _is_news(record: logging.LogRecord) -> bool:
