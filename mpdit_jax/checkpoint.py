@@ -73,7 +73,7 @@ class Checkpoints:
     ) -> None:
         if "_manager" in vars(self):
             try:
-                self._guarded(None, self._manager.wait_until_finished)
+                self._guarded(self._manager.wait_until_finished)
             finally:
                 self._manager.close()
 
@@ -87,12 +87,12 @@ class Checkpoints:
         Raises:
             CheckpointError: this one or the one before it could not be written, as when the disk is full.
         """
-        if self._guarded(step, lambda: step in self._manager.all_steps()):
+        if self._guarded(lambda: step in self._manager.all_steps()):
             return
         saved: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         record = {name: integrity.digests(tree) for name, tree in items.items()}
         saved[DIGESTS] = ocp.args.JsonSave({"version": DIGESTS_VERSION, "step": step, "items": record})
-        self._guarded(step, partial(self._manager.save, step, args=ocp.args.Composite(**saved), force=True))
+        self._guarded(partial(self._manager.save, step, args=ocp.args.Composite(**saved), force=True))
 
     def wait(self) -> None:
         """Return when everything is on disk.
@@ -101,7 +101,7 @@ class Checkpoints:
             CheckpointError: it could not be written.
         """
         if "_manager" in vars(self):
-            self._guarded(None, self._manager.wait_until_finished)
+            self._guarded(self._manager.wait_until_finished)
 
     def restore(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
         """The pytrees saved at `step`, laid out as `targets` (shapes with shardings) says.
@@ -150,7 +150,7 @@ class Checkpoints:
             place = folder / f"{step}-{count}"
         return (self._folder / str(step)).rename(place)
 
-    def _guarded(self, step: int | None, action: Callable[[], T]) -> T:
+    def _guarded(self, action: Callable[[], T]) -> T:
         """What `action` gives; what the storage layer raises becomes a sentence."""
         try:
             return action()
@@ -159,10 +159,9 @@ class Checkpoints:
                 raise  # a lost process looks like this too
             kept = self.latest_step()
             newest = "no checkpoint is there yet" if kept is None else f"the newest checkpoint is of step {kept}"
-            what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
             raise CheckpointError(
-                f"{what} cannot be written to {self._folder} ({reason(error)}), and {newest}: make room or another "
-                "--workdir, and repeat the command."
+                f"a checkpoint cannot be written to {self._folder} ({reason(error)}), and {newest}: make room "
+                "and repeat the command."
             ) from error
 
 

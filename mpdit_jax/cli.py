@@ -1,14 +1,16 @@
 """What the commands share: a config from the command line, and errors as one sentence."""
 
 import argparse
-import errno
 import functools
+import logging
 import os
 import signal
 import sys
 import textwrap
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import getitem
 from typing import NoReturn, TextIO
 
@@ -17,7 +19,8 @@ from ml_collections import ConfigDict, config_flags
 
 from mpdit_jax.config import defaults
 from mpdit_jax.errors import ConfigError, DamageWarning, MPDiTError
-from mpdit_jax.interrupt import KILLED_BY, Terminated, end_by_exception, this_command
+from mpdit_jax.files import REFUSALS
+from mpdit_jax.interrupt import KILLED_BY, Terminated, ending_by_exception, this_command
 from mpdit_jax.model.config import suggest
 from mpdit_jax.model.presets import PRESETS
 from mpdit_jax.peers import leave
@@ -28,19 +31,6 @@ config:
   --config.FIELD=VALUE   any field of the config file, such as --config.optimizer.learning_rate=3e-4,
                          --config.batch_size=256 or --config.model.depths=4,8
 """
-# What a file system refuses: no space, no quota, too large, not permitted, read-only, broken, gone.
-_REFUSALS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EIO,
-    errno.ENOENT,
-    errno.ESTALE,
-    errno.ENAMETOOLONG,
-)
 # What a person would call the types that config fields have.
 _EXPECTED = {
     bool: "True or False",
@@ -126,32 +116,63 @@ def run(main: Callable[[Sequence[str]], int], *, terminated: int = KILLED_BY + s
         main: what the command does, from arguments to exit status.
         terminated: the status after a SIGTERM that `main` does not handle itself.
     """
-    end_by_exception()
-    warnings.showwarning = _in_one_line
-    status = 1
+    with ending_by_exception(), _quiet():
+        status = _status_of(main, terminated)
+    leave(failed=status != 0)
+    sys.exit(status)
+
+
+def _status_of(main: Callable[[Sequence[str]], int], terminated: int) -> int:
+    """Run `main`; whatever it ends by has become a sentence and a status."""
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
+        return status
     except MPDiTError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = error.exit_status
+        return error.exit_status
     except Terminated:
         print(f"SIGTERM: stopped; the same command continues:\n  {this_command()}", file=sys.stderr)
-        status = terminated
+        return terminated
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        status = KILLED_BY + signal.SIGINT
+        return KILLED_BY + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output has gone, as with `| head`; keep the interpreter's last flush quiet as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = KILLED_BY + signal.SIGPIPE
+        return KILLED_BY + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in _REFUSALS:
+        if error.errno not in REFUSALS:
             raise
         where = f" {error.filename}" if error.filename else ""
         print(f"error: the system refused to read or write{where} ({error.strerror}).", file=sys.stderr)
-    leave(failed=status != 0)
-    sys.exit(status)
+        return 1
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What libraries print beside an error that becomes a sentence is left out, and our own warnings are sentences."""
+    absl, show, hook = logging.getLogger("absl"), warnings.showwarning, threading.excepthook
+    absl.addFilter(_is_news)
+    warnings.showwarning, threading.excepthook = _in_one_line, _thread_in_one_line
+    try:
+        yield
+    finally:
+        absl.removeFilter(_is_news)
+        warnings.showwarning, threading.excepthook = show, hook
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what Orbax logs with a traceback: it raises the same error, which becomes a sentence."""
+    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+
+
+def _thread_in_one_line(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread: a disk that refuses is no reason for a traceback, and the run goes on."""
+    if isinstance(error.exc_value, OSError) and error.exc_value.errno in REFUSALS:
+        print(f"warning: a file could not be written in the background ({error.exc_value}).", file=sys.stderr)
+    else:
+        threading.__excepthook__(error)
 
 
 def _in_one_line(

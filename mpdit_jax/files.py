@@ -14,6 +14,19 @@ from typing import IO
 
 from mpdit_jax.errors import InputError
 
+# What a file system refuses: no space, no quota, too large, not permitted, read-only, broken, gone.
+REFUSALS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ENOENT,
+    errno.ESTALE,
+    errno.ENAMETOOLONG,
+)
 _OWNER_LIMIT = 200  # characters
 
 

@@ -8,7 +8,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -25,7 +26,7 @@ def this_command() -> str:
 
 
 def guard_imports() -> None:
-    """Until `end_by_exception`: a signal ends the process at once with a sentence. Libraries take seconds to import."""
+    """Libraries take seconds to import: until `ending_by_exception`, a signal ends the process with a sentence."""
     resumable = "mpdit_jax.train" in sys.orig_argv[:4]
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -39,17 +40,27 @@ def guard_imports() -> None:
             signal.signal(number, end)
 
 
-def end_by_exception() -> None:
-    """From now on SIGINT raises KeyboardInterrupt and SIGTERM Terminated, so that half-written files are removed."""
+@contextmanager
+def ending_by_exception() -> Iterator[None]:
+    """Inside, SIGINT raises KeyboardInterrupt and SIGTERM Terminated, so that half-written files are removed."""
     if threading.current_thread() is not threading.main_thread():
+        yield
         return
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, terminate)):
-        if signal.getsignal(number) != signal.SIG_IGN:
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    before = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in handlers.items():
+        if before[number] != signal.SIG_IGN:
             signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            if previous in (signal.SIG_DFL, signal.default_int_handler):  # what guarded the imports has done its work
+                signal.signal(number, previous)
 
 
 class StopRequest:

@@ -1,6 +1,7 @@
 """A checkpoint on disk: which folders are one, and reading one so that damage is noticed."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from mpdit_jax import integrity
 from mpdit_jax.errors import CheckpointError
+from mpdit_jax.files import REFUSALS
 from mpdit_jax.processes import any_process
 
 CHECKPOINTS = "checkpoints"
@@ -146,5 +148,9 @@ def _verify(folder: Path, items: Mapping[str, Any], record: Mapping[str, Any] | 
 
 
 def reason(error: Exception) -> str:
-    """The first line of what a library says."""
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    """What the system said, where a library wraps it in its own words; else the first line of what the library says."""
+    text = str(error)
+    for code in REFUSALS:
+        if os.strerror(code) in text:
+            return os.strerror(code)
+    return text.splitlines()[0][:200] if text else type(error).__name__
