@@ -82,6 +82,7 @@ def draw(request: Request, out: Path) -> np.ndarray:
         if path is not None:
             check_writable(path)
     names = class_names(options.workdir, load_config(options.workdir), options.class_names)
+    _check(request)
     folder = BlockFolder(unfinished_folder(out), _settings(request))
 
     def each(block: Block) -> None:
@@ -125,6 +126,12 @@ def draw(request: Request, out: Path) -> np.ndarray:
     single = f"; single images in {options.png_folder}" if options.png_folder else ""
     print(f"{kept} images in {' and '.join(dict.fromkeys(written))}{single}")
     return missing
+
+
+def _check(request: Request) -> None:
+    """Raise what the first block would raise, before a folder or a progress bar is there: a trace makes every check."""
+    labels, key = request.labels[:1], jax.random.key(0)
+    jax.eval_shape(lambda: request.sampler(request.model, labels, key, **request.call()))
 
 
 def _place(value: str, beside: Path) -> Path | None:
