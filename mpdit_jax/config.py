@@ -31,6 +31,7 @@ CONTINUABLE = (
     "data.path",
     "model.remat",
     "model.attention",
+    "model.platform",
 )
 
 

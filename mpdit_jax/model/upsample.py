@@ -22,8 +22,8 @@ class Upsample(nnx.Module):
     def __init__(self, factor: int, grid: tuple[int, int], config: ModelConfig, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
         self.factor, self.grid, self.class_tokens = factor, grid, config.prefix_tokens
-        self.expand = linear(width, width * factor * factor, rngs, dtype=config.dtype)
-        self.refine = linear(width, width, rngs, dtype=config.dtype)
+        self.expand = linear(width, width * factor * factor, rngs, dtype=config.dtype, platform=config.platform)
+        self.refine = linear(width, width, rngs, dtype=config.dtype, platform=config.platform)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, m + h*w, D) to (B, m + h*w*r*r, D); `grid` is the coarse (h, w)."""
