@@ -161,7 +161,7 @@ def _save_film(request: Request, path: Path) -> None:
     images.save_gif(path, [images.grid(frames[index], len(rows)) for index in shown])
     # Frames as near as there are to times evenly spread.
     chosen = [int(np.abs(times - t).argmin()) for t in np.linspace(times[0], times[-1], _FRAMES)]
-    strip = images.film_strip(frames[chosen], [f"t {times[index]:.1f}" for index in chosen])
+    strip = images.film_strip(frames[chosen], [f"{times[index]:.2f}" for index in chosen])
     images.save_png(path.with_suffix(".png"), strip)
 
 
