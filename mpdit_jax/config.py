@@ -33,6 +33,7 @@ CONTINUABLE = (
     "data.path",
     "model.remat",
     "model.attention",
+    "model.platform",
 )
 
 

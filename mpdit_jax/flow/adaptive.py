@@ -79,9 +79,11 @@ class Adaptive:
             found = diffrax.diffeqsolve(
                 terms,
                 method,
-                t0=jnp.asarray(segment.start, z.dtype),
-                t1=jnp.asarray(segment.end, z.dtype),
-                dt0=jnp.asarray(-min(_FIRST_STEP, segment.start - segment.end), z.dtype),
+                # Plain numbers: diffrax checks them while tracing. Arrays it would check when the program runs, by a
+                # callback to Python, and such a program cannot be exported.
+                t0=float(segment.start),
+                t1=float(segment.end),
+                dt0=-min(_FIRST_STEP, segment.start - segment.end),
                 y0=z,
                 args=segment.field,
                 saveat=diffrax.SaveAt(ts=times) if record else diffrax.SaveAt(t1=True),

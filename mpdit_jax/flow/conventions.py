@@ -64,6 +64,10 @@ class Converted(nnx.Module):
         """A copy for inference that computes in "float32" or "bfloat16"."""
         return type(self)(self.model.astype(dtype))
 
+    def for_platform(self, platform: str) -> "Converted":
+        """The same model with the arithmetic that suits "cpu", "gpu" or "tpu"."""
+        return type(self)(self.model.for_platform(platform))
+
 
 class SiTVelocity(Converted):
     """SiT's time runs from the noise at 0 to the data at 1, and its velocity is data minus noise."""

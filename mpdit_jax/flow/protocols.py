@@ -48,6 +48,14 @@ class Castable(Protocol):
 
 
 @runtime_checkable
+class Portable(Protocol):
+    """A model whose arithmetic can suit another platform than this machine's."""
+
+    def for_platform(self, platform: str, /) -> Any:
+        """The same model for "cpu", "gpu" or "tpu"."""
+
+
+@runtime_checkable
 class DeclaresConvention(Protocol):
     """A model that says which convention its output follows; one that does not say follows ours, "velocity"."""
 

@@ -10,6 +10,7 @@ from flax import nnx
 from mpdit_jax.mesh import constrain_batch
 from mpdit_jax.model.conditioning import MODULATIONS
 from mpdit_jax.model.config import ModelConfig
+from mpdit_jax.model.kernels import attention_kernel
 from mpdit_jax.model.linear import linear
 
 
@@ -31,17 +32,16 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
-        self.heads, self.implementation = config.num_heads, config.attention
-        self.qkv = linear(width, 3 * width, rngs, dtype=config.dtype)
-        self.out = linear(width, width, rngs, dtype=config.dtype)
+        self.heads, self.attend = config.num_heads, attention_kernel(config)
+        self.qkv = linear(width, 3 * width, rngs, dtype=config.dtype, platform=config.platform)
+        self.out = linear(width, width, rngs, dtype=config.dtype, platform=config.platform)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, T, D) to (B, T, D)."""
         batch, length, width = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.heads, width // self.heads)  # (B, T, 3, heads, d)
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # each (B, T, heads, d)
         with jax.default_matmul_precision("highest"):
-            y = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)
+            y = self.attend(qkv)  # (B, T, heads, d)
         return self.out(y.reshape(batch, length, width))
 
 
@@ -49,8 +49,9 @@ class MLP(nnx.Module):
     """Linear, tanh GELU, Linear."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.inner = linear(config.hidden_size, config.mlp_size, rngs, dtype=config.dtype)
-        self.outer = linear(config.mlp_size, config.hidden_size, rngs, dtype=config.dtype)
+        width, hidden = config.hidden_size, config.mlp_size
+        self.inner = linear(width, hidden, rngs, dtype=config.dtype, platform=config.platform)
+        self.outer = linear(hidden, width, rngs, dtype=config.dtype, platform=config.platform)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, T, D) to (B, T, D)."""

@@ -18,6 +18,7 @@ CONVENTIONS = ("velocity", "sit", "dit")
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "dots", "full")
 ATTENTIONS = ("xla", "cudnn")
+PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 _LARGEST = 2**24  # of any size: beyond every model, and few enough to multiply
 FNO_GRID = 32  # points of the FNO time embedding's grid
 
@@ -56,6 +57,8 @@ class ModelConfig:
             and so are norms, softmax, FFT and the output.
         remat: what the backward pass recomputes: "none", "dots" (all but matrix products) or "full" (whole blocks).
         attention: "xla" anywhere, or "cudnn" on NVIDIA GPUs.
+        platform: whose arithmetic to suit, "cpu", "gpu" or "tpu", or "auto" for that of JAX's default device; any of
+            them runs anywhere, and values agree to rounding.
     """
 
     patch_sizes: tuple[int, ...] = (4, 2)
@@ -82,6 +85,7 @@ class ModelConfig:
     dtype: str = "float32"
     remat: str = "none"
     attention: Literal["xla", "cudnn"] = "xla"
+    platform: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("patch_sizes", "depths", "input_size"):
@@ -102,6 +106,7 @@ class ModelConfig:
         _choice("dtype", self.dtype, DTYPES)
         _choice("remat", self.remat, REMAT_POLICIES)
         _choice("attention", self.attention, ATTENTIONS)
+        _choice("platform", self.platform, PLATFORMS)
         self._check_levels()
         self._check_widths()
         self._check_switches()

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer
 
+from mpdit_jax.model.kernels import product_dtype
+
 XAVIER_UNIFORM: Initializer = nnx.initializers.xavier_uniform()
 ZEROS: Initializer = nnx.initializers.zeros_init()
 NORMAL_002: Initializer = nnx.initializers.normal(0.02)
@@ -18,10 +20,13 @@ def linear(
     rngs: nnx.Rngs,
     *,
     dtype: str = "float32",
+    platform: str = "auto",
     kernel_init: Initializer = XAVIER_UNIFORM,
     bias_init: Initializer = ZEROS,
 ) -> nnx.Linear:
     """A linear map (..., inputs) to (..., outputs) with float32 parameters that computes in `dtype`.
+
+    Of bfloat16 operands the result is bfloat16, or float32 where `platform` gains by it (kernels.py).
 
     float32 means float32: precision "highest" keeps TPUs and GPUs from rounding the operands to bfloat16 or TF32. With
     bfloat16 operands the setting has no effect.
@@ -33,6 +38,7 @@ def linear(
         param_dtype=jnp.float32,
         precision=jax.lax.Precision.HIGHEST,
         dot_general=flat_dot_general,
+        preferred_element_type=product_dtype(platform),
         kernel_init=kernel_init,
         bias_init=bias_init,
         rngs=rngs,

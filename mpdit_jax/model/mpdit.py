@@ -10,6 +10,7 @@ Time enters through one modulation that every block and the final layer share. A
 one level is an isotropic transformer, and with DiT's kind of conditioning (conditioning.py) it is DiT.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,8 +40,9 @@ class Level(nnx.Module):
         entering, embedding = index > 0, index == 0 or config.skip
         ratio = config.patch_sizes[index - 1] // self.patch if entering else 1
         self.upsample = Upsample(ratio, config.grid(index - 1), config, rngs) if entering else None
-        self.patch_embed = linear(patch_features, self.width, rngs, dtype=config.dtype) if embedding else None
-        self.skip = linear(self.width, self.width, rngs, dtype=config.dtype) if entering and embedding else None
+        linear_map = partial(linear, rngs=rngs, dtype=config.dtype, platform=config.platform)
+        self.patch_embed = linear_map(patch_features, self.width) if embedding else None
+        self.skip = linear_map(self.width, self.width) if entering and embedding else None
         self.blocks = BlockStack(config.depths[index], config, rngs)
 
     def __call__(self, tokens: jax.Array, latents: jax.Array, condition: Any) -> jax.Array:
@@ -180,15 +182,26 @@ class MPDiT(nnx.Module):
         Raises:
             ConfigError: another dtype.
         """
-        config = self.config.replace(dtype=dtype)
-        structure = nnx.graphdef(nnx.eval_shape(lambda: MPDiT(config, nnx.Rngs(params=0))))
-        model = nnx.merge(structure, nnx.state(self))
+        model = self._with(self.config.replace(dtype=dtype))
         levels = nnx.state(model.levels)
         nnx.update(
             model.levels,
             nnx.map_state(lambda path, leaf: leaf if "modulation" in path else leaf.astype(dtype), levels),
         )
-        if config.condition == "tokens":
+        if self.config.condition == "tokens":
             tokens = nnx.state(model.class_embedding)
             nnx.update(model.class_embedding, jax.tree.map(lambda leaf: leaf.astype(dtype), tokens))
         return model
+
+    def for_platform(self, platform: str) -> "MPDiT":
+        """The same weights with the arithmetic that suits "cpu", "gpu" or "tpu" (kernels.py).
+
+        Raises:
+            ConfigError: another platform.
+        """
+        return self._with(self.config.replace(platform=platform))
+
+    def _with(self, config: ModelConfig) -> "MPDiT":
+        """These parameters in a model of another config with the same parameters."""
+        structure = nnx.graphdef(nnx.eval_shape(lambda: MPDiT(config, nnx.Rngs(params=0))))
+        return nnx.merge(structure, nnx.state(self))

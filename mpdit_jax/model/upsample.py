@@ -47,7 +47,7 @@ class LinearExpand(nnx.Module):
 
     def __init__(self, place: Place, config: ModelConfig, rngs: nnx.Rngs) -> None:
         width, self.place = config.hidden_size, place
-        self.linear = linear(width, width * place.factor**2, rngs, dtype=config.dtype)
+        self.linear = linear(width, width * place.factor**2, rngs, dtype=config.dtype, platform=config.platform)
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """(B, h*w, D) to (B, h*w*r*r, D)."""
@@ -93,7 +93,7 @@ class LinearRefine(nnx.Module):
     """GELU of the opened tokens; then all tokens through norm and Linear(D -> D)."""
 
     def __init__(self, place: Place, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.linear = linear(config.hidden_size, config.hidden_size, rngs, dtype=config.dtype)
+        self.linear = linear(config.hidden_size, config.hidden_size, rngs, dtype=config.dtype, platform=config.platform)
 
     def __call__(self, classes: jax.Array, image: jax.Array) -> jax.Array:
         """(B, m, D) and (B, N, D) to (B, m + N, D)."""

@@ -82,6 +82,7 @@ def draw(request: Request, out: Path) -> np.ndarray:
         if path is not None:
             check_writable(path)
     names = class_names(options.workdir, load_config(options.workdir), options.class_names)
+    _check(request)
     folder = BlockFolder(unfinished_folder(out), run_settings(request))
 
     def each(block: Block) -> None:
@@ -127,6 +128,12 @@ def draw(request: Request, out: Path) -> np.ndarray:
     return missing
 
 
+def _check(request: Request) -> None:
+    """Raise what the first block would raise, before a folder or a progress bar is there: a trace makes every check."""
+    labels, key = request.labels[:1], jax.random.key(0)
+    jax.eval_shape(lambda: request.sampler(request.model, labels, key, **request.call()))
+
+
 def _place(value: str, beside: Path) -> Path | None:
     return None if not value else beside if value == "beside" else Path(value)
 
@@ -154,7 +161,7 @@ def _save_film(request: Request, path: Path) -> None:
     images.save_gif(path, [images.grid(frames[index], len(rows)) for index in shown])
     # Frames as near as there are to times evenly spread.
     chosen = [int(np.abs(times - t).argmin()) for t in np.linspace(times[0], times[-1], _FRAMES)]
-    strip = images.film_strip(frames[chosen], [f"t {times[index]:.1f}" for index in chosen])
+    strip = images.film_strip(frames[chosen], [f"{times[index]:.2f}" for index in chosen])
     images.save_png(path.with_suffix(".png"), strip)
 
 

@@ -1,6 +1,7 @@
 """A sampler with its weights as the bytes of one program, by jax.export."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,12 @@ from jax import export
 
 from mpdit_jax.errors import InputError
 from mpdit_jax.flow.inputs import check_model
+from mpdit_jax.flow.protocols import Portable
 from mpdit_jax.flow.sampler import Sampler
 
 _LIMIT = 2**31 - 1  # bytes that a flatbuffer can hold
+_PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}  # jax.export's names to a model's
+_Draw: TypeAlias = Callable[..., jax.Array]
 
 
 def export_sampler(
@@ -25,7 +29,7 @@ def export_sampler(
     """The program of (labels int32 (B,), seed uint32 ()) or, if the sampler guides, of those and a scale float32 ().
 
     Its result are latents float32 (B, H, W, C): those of `sampler(model, labels, jax.random.key(seed))`. Labels out of
-    range come out as NaN.
+    range come out as NaN. Every platform gets the arithmetic that suits it; the weights are there once.
 
     Args:
         sampler: what draws.
@@ -46,12 +50,23 @@ def export_sampler(
         )
     guided = bool(np.any(np.asarray(sampler.guidance_scale) != 1))
 
-    def draw(labels: jax.Array, seed: jax.Array, scale: jax.Array | None = None) -> jax.Array:
-        key = jax.random.key(seed, impl="threefry2x32")
-        return sampler(model, labels, key, guidance_scale=scale, negative_labels=negative_labels)
+    def draw_on(platform: str) -> _Draw:
+        placed = model.for_platform(_PLATFORMS[platform]) if isinstance(model, Portable) else model
+        structure = nnx.graphdef(placed)
+
+        def draw(state: nnx.State, labels: jax.Array, seed: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+            key, found = jax.random.key(seed, impl="threefry2x32"), nnx.merge(structure, state)
+            return sampler(found, labels, key, guidance_scale=scale, negative_labels=negative_labels)
+
+        return draw
+
+    state, draws = nnx.state(model), {platform: draw_on(platform) for platform in platforms}
+
+    def draw_anywhere(*arguments: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(state, *arguments, **draws)
 
     length = batch if batch is not None else export.symbolic_shape("batch")[0]
     arguments = [jax.ShapeDtypeStruct((length,), jnp.int32), jax.ShapeDtypeStruct((), jnp.uint32)]
     if guided:
         arguments.append(jax.ShapeDtypeStruct((), jnp.float32))
-    return bytes(export.export(jax.jit(draw), platforms=platforms)(*arguments).serialize())
+    return bytes(export.export(jax.jit(draw_anywhere), platforms=platforms)(*arguments).serialize())

@@ -75,6 +75,22 @@ def test_order_of_dpmpp_2m(float64):
     assert np.log2(coarse / fine) > 1.6
 
 
+@pytest.mark.parametrize("diffusion", ["sigma", "SBDM"])
+def test_strong_order_of_euler_maruyama(float64, diffusion):
+    """Where the noise does not depend on z, paths of one Brownian motion converge with order 1."""
+    solver, z = EulerMaruyama(diffusion, start=0.9, end=0.1), np.linspace(-2, 2, 256).reshape(256, 1, 1, 1)
+
+    def path(noise):
+        noise = jnp.asarray(noise)
+        return solver.solve(FunctionField(growth), z, UniformGrid(), len(noise) + 1, lambda step: noise[step]).latents
+
+    fine = np.random.default_rng(0).normal(size=(1024, *z.shape))
+    middle = (fine[::2] + fine[1::2]) / np.sqrt(2)  # the same motion in steps twice as long
+    coarse = (middle[::2] + middle[1::2]) / np.sqrt(2)
+    first, second, third = (np.asarray(jax.jit(path)(noise)) for noise in (coarse, middle, fine))
+    assert np.log2(np.std(first - second) / np.std(second - third)) == pytest.approx(1, abs=0.15)
+
+
 def test_an_odd_count_keeps_second_order(float64):
     for solver in (Heun(), Midpoint()):
         coarse, fine = error(solver, UniformGrid(), 255), error(solver, UniformGrid(), 511)

@@ -1,55 +1,101 @@
 """An exported sampler runs where this package is not."""
 
+import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import mpdit_jax as mp
 from mpdit_jax.errors import InputError
 from mpdit_jax.export import main
+from mpdit_jax.model.parameters import split
+from mpdit_jax.sampling.exporting import export_sampler
 from tests.conftest import relative_error
-from tests.tiny import environment
+from tests.flow.toys import tiny_model
 
 RUN = """
-import sys
-
-class Guard:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("mpdit_jax", "flax", "diffrax"):
-            raise ImportError(f"{name} must not be needed")
-
-sys.meta_path.insert(0, Guard())
+import importlib.util, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax import export
+assert not [name for name in ("mpdit_jax", "flax", "diffrax", "equinox") if importlib.util.find_spec(name)]
 path, out, count, *scale = sys.argv[1:]
 sampler = export.deserialize(bytearray(open(path, "rb").read()))
 labels = jnp.arange(int(count), dtype=jnp.int32)
 np.save(out, sampler.call(labels, jnp.uint32(7), *map(jnp.float32, map(float, scale))))
-assert not [name for name in sys.modules if name.startswith(("mpdit_jax", "flax"))]
 """
 
 
-def run_elsewhere(tmp_path, file, count, *scale):
-    command = [sys.executable, "-c", RUN, file, tmp_path / "found.npy", count, *scale]
-    subprocess.run(list(map(str, command)), env=environment(), cwd=tmp_path, check=True)
+@pytest.fixture(scope="module")
+def jax_alone(tmp_path_factory):
+    """The Python of a virtual environment that holds what `pip install jax flatbuffers` brings, and nothing else.
+
+    pip would need the network; instead the files of those distributions, and of all that they require, are linked from
+    the environment of the tests, which its metadata lists. `import mpdit_jax` finds nothing there.
+    """
+    folder = tmp_path_factory.mktemp("jax_alone")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python = folder / "bin/python"
+    asked = [python, "-Ic", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = Path(subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip())
+    for distribution in needed_by("jax", "flatbuffers"):
+        entries = {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}
+        for entry in entries:
+            (site / entry).symlink_to(distribution.locate_file(entry))
+    return python
+
+
+def needed_by(*names):
+    """Installed distributions of these names and of everything that they require, extras left out."""
+    found, names = {}, [*names]
+    while names:
+        name = canonicalize_name(names.pop())
+        if name not in found:
+            found[name] = importlib.metadata.distribution(name)
+            requirements = map(Requirement, found[name].requires or [])
+            names += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found.values()
+
+
+def run_elsewhere(python, tmp_path, file, count, *scale):
+    command = [python, "-Ic", RUN, file, tmp_path / "found.npy", count, *scale]
+    subprocess.run(list(map(str, command)), env={"JAX_PLATFORMS": "cpu"}, cwd=tmp_path, check=True)
     return np.load(tmp_path / "found.npy", allow_pickle=False)
 
 
-def export(workdir, path, *arguments):
-    assert main([f"--workdir={workdir}", f"--out={path}", "--steps=4", *arguments]) == 0
+def export(workdir, path, *arguments, steps=("--steps=4",)):
+    assert main([f"--workdir={workdir}", f"--out={path}", *steps, *arguments]) == 0
     return path
 
 
-def test_any_batch(workdir, tmp_path, capsys):
+def test_any_batch(workdir, tmp_path, capsys, jax_alone):
     file = export(workdir, tmp_path / "sampler.bin", "--guidance_scale=2")
     assert "export.deserialize" in capsys.readouterr().out
     model, key = mp.load_checkpoint(workdir), jax.random.key(7)
     for count, scale in ((3, 2.0), (5, 3.5)):
         expected = mp.make_sampler(steps=4, guidance_scale=scale)(model, np.arange(count), key)
-        assert relative_error(run_elsewhere(tmp_path, file, count, scale), expected) < 1e-5
+        assert relative_error(run_elsewhere(jax_alone, tmp_path, file, count, scale), expected) < 1e-5
+
+
+def test_an_adaptive_solver(workdir, tmp_path, jax_alone):
+    """diffrax is in the program, not needed to run it."""
+    solver = ["--solver=tsit5", "--rtol=1e-3", "--atol=1e-3", "--platforms=cpu,tpu"]
+    file = export(workdir, tmp_path / "sampler.bin", *solver, steps=())
+    sampler = mp.make_sampler("tsit5", rtol=1e-3, atol=1e-3)
+    expected = sampler(mp.load_checkpoint(workdir), np.arange(3), jax.random.key(7))
+    assert relative_error(run_elsewhere(jax_alone, tmp_path, file, 3), expected) < 1e-3
+
+
+def test_the_weights_are_in_the_file_once():
+    model = tiny_model(hidden_size=128)
+    data = export_sampler(mp.make_sampler(steps=2), model, ("cpu", "cuda", "tpu"), 1)
+    weights = sum(leaf.nbytes for leaf in split(model)[1].values())
+    assert weights < len(data) < 1.5 * weights
 
 
 @pytest.mark.parametrize("arguments", [

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 import time
 
 import jax
@@ -178,7 +179,14 @@ def test_bad_input_is_refused(workdir, tmp_path, monkeypatch, capsys, arguments,
     monkeypatch.chdir(tmp_path)
     everything = [f"--workdir={workdir}", *FEW, f"--out={tmp_path}/a.npz", *arguments]
     assert re.search(sentence, refusal(main, everything, monkeypatch, capsys))
-    assert not (tmp_path / "a.npz").exists()
+    assert not list(tmp_path.iterdir())  # no output, and no folder of unfinished blocks
+
+
+def test_a_missing_extra_is_told_before_anything_is_written(workdir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffrax", None)
+    arguments = [f"--workdir={workdir}", f"--out={tmp_path}/a.npz", "--solver=tsit5", "--rtol=3e-3"]
+    assert "mpdit_jax[adaptive]" in refusal(main, arguments, monkeypatch, capsys)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_of_latents_is_refused():

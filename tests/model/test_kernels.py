@@ -1,0 +1,56 @@
+"""Each platform's arithmetic gives the same values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mpdit_jax as mp
+from mpdit_jax.errors import ConfigError
+from mpdit_jax.model.config import ModelConfig
+from mpdit_jax.model.kernels import AllHeads, HeadByHead, attention_kernel, product_dtype
+from tests.conftest import relative_error
+from tests.flow.toys import tiny_model
+
+QKV = np.random.default_rng(0).normal(size=(3, 10, 3, 4, 8)).astype(np.float32)  # (B, T, 3, heads, d)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+def test_attention_head_by_head_is_attention(dtype, bound):
+    kernels = AllHeads("xla"), HeadByHead(dtype)
+    weights = jnp.cos(jnp.arange(3 * 10 * 4 * 8.0).reshape(3, 10, 4, 8))
+    (y, dy), (z, dz) = (jax.value_and_grad(lambda x, k=k: (k(x) * weights).sum())(QKV * 3) for k in kernels)
+    assert abs(y - z) <= bound * np.abs(weights).sum()
+    assert relative_error(dz, dy) < bound
+    assert relative_error(kernels[1](QKV * 3), kernels[0](QKV * 3)) < bound
+
+
+def test_large_logits_do_not_overflow():
+    found, expected = HeadByHead("float32")(QKV * 100), AllHeads("xla")(QKV * 100)
+    assert np.isfinite(found).all()
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_the_platform_chooses():
+    assert attention_kernel(ModelConfig(platform="cpu", dtype="bfloat16")) == HeadByHead("bfloat16")
+    assert attention_kernel(ModelConfig(platform="gpu")) == attention_kernel(ModelConfig(platform="tpu"))
+    assert attention_kernel(ModelConfig(platform="tpu")) == AllHeads("xla")
+    assert attention_kernel(ModelConfig(platform="gpu", attention="cudnn")) == AllHeads("cudnn")
+    assert (product_dtype("cpu"), product_dtype("gpu"), product_dtype("tpu")) == (jnp.float32, None, None)
+    here = attention_kernel(ModelConfig())
+    assert here == attention_kernel(ModelConfig(platform=jax.default_backend()))
+    with pytest.raises(ConfigError, match=r"model\.platform='cuda'.*auto, cpu, gpu, tpu"):
+        ModelConfig(platform="cuda")
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_a_model_for_another_platform_is_the_same_model(dtype, bound):
+    model = tiny_model(dtype=dtype)
+    x, t, y = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.array([0.2, 0.7]), jnp.array([1, 4])
+    cpu, gpu = (model.for_platform(platform) for platform in ("cpu", "gpu"))
+    programs = [str(jax.make_jaxpr(lambda x, m=m: m(x, t, y))(x)) for m in (cpu, gpu)]
+    assert relative_error(cpu(x, t, y), gpu(x, t, y)) < bound
+    # What an accelerator runs holds no trace of the other's: a loop over the blocks of each level, none over heads.
+    loops = [program.count(" scan[") for program in programs]
+    assert loops[0] > loops[1] == len(model.config.depths)
+    assert mp.count(cpu) == mp.count(gpu)
