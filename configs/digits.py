@@ -35,4 +35,10 @@ def get_config() -> ConfigDict:
     config.log.every = 50
     config.sample.every = 400
     config.sample.guidance_scale = 2.0
+    config.eval.every = 200
+    config.eval.num_samples = 200
+    config.eval.guidance_scales = (1.0, 2.0)
+    config.eval.features = "classifier"
+    config.eval.steps = 16
+    config.eval.metrics = ("fd", "precision", "recall")
     return config

@@ -37,4 +37,10 @@ def get_config() -> ConfigDict:
     config.log.every = 50
     config.sample.every = 1_000
     config.sample.guidance_scale = 2.0
+    config.eval.every = 500
+    config.eval.num_samples = 256
+    config.eval.guidance_scales = (1.0, 2.0)
+    config.eval.features = "classifier"
+    config.eval.steps = 20
+    config.eval.metrics = ("fd", "precision", "recall")
     return config

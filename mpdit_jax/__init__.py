@@ -3,8 +3,11 @@
 Names are imported when first used, so `import mpdit_jax` itself is fast.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from mpdit_jax.interrupt import guard_imports
 
 if TYPE_CHECKING:
     from mpdit_jax.checkpoint import load_checkpoint as load_checkpoint
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
     from mpdit_jax.vae.vae import load_vae as load_vae
 
 __version__ = "0.1.0"
+
+# `python -m mpdit_jax.COMMAND`, and Python has not come to the command itself yet.
+if sys.argv[:1] == ["-m"] and any(word.startswith("mpdit_jax.") for word in sys.orig_argv[1:4]):
+    guard_imports()
 
 _HOME = {
     "MPDiTError": "mpdit_jax.errors",

@@ -7,6 +7,7 @@ from mpdit_jax.hugepages import restart_with_huge_pages
 
 _EXAMPLES = """\
   python -m mpdit_jax.benchmark data
+  python -m mpdit_jax.benchmark evaluate --neighbours=10000
   python -m mpdit_jax.benchmark sample --help
   python -m mpdit_jax.benchmark sample --preset=mpdit_b --batch=4 --steps=10 --guidance_scale=1.5
   python -m mpdit_jax.benchmark train --preset=mpdit_b --batch=8
@@ -25,6 +26,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def _data(arguments: Sequence[str]) -> int:
     from mpdit_jax.benchmarks.data import main as measure
+
+    return measure(arguments)
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from mpdit_jax.benchmarks.evaluate import main as measure
 
     return measure(arguments)
 
@@ -49,6 +56,7 @@ def _vae(arguments: Sequence[str]) -> int:
 
 _BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {
     "data": _data,
+    "evaluate": _evaluate,
     "sample": _sample,
     "train": _train,
     "vae": _vae,

@@ -1,44 +1,69 @@
-"""Checkpoints: what a workdir holds, what is saved, restored and refused.
+"""Checkpoints: what is saved, restored, found damaged and set aside.
 
-workdir/config.json           the resolved config of the run
-workdir/checkpoints/STEP/     parameters, ema_parameters, optimizer and progress, by Orbax
+workdir/config.json               the resolved config of the run
+workdir/checkpoints/STEP/         parameters, ema_parameters, optimizer and progress, by Orbax, and their digests
+workdir/damaged_checkpoints/STEP/ what was moved out of the way because it could not be read
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 from ml_collections import FrozenConfigDict
 
-from mpdit_jax.config import differences, from_json, model_of, to_json
-from mpdit_jax.errors import CheckpointError, ConfigError
-from mpdit_jax.files import check_place, check_writable, replacing, take_lock
+from mpdit_jax import integrity
+from mpdit_jax.config import from_json, model_of
+from mpdit_jax.errors import CheckpointError, ConfigError, DamageWarning
 from mpdit_jax.mesh import make_mesh, replicated
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import abstract, merge
 from mpdit_jax.processes import first_does
+from mpdit_jax.stored import CHECKPOINTS as CHECKPOINTS
+from mpdit_jax.stored import (
+    DIGESTS,
+    DIGESTS_VERSION,
+    incomplete,
+    numbered_folders,
+    read_step,
+    read_together,
+    reason,
+)
+from mpdit_jax.stored import list_steps as list_steps
 
-_CONFIG = "config.json"
-_LOCK = ".lock"
-_CHECKPOINTS = "checkpoints"
-_FOLDERS, _FILES = (_CHECKPOINTS, "samples", "tensorboard"), ("metrics.jsonl",)
+CONFIG = "config.json"
+DAMAGED = "damaged_checkpoints"
+T = TypeVar("T")
+
+
+class Restored(NamedTuple):
+    """What a run continues from."""
+
+    step: int
+    items: dict[str, Any]
+    notes: list[str]  # a sentence for everything that was not as it should be
 
 
 class Checkpoints:
     """The checkpoints of one workdir, written in the background; a context manager that waits for the last one."""
 
     def __init__(self, workdir: Path, keep: int, keep_every: int = 0) -> None:
-        options = ocp.CheckpointManagerOptions(
+        self._workdir, self._folder = workdir, workdir.resolve() / CHECKPOINTS
+        self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every or None,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(workdir.resolve() / _CHECKPOINTS, options=options)
+
+    @cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        # Made when first needed: it takes every folder with a number for a checkpoint, and deletes old ones.
+        return ocp.CheckpointManager(self._folder, options=self._options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -46,82 +71,99 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        if "_manager" in vars(self):
+            try:
+                self._guarded(None, self._manager.wait_until_finished)
+            finally:
+                self._manager.close()
 
     def latest_step(self) -> int | None:
         """Step of the newest finished checkpoint."""
-        return self._manager.latest_step()
+        return max(list_steps(self._workdir), default=None)
 
     def save(self, step: int, items: Mapping[str, Any]) -> None:
-        """Save pytrees by name, in the background; a step that is there already is left alone."""
-        if step not in self._manager.all_steps():
-            saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-            self._manager.save(step, args=ocp.args.Composite(**saved), force=True)
+        """Save pytrees by name with their digests, in the background; a step that is there already is left alone.
+
+        Raises:
+            CheckpointError: this one or the one before it could not be written, as when the disk is full.
+        """
+        if self._guarded(step, lambda: step in self._manager.all_steps()):
+            return
+        saved: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        record = {name: integrity.digests(tree) for name, tree in items.items()}
+        saved[DIGESTS] = ocp.args.JsonSave({"version": DIGESTS_VERSION, "step": step, "items": record})
+        self._guarded(step, partial(self._manager.save, step, args=ocp.args.Composite(**saved), force=True))
+
+    def wait(self) -> None:
+        """Return when everything is on disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if "_manager" in vars(self):
+            self._guarded(None, self._manager.wait_until_finished)
 
     def restore(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
-        """The pytrees saved at `step`, laid out as `targets` (shapes with shardings) says."""
-        wanted = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
-        try:
-            return dict(self._manager.restore(step, args=ocp.args.Composite(**wanted)))
-        except Exception as error:  # what damage looks like is up to the storage layer
-            raise _damaged(step, self._manager.directory, list(self._manager.all_steps()), error) from error
+        """The pytrees saved at `step`, laid out as `targets` (shapes with shardings) says.
 
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        return read_together(self._folder / str(step), targets)[0]
 
-@contextmanager
-def claim_workdir(workdir: Path, config: FrozenConfigDict) -> Iterator[None]:
-    """Hold the workdir for one run: store `config` there, or check that it continues what is stored.
+    def restore_newest(self, targets: Mapping[str, Any]) -> Restored | None:
+        """The newest checkpoint that is whole; None if there is none of any kind. Damaged ones are moved aside.
 
-    Raises:
-        CheckpointError: another run is writing here, the workdir holds a run of another config (the differences are
-            shown), or checkpoints without a config.
-        InputError: the workdir cannot be written, or a file is where a folder is to go.
-    """
-    lock = first_does(lambda: _claim(workdir, config))
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.close()  # the system lets go of it as well when the process ends
+        Nothing is moved unless a whole one is found, and nothing is ever deleted.
 
-
-def _claim(workdir: Path, config: FrozenConfigDict) -> IO[str]:
-    """Take the lock, then store the config; the open file is the lock."""
-    check_writable(workdir / _CONFIG)
-    for name in (*_FOLDERS, *_FILES):
-        check_place(workdir / name, folder=name in _FOLDERS)
-    lock = take_lock(workdir / _LOCK)
-    if lock is None:
-        raise CheckpointError(
-            f"another training is writing to {workdir}: wait for it to end, or use another --workdir."
-        )
-    try:
-        _claim_config(workdir, config)
-    except BaseException:
-        lock.close()
-        raise
-    return lock
-
-
-def _claim_config(workdir: Path, config: FrozenConfigDict) -> None:
-    steps = list_steps(workdir)
-    if not steps:
-        pass  # nothing has been trained that another config could contradict
-    elif (workdir / _CONFIG).exists():
-        changed = differences(load_config(workdir), config)
-        if changed:
-            lines = [f"  config.{path}: {old!r} in the run, {new!r} now" for path, (old, new) in changed.items()]
+        Raises:
+            CheckpointError: there are checkpoints, and none of them is whole.
+        """
+        problems: dict[int, str] = {}
+        for step in sorted(numbered_folders(self._workdir), reverse=True):
+            try:
+                items, notes = read_together(self._folder / str(step), targets)
+            except CheckpointError as error:
+                problems[step] = str(error)
+                continue
+            # Older ones that are no checkpoints would be counted by Orbax, and deleted in their turn.
+            for other in sorted(numbered_folders(self._workdir) - {*list_steps(self._workdir), *problems}):
+                problems[other] = incomplete(self._folder / str(other))
+            for damaged, problem in problems.items():
+                place = first_does(partial(self._set_aside, damaged)) or Path(DAMAGED)
+                notes.append(f"{problem}; it is now in {place}" + (f", and step {step} is used" * (damaged > step)))
+            return Restored(step, items, notes)
+        if problems:
+            newest = max(problems)
+            others = f", and neither can the other {len(problems) - 1}" if len(problems) > 1 else ""
             raise CheckpointError(
-                f"{workdir} holds a run of another config:\n"
-                + "\n".join(lines)
-                + "\nUse another --workdir for a new run, or leave these fields as they were to continue this one."
+                f"{problems[newest]}{others}: restore one from a copy, or move {self._folder} away to begin again."
             )
-    else:
-        raise CheckpointError(f"{workdir} has checkpoints but no {_CONFIG}; restore that file or use another workdir.")
-    if steps and max(steps) >= config.steps:
-        return  # the run is done already: what is stored says how far it went
-    with replacing(workdir / _CONFIG) as file:
-        file.write(to_json(config).encode())
+        return None
+
+    def _set_aside(self, step: int) -> Path:
+        folder, count = self._workdir / DAMAGED, 1
+        folder.mkdir(exist_ok=True)
+        place = folder / str(step)
+        while place.exists():
+            count += 1
+            place = folder / f"{step}-{count}"
+        return (self._folder / str(step)).rename(place)
+
+    def _guarded(self, step: int | None, action: Callable[[], T]) -> T:
+        """What `action` gives; what the storage layer raises becomes a sentence."""
+        try:
+            return action()
+        except Exception as error:  # how a disk fails is up to the storage layer
+            if jax.process_count() > 1 and not isinstance(error, OSError | ValueError):
+                raise  # a lost process looks like this too
+            kept = self.latest_step()
+            newest = "no checkpoint is there yet" if kept is None else f"the newest checkpoint is of step {kept}"
+            what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+            raise CheckpointError(
+                f"{what} cannot be written to {self._folder} ({reason(error)}), and {newest}: make room or another "
+                "--workdir, and repeat the command."
+            ) from error
 
 
 def load_config(workdir: str | Path) -> FrozenConfigDict:
@@ -130,59 +172,56 @@ def load_config(workdir: str | Path) -> FrozenConfigDict:
     Raises:
         CheckpointError: no run there, or its config cannot be read.
     """
-    path = Path(workdir) / _CONFIG
+    path = Path(workdir) / CONFIG
     if not path.is_file():
         raise CheckpointError(
-            f"{workdir} holds no run ({_CONFIG} is missing): train one with "
+            f"{workdir} holds no run ({CONFIG} is missing): train one with "
             f"`python -m mpdit_jax.train --config=configs/digits.py --workdir={workdir}`."
         )
     try:
         return from_json(path.read_text())
-    except (ConfigError, UnicodeDecodeError) as error:
+    except (ConfigError, UnicodeDecodeError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def load_checkpoint(workdir: str | Path, step: int | None = None, ema: bool = True) -> MPDiT:
-    """A trained model from a workdir, replicated over this process's devices.
+    """A trained model from a workdir, replicated over this process's devices; see `load_step`."""
+    return load_step(workdir, step, ema)[1]
+
+
+def load_step(workdir: str | Path, step: int | None = None, ema: bool = True) -> tuple[int, MPDiT]:
+    """A trained model from a workdir, replicated over this process's devices, and the step it is of.
 
     Arrays that JAX has not been told to put on one device go with it as they are; with several devices, those that
     have been need `jax.device_put(x, jax.sharding.NamedSharding(...))` over all of them first.
 
     Args:
         workdir: the folder given to `train`.
-        step: which checkpoint; default the newest.
+        step: which checkpoint; default the newest that is whole, with a DamageWarning if newer ones are not.
         ema: the moving average of the parameters (what one samples from), or the parameters themselves.
 
     Raises:
-        CheckpointError: no run, no checkpoint, or none at `step` (the message lists those there are).
+        CheckpointError: no run, no checkpoint, none at `step` (the message lists those there are), or a damaged one.
     """
     config, steps = load_config(workdir), list_steps(workdir)
     if not steps:
         raise CheckpointError(f"{workdir} has no finished checkpoint yet; train first, or wait for the first one.")
-    if step is not None and step not in steps:
+    if step is not None and step not in numbered_folders(workdir):
         raise CheckpointError(f"{workdir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
     structure, shapes = abstract(model_of(config))
     everywhere = replicated(make_mesh(devices=jax.local_devices()))
     target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere) for name, leaf in shapes.items()}
     item = "ema_parameters" if ema else "parameters"
-    path = Path(workdir).resolve() / _CHECKPOINTS / str(steps[-1] if step is None else step) / item
-    with ocp.StandardCheckpointer() as checkpointer:
+    folder = Path(workdir).resolve() / CHECKPOINTS
+    problems = []
+    for candidate in sorted(numbered_folders(workdir), reverse=True) if step is None else [step]:
         try:
-            return merge(structure, checkpointer.restore(path, target))
-        except Exception as error:  # what damage looks like is up to the storage layer
-            raise _damaged(int(path.parent.name), path.parent.parent, steps, error) from error
-
-
-def _damaged(step: int, folder: Path, steps: list[int], error: Exception) -> CheckpointError:
-    older = ", ".join(str(other) for other in sorted(steps) if other != step) or "none"
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return CheckpointError(
-        f"the checkpoint {folder}/{step} cannot be read ({reason[:200]}): "
-        f"move it away to use another (there are: {older})."
-    )
-
-
-def list_steps(workdir: str | Path) -> list[int]:
-    """Steps of the finished checkpoints in a workdir, ascending."""
-    folder = Path(workdir) / _CHECKPOINTS
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+            items, notes = read_step(folder / str(candidate), {item: target})
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for note in [*(f"{problem}; step {candidate} is used" for problem in problems), *notes]:
+            warnings.warn(f"{note}.", DamageWarning, stacklevel=3)
+        return candidate, merge(structure, items[item])
+    older = [str(other) for other in steps if other != step]
+    raise CheckpointError(f"{problems[0]}: move it away to use another (there are: {', '.join(older) or 'none'}).")

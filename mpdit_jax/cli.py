@@ -1,27 +1,46 @@
 """What the commands share: a config from the command line, and errors as one sentence."""
 
 import argparse
+import errno
 import functools
 import os
+import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from operator import getitem
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mpdit_jax.config import defaults
-from mpdit_jax.errors import ConfigError, MPDiTError
+from mpdit_jax.errors import ConfigError, DamageWarning, MPDiTError
+from mpdit_jax.interrupt import KILLED_BY, Terminated, end_by_exception, this_command
 from mpdit_jax.model.config import suggest
 from mpdit_jax.model.presets import PRESETS
+from mpdit_jax.peers import leave
 
 _CONFIG_HELP = """
-config overrides:
+config:
+  --config=FILE          the experiment: a Python file with get_config(), such as configs/digits.py
   --config.FIELD=VALUE   any field of the config file, such as --config.optimizer.learning_rate=3e-4,
                          --config.batch_size=256 or --config.model.depths=4,8
 """
+# What a file system refuses: no space, no quota, too large, not permitted, read-only, broken, gone.
+_REFUSALS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ENOENT,
+    errno.ESTALE,
+    errno.ENAMETOOLONG,
+)
 # What a person would call the types that config fields have.
 _EXPECTED = {
     bool: "True or False",
@@ -97,22 +116,55 @@ def parse_with_config(parser: Parser, arguments: Sequence[str]) -> tuple[argpars
     return parsed, config
 
 
-def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Run a command's main with the process's arguments; bad input ends with one sentence and status 1."""
+def run(main: Callable[[Sequence[str]], int], *, terminated: int = KILLED_BY + signal.SIGTERM) -> NoReturn:
+    """Run a command's main with the process's arguments, and end the process.
+
+    Bad input, and a machine that refuses a file, end with one sentence and the error's `exit_status` (1, or 3 for
+    a training that diverged).
+
+    Args:
+        main: what the command does, from arguments to exit status.
+        terminated: the status after a SIGTERM that `main` does not handle itself.
+    """
+    end_by_exception()
+    warnings.showwarning = _in_one_line
+    status = 1
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
     except MPDiTError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = 1
+        status = error.exit_status
+    except Terminated:
+        print(f"SIGTERM: stopped; the same command continues:\n  {this_command()}", file=sys.stderr)
+        status = terminated
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        status = 130
+        status = KILLED_BY + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output has gone, as with `| head`; keep the interpreter's last flush quiet as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
+        status = KILLED_BY + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(f"error: the system refused to read or write{where} ({error.strerror}).", file=sys.stderr)
+    leave(failed=status != 0)
     sys.exit(status)
+
+
+def _in_one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """How a command shows warnings: its own as a sentence, those of libraries as Python does."""
+    text = f"warning: {message}\n" if issubclass(category, DamageWarning) else None
+    (file or sys.stderr).write(text or warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _let_preset_win(config: ConfigDict, arguments: Sequence[str]) -> None:
@@ -146,8 +198,6 @@ def _load_config(arguments: Sequence[str]) -> ConfigDict:
     try:
         values(argv)
         config = values["config"].value
-    except FileNotFoundError as error:
-        raise ConfigError(f"config file {error.filename} not found; see configs/ for those there are.") from error
     except Exception as error:  # a config file is the user's own code and can fail in any way
         raise ConfigError(f"{_config_file(arguments)}: {_first_line(error)}") from error
     if not isinstance(config, ConfigDict):
@@ -182,7 +232,11 @@ def _explain_overrides(arguments: Sequence[str]) -> None:
             continue
         name, _, value = word.removeprefix("--").partition("=")
         *groups, field = name.partition("[")[0].split(".")[1:]
-        expected = _EXPECTED.get(functools.reduce(getitem, groups, config).get_type(field))
+        group = functools.reduce(getitem, groups, config)
+        if isinstance(group[field], ConfigDict):
+            known = ", ".join(f"--{name}.{key}" for key in group[field])
+            raise ConfigError(f"{name}={value}: {name} is a group of fields; set one of {known}.")
+        expected = _EXPECTED.get(group.get_type(field))
         try:
             _load_config([*file, word])
         except ConfigError as error:
@@ -196,6 +250,8 @@ def _check_config_file(arguments: Sequence[str]) -> None:
     if not path.endswith(".py"):
         known = f"{path}.py" if os.path.isfile(f"{path}.py") else "configs/digits.py"
         raise ConfigError(f"--config={path}: expected a Python file, such as {known}.")
+    if not os.path.isfile(path):
+        raise ConfigError(f"--config={path}: no such file; configs/ has those that come with mpdit_jax.")
 
 
 def _config_file(arguments: Sequence[str]) -> str:

@@ -2,12 +2,12 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from mpdit_jax.cli import make_parser, parse_with_config, run
+from mpdit_jax.compiling.environment import prepare
 from mpdit_jax.errors import ConfigError, InputError
 
 _EXAMPLES = """\
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("give either --topology or --devices")
     if options.devices < 0 or options.sample_batch < 0:
         raise InputError(f"--devices={options.devices}, --sample_batch={options.sample_batch}: expected 1 or more.")
-    _set_environment(options)
+    prepare(options.devices)
     report = measure(options, config)
     if options.format == "json":
         print(json.dumps(report, indent=2))
@@ -82,29 +82,20 @@ def measure(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     if not step.get("fits", True) and not options.no_search:
         for flags, candidate in smaller(resolved, mesh.size):
             say(f"trying {flags} ...")
-            other = describe(compile_step(candidate, mesh), step_flops(candidate), mesh.size, chip)
+            other_mesh = make_mesh(**candidate.mesh, devices=devices)
+            other = describe(compile_step(candidate, other_mesh), step_flops(candidate), mesh.size, chip)
             if other["fits"]:
-                report["would_fit"] = {"flags": flags, **other}
-                say(as_text(f"would fit with {flags}: train step", other))
+                report["nearest_fit"] = {"flags": flags, **other}
+                say(as_text(f"nearest setting that would fit: {flags}; train step", other))
                 break
         else:
-            say("nothing tried fits: take more chips, a larger config.mesh.fsdp or a smaller batch_size.")
+            say("nothing tried fits: take more chips or a smaller batch_size.")
     if not options.no_sampler:
         batch = options.sample_batch or 8 * mesh.size
         sampler = describe(compile_sampler(resolved, mesh, batch), sampler_flops(resolved, batch), mesh.size, chip)
         report["sampler"] = {"batch_size": batch, **sampler}
         say(as_text(f"sampler of {batch} images, {resolved.sample.steps} steps", sampler))
     return report
-
-
-def _set_environment(options: argparse.Namespace) -> None:
-    """Before JAX starts: it computes nothing itself, and libtpu is not to look for chips."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_WORKER_ID", "0")):
-        os.environ.setdefault(name, value)
-    if options.devices:
-        flag = f"--xla_force_host_platform_device_count={options.devices}"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 if __name__ == "__main__":

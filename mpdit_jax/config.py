@@ -12,6 +12,7 @@ from ml_collections.config_dict import placeholder
 from mpdit_jax import __version__
 from mpdit_jax.data.latents import NORMALIZATIONS
 from mpdit_jax.errors import ConfigError
+from mpdit_jax.evaluation.settings import check_eval
 from mpdit_jax.files import code_fingerprint
 from mpdit_jax.flow.objective import TIME_DISTRIBUTIONS
 from mpdit_jax.model.config import ModelConfig, suggest
@@ -26,6 +27,7 @@ CONTINUABLE = (
     "log",
     "profile",
     "sample",
+    "eval",
     "skip.abort_after",
     "mesh",
     "data.path",
@@ -89,6 +91,7 @@ def base_config() -> ConfigDict:
     config.checkpoint.every = 5_000  # steps
     config.checkpoint.keep = 3  # newest checkpoints kept
     config.checkpoint.keep_every = 0  # steps; checkpoints at multiples of this are never deleted; 0 for none
+    config.checkpoint.grace = 600.0  # seconds after SIGTERM in which the run must be saved, or it ends; 0 for no limit
 
     config.log = ConfigDict()
     config.log.every = 100  # steps; losses are means over this window
@@ -104,6 +107,19 @@ def base_config() -> ConfigDict:
     config.sample.guidance_scale = 1.5
     config.sample.per_class = 8  # images a class in the grid, for up to 10 classes
     config.sample.vae = ""  # folder or hub name of the VAE that decodes the grid of a run on latents; "" for no grid
+
+    config.eval = ConfigDict()  # metrics of samples from the moving average, against real images (docs/evaluation.md)
+    config.eval.every = 0  # steps, and after the last; 0 for never
+    config.eval.num_samples = 1_000  # for each guidance scale
+    config.eval.guidance_scales = (1.0,)
+    config.eval.solver = "euler"
+    config.eval.steps = 50  # velocity evaluations
+    config.eval.metrics = ("fd",)  # fd | sfd | is | precision | recall | kid
+    config.eval.features = "inception"  # inception | efficientnet_lite0 | classifier:FILE | classifier (trained here)
+    config.eval.inception = ""  # its weights; "" for where they usually are
+    config.eval.reference = ""  # images or saved statistics; "" for the run's own data, at most 50,000 of them
+    config.eval.batch_size = 64  # samples at a time, on each process
+    config.eval.classifier_steps = 500  # of features="classifier", trained on the run's data when first needed
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: all devices that are left
     return config.lock()
@@ -127,10 +143,12 @@ def resolve(config: ConfigDict) -> FrozenConfigDict:
         ConfigError: a field that cannot be; the message names it, its value and what was expected.
     """
     check_fields(config, base_config(), "config")
+    _expect(config, "model.preset", isinstance(config.model.preset, str | None), "the name of a preset, or None")
     resolved = ConfigDict(config.to_dict())
     fields = {key: value for key, value in resolved.model.items() if key != "preset" and value is not None}
     model = model_config(resolved.model.preset, **fields) if resolved.model.preset else ModelConfig().replace(**fields)
-    resolved.model.update(dataclasses.asdict(model))
+    with resolved.model.ignore_type():  # a size that was given as one number is a tuple now
+        resolved.model.update(dataclasses.asdict(model))
     _check(resolved)
     return FrozenConfigDict(resolved)
 
@@ -146,7 +164,9 @@ def to_json(config: FrozenConfigDict | ConfigDict) -> str:
 
 
 def from_json(text: str) -> FrozenConfigDict:
-    """Inverse of `to_json`, checked again.
+    """Inverse of `to_json`, checked again. A field that the version which wrote it did not have gets its default.
+
+    So that older runs stay readable, the default of a field that is new must be what the code did without it.
 
     Raises:
         ConfigError: not JSON, or not a config of this version.
@@ -157,7 +177,7 @@ def from_json(text: str) -> FrozenConfigDict:
         raise ConfigError(f"not a JSON config ({error}).") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"expected a JSON object of config fields, got {type(stored).__name__}.")
-    return resolve(ConfigDict(_lists_to_tuples(stored)))
+    return resolve(ConfigDict(_lists_to_tuples(_completed(stored, base_config().to_dict()))))
 
 
 def differences(stored: FrozenConfigDict, new: FrozenConfigDict) -> dict[str, tuple[Any, Any]]:
@@ -185,6 +205,7 @@ def _check(config: ConfigDict) -> None:
     for path in (
         "seed",
         "checkpoint.keep_every",
+        "checkpoint.grace",
         "sample.every",
         "sample.guidance_scale",
         "optimizer.weight_decay",
@@ -214,6 +235,7 @@ def _check(config: ConfigDict) -> None:
     factor = config.skip.spike_factor
     _expect(config, "skip.spike_factor", factor == 0 or factor > 1, "0 (never) or a number above 1, such as 10")
     check_optimizer(config.optimizer)
+    check_eval(config.eval)
     if config.time.distribution not in TIME_DISTRIBUTIONS:
         known = ", ".join(TIME_DISTRIBUTIONS)
         hint = suggest(config.time.distribution, TIME_DISTRIBUTIONS)
@@ -266,10 +288,25 @@ def _same_type(path: str, value: Any, default: Any) -> None:
     kind = type(default)
     fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
-        names = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+        names = {
+            int: "a whole number",
+            float: "a number",
+            str: "text",
+            bool: "True or False",
+            tuple: "values with commas between them",
+        }
         raise ConfigError(f"{path}={value!r}: expected {names[kind]}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{path}={value!r}: expected a finite number.")
+
+
+def _completed(stored: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """`stored` with what it lacks of `base`."""
+    found = {**base, **stored}
+    for name, default in base.items():
+        if isinstance(default, dict) and isinstance(found[name], dict):
+            found[name] = _completed(found[name], default)
+    return found
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

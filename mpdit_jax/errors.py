@@ -1,12 +1,14 @@
 """The errors a user can cause, one class a boundary.
 
 Each message is one sentence that names the offending value, says what was expected and how to fix it. Commands print
-it and exit with status 1; libraries that import mpdit_jax can catch `MPDiTError`, or the built-in class beside it.
+it and exit with `exit_status`; libraries that import mpdit_jax can catch `MPDiTError`, or the built-in class beside it.
 """
 
 
 class MPDiTError(Exception):
     """Base of every error this package raises for bad input."""
+
+    exit_status = 1
 
 
 class ConfigError(MPDiTError, ValueError):
@@ -34,8 +36,14 @@ class MissingExtraError(MPDiTError, ImportError):
 
 
 class DivergedError(MPDiTError, ArithmeticError):
-    """Training produced numbers that are not finite."""
+    """Training produced numbers that are not finite; the commands' status is 3."""
+
+    exit_status = 3
 
 
 class ProcessError(MPDiTError, RuntimeError):
     """The processes of one command did not find each other, or do not agree."""
+
+
+class DamageWarning(UserWarning):
+    """A checkpoint could not be used, or not be checked, and another or an unchecked one was."""

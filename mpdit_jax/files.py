@@ -1,8 +1,11 @@
 """Writing files so that a reader never meets half of one."""
 
+import datetime
+import errno
 import fcntl
 import hashlib
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from mpdit_jax.errors import InputError
+
+_OWNER_LIMIT = 200  # characters
 
 
 @contextmanager
@@ -54,15 +59,59 @@ def check_place(path: Path, *, folder: bool) -> None:
         raise InputError(f"cannot write {path}: a {wanted} is to go there and a {found} is in its place; move it away.")
 
 
-def take_lock(path: Path) -> IO[str] | None:
-    """The open lock file `path`, or None if another process holds it; the system lets go of it when ours ends."""
-    lock = path.open("w")
+class Lock:
+    """A file that this process alone holds. The system lets go of it when the process ends, however it ends.
+
+    There is therefore no such thing as a stale lock: a file that is there and that nobody holds is taken over. What is
+    written in it says who holds it, for those who have to wait.
+    """
+
+    def __init__(self, path: Path, file: IO[str]) -> None:
+        """Of an open and locked file."""
+        self._path, self._file = path, file
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._file.close()
+
+    def is_in_place(self) -> bool:
+        """Whether the file under its name is still the one that is held."""
+        try:
+            there, held = os.stat(self._path), os.fstat(self._file.fileno())
+        except OSError:
+            return False
+        return (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino)
+
+
+def take_lock(path: Path) -> Lock | str:
+    """The lock file `path`, or who holds it, such as "process 4242 on node7 since 2026-11-25 13:20:05 UTC".
+
+    Raises:
+        InputError: the file system knows no locks.
+    """
+    file = path.open("a+")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        return None
-    return lock
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        with file:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise InputError(
+                    f"cannot lock {path} ({error.strerror}): two runs could not be told apart there; mount the file "
+                    "system with locks, or choose another place."
+                ) from error
+            file.seek(0)
+            return file.read(_OWNER_LIMIT).strip() or "a process that does not say which"
+    file.truncate(0)
+    now = datetime.datetime.now(datetime.UTC)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {now:%Y-%m-%d %H:%M:%S} UTC\n")
+    file.flush()
+    return Lock(path, file)
 
 
 def code_fingerprint() -> str:

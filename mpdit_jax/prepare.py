@@ -32,7 +32,7 @@ def make_prepare_parser() -> Parser:
         help="a folder with a subfolder for each class | idx:FOLDER of IDX files, as MNIST's | tfds:NAME",
     )
     parser.add_argument("--split", default="train", help="of idx: and tfds: (default: %(default)s)")
-    parser.add_argument("--vae", help="a folder as diffusers writes it, or a name on the Hugging Face hub")
+    parser.add_argument("--vae", help="a folder as diffusers writes it, a name on the hub, or none: store pixels")
     parser.add_argument("--image_size", type=int, help="pixels along each side of the square")
     parser.add_argument(
         "--flip", choices=("none", "both"), default="none", help="store mirror images as well (default: %(default)s)"
@@ -114,7 +114,8 @@ def _prepare(options: argparse.Namespace, out: Path) -> int:
 
 
 def _verify(out: Path) -> int:
-    from mpdit_jax.data.latent_store import read_manifest, verify
+    from mpdit_jax.data.latent_store import read_manifest
+    from mpdit_jax.data.verifying import verify
     from mpdit_jax.progress import WorkBar
 
     examples, before = read_manifest(out).examples, 0

@@ -6,7 +6,7 @@ where none of them is set, JAX asks the metadata server itself. Otherwise this p
 
 Before JAX connects them, the processes hold a roll call on the port after the coordinator's. JAX itself ends a process
 that waits in vain with a stack trace; the roll call ends it with a sentence that names who is missing, or who was
-started with another config or version.
+started with another config or version. The connections of the roll call stay open: see `mpdit_jax.peers`.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mpdit_jax.errors import ConfigError, MPDiTError, ProcessError
+from mpdit_jax.peers import start_watch
 
 Facts = Mapping[str, str]
 """What all processes must have in common, by name: fields of the config, the version."""
@@ -92,7 +93,7 @@ def join(options: argparse.Namespace, facts: Facts) -> None:
         return
     if cluster is None or cluster.count == 1:
         return
-    roll_call(cluster, facts, options.join_timeout)
+    start_watch(cluster.index, cluster.count, roll_call(cluster, facts, options.join_timeout))
     jax.distributed.initialize(
         cluster.coordinator, cluster.count, cluster.index, initialization_timeout=int(options.join_timeout) + 1
     )
@@ -161,31 +162,37 @@ def first_host(nodes: str) -> str:
     return "".join(part or "" for part in match.groups())
 
 
-def roll_call(cluster: Cluster, facts: Facts, timeout: float) -> None:
+def roll_call(cluster: Cluster, facts: Facts, timeout: float) -> dict[int, socket.socket]:
     """Return when every process of the cluster is there with the same facts.
+
+    Returns:
+        Open connections: to every other process on process 0, to process 0 on the others.
 
     Raises:
         ProcessError: one is missing after `timeout` seconds, or differs; every process that is there raises it.
     """
     host, _, port = cluster.coordinator.rpartition(":")
     if cluster.index == 0:
-        problem = _hear_all(int(port) + 1, cluster, facts, timeout)
+        problem, connections = _hear_all(int(port) + 1, cluster, facts, timeout)
     else:
-        problem = _answer(host, int(port) + 1, cluster, facts, timeout)
+        problem, connections = _answer(host, int(port) + 1, cluster, facts, timeout)
     if problem:
+        for connection in connections.values():
+            connection.close()
         raise ProcessError(problem)
+    return connections
 
 
-def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> str:
+def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> tuple[str, dict[int, socket.socket]]:
     deadline, differing = time.monotonic() + timeout, list[str]()
-    present, connections = {0}, list[socket.socket]()
+    present, connections, strangers = {0}, dict[int, socket.socket](), list[socket.socket]()
     try:
         server = socket.create_server(("", port))
     except OSError as error:
         return (
             f"process 0 cannot listen on port {port} ({error.strerror}): is another run using it? Choose another port "
             "for --coordinator_address; the one after it is needed as well."
-        )
+        ), {}
     with server:
         while len(present) < cluster.count and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
@@ -200,11 +207,13 @@ def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> str:
                 continue  # not one of ours
             if not 0 < index < cluster.count or index in present or message["count"] != cluster.count:
                 differing.append(f"a second process, or one too many, calls itself number {index}")
-            elif changed := [name for name in sorted({*facts, *theirs}) if facts.get(name) != theirs.get(name)]:
+                strangers.append(peer)
+                continue
+            if changed := [name for name in sorted({*facts, *theirs}) if facts.get(name) != theirs.get(name)]:
                 shown = ", ".join(f"{name}={theirs.get(name)} instead of {facts.get(name)}" for name in changed[:5])
                 differing.append(f"process {index} was started with {shown}, unlike process 0")
             present.add(index)
-            connections.append(peer)
+            connections[index] = peer
         missing = [str(index) for index in range(1, cluster.count) if index not in present]
         if missing and not differing:
             verb = "process" if len(missing) == 1 else "processes"
@@ -214,30 +223,38 @@ def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> str:
             )
         else:
             problem = "; ".join(differing)
-        for peer in connections:
-            with peer:
-                try:
-                    peer.sendall(json.dumps({"problem": problem}).encode() + b"\n")
-                except OSError:
-                    continue  # it will say itself that it lost process 0
-    return problem
+        for peer in (*connections.values(), *strangers):
+            try:
+                peer.sendall(json.dumps({"problem": problem}).encode() + b"\n")
+            except OSError:
+                continue  # it will say itself that it lost process 0
+        for peer in strangers:
+            peer.close()
+    return problem, connections
 
 
-def _answer(host: str, port: int, cluster: Cluster, facts: Facts, timeout: float) -> str:
+def _answer(
+    host: str, port: int, cluster: Cluster, facts: Facts, timeout: float
+) -> tuple[str, dict[int, socket.socket]]:
     deadline = time.monotonic() + timeout
     message = json.dumps({"index": cluster.index, "count": cluster.count, "facts": dict(facts)}).encode() + b"\n"
     while (left := deadline - time.monotonic()) > 0:
         try:
-            with socket.create_connection((host, port), timeout=left) as connection:
-                connection.settimeout(left + _REPLY_GRACE)
-                connection.sendall(message)
-                return str(json.loads(_read_line(connection))["problem"])
-        except (OSError, ValueError, KeyError):
+            connection = socket.create_connection((host, port), timeout=left)
+        except OSError:
             time.sleep(0.2)  # it may not be listening yet
+            continue
+        try:
+            connection.settimeout(left + _REPLY_GRACE)
+            connection.sendall(message)
+            return str(json.loads(_read_line(connection))["problem"]), {0: connection}
+        except (OSError, ValueError, KeyError):
+            connection.close()
+            time.sleep(0.2)
     return (
         f"process 0 at {cluster.coordinator} did not answer process {cluster.index} within {timeout:g} s: see its log, "
         "and whether this host reaches it (and the port after it)."
-    )
+    ), {}
 
 
 def _read_line(connection: socket.socket) -> bytes:
@@ -280,3 +297,34 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+class StopVote:
+    """All processes stop before the same step if one of them was asked to.
+
+    Asking the others takes a moment in which the devices wait, so that it is done about every two seconds.
+    """
+
+    EVERY = 2.0  # seconds
+
+    def __init__(self) -> None:
+        self._next, self._last_step, self._last_time = 0, 0, time.monotonic()
+
+    def asked(self, flag: bool, step: int) -> bool:
+        """Whether to end before `step`; every process must ask before every step.
+
+        Args:
+            flag: whether this process was asked to stop.
+            step: steps done so far.
+        """
+        if jax.process_count() == 1:
+            return flag
+        if step < self._next:
+            return False
+        now = time.monotonic()
+        answers = np.asarray(multihost_utils.process_allgather(np.array([flag, now - self._last_time], np.float32)))
+        # The slowest decides when to ask again, from numbers that all of them have.
+        seconds, steps = float(answers[:, 1].max()), max(step - self._last_step, 1)
+        self._next = step + min(max(int(self.EVERY * steps / max(seconds, 1e-6)), 1), 4 * steps)
+        self._last_step, self._last_time = step, time.monotonic()
+        return bool(answers[:, 0].any())

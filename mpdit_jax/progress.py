@@ -28,6 +28,7 @@ class WorkBar:
             self._left,
             TextColumn("left"),
             console=console,
+            disable=not console.is_terminal,  # a log gets the lines of `advance` instead
         )
         self._task = self._progress.add_task(verb, total=total, completed=done, done=done)
 

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
 
     import jax
 
-    from mpdit_jax.checkpoint import load_checkpoint
+    from mpdit_jax.checkpoint import load_checkpoint, load_step
     from mpdit_jax.files import check_writable
     from mpdit_jax.sampling import command
     from mpdit_jax.sampling.decoding import make_decode
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     sampler = sampler_from(options)
     check_writable(out)
     decode = make_decode(options.workdir, options.vae, options.vae_dtype, options.vae_tile)
-    model = load_checkpoint(options.workdir, options.step, ema=not options.no_ema)
+    options.step, model = load_step(options.workdir, options.step, ema=not options.no_ema)
     request = command.Request(
         options=options,
         sampler=sampler,
@@ -104,6 +104,8 @@ def _checked_out(options: argparse.Namespace) -> Path:
     for name, value, ending in (("grid", options.grid, ".png"), ("trajectory", options.trajectory, ".gif")):
         if value not in ("", "beside") and not value.endswith(ending):
             raise InputError(f"--{name}={value}: expected a name that ends in {ending}.")
+    if not options.workdir:
+        raise InputError("--workdir is empty: expected the folder of a run, such as runs/digits.")
     if options.batch_size < 1:
         raise InputError(f"--batch_size={options.batch_size}: expected 1 or more.")
     if not 0 <= options.seed < 2**32:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpdit_jax.cli import make_parser, parse_with_config, run
 from mpdit_jax.config import facts as config_facts
-from mpdit_jax.errors import InputError
+from mpdit_jax.errors import DivergedError, InputError
 from mpdit_jax.processes import add_flags, join
 
 _CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # whoever sets it has a place for compiled programs already
@@ -30,6 +30,13 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.usage = f"{parser.prog} --config=FILE --workdir=FOLDER [--config.FIELD=VALUE ...]"
     parser.add_argument("--workdir", required=True, help="folder of the run: config, checkpoints, metrics, logs, grids")
+    parser.add_argument(
+        "--replay_step",
+        type=int,
+        metavar="N",
+        help="run step N of the log again, from the checkpoint before it, and say what in it is not finite; writes "
+        "nothing, status 3 if it does not count",
+    )
     add_flags(parser)
     options, config = parse_with_config(parser, arguments)
     if not options.workdir:
@@ -45,16 +52,23 @@ def main(arguments: Sequence[str]) -> int:
 
     from mpdit_jax.data.facts import read_facts
     from mpdit_jax.training.loop import train
+    from mpdit_jax.training.replay import replay
 
     if _CACHE_VARIABLE not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
+
+    if options.replay_step is not None:
+        found = replay(config, workdir, options.replay_step)
+        print("\n".join(found.lines))
+        return 0 if found.sound else DivergedError.exit_status
 
     state = train(config, workdir)
     if jax.process_index() > 0:
         return 0
     if int(state.step) < config.steps:
         again = shlex.join([sys.executable, "-m", "mpdit_jax.train", *arguments])
-        print(f"stopped at step {int(state.step)} of {config.steps}, saved; continue with:\n  {again}")
+        saved = "saved" if int(state.step) else "with nothing trained yet"
+        print(f"stopped at step {int(state.step)} of {config.steps}, {saved}; continue with:\n  {again}")
     else:
         facts = read_facts(workdir)
         vae = " --vae=FOLDER" if facts is not None and facts.latents is not None else ""
@@ -66,4 +80,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, terminated=0)

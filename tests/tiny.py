@@ -21,6 +21,7 @@ OVERRIDES = [
     "--config.log.every=3",
     "--config.checkpoint.every=4",
     "--config.sample.every=0",
+    "--config.eval.every=0",
 ]
 
 

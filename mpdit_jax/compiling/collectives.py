@@ -1,34 +1,36 @@
 """Bytes that a compiled program moves between chips, read from its text."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+
+from mpdit_jax.compiling.hlo import Visit, sizes, walk
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
-_SHAPE = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_TRIPS = re.compile(r'known_trip_count"?:?=?\{"?n"?:"?(\d+)')
-_CONSTANT = re.compile(r"= s32\[\][^ ]* constant\((\d+)\)")
 
 
 def collective_bytes(text: str) -> dict[str, int]:
     """Bytes of the arrays that one chip puts into or takes out of collectives in a run of a program, by kind.
 
     A loop's body counts as often as it runs. An all-gather counts by its result, a reduce-scatter by its operand: both
-    are the whole array.
+    are the whole array. TPU programs do many of them as rings beside the product that needs them: those are loops of
+    collective permutes, each of which moves one chip's part.
 
     Args:
         text: `compiled.as_text()`.
     """
-    computations = _computations(text)
     totals = dict.fromkeys(KINDS, 0)
-    entry = next((name for name, (is_entry, _) in computations.items() if is_entry), None)
-    if entry is not None:
-        _add(computations, entry, 1, totals)
+    for visit in walk(text):
+        operation = visit.instruction.operation
+        kind = operation.removesuffix("-start")
+        if kind not in KINDS or _goes_on(visit):
+            continue
+        found = sizes(visit.instruction.shape)
+        if operation.endswith("-start") and kind != "all-reduce" and len(found) > 1:
+            found = [max(found)]  # operand and result travel together
+        size = sum(found)
+        if kind == "reduce-scatter" and not operation.endswith("-start"):
+            size *= _group_size(visit.instruction.rest)
+        totals[kind] += visit.times * size
     return totals
 
 
@@ -37,65 +39,17 @@ def ring_bytes(totals: Mapping[str, int]) -> float:
     return sum(size * (2 if kind == "all-reduce" else 1) for kind, size in totals.items())
 
 
-def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
-    found: dict[str, tuple[bool, list[str]]] = {}
-    lines: list[str] = []
-    for line in text.splitlines():
-        match = _COMPUTATION.match(line)
-        if match and not line.startswith("HloModule"):
-            lines = []
-            found[match[1]] = (line.startswith("ENTRY"), lines)
-        else:
-            lines.append(line)
-    return found
-
-
-def _add(computations: dict[str, tuple[bool, list[str]]], name: str, times: int, totals: dict[str, int]) -> None:
-    for line in computations[name][1]:
-        match = _INSTRUCTION.match(line)
-        if match is None:
-            continue
-        result, operation, rest = match.groups()
-        kind = operation.removesuffix("-start")
-        if kind in KINDS:
-            sizes = list(_sizes(result))
-            if operation.endswith("-start") and kind != "all-reduce" and len(sizes) > 1:
-                sizes = [max(sizes)]  # operand and result travel together
-            size = sum(sizes)
-            if kind == "reduce-scatter" and not operation.endswith("-start"):
-                size *= _group_size(rest)
-            totals[kind] += times * size
-        inner = times * _trips(line, computations) if operation == "while" else times
-        called = _CALLED.findall(rest) if operation not in (*KINDS, "reduce", "sort", "scatter", "map") else []
-        for branches in _BRANCHES.findall(rest):
-            called.extend(part.strip().lstrip("%") for part in branches.split(","))
-        for other in called:
-            if other in computations:
-                _add(computations, other, inner, totals)
-
-
-def _sizes(shapes: str) -> Iterator[int]:
-    """Bytes of each array in the text of a (tuple) type."""
-    for dtype, dimensions in _SHAPE.findall(shapes):
-        bits = _BITS.get(dtype) or (int(dtype[1:]) if dtype[:1] in "su" and dtype[1:].isdigit() else 0)
-        count = 1
-        for dimension in filter(None, dimensions.split(",")):
-            count *= int(dimension)
-        yield bits * count // 8
+def _goes_on(visit: Visit) -> bool:
+    """Whether this collective was counted where it started: TPU programs repeat it in every fusion that it runs beside
+    and in the one that waits for it.
+    """
+    return any(
+        "calls=%async_collective_fusion" in caller.rest or caller.name.startswith("async-collective-done")
+        for caller in visit.callers
+    )
 
 
 def _group_size(rest: str) -> int:
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
     return len(listed[1].split(",")) if listed else int(iota[1]) if iota else 1
-
-
-def _trips(line: str, computations: dict[str, tuple[bool, list[str]]]) -> int:
-    known = _TRIPS.search(line)
-    if known:
-        return int(known[1])
-    condition = _CONDITION.search(line)
-    limits = (
-        [int(number) for row in computations[condition[1]][1] for number in _CONSTANT.findall(row)] if condition else []
-    )
-    return max(limits, default=1)

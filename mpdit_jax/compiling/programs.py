@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import math
+import re
 import time
 from typing import Any
 
@@ -11,7 +13,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
+from mpdit_jax.chips import GIB
 from mpdit_jax.compiling.collectives import collective_bytes
+from mpdit_jax.compiling.flops import product_flops
 from mpdit_jax.config import model_of
 from mpdit_jax.data.latents import LatentSpace
 from mpdit_jax.errors import ConfigError, MissingExtraError
@@ -33,15 +37,20 @@ class Program:
         arguments: bytes it is given, such as parameters and optimizer state.
         temporaries: bytes it needs beside them.
         peak: bytes in all while it runs; results that take the arguments' place count once.
-        collectives: bytes moved in a run, by kind.
+        compiled_flops: operations of the compiled matrix products, recomputation included; None if `refused`.
+        collectives: bytes moved in a run, by kind; None if `refused`.
         seconds_to_compile: of lowering and compiling, here.
+        refused: whether the compiler gave up because the chip's memory is too small. `temporaries` is then its own
+            early estimate.
     """
 
     arguments: int
     temporaries: int
     peak: int
-    collectives: dict[str, int]
+    compiled_flops: int | None
+    collectives: dict[str, int] | None
     seconds_to_compile: float
+    refused: bool = False
 
 
 def topology_devices(topology: str) -> list[jax.Device]:
@@ -120,9 +129,34 @@ def compile_sampler(config: FrozenConfigDict, mesh: Mesh, batch_size: int) -> Pr
 
 def _compile(function: Any, *arguments: Any) -> Program:
     start = time.perf_counter()
-    compiled = function.lower(*arguments).compile()
+    lowered = function.lower(*arguments)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return _refused(str(error), arguments, time.perf_counter() - start)
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     given, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Program(given, temporary, given + temporary + results, collective_bytes(compiled.as_text()), seconds)
+    return Program(given, temporary, given + temporary + results, product_flops(text), collective_bytes(text), seconds)
+
+
+def _refused(message: str, arguments: Any, seconds: float) -> Program:
+    """What a compiler that ran out of the chip's memory says it would have needed.
+
+    Raises:
+        ConfigError: it says anything else.
+    """
+    estimate = re.search(r"memory required for HLO temporaries \(([\d.]+)G\)", message)
+    used = re.search(r"Used ([\d.]+)G of ", message)
+    if estimate is None and used is None:
+        raise ConfigError(f"the compiler refuses this program: {message.strip().splitlines()[0][:300]}")
+    given = sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(arguments)
+    )
+    if estimate:
+        temporaries = int(float(estimate[1]) * GIB)
+        return Program(given, temporaries, given + temporaries, None, None, seconds, refused=True)
+    assert used is not None
+    peak = int(float(used[1]) * GIB)
+    return Program(given, max(peak - given, 0), peak, None, None, seconds, refused=True)

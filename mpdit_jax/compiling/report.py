@@ -10,9 +10,7 @@ from mpdit_jax.chips import GIB, Chip
 from mpdit_jax.compiling.collectives import ring_bytes
 from mpdit_jax.compiling.programs import Program
 from mpdit_jax.config import model_of
-from mpdit_jax.model.accounting import count_macs, training_flops
-
-_RECOMPUTED = {"none": 0.0, "dots": 0.0, "full": 1.0}  # forward passes done again in the backward pass
+from mpdit_jax.model.accounting import count_macs, recomputed_macs, training_flops
 
 
 def step_flops(config: FrozenConfigDict) -> float:
@@ -21,7 +19,8 @@ def step_flops(config: FrozenConfigDict) -> float:
     What remat computes again is included.
     """
     model = model_of(config)
-    return config.batch_size * training_flops(model, config.mask_ratio) * (1 + _RECOMPUTED[model.remat] / 3)
+    recomputed = 2 * recomputed_macs(model, config.mask_ratio)
+    return float(config.batch_size * (training_flops(model, config.mask_ratio) + recomputed))
 
 
 def sampler_flops(config: FrozenConfigDict, batch_size: int) -> float:
@@ -47,35 +46,50 @@ def describe(program: Program, flops: float, chips: int, chip: Chip | None) -> d
     report: dict[str, Any] = {**dataclasses.asdict(program), "flops": flops / chips}
     if chip is not None:
         report["hbm"] = chip.hbm
-        report["fits"] = program.peak <= chip.hbm
+        report["fits"] = not program.refused and program.peak <= chip.hbm
         bounds = {
             "matrix products": flops / chips / chip.flops,
             "memory": program.arguments / chip.hbm_bandwidth,
-            "links": ring_bytes(program.collectives) / chip.ici_bandwidth,
         }
+        if program.collectives is not None:
+            bounds["links"] = ring_bytes(program.collectives) / chip.ici_bandwidth
         report["bound_seconds"] = max(bounds.values())
         report["bound_by"] = max(bounds, key=lambda name: bounds[name])
     return report
 
 
 def smaller(config: FrozenConfigDict, chips: int) -> Iterator[tuple[str, FrozenConfigDict]]:
-    """Settings that need less memory, the least recomputation first: as flags, and as configs."""
+    """Settings that need less memory, the least recomputation first: as flags, and as configs.
+
+    Each way of remat is tried with the state split as it is and over all chips; then the batch is cut into parts.
+    """
     later = ("none", "dots", "full")
-    for remat in later[later.index(config.model.remat) + 1 :]:
-        yield f"--config.model.remat={remat}", _with(config, remat, config.gradient_accumulation)
-    parts = config.gradient_accumulation * 2
+    splits = [config.mesh.fsdp]
+    if config.mesh.fsdp not in (-1, chips):
+        splits.append(chips)
+    parts = config.gradient_accumulation
+    for remat in later[later.index(config.model.remat) :]:
+        for fsdp in splits:
+            if (remat, fsdp) != (config.model.remat, config.mesh.fsdp):
+                yield _changed(config, remat, fsdp, parts)
+    parts *= 2
     while config.batch_size % parts == 0 and (config.batch_size // parts) % chips == 0:
-        yield (
-            f"--config.model.remat=full --config.gradient_accumulation={parts}",
-            _with(config, "full", parts),
-        )
+        yield _changed(config, "full", splits[-1], parts)
         parts *= 2
 
 
-def _with(config: FrozenConfigDict, remat: str, parts: int) -> FrozenConfigDict:
-    changed = ConfigDict(config)
-    changed.model.remat, changed.gradient_accumulation = remat, parts
-    return FrozenConfigDict(changed)
+def _changed(config: FrozenConfigDict, remat: str, fsdp: int, parts: int) -> tuple[str, FrozenConfigDict]:
+    changed, flags = ConfigDict(config), list[str]()
+    if fsdp != config.mesh.fsdp:
+        changed.mesh.data, changed.mesh.fsdp = -1, fsdp
+        flags += ["--config.mesh.data=-1", f"--config.mesh.fsdp={fsdp}"]
+    if remat != config.model.remat:
+        changed.model.remat = remat
+        flags.append(f"--config.model.remat={remat}")
+    if parts != config.gradient_accumulation:
+        changed.gradient_accumulation = parts
+        flags.append(f"--config.gradient_accumulation={parts}")
+    return " ".join(flags), FrozenConfigDict(changed)
 
 
 def as_text(name: str, report: dict[str, Any]) -> str:
@@ -89,10 +103,15 @@ def as_text(name: str, report: dict[str, Any]) -> str:
     if "hbm" in report:
         verdict = "fits" if report["fits"] else "does NOT fit"
         lines[-1] += f"  {verdict} {report['hbm'] / GIB:.2f} GiB"
+    if report["refused"]:
+        lines[2] += "  by the compiler's early estimate: it went no further"
     lines.append(f"  analytic     {report['flops'] / 1e12:8.3f} TFLOP")
-    moved = {kind: size for kind, size in report["collectives"].items() if size}
-    listed = ", ".join(f"{kind} {size / GIB:.3f} GiB" for kind, size in moved.items()) or "none"
-    lines.append(f"  collectives  {listed}")
+    if report["compiled_flops"] is not None:
+        lines.append(f"  compiled     {report['compiled_flops'] / 1e12:8.3f} TFLOP in matrix products")
+    if report["collectives"] is not None:
+        moved = {kind: size for kind, size in report["collectives"].items() if size}
+        listed = ", ".join(f"{kind} {size / GIB:.3f} GiB" for kind, size in moved.items()) or "none"
+        lines.append(f"  collectives  {listed}")
     if "bound_seconds" in report:
         lines.append(
             f"  bound        {1e3 * report['bound_seconds']:8.2f} ms by {report['bound_by']}: no less time at "

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mpdit_jax.checkpoint import Checkpoints, claim_workdir, list_steps, load_checkpoint
+from mpdit_jax.checkpoint import Checkpoints, load_checkpoint
 from mpdit_jax.config import base_config, model_of, resolve
 from mpdit_jax.errors import CheckpointError, ConfigError, InputError, MissingExtraError, WeightsError
 from mpdit_jax.files import check_writable, replacing
@@ -22,8 +22,10 @@ from mpdit_jax.mesh import make_mesh
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import split
+from mpdit_jax.stored import list_steps
 from mpdit_jax.training.optimizer import make_optimizer
 from mpdit_jax.training.state import create_state, to_items
+from mpdit_jax.workdir import claim_workdir
 
 TORCH_SUFFIXES = (".pt", ".pth")
 # How a model is run, which does not change what its parameters are.

@@ -1,8 +1,11 @@
 """`workdir/data.json`: what sampling has to know of the data a model was trained on."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
+
+import numpy as np
 
 from mpdit_jax.data.latents import LatentSpace
 from mpdit_jax.data.sources import Source
@@ -14,10 +17,17 @@ _FILE = "data.json"
 
 @dataclasses.dataclass(frozen=True)
 class DataFacts:
-    """Class names in label order, and the VAE's latent space, or None for a model of images."""
+    """What identifies a run's data.
+
+    Attributes:
+        class_names: in label order.
+        latents: the VAE's latent space, or None for a model of images.
+        labels: number of examples and a digest of their labels in order; None in files of versions without it.
+    """
 
     class_names: tuple[str, ...]
     latents: LatentSpace | None
+    labels: str | None = None
 
 
 def claim_data(workdir: Path, source: Source, *, trained: bool) -> None:
@@ -29,14 +39,19 @@ def claim_data(workdir: Path, source: Source, *, trained: bool) -> None:
         trained: whether the run has steps that other data would contradict.
 
     Raises:
-        CheckpointError: the run was trained on latents of another VAE or normalization.
+        CheckpointError: the run was trained on latents of another VAE or normalization, or on other examples.
     """
-    facts = DataFacts(tuple(source.class_names), source.latents)
+    facts = DataFacts(tuple(source.class_names), source.latents, _identify(source.labels))
     stored = read_facts(workdir) if trained else None
     if stored is not None and stored.latents != facts.latents:
         raise CheckpointError(
             f"{workdir} was trained on latents of another VAE or normalization ({_say(stored.latents)}) than those of "
             f"config.data.path ({_say(facts.latents)}): give the latents it was trained on, or use another --workdir."
+        )
+    if stored is not None and stored.labels not in (None, facts.labels):
+        raise CheckpointError(
+            f"{workdir} was trained on other examples (number and digest of the labels: {stored.labels}) than those of "
+            f"config.data.path ({facts.labels}): give the data it was trained on, or use another --workdir."
         )
     with replacing(workdir / _FILE) as file:
         file.write((json.dumps(dataclasses.asdict(facts), indent=1) + "\n").encode())
@@ -58,9 +73,14 @@ def read_facts(workdir: str | Path) -> DataFacts | None:
             latents = LatentSpace(
                 tuple(map(float, latents["mean"])), tuple(map(float, latents["std"])), str(latents["vae_fingerprint"])
             )
-        return DataFacts(tuple(map(str, stored["class_names"])), latents)
+        return DataFacts(tuple(map(str, stored["class_names"])), latents, stored.get("labels"))
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); continue the training once to write it anew.") from error
+
+
+def _identify(labels: np.ndarray) -> str:
+    digest = hashlib.blake2b(np.ascontiguousarray(labels, "<i8").tobytes(), digest_size=8).hexdigest()
+    return f"{len(labels)} {digest}"
 
 
 def _say(latents: LatentSpace | None) -> str:

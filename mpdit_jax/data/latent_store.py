@@ -11,6 +11,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
+import resource
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +21,14 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from mpdit_jax.errors import DataError
+from mpdit_jax.data.npz import read_npy
+from mpdit_jax.errors import DataError, InputError
 
 SCHEMA_VERSION = 1
 MANIFEST, LABELS, REJECTED = "manifest.json", "labels.npy", "rejected.jsonl"
-_READER_OPTIONS = "readahead_buffer_size:0"  # records are read one here, one there
+_LARGEST_RECORD = 2**28  # bytes, far beyond any latent
+_OTHER_FILES = 512  # what JAX, loggers and checkpoints may open
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # records are read one here, one there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,15 +132,26 @@ def read_manifest(folder: str | Path) -> Manifest:
             and manifest.views in (1, 2)
             and manifest.scaling_factor > 0
             and math.isfinite(manifest.scaling_factor + manifest.shift_factor)
-            and manifest.record_dtype.itemsize > 0
+            and 0 < manifest.record_dtype.itemsize < _LARGEST_RECORD
+            and all(map(_is_sound, shards))
+            and all(isinstance(name, str) for name in manifest.class_names)
+            and all(isinstance(count, int) and count >= 0 for count in manifest.class_counts)
+            and all(math.isfinite(value) for value in (*manifest.latent_mean, *manifest.latent_std))
+            and isinstance(manifest.vae_fingerprint, str)
         )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is damaged ({error}); prepare the latents again.") from error
     if not consistent:
         raise DataError(f"{path} contradicts itself: its counts, shapes or statistics do not fit; prepare again.")
     return manifest
+
+
+def _is_sound(shard: Shard) -> bool:
+    """Whether a shard has possible numbers, and a name that stays in the folder."""
+    plain = isinstance(shard.name, str) and re.fullmatch(r"[^/\\\0]*[^/\\\0.][^/\\\0]*", shard.name) is not None
+    return plain and all(isinstance(size, int) and size >= 0 for size in (shard.examples, shard.bytes))
 
 
 class LatentStore:
@@ -145,16 +161,18 @@ class LatentStore:
         """Open it: every shard must be there at its full length, but none is read yet.
 
         Raises:
-            DataError: no manifest, a damaged one, a shard missing or of another length, labels that do not fit.
+            DataError: no manifest, a damaged one, a shard missing or of another length, labels that do not fit, or
+                more shards than this process may open.
         """
         self.folder = Path(folder)
         self.manifest = manifest = read_manifest(self.folder)
+        allow_open_files(len(manifest.shards), str(folder))
         for shard in manifest.shards:
             check_shard(self.folder, shard)
         self.labels = _read_labels(self.folder, manifest)
         self._starts = np.cumsum([0, *[shard.examples for shard in manifest.shards]])
         self._readers: dict[int, Any] = {}
-        self._lock = threading.Lock()
+        self._locks = [threading.Lock() for _ in manifest.shards]
 
     def __len__(self) -> int:
         return self.manifest.examples
@@ -167,30 +185,92 @@ class LatentStore:
         """
         dtype = self.manifest.record_dtype
         records = np.empty((len(indices), dtype.itemsize), np.uint8)
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        for number in np.unique(shards):
-            places = np.flatnonzero(shards == number)
-            found = self._read_shard(int(number), (indices[places] - self._starts[number]).tolist())
-            for place, record in zip(places.tolist(), found, strict=True):
-                records[place] = np.frombuffer(record, np.uint8)
+        for place, record in enumerate(self._records(indices)):
+            records[place] = np.frombuffer(record, np.uint8)
         return records.view(dtype)[:, 0]
 
-    def _read_shard(self, number: int, rows: list[int]) -> list[bytes]:
-        shard, size = self.manifest.shards[number], self.manifest.record_dtype.itemsize
-        try:
-            with self._lock:
-                if number not in self._readers:
-                    self._readers[number] = ArrayRecordReader(str(self.folder / shard.name), _READER_OPTIONS)
-                reader = self._readers[number]
-            records: list[bytes] = reader.read(rows)
-            if any(len(record) != size for record in records):
-                raise ValueError(f"a record is not {size} bytes long")
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise DataError(
-                f"{self.folder / shard.name} is damaged ({str(error).splitlines()[0][:200]}): see `python -m "
-                f"mpdit_jax.prepare --verify --out={self.folder}`."
-            ) from error
-        return records
+    def moments(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the examples at `indices` (n,), each float16 (n, views, h, w, C), contiguous.
+
+        Raises:
+            DataError: a damaged shard.
+        """
+        shape = (self.manifest.views, *self.manifest.latent_shape)
+        size = 2 * math.prod(shape)  # bytes
+        mean, std = (np.empty((len(indices), *shape), "<f2") for _ in range(2))
+        # Each record is copied once and through plain buffers: arrays made for each would cost more than the copy.
+        means, stds = (array.reshape(-1).view(np.uint8).data for array in (mean, std))
+        for place, record in enumerate(self._records(indices)):
+            start, view = place * size, memoryview(record)
+            means[start : start + size], stds[start : start + size] = view[:size], view[size : 2 * size]
+        return mean, std
+
+    def in_order(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+        """Every example once, in the order of the store, as evaluation reads it.
+
+        Args:
+            batch_size: examples at a time; the last batch has what is left.
+
+        Yields:
+            `mean` and `std` float16 (n, views, h, w, C), of which view 0 is the image as it was; `y` int32 (n,).
+
+        Raises:
+            InputError: a batch size below 1.
+            DataError: a damaged shard.
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size}: expected 1 or more.")
+        return (self._batch(start, batch_size) for start in range(0, len(self), batch_size))
+
+    def _batch(self, start: int, batch_size: int) -> dict[str, np.ndarray]:
+        rows = np.arange(start, min(start + batch_size, len(self)))
+        mean, std = self.moments(rows)
+        return {"mean": mean, "std": std, "y": self.labels[rows]}
+
+    def _records(self, indices: np.ndarray) -> Iterator[bytes]:
+        """The records, one by one: ArrayRecord takes three times as long for each of a list of scattered ones."""
+        size = self.manifest.record_dtype.itemsize
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        for number, row in zip(shards.tolist(), (indices - self._starts[shards]).tolist(), strict=True):
+            try:
+                with self._locks[number]:  # a reader has one position
+                    reader = self._readers.get(number)
+                    if reader is None:
+                        reader = self._open(number)
+                    reader.seek(row)
+                    record: bytes = reader.read()
+                if len(record) != size:
+                    raise ValueError(f"a record is {len(record)} bytes long instead of {size}")
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise DataError(
+                    f"{self.folder / self.manifest.shards[number].name} is damaged "
+                    f"({str(error).splitlines()[0][:200]}): see `python -m mpdit_jax.prepare --verify "
+                    f"--out={self.folder}`."
+                ) from error
+            yield record
+
+    def _open(self, number: int) -> Any:
+        path = self.folder / self.manifest.shards[number].name
+        self._readers[number] = reader = ArrayRecordReader(str(path), _READER_OPTIONS)
+        return reader
+
+
+def allow_open_files(count: int, folder: str) -> None:
+    """Let this process keep `count` files open beside what else it needs; all shards are, once they have been read.
+
+    Raises:
+        DataError: the system does not allow it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise DataError(
+            f"{folder} has {count} shards and this process may open {hard} files: raise the limit (`ulimit -Hn "
+            f"{needed}` as an administrator), or prepare with a larger --shard_size."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def check_shard(folder: Path, shard: Shard) -> None:
@@ -211,63 +291,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify(folder: str | Path) -> Iterator[int]:
-    """Read everything and compare it with the manifest, the statistics included; gives the examples read so far, after
-    every shard.
-
-    Raises:
-        DataError: the first thing that differs, by name.
-    """
-    store = LatentStore(folder)
-    if sha256(store.folder / LABELS) != store.manifest.labels_sha256:
-        raise DataError(f"{store.folder / LABELS} is not what was written (SHA-256 differs); prepare again.")
-    if _count_lines(store.folder / REJECTED) != store.manifest.rejected:
-        raise DataError(f"{store.folder / REJECTED} does not name {store.manifest.rejected} images; copy it again.")
-    channels, done = store.manifest.latent_shape[2], 0
-    total, square = np.zeros(channels), np.zeros(channels)
-    for shard in store.manifest.shards:
-        path = store.folder / shard.name
-        if sha256(path) != shard.sha256:
-            raise DataError(
-                f"{path} is not what was written (SHA-256 differs): copy it again, or delete it and repeat the prepare "
-                "command."
-            )
-        for start in range(done, done + shard.examples, 256):
-            rows = np.arange(start, min(start + 256, done + shard.examples))
-            records = store.read(rows)
-            finite = np.isfinite(records["mean"]) & np.isfinite(records["std"])
-            bad = np.flatnonzero(~finite.reshape(len(rows), -1).all(axis=1) | (records["label"] != store.labels[rows]))
-            if len(bad):
-                key = records["key"][bad[0]].decode(errors="replace")
-                raise DataError(
-                    f"{path}: example {rows[bad[0]]} ({key}) is not finite, or its label is not the one in {LABELS}; "
-                    "prepare again."
-                )
-            mean, std = records["mean"].astype(np.float64), records["std"].astype(np.float64)
-            total += mean.sum(axis=(0, 1, 2, 3))
-            square += (mean**2 + std**2).sum(axis=(0, 1, 2, 3))
-        done += shard.examples
-        yield done
-    positions = done * store.manifest.views * int(np.prod(store.manifest.latent_shape[:2]))
-    mean, variance = total / positions, square / positions - (total / positions) ** 2
-    found = np.stack([mean, np.sqrt(np.maximum(variance, 0))])
-    stated = np.array([store.manifest.latent_mean, store.manifest.latent_std])
-    if not np.allclose(found, stated, rtol=1e-5, atol=1e-5 * np.abs(stated).max()):
-        raise DataError(
-            f"{store.folder / MANIFEST} states latent means and standard deviations {stated.tolist()} and they are "
-            f"{found.tolist()}: copy it again, or delete it and repeat the prepare command."
-        )
-
-
-def _count_lines(path: Path) -> int:
-    return len(path.read_text().splitlines()) if path.is_file() else -1
-
-
 def _read_labels(folder: Path, manifest: Manifest) -> np.ndarray:
     path = folder / LABELS
     try:
-        labels = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        labels = read_npy(path)
+    except ValueError as error:
         raise DataError(f"{path} cannot be read ({error}); copy it again, or repeat the prepare command.") from error
     classes = len(manifest.class_names)
     if labels.dtype != np.int32 or labels.shape != (manifest.examples,):

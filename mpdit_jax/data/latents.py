@@ -55,11 +55,8 @@ class LatentSource:
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The examples at `indices` (n,): `mean` and `std` float16 (n, views, h, w, C), `y` int32 (n,)."""
-        records = self.store.read(indices)
-        return {name: np.ascontiguousarray(records[field]) for name, field in _FIELDS}
-
-
-_FIELDS = (("mean", "mean"), ("std", "std"), ("y", "label"))
+        mean, std = self.store.moments(indices)
+        return {"mean": mean, "std": std, "y": self.store.labels[indices]}
 
 
 def load_latents(path: str = "", split: str = "train", normalization: str = "paper") -> LatentSource:

@@ -8,7 +8,7 @@ import numpy as np
 
 from mpdit_jax.data.sources import Batch, Batched
 
-_THREADS = 2
+_THREADS = 1  # reading a store holds Python's lock: a second thread would only contend for it
 _PREFETCH = 4  # batches
 
 

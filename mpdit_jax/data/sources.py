@@ -1,7 +1,6 @@
 """Labelled image sets, each a random-access `Source` of the same form."""
 
 import dataclasses
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +9,7 @@ import numpy as np
 
 from mpdit_jax.data.idx import read_idx
 from mpdit_jax.data.latents import LatentSpace, load_latents
+from mpdit_jax.data.npz import read_npz
 from mpdit_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
@@ -74,13 +74,10 @@ class ArraySource:
         return len(self.images)
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """The examples at `indices`; raises DataError if one holds NaN or Inf."""
+        """The examples at `indices`."""
         x = self.images[indices].astype(np.float32)
         if self.images.dtype.kind != "f":
             x = x / np.float32(self.largest / 2) - 1
-        elif not np.isfinite(x).all():
-            bad = indices[~np.isfinite(x).reshape(len(x), -1).all(axis=1)][0]
-            raise DataError(f"example {bad} of the data holds NaN or Inf; remove or repair it.")
         return {"x": x, "y": self.labels[indices].astype(np.int32)}
 
 
@@ -147,9 +144,8 @@ def load_arrays(path: str = "", split: str = "train") -> ArraySource:
     if not path or not Path(path).is_file():
         raise DataError(f"config.data.path={path!r}: no such file; the source 'arrays' reads an .npz.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            images, labels = archive["images"], archive["labels"]
-    except (KeyError, ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        images, labels = read_npz(path, ("images", "labels"))
+    except ValueError as error:
         raise DataError(f"{path}: expected an .npz with arrays `images` and `labels` ({error}).") from error
     if images.ndim != 4 or images.dtype not in (np.uint8, np.float32) or labels.shape != images.shape[:1]:
         raise DataError(
@@ -267,6 +263,12 @@ def _checked(source: ArraySource, origin: str) -> ArraySource:
     if low < 0 or high >= len(source.class_names):
         bad = low if low < 0 else high
         raise DataError(f"{origin}: label {bad} is outside 0 to {len(source.class_names) - 1}.")
+    if source.images.dtype.kind == "f":
+        for start in range(0, len(source), 1024):  # a part at a time: the set may fill half of the memory
+            finite = np.isfinite(source.images[start : start + 1024]).reshape(-1, source.images[0].size).all(axis=1)
+            if not finite.all():
+                bad = start + int(np.argmin(finite))
+                raise DataError(f"{origin}: example {bad} of the data holds NaN or Inf; remove or repair it.")
     return source
 
 

@@ -113,12 +113,12 @@ def check_negatives(negatives: Negatives, labels: jax.Array, num_classes: int, d
     return checked
 
 
-def check_shape(value: jax.Array | np.ndarray, shape: tuple[int, ...], name: str, meaning: str) -> jax.Array:
+def check_shape(value: jax.typing.ArrayLike, shape: tuple[int, ...], name: str, meaning: str) -> jax.Array:
     """An array of that shape as float32.
 
     Raises:
         InputError: another shape.
     """
-    if value.shape != shape:
-        raise InputError(f"{name} {value.shape}: expected {shape}, {meaning}.")
+    if np.shape(value) != shape:
+        raise InputError(f"{name} {np.shape(value)}: expected {shape}, {meaning}.")
     return jnp.asarray(value, jnp.float32)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from mpdit_jax.errors import ConfigError, InputError
-from mpdit_jax.flow.protocols import Velocity
+from mpdit_jax.flow.inputs import check_labels
+from mpdit_jax.flow.protocols import ClassConditional, Velocity
 
 
 class TimeDistribution(Protocol):
@@ -59,12 +60,12 @@ def interpolate(x: jax.Array, noise: jax.Array, t: jax.Array) -> tuple[jax.Array
 
 def flow_matching_loss(
     model: Velocity,
-    x: jax.Array,
-    y: jax.Array,
+    x: jax.typing.ArrayLike,
+    y: jax.typing.ArrayLike,
     *,
     key: jax.Array | None = None,
-    t: jax.Array | None = None,
-    noise: jax.Array | None = None,
+    t: jax.typing.ArrayLike | None = None,
+    noise: jax.typing.ArrayLike | None = None,
     times: TimeDistribution = PAPER_TIMES,
 ) -> tuple[jax.Array, jax.Array]:
     """Mean squared error between the model's velocity and the path's.
@@ -84,14 +85,18 @@ def flow_matching_loss(
         The loss, a float32 scalar, and per_example (B,), whose mean it is.
 
     Raises:
-        InputError: no key and something to draw, or shapes that do not fit each other.
+        InputError: no key and something to draw, shapes that do not fit each other, or labels the model does not have
+            (unless they are traced).
     """
+    x = jnp.asarray(x, jnp.float32)
     if t is None or noise is None:
         if key is None:
             raise InputError("flow_matching_loss needs key=… unless both t=… and noise=… are given.")
         time_key, noise_key = jax.random.split(key)
         t = times.sample(time_key, x.shape[0]) if t is None else t
         noise = jax.random.normal(noise_key, x.shape) if noise is None else noise
+    t, noise = jnp.asarray(t, jnp.float32), jnp.asarray(noise, jnp.float32)
+    y = check_labels(y, model.num_classes) if isinstance(model, ClassConditional) else jnp.asarray(y)
     if noise.shape != x.shape or t.shape != x.shape[:1] or y.shape != x.shape[:1] or x.ndim != 4:
         raise InputError(
             f"x {x.shape}, y {y.shape}, t {t.shape}, noise {noise.shape}: "

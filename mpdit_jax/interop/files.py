@@ -1,5 +1,6 @@
 """Weights files to plain numpy arrays, executing nothing."""
 
+import argparse
 import pickle
 import re
 from collections.abc import Mapping
@@ -65,12 +66,15 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
             "or convert it to .safetensors."
         ) from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Trainers store their arguments beside the weights; a Namespace holds values and runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it asks for {named.group(1)}" if named else str(error).splitlines()[0]
+        what = f" ({named[1]})" if named else ""
         raise WeightsError(
-            f"{path} holds more than tensors and was not loaded, since it could run code ({reason})."
+            f"{path} holds more than tensors{what} and was not loaded, since it could run code: where you trust it, "
+            "save its weights alone, as in torch.save(checkpoint['ema'], 'weights.pt')."
         ) from error
     except Exception as error:  # bytes that are no PyTorch file fail its reader in any way they like
         raise WeightsError(f"{path} is not a readable PyTorch file ({error}); download it again.") from error

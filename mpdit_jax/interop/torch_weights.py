@@ -30,7 +30,8 @@ def load_torch(
     Args:
         source: path of a `.safetensors`, `.pt` or `.pth` (weights only; the key "ema" is preferred), or a mapping from
             the published names to arrays.
-        num_heads: attention heads, which no shape tells; default: those of the preset with this width.
+        num_heads: attention heads, which no shape tells; default: those of the presets of this kind (MPDiT's, or DiT's)
+            and width. Give them for a model whose heads are not a preset's: nothing in a file would show the mistake.
         convention: what the model predicts: "velocity" (ours), "dit" or "sit"; recorded as `model.config.convention`.
             Default: "velocity" where the names are MPDiT's or no variance is learned; DiT and SiT files look alike,
             and theirs has to be given. `as_velocity(model)` is then what samplers take.
@@ -119,11 +120,15 @@ def _without_variance(state: StateDict, convention: str | None, origin: str) -> 
 
 
 def _with_heads(config: ModelConfig, num_heads: int | None, origin: str) -> ModelConfig:
-    """The config with its heads: those given, or those of the preset with this width."""
-    width = config.hidden_size
+    """The config with its heads: those given, or those of the presets of this kind and width.
+
+    Depth and patch sizes do not matter: presets of a kind and width share their heads, and so do the paper's ablations.
+    """
+    width, kind = config.hidden_size, (config.condition, config.modulation)
     if num_heads is None:
         presets = (model_config(preset) for preset in PRESETS)
-        num_heads = next((preset.num_heads for preset in presets if preset.hidden_size == width), None)
+        known = {(preset.condition, preset.modulation, preset.hidden_size): preset.num_heads for preset in presets}
+        num_heads = known.get((*kind, width))
     if num_heads is None:
         raise WeightsError(
             f"{origin}: width {width} fits no preset and shapes do not tell the number of heads; pass num_heads=…."

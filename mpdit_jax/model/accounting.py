@@ -43,25 +43,42 @@ def count_parameters(config: ModelConfig) -> int:
 
 def count_macs(config: ModelConfig) -> int:
     """Multiply-adds of every matrix product of one forward pass of one example."""
-    lengths = [
-        config.prefix_tokens + _tokens(config, level) for level, depth in enumerate(config.depths) for _ in range(depth)
-    ]
-    return _outside_blocks(config) + sum(_block_macs(config, length) for length in lengths)
+    return masked_macs(config, mask_ratio=0.0)
 
 
 def masked_macs(config: ModelConfig, mask_ratio: float) -> int:
     """Multiply-adds of one forward pass of one example in training with tokens hidden from the trunk."""
-    if not mask_ratio:
-        return count_macs(config)
-    visible = config.prefix_tokens + kept_tokens(config, mask_ratio)
-    trunk = (config.depths[0] - config.decoder_depth) * _block_macs(config, visible)
-    decoder = config.decoder_depth * _block_macs(config, config.prefix_tokens + _tokens(config, 0))
-    return _outside_blocks(config) + trunk + decoder
+    return _outside_blocks(config) + sum(_block_macs(config, length) for length in _block_lengths(config, mask_ratio))
 
 
 def training_flops(config: ModelConfig, mask_ratio: float = 0.0) -> int:
-    """Floating-point operations of training on one example: 2 a multiply-add, one forward pass and two backward."""
+    """Floating-point operations of training on one example: 2 a multiply-add, one forward pass and two backward.
+
+    What remat computes again is not among them: see `recomputed_macs`.
+    """
     return 6 * masked_macs(config, mask_ratio)
+
+
+def recomputed_macs(config: ModelConfig, mask_ratio: float = 0.0) -> int:
+    """Multiply-adds that `config.remat` does a second time for one example: of the blocks all (full), of their
+    products without a batch dimension none (dots), which leaves attention's two.
+    """
+    modulation = 6 * config.hidden_size**2 if config.modulation == "per_block" else 0
+    again = {
+        "none": lambda length: 0,
+        "dots": lambda length: _attention_macs(config, length),
+        "full": lambda length: _block_macs(config, length) + modulation,
+    }
+    return sum(again[config.remat](length) for length in _block_lengths(config, mask_ratio))
+
+
+def _block_lengths(config: ModelConfig, mask_ratio: float) -> list[int]:
+    """Tokens that each block sees."""
+    lengths = [_tokens(config, level) for level, depth in enumerate(config.depths) for _ in range(depth)]
+    if mask_ratio:
+        trunk = config.depths[0] - config.decoder_depth
+        lengths[:trunk] = [kept_tokens(config, mask_ratio)] * trunk
+    return [config.prefix_tokens + length for length in lengths]
 
 
 def paper_macs(config: ModelConfig) -> int:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mpdit_jax.mesh import constrain_batch
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.linear import NORMAL_002, ZEROS, linear
 
@@ -137,4 +138,5 @@ def _rows(table: jax.Array, labels: jax.Array) -> jax.Array:
     """The rows of int labels (B,). A label outside the table gives NaN, never a neighbour's row."""
     # jnp.take counts negative indices from the end.
     labels = jnp.where(labels < 0, table.shape[0], labels)
-    return jnp.take(table, labels, axis=0, mode="fill", fill_value=jnp.nan)
+    # The table is split by columns. Split by rows before anything reshapes them, they need not be gathered whole.
+    return constrain_batch(jnp.take(table, labels, axis=0, mode="fill", fill_value=jnp.nan))

@@ -18,6 +18,7 @@ CONVENTIONS = ("velocity", "sit", "dit")
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "dots", "full")
 ATTENTIONS = ("xla", "cudnn")
+_LARGEST = 2**24  # of any size: beyond every model, and few enough to multiply
 FNO_GRID = 32  # points of the FNO time embedding's grid
 
 
@@ -139,7 +140,7 @@ class ModelConfig:
             raise ConfigError(
                 f"model.hidden_size={self.hidden_size} is not divisible by 4, which the 2-D sin-cos positions need."
             )
-        if self.mlp_ratio <= 0 or self.mlp_size < 1:
+        if self.mlp_ratio <= 0 or not 1 <= self.mlp_size <= _LARGEST:
             raise ConfigError(f"model.mlp_ratio={self.mlp_ratio}: expected a positive number, such as 4.0.")
         if self.fno_modes > FNO_GRID // 2 + 1:
             raise ConfigError(
@@ -217,6 +218,8 @@ def _integers(name: str, value: Any) -> tuple[int, ...]:
     items = tuple(value) if isinstance(value, tuple | list) else (value,)
     if not items or not all(is_whole(item) and item > 0 for item in items):
         raise ConfigError(f"model.{name}={value!r}: expected positive whole numbers, such as (4, 2).")
+    if max(items) > _LARGEST:
+        raise ConfigError(f"model.{name}={value!r}: expected {_LARGEST:,} at most.")
     return tuple(int(item) for item in items)
 
 
@@ -229,6 +232,8 @@ def _number(name: str, value: Any) -> float:
 def _positive(name: str, value: Any) -> int:
     if not is_whole(value) or value < 1:
         raise ConfigError(f"model.{name}={value!r}: expected a positive whole number.")
+    if value > _LARGEST:
+        raise ConfigError(f"model.{name}={value!r}: expected {_LARGEST:,} at most.")
     return int(value)
 
 

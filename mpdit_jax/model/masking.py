@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mpdit_jax.errors import InputError
+from mpdit_jax.mesh import constrain_batch
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.embeddings import patchify
 from mpdit_jax.model.mpdit import MPDiT
@@ -41,7 +42,8 @@ def masked_velocity(
         raise InputError("model.decoder_depth=0: a model that is trained with hidden tokens needs 1 or more.")
     x, t, y = model.check(x, t, y)
     embedding, level = model.class_embedding(y), model.levels[0]
-    condition, dtype = model.condition(model.modulation(t), embedding), embedding.tokens.dtype
+    modulation = jax.tree.map(constrain_batch, model.modulation(t))  # see MPDiT.__call__
+    condition, dtype = model.condition(modulation, embedding), embedding.tokens.dtype
     prefix, decoder = embedding.tokens.shape[1], model.config.depths[0] - model.config.decoder_depth
     image = level.embed(x.astype(dtype))  # (B, N, D)
     visible = jnp.take_along_axis(image, kept[..., None], axis=1)  # (B, K, D)

@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mpdit_jax.errors import InputError
+from mpdit_jax.mesh import constrain_batch
 from mpdit_jax.model.blocks import BlockStack, layer_norm, modulate
 from mpdit_jax.model.conditioning import CONDITIONS, MODULATIONS, ClassEmbedding
 from mpdit_jax.model.config import ModelConfig
@@ -111,15 +113,18 @@ class MPDiT(nnx.Module):
             float32 (B, H, W, C).
 
         Raises:
-            InputError: a shape does not fit the model, or labels that are not whole numbers.
+            InputError: a shape does not fit the model, or labels that are not whole numbers or that it does not have.
+                The values of traced labels cannot be checked; one out of range then gives NaN.
         """
         x, t, y = self.check(x, t, y)
-        return self.velocity(x, self.modulation(t), self.class_embedding(y))
+        # Without the constraint every device computes the conditioning of the whole batch.
+        modulation = jax.tree.map(constrain_batch, self.modulation(t))
+        return self.velocity(x, modulation, self.class_embedding(y))
 
     def check(
         self, x: jax.typing.ArrayLike, t: jax.typing.ArrayLike, y: jax.typing.ArrayLike
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The arguments of a call as arrays; raises InputError as that does."""
+        """The arguments of a call as arrays, split over the devices; raises InputError as that does."""
         x, t, y = jnp.asarray(x, jnp.float32), jnp.asarray(t, jnp.float32), jnp.asarray(y)
         if x.shape[1:] != self.input_shape or t.shape != x.shape[:1] or y.shape != x.shape[:1]:
             height, width, channels = self.input_shape
@@ -129,7 +134,15 @@ class MPDiT(nnx.Module):
             )
         if not jnp.issubdtype(y.dtype, jnp.integer):
             raise InputError(f"y has dtype {y.dtype}: expected labels, whole numbers from 0 to {self.num_classes}.")
-        return x, t, y
+        if not isinstance(y, jax.core.Tracer):
+            labels = np.asarray(y)
+            outside = labels[(labels < 0) | (labels > self.num_classes)]
+            if outside.size:
+                raise InputError(
+                    f"label {outside[0]} is out of range: this model has classes 0 to {self.num_classes - 1} "
+                    f"(and {self.num_classes}, the null class)."
+                )
+        return constrain_batch(x), constrain_batch(t), constrain_batch(y)
 
     def modulation(self, t: jax.Array) -> Any:
         """What depends on the times (B,) alone, float32: the modulation, or the time vector (B, D) that the

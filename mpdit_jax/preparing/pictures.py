@@ -6,6 +6,8 @@ from PIL import Image
 from mpdit_jax.errors import InputError
 
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+# A few hundred bytes can unpack to gigabytes, and a long thin picture grows when its short side is made to fit.
+_MOST_PIXELS, _LONGEST = 2**27, 64
 _STILL_FORMATS = ("MPO",)  # cameras put a preview behind the photograph
 
 
@@ -16,8 +18,14 @@ def to_square(image: Image.Image, size: int, channels: int) -> np.ndarray:
     notes is not applied, as in every published reference batch.
 
     Raises:
-        InputError: several frames, or numbers that are no brightness.
+        InputError: several frames, numbers that are no brightness, or a size that no photograph has.
     """
+    short, long = sorted(image.size)
+    if short * long > _MOST_PIXELS or long > _LONGEST * max(short, 1):
+        raise InputError(
+            f"{image.width} x {image.height} pixels; expected {_MOST_PIXELS:,} at most, and a long side of {_LONGEST} "
+            "times the short one at most"
+        )
     return np.asarray(center_crop(to_mode(image, channels), size), np.uint8).reshape(size, size, channels)
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from mpdit_jax.data.latent_store import (
     sha256,
 )
 from mpdit_jax.errors import DataError, InputError, MPDiTError, ProcessError
-from mpdit_jax.files import check_writable, replacing, take_lock
+from mpdit_jax.files import Lock, check_writable, replacing, take_lock
 from mpdit_jax.interrupt import StopRequest
 from mpdit_jax.mesh import make_mesh
 from mpdit_jax.preparing.image_sets import ImageSet, key_bytes_of
@@ -262,11 +262,11 @@ def _claim(out: Path, settings: dict[str, Any]) -> Iterator[None]:
             lock.close()
 
 
-def _take(out: Path, settings: dict[str, Any]) -> IO[str]:
+def _take(out: Path, settings: dict[str, Any]) -> Lock:
     check_writable(out / _SETTINGS)
     lock = take_lock(out / _LOCK)
-    if lock is None:
-        raise InputError(f"another prepare is writing to {out}: wait for it to end, or use another --out.")
+    if isinstance(lock, str):
+        raise InputError(f"another prepare is writing to {out} ({lock}): wait for it to end, or use another --out.")
     try:
         _claim_settings(out, settings)
     except BaseException:

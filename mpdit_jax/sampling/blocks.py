@@ -9,10 +9,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
+from mpdit_jax.data.npz import read_npz
 from mpdit_jax.errors import InputError
 from mpdit_jax.files import replacing
 
@@ -40,7 +40,7 @@ class BlockFolder:
         self.path = path
         stored, text = path / _SETTINGS, json.dumps(dict(settings), indent=2, sort_keys=True) + "\n"
         if stored.is_file():
-            before, now = json.loads(stored.read_text()), json.loads(text)
+            before, now = _read_settings(stored), json.loads(text)
             changed = [
                 f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
                 for name in sorted({*before, *now})
@@ -71,9 +71,8 @@ class BlockFolder:
             InputError: it is missing or damaged.
         """
         try:
-            with np.load(self._file(number), allow_pickle=False) as arrays:
-                return Block(*(arrays[name] for name in Block._fields))
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            return Block(*read_npz(self._file(number), Block._fields))
+        except ValueError as error:
             raise InputError(
                 f"{self._file(number)} cannot be read ({error}): delete that file and repeat the command."
             ) from error
@@ -88,3 +87,10 @@ class BlockFolder:
 
     def _file(self, number: int) -> Path:
         return self.path / f"{number:08d}.npz"
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete {path.parent} and repeat the command.") from error

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from mpdit_jax import images
-from mpdit_jax.checkpoint import list_steps, load_config
+from mpdit_jax.checkpoint import load_config
 from mpdit_jax.errors import DivergedError, InputError
 from mpdit_jax.files import check_writable
 from mpdit_jax.flow.inputs import check_labels
@@ -51,7 +51,7 @@ def parse_labels(text: str, count: int | None, num_classes: int, seed: int) -> n
     Raises:
         InputError: not labels, or fewer than one image.
     """
-    if text in ("balanced", "random", ""):
+    if text in ("balanced", "random"):
         chosen = np.arange(num_classes)
     else:
         try:
@@ -82,7 +82,7 @@ def draw(request: Request, out: Path) -> np.ndarray:
         if path is not None:
             check_writable(path)
     names = class_names(options.workdir, load_config(options.workdir), options.class_names)
-    folder = BlockFolder(unfinished_folder(out), _settings(request))
+    folder = BlockFolder(unfinished_folder(out), run_settings(request))
 
     def each(block: Block) -> None:
         if options.png_folder:
@@ -158,13 +158,12 @@ def _save_film(request: Request, path: Path) -> None:
     images.save_png(path.with_suffix(".png"), strip)
 
 
-def _settings(request: Request) -> dict[str, Any]:
+def run_settings(request: Request) -> dict[str, Any]:
     """What decides every pixel."""
     options, sampler = request.options, request.sampler
-    steps = list_steps(options.workdir)
     return {
         "workdir": str(Path(options.workdir).resolve()),
-        "checkpoint": steps[-1] if options.step is None else options.step,
+        "checkpoint": options.step,
         "model": _fingerprint(request.model),
         "guide": _fingerprint(request.guide) if request.guide is not None else "",
         "solver": repr(sampler.settings.solver),

@@ -10,15 +10,15 @@ from mpdit_jax.data.facts import read_facts
 from mpdit_jax.errors import InputError
 from mpdit_jax.mesh import make_mesh
 from mpdit_jax.sampling.run import Decode
-from mpdit_jax.vae import VAE, load_vae, tiles
+from mpdit_jax.vae import NO_VAE, PIXELS, VAE, load_vae, tiles
 
 
-def make_decode(workdir: str, vae: str, dtype: str = "float32", tile: int = 0) -> Decode | None:
+def make_decode(workdir: str, vae: str | None, dtype: str = "float32", tile: int = 0) -> Decode | None:
     """What decodes the latents of a run; None for a run on images.
 
     Args:
         workdir: of the run.
-        vae: folder or hub name; "" for none.
+        vae: folder or hub name; "", "none" or None for none, as a run in pixel space has.
         dtype: the VAE computes in.
         tile: image pixels of the tiles that larger images are decoded in; 0 for whole images.
 
@@ -28,6 +28,7 @@ def make_decode(workdir: str, vae: str, dtype: str = "float32", tile: int = 0) -
     Raises:
         InputError: a VAE is needed and not given, or given and not needed, or another one.
     """
+    vae = "" if vae is None or vae == NO_VAE else vae
     facts = read_facts(workdir)
     space = facts.latents if facts is not None else None
     if space is None:
@@ -36,16 +37,17 @@ def make_decode(workdir: str, vae: str, dtype: str = "float32", tile: int = 0) -
                 f"--vae={vae}: {workdir} is a run on {load_config(workdir).data.name}, which has no latents."
             )
         return None
-    if not vae:
+    in_pixels = space.vae_fingerprint == PIXELS
+    if not vae and not in_pixels:
         raise InputError(
             f"{workdir} was trained on latents: give --vae=FOLDER, the VAE they come from (fingerprint "
             f"{space.vae_fingerprint[:12]}…)."
         )
-    loaded = load_vae(vae, dtype=dtype, mesh=make_mesh(devices=jax.local_devices()), tiling=tiles(tile))
+    loaded = load_vae(vae or None, dtype=dtype, mesh=make_mesh(devices=jax.local_devices()), tiling=tiles(tile))
     if loaded.fingerprint != space.vae_fingerprint:
         raise InputError(
             f"--vae={vae} has fingerprint {loaded.fingerprint[:12]}… and {workdir} was trained on latents of "
-            f"{space.vae_fingerprint[:12]}…: give the VAE that encoded them."
+            f"{space.vae_fingerprint[:12]}…: give the VAE that encoded them{', which is none' if in_pixels else ''}."
         )
     mean, std = jnp.asarray(space.mean, jnp.float32), jnp.asarray(space.std, jnp.float32)
     return lambda latents: _decode(loaded, latents * std + mean)

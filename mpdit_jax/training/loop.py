@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from mpdit_jax import images
-from mpdit_jax.checkpoint import Checkpoints, claim_workdir
+from mpdit_jax.checkpoint import Checkpoints
 from mpdit_jax.chips import peak_flops
 from mpdit_jax.config import model_of, resolve, to_json
 from mpdit_jax.data.facts import claim_data
@@ -25,8 +25,10 @@ from mpdit_jax.interrupt import StopRequest
 from mpdit_jax.mesh import check_batch, local_rows, make_mesh, place_batch
 from mpdit_jax.model.accounting import count, training_flops
 from mpdit_jax.model.parameters import Structure, abstract, merge
-from mpdit_jax.processes import any_process, first_does
+from mpdit_jax.processes import StopVote, first_does
 from mpdit_jax.sampling.decoding import Decode, make_decode
+from mpdit_jax.stored import list_steps
+from mpdit_jax.training.evaluation import Evaluator
 from mpdit_jax.training.feed import Feed
 from mpdit_jax.training.observe import Report
 from mpdit_jax.training.optimizer import make_optimizer, make_schedule
@@ -34,10 +36,9 @@ from mpdit_jax.training.profiling import Profiler
 from mpdit_jax.training.state import TrainState, abstract_state, create_state, from_items, to_items
 from mpdit_jax.training.step import jit_step, make_draw, make_loss, make_step
 from mpdit_jax.training.stopwatch import Stopwatch
-from mpdit_jax.training.window import empty_window, window_means
+from mpdit_jax.training.window import empty_window, skipped_steps, window_means
 from mpdit_jax.training.writers import METRICS_FILE, check_wandb
-
-_AGREE_EVERY = 10  # steps between two questions whether any process was asked to stop
+from mpdit_jax.workdir import claim_workdir
 
 
 def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainState:
@@ -53,6 +54,9 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
     Raises:
         ConfigError, DataError, CheckpointError, InputError: see each class; raised before anything is overwritten.
         DivergedError: too many steps in a row had to be left out.
+
+    SIGTERM and SIGINT end the run after the step in hand, saved; the process ends if that takes longer than
+    `config.checkpoint.grace`, or at once if no step was done yet, or on a second signal (see `StopRequest`).
     """
     workdir, config = Path(workdir), resolve(config)
     check_wandb(config.log.wandb_project)
@@ -69,24 +73,30 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
 
     with (
         jax.set_mesh(mesh),
-        StopRequest() as stop,  # outside Checkpoints: a signal must not cut off the last save
-        claim_workdir(workdir, config),
+        # Outside Checkpoints: a signal must not cut off the last save.
+        StopRequest(config.checkpoint.grace, partial(_saved, workdir)) as stop,
+        claim_workdir(workdir, config) as claim,
         Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every) as checkpoints,
     ):
+        stop.nothing_to_save = jax.process_count() == 1
         target = abstract_state(model_config, optimizer, mesh)
-        step = checkpoints.latest_step() or 0
-        if step:
-            state = from_items(checkpoints.restore(step, to_items(target)))
+        restored = checkpoints.restore_newest(to_items(target))
+        if restored is not None:
+            step, state = restored.step, from_items(restored.items)
         else:
-            state = create_state(model_config, optimizer, mesh, config.seed)
+            step, state = 0, create_state(model_config, optimizer, mesh, config.seed)
         speaks = jax.process_index() == 0
         first_does(partial(claim_data, workdir, source, trained=step > 0))
         decode = make_decode(str(workdir), config.sample.vae) if config.sample.vae else None
-        if step >= config.steps:
+        evaluator = Evaluator(config, workdir, source, structure, decode, lambda: stop.name is not None)
+        unevaluated = evaluator.pending(step)
+        if step >= config.steps and not unevaluated:
             if speaks:
                 print(f"{workdir} is done: {step} of {config.steps} steps. For more: --config.steps={2 * step}")
             return state
         if speaks:
+            for note in restored.notes if restored is not None else []:
+                print(f"{note}.")
             _introduce(config, workdir, step, state, len(source), mesh)
 
         plain_step = make_step(
@@ -107,7 +117,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         )
 
         peak = peak_flops(mesh, model_config.dtype) if speaks else None
-        watch = Stopwatch(config.batch_size, training_flops(model_config, config.mask_ratio), peak)
+        watch, vote = Stopwatch(config.batch_size, training_flops(model_config, config.mask_ratio), peak), StopVote()
         with (
             Report(
                 workdir, step, config.steps, config.batch_size, speaks=speaks, wandb_project=config.log.wandb_project
@@ -115,16 +125,19 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
             Profiler(workdir / "tensorboard", config.profile.start, config.profile.steps if speaks else 0) as profiler,
         ):
             report.config(step, to_json(config))
-            while step < config.steps and not _asked_to_stop(stop, step):
+            if unevaluated:  # an earlier start ended in the middle of it
+                report.evaluation(step, evaluator(state.ema_parameters))
+            while step < config.steps and not vote.asked(stop.name is not None, step):
                 with watch.of("data_wait"):
                     try:
                         batch = feed.take()
                     except DataError:
-                        if jax.process_count() == 1:  # saving takes all of them, and the others do not know
+                        if step and jax.process_count() == 1:  # saving takes all, and the others do not know
                             checkpoints.save(step, to_items(state))
                         raise
                 with profiler.step(step), jax.transfer_guard("disallow"):
                     state = update(state, batch)
+                stop.nothing_to_save = False
                 if step + 1 < config.steps:
                     with watch.of("data_wait"):
                         feed.prefetch()
@@ -135,24 +148,32 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                 watch.step(state)
                 report.advance(step)
                 if step % config.log.every == 0 or last:
+                    claim.check()
                     window, accepted = jax.device_get((state.window, state.guard["accepted"]))
                     state = dataclasses.replace(state, window=fresh_window())
                     means = window_means(window) | {"learning_rate": float(learning_rate(accepted))}
                     report.metrics(step, means, watch.lap())
+                    report.skipped(skipped_steps(window), int(window["skipped"]))
                     _check_skips(checkpoints, step, state, config.skip.abort_after)
                 if step % config.checkpoint.every == 0 or last:
                     # While steps are left out, what broke them may be in the parameters: older states are good.
                     skipped = _check_skips(checkpoints, step, state, config.skip.abort_after)
                     if last or not skipped:
                         with watch.of("other"):
+                            claim.check()
                             checkpoints.save(step, to_items(state))
                 if config.sample.every and (step % config.sample.every == 0 or last):
                     with watch.of("other"):
                         picture = draw_grid(config, structure, state, decode)
                         if picture is not None:
                             report.picture(step, picture)
-            if step < config.steps:
+                if evaluator.due(step):  # after the checkpoint, from which it is made up for when it is cut off
+                    with watch.of("other"):
+                        report.evaluation(step, evaluator(state.ema_parameters))
+            if 0 < step < config.steps:
+                stop.begin_grace()
                 report.say(f"{stop.name or 'another process was asked to stop'}: saving step {step}")
+                claim.check()
                 _check_skips(checkpoints, step, state, config.skip.abort_after)
                 checkpoints.save(step, to_items(state))
     return state
@@ -204,18 +225,17 @@ def _introduce(
     )
 
 
-def _asked_to_stop(stop: StopRequest, step: int) -> bool:
-    """Whether to end before the next step, the same step on every process."""
-    asked = stop.name is not None
-    if jax.process_count() == 1:
-        return asked
-    return step % _AGREE_EVERY == 0 and any_process(asked)
+def _saved(workdir: Path) -> str:
+    """What is safe on disk."""
+    steps = list_steps(workdir)
+    return f"the checkpoint of step {steps[-1]}" if steps else "no checkpoint yet"
 
 
 def _check_skips(checkpoints: Checkpoints, step: int, state: TrainState, abort_after: int) -> int:
     """How many of the newest steps were left out; DivergedError from `abort_after` on."""
     skipped = int(jax.device_get(state.guard["skipped_in_a_row"]))
     if skipped >= abort_after:
+        checkpoints.wait()
         kept = checkpoints.latest_step()
         newest = "no step" if kept is None else f"step {kept}"
         raise DivergedError(

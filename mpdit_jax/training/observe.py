@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -29,6 +29,7 @@ class Report:
             self._writers.append(TensorBoard(workdir / "tensorboard", start))
             if wandb_project:
                 self._writers.append(WeightsAndBiases(workdir, wandb_project))
+        self._spikes = LossSpikes()
         self._progress = ProgressLine(start, total, batch_size, quiet=not speaks)
 
     def __enter__(self) -> "Report":
@@ -60,8 +61,29 @@ class Report:
         for writer in self._writers:
             writer.scalars(step, {**values, **timings})
         self._progress.logged(step, values.get("loss", math.nan))
-        if values.get("skipped"):
-            self.say(f"step {step}: {values['skipped']:.0f} steps since the last line were left out")
+        spike = self._spikes.judge(values)
+        if spike:
+            self.say(f"step {step}: {spike}")
+
+    def skipped(self, steps: Sequence[int], count: int) -> None:
+        """So many steps since the last line were left out, these first."""
+        if count:
+            named = ", ".join(f"{step} (batch {step - 1})" for step in steps)
+            more = f" and {count - len(steps)} more" if count > len(steps) else ""
+            self.say(
+                f"left out, since loss, gradient or update was not finite or spiked: step {named}{more}; see why with "
+                f"--replay_step={steps[0]}"
+            )
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Metrics of samples drawn at this step, on a line of their own; nothing if there are none."""
+        if not values:
+            return
+        if self._metrics is not None:
+            self._metrics.write(step, values)
+        for writer in self._writers:
+            writer.scalars(step, values)
+        self.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def picture(self, step: int, picture: np.ndarray) -> None:
         """A grid of samples, uint8 (H, W, 1 or 3)."""
@@ -73,6 +95,29 @@ class Report:
     def say(self, message: str) -> None:
         """Print a line above the bar."""
         self._progress.say(message)
+
+
+class LossSpikes:
+    """Tells when the largest loss of a window stands out from the mean losses of the windows before it."""
+
+    FACTOR, WARM, DECAY = 3.0, 5, 0.9  # times the running mean; windows before the first verdict; of the running mean
+
+    def __init__(self) -> None:
+        self._mean, self._seen = math.nan, 0
+
+    def judge(self, values: Mapping[str, float]) -> str:
+        """A sentence about the window, empty if it is like the others."""
+        if "loss" not in values or "largest_loss" not in values:
+            return ""
+        mean, largest = self._mean, values["largest_loss"]
+        self._mean = values["loss"] if not self._seen else self.DECAY * mean + (1 - self.DECAY) * values["loss"]
+        self._seen += 1
+        if self._seen <= self.WARM or largest <= self.FACTOR * mean:
+            return ""
+        return (
+            f"the loss spiked to {largest:.4g} in step {values['largest_loss_step']:.0f}, {largest / mean:.1f} times "
+            f"its running mean {mean:.4g}"
+        )
 
 
 class ProgressLine:
@@ -121,10 +166,10 @@ class ProgressLine:
 
     def _describe(self, step: int) -> str:
         rate = self.images_per_second(step)
-        if math.isnan(rate):
-            return f"step {step}/{self._total}  starting"
-        left = (self._total - step) * self._batch_size / rate
         loss = "" if math.isnan(self._loss) else f"  loss {self._loss:.4f}"
+        if math.isnan(rate):
+            return f"step {step}/{self._total}{loss or '  starting'}"
+        left = (self._total - step) * self._batch_size / rate
         return f"step {step}/{self._total}{loss}  {rate:,.0f} images/s  {duration(left)} left"
 
 

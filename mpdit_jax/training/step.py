@@ -161,7 +161,7 @@ def make_step(
             ema_parameters=kept[1],
             optimizer_state=kept[2],
             guard=accept(state.guard, good, gradient_norm),
-            window=add_step(state.window, good, metrics, examples.t, per_example),
+            window=add_step(state.window, state.step + 1, good, metrics, examples.t, per_example),
         )
 
     return step

@@ -22,6 +22,7 @@ from mpdit_jax.interrupt import StopRequest
 from mpdit_jax.mesh import batch_sharding, check_batch, make_mesh, replicated
 from mpdit_jax.preparing.decoded import DecodedImages
 from mpdit_jax.preparing.image_sets import open_images
+from mpdit_jax.stored import numbered_folders
 from mpdit_jax.training.observe import Report
 from mpdit_jax.training.stopwatch import Stopwatch
 from mpdit_jax.training.vae_config import autoencoder_config, resolve_vae
@@ -30,6 +31,7 @@ from mpdit_jax.vae.autoencoder import mean_and_std
 from mpdit_jax.vae.weights import Parameters, abstract, merge, split
 
 _SHOWN = 16  # images and their reconstructions in the picture, and images encoded at a time
+_THREADS = 2  # that decode image files
 _SCALED = 1024  # images that the scaling factor is measured on
 
 
@@ -65,22 +67,24 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> bool:
     )
     check_writable(workdir / "config.json")
     lock = take_lock(workdir / ".lock")
-    if lock is None:
-        raise CheckpointError(f"another training is writing to {workdir}: wait for it to end, or use another.")
+    if isinstance(lock, str):
+        raise CheckpointError(f"another training is writing to {workdir} ({lock}): wait for it to end, or use another.")
     with lock, jax.set_mesh(mesh), StopRequest() as stop, Checkpoints(workdir, keep=2) as checkpoints:
-        step = checkpoints.latest_step() or 0
-        _claim(workdir, config, started=step > 0)
+        _claim(workdir, config, started=bool(numbered_folders(workdir)))
         optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
         create = partial(_initial_state, architecture, optimizer, config.seed)
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), jax.eval_shape(create)
         )
-        if step:
-            state = VAEState(**checkpoints.restore(step, {"vae": target._asdict()})["vae"])
+        restored = checkpoints.restore_newest({"vae": target._asdict()})
+        if restored is not None:
+            for note in restored.notes:
+                print(f"{note}.", flush=True)
+            step, state = restored.step, VAEState(**restored.items["vae"])
         else:
-            state = jax.jit(create, out_shardings=replicated(mesh))()
+            step, state = 0, jax.jit(create, out_shardings=replicated(mesh))()
         update = _make_update(architecture, optimizer, config)
-        data = batches(source, config.batch_size, config.seed, start=step)
+        data = batches(source, config.batch_size, config.seed, start=step, threads=_THREADS)
         watch = Stopwatch(config.batch_size)
         with Report(workdir, step, config.steps, config.batch_size) as report:
             while step < config.steps and stop.name is None:

@@ -15,21 +15,35 @@ Window: TypeAlias = dict[str, jax.Array]
 
 METRICS = ("loss", "gradient_norm", "update_norm", "parameter_norm")
 TIME_BUCKETS = 4  # equal parts of [0, 1] over which the loss is told apart
+NAMED_SKIPS = 8  # steps left out that a window remembers by number; more are only counted
 
 
 def empty_window() -> Window:
     """A window that has just begun."""
     scalars = {name: jnp.zeros((), jnp.float32) for name in (*METRICS, "steps", "skipped")}
-    return scalars | {name: jnp.zeros(TIME_BUCKETS, jnp.float32) for name in ("time_loss", "time_examples")}
+    parts = {name: jnp.zeros(TIME_BUCKETS, jnp.float32) for name in ("time_loss", "time_examples")}
+    # Zero stands for none: steps are numbered from 1, and checkpoints of older versions are read with zeros here.
+    seen = {
+        "skipped_steps": jnp.zeros(NAMED_SKIPS, jnp.int32),
+        "largest_loss": jnp.zeros((), jnp.float32),
+        "largest_loss_step": jnp.zeros((), jnp.int32),
+    }
+    return scalars | parts | seen
 
 
 def add_step(
-    window: Window, good: jax.Array, metrics: Mapping[str, jax.Array], t: jax.Array, per_example: jax.Array
+    window: Window,
+    number: jax.Array,
+    good: jax.Array,
+    metrics: Mapping[str, jax.Array],
+    t: jax.Array,
+    per_example: jax.Array,
 ) -> Window:
-    """The window with one more step; of one that is left out (`good` is False) only the count is kept.
+    """The window with one more step; of one that is left out (`good` is False) count, number and loss are kept.
 
     Args:
         window: the sums so far.
+        number: of the step, from 1, int32.
         good: whether the step counts.
         metrics: a scalar for each of METRICS.
         t: times of the examples (B,).
@@ -45,11 +59,24 @@ def add_step(
         "time_examples": rows.sum(axis=0),
     }
     sums = {name: window[name] + jnp.where(good, value, jnp.zeros_like(value)) for name, value in new.items()}
-    return sums | {"skipped": window["skipped"] + ~good}
+    next_place = jnp.arange(NAMED_SKIPS) == window["skipped"].astype(jnp.int32)
+    larger = jnp.isfinite(metrics["loss"]) & (metrics["loss"] > window["largest_loss"])
+    return sums | {
+        "skipped": window["skipped"] + ~good,
+        "skipped_steps": jnp.where(next_place & ~good, number, window["skipped_steps"]),
+        "largest_loss": jnp.where(larger, metrics["loss"], window["largest_loss"]),
+        "largest_loss_step": jnp.where(larger, number, window["largest_loss_step"]),
+    }
+
+
+def skipped_steps(window: Mapping[str, np.ndarray]) -> list[int]:
+    """The first steps of the window that were left out, by number."""
+    return [int(number) for number in window["skipped_steps"] if number]
 
 
 def window_means(window: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Means over the steps that counted, the loss of each part of [0, 1], and the number of steps left out.
+    """Means over the steps that counted, the largest loss and its step, the loss of each part of [0, 1], and the number
+    of steps left out.
 
     Without a step that counted, `skipped` is all there is.
     """
@@ -57,6 +84,7 @@ def window_means(window: Mapping[str, np.ndarray]) -> dict[str, float]:
     if not window["steps"]:
         return means
     means |= {name: float(window[name] / window["steps"]) for name in METRICS}
+    means |= {name: float(window[name]) for name in ("largest_loss", "largest_loss_step")}
     for bucket in range(TIME_BUCKETS):
         if window["time_examples"][bucket]:
             low, high = bucket / TIME_BUCKETS, (bucket + 1) / TIME_BUCKETS

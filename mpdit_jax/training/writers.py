@@ -39,7 +39,7 @@ class Writer(Protocol):
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one line of deterministic numbers a logged step, never two of one step.
+    """`metrics.jsonl`: one line of deterministic numbers a logged step, and one a step whose samples were evaluated.
 
     Timings go to TensorBoard only, so that this file is the same for a resumed run and an undisturbed one.
     """

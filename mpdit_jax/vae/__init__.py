@@ -3,7 +3,18 @@
 from mpdit_jax.vae.autoencoder import Autoencoder
 from mpdit_jax.vae.config import AutoencoderConfig
 from mpdit_jax.vae.tiling import Tiling, tiles
-from mpdit_jax.vae.vae import VAE, load_vae
+from mpdit_jax.vae.vae import NO_VAE, PIXELS, VAE, load_vae
 from mpdit_jax.vae.weights import load_folder, save_folder
 
-__all__ = ["VAE", "Autoencoder", "AutoencoderConfig", "Tiling", "load_folder", "load_vae", "save_folder", "tiles"]
+__all__ = [
+    "NO_VAE",
+    "PIXELS",
+    "VAE",
+    "Autoencoder",
+    "AutoencoderConfig",
+    "Tiling",
+    "load_folder",
+    "load_vae",
+    "save_folder",
+    "tiles",
+]

@@ -30,12 +30,12 @@ class Encoder(nnx.Module):
         self.conv_out = Conv(widths[-1], 2 * config.latent_channels, 3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, H, W, in_channels) to (B, H/f, W/f, 2·latent_channels), in the dtype of `x`."""
+        """(B, H, W, in_channels) to (B, H/f, W/f, 2·latent_channels) float32, computed in the dtype of `x`."""
         x = self.conv_in(x)
         for stage in self.down_blocks:
             x = stage(x)  # (B, H/2, W/2, C)
         x = self.mid_block(x)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+        return self.conv_out(nnx.silu(self.conv_norm_out(x)).astype(x.dtype), jnp.float32)
 
 
 class Decoder(nnx.Module):
@@ -55,11 +55,11 @@ class Decoder(nnx.Module):
         self.conv_out = Conv(widths[-1], config.out_channels, 3, rngs=rngs)
 
     def __call__(self, z: jax.Array) -> jax.Array:
-        """(B, h, w, latent_channels) to (B, h·f, w·f, out_channels), in the dtype of `z`."""
+        """(B, h, w, latent_channels) to (B, h·f, w·f, out_channels) float32, computed in the dtype of `z`."""
         z = self.mid_block(self.conv_in(z))
         for stage in self.up_blocks:
             z = stage(z)  # (B, 2H, 2W, C)
-        return self.conv_out(nnx.silu(self.conv_norm_out(z)))
+        return self.conv_out(nnx.silu(self.conv_norm_out(z)).astype(z.dtype), jnp.float32)
 
 
 class Autoencoder(nnx.Module):
@@ -95,8 +95,8 @@ class Autoencoder(nnx.Module):
         """
         x = self.encoder(images.astype(self.dtype))
         if self.quant_conv is not None:
-            x = self.quant_conv(x)
-        return x.astype(jnp.float32)
+            x = self.quant_conv(x.astype(self.dtype), jnp.float32)
+        return x
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Gives images, about in [-1, 1] and not clipped.
@@ -110,7 +110,7 @@ class Autoencoder(nnx.Module):
         z = latents.astype(self.dtype)
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
-        return self.decoder(z).astype(jnp.float32)
+        return self.decoder(z)
 
 
 def mean_and_std(moments: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -5,6 +5,7 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from mpdit_jax.vae.convolution import conv2d, upsample_conv2d
 
@@ -25,13 +26,13 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
         self.stride = stride
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, H, W, inputs) to (B, H / stride, W / stride, outputs), in the dtype of `x`."""
+    def __call__(self, x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+        """(B, H, W, inputs) to (B, H / stride, W / stride, outputs), in `dtype` or else that of `x`."""
         size = self.kernel.shape[0]
         before = 0 if self.stride == 2 else (size - 1) // 2
         after = (size - 1) // 2
-        y = conv2d(x, self.kernel[...], stride=self.stride, padding=(before, after))
-        return y + self.bias[...].astype(x.dtype)
+        y = conv2d(x, self.kernel[...], self.bias[...], stride=self.stride, padding=(before, after))
+        return y.astype(x.dtype if dtype is None else dtype)
 
 
 class UpsampleConv(Conv):
@@ -40,9 +41,9 @@ class UpsampleConv(Conv):
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         super().__init__(channels, channels, 3, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
         """(B, H, W, C) to (B, 2H, 2W, C)."""
-        return upsample_conv2d(x, self.kernel[...]) + self.bias[...].astype(x.dtype)
+        return upsample_conv2d(x, self.kernel[...], self.bias[...]).astype(x.dtype if dtype is None else dtype)
 
 
 class GroupNorm(nnx.Module):
@@ -54,7 +55,7 @@ class GroupNorm(nnx.Module):
         self.groups = groups
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, H, W, C) to the same shape and dtype."""
+        """(B, H, W, C) to the same shape, in float32: whoever rounds it can apply an activation first."""
         batch, height, width, channels = x.shape
         per_group = channels // self.groups
         y = x.astype(jnp.float32).reshape(batch, height * width, channels)  # (B, HW, C)
@@ -63,7 +64,7 @@ class GroupNorm(nnx.Module):
         mean = self._spread(y.sum(1), per_group) / count  # (B, 1, C)
         variance = self._spread(jnp.square(y - mean).sum(1), per_group) / count  # (B, 1, C)
         factor = jax.lax.rsqrt(variance + _NORM_EPSILON) * self.scale[...]
-        return ((y - mean) * factor + self.bias[...]).reshape(x.shape).astype(x.dtype)
+        return ((y - mean) * factor + self.bias[...]).reshape(x.shape)
 
     def _spread(self, sums: jax.Array, per_group: int) -> jax.Array:
         grouped = sums.reshape(-1, self.groups, per_group).sum(-1)  # (B, G)
@@ -82,8 +83,8 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, H, W, inputs) to (B, H, W, outputs)."""
-        y = self.conv1(nnx.silu(self.norm1(x)))
-        y = self.conv2(nnx.silu(self.norm2(y)))
+        y = self.conv1(nnx.silu(self.norm1(x)).astype(x.dtype))
+        y = self.conv2(nnx.silu(self.norm2(y)).astype(x.dtype))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -113,7 +114,7 @@ class AttentionBlock(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, H, W, C) to the same; the weights take 4·B·(H·W)² bytes."""
         batch, height, width, channels = x.shape
-        tokens = self.group_norm(x).reshape(batch, height * width, channels)  # (B, N, C)
+        tokens = self.group_norm(x).astype(x.dtype).reshape(batch, height * width, channels)  # (B, N, C)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
         logits = jnp.einsum("bqc,bkc->bqk", q, k, precision="highest", preferred_element_type=jnp.float32)  # (B, N, N)
         weights = jax.nn.softmax(logits * channels**-0.5, axis=-1).astype(x.dtype)

@@ -52,20 +52,22 @@ _MIN_PIXELS = 4096
 def conv2d(
     x: jax.Array,
     kernel: jax.Array,
+    bias: jax.Array,
     *,
     stride: int = 1,
     padding: tuple[int, int] = (0, 0),
 ) -> jax.Array:
-    """Correlates images with a kernel, as every deep-learning library's convolution does.
+    """Correlates images with a kernel and adds a bias, as every deep-learning library's convolution does.
 
     Args:
         x: channels-last images, float32 or bfloat16.
         kernel: height, width, input and output channels; cast to the dtype of `x`.
+        bias: float32, one for each output channel.
         stride: step along height and width.
         padding: zeros before and after, along height and width.
 
     Returns:
-        The feature maps in the dtype of `x`.
+        The feature maps in float32, for the caller to round once.
     """
     direct = partial(_direct, stride=stride, padding=(padding, padding))
     _, height, width, inputs = x.shape
@@ -76,19 +78,28 @@ def conv2d(
         and min(inputs, kernel.shape[3]) >= _MIN_CHANNELS
     )
     on_cpu = _winograd_along_width if worthwhile else direct
-    return jax.lax.platform_dependent(x, kernel, cpu=partial(_in_float32, on_cpu), default=direct)
+    sums = jax.lax.platform_dependent(x, kernel, cpu=partial(_in_float32, on_cpu), default=partial(_widened, direct))
+    return sums + bias
 
 
-def upsample_conv2d(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def upsample_conv2d(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """Convolves the image doubled by nearest-neighbour repetition; arguments as in `conv2d`."""
-    return jax.lax.platform_dependent(
-        x, kernel, cpu=partial(_in_float32, _upsample_conv_by_phase), default=_repeat_then_conv
+    sums = jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=partial(_in_float32, _upsample_conv_by_phase),
+        default=partial(_widened, _repeat_then_conv),
     )
+    return sums + bias
 
 
 def _in_float32(convolve: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Computes in float32 what comes in another dtype: CPUs without bfloat16 units emulate it slowly."""
-    return convolve(x.astype(jnp.float32), kernel.astype(jnp.float32)).astype(x.dtype)
+    return convolve(x.astype(jnp.float32), kernel.astype(jnp.float32))
+
+
+def _widened(convolve: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return convolve(x, kernel).astype(jnp.float32)
 
 
 def _direct(

@@ -20,16 +20,21 @@ from mpdit_jax.vae.tiling import Tiling, apply_tiled
 from mpdit_jax.vae.weights import Parameters, abstract, fingerprint, load_folder, merge
 
 DTYPES = ("float32", "bfloat16")
+NO_VAE = "none"
+"""What commands and configs call `load_vae(None)`."""
+PIXELS = "pixels"
+"""The fingerprint of the pixel space."""
 
 
 def load_vae(
-    source: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None, tiling: Tiling | None = None
+    source: str | Path | None, *, dtype: str = "float32", mesh: Mesh | None = None, tiling: Tiling | None = None
 ) -> "VAE":
     """Loads a Stable-Diffusion AutoencoderKL.
 
     Args:
         source: a folder as diffusers writes it (`config.json`, `diffusion_pytorch_model.safetensors`), or a hub name
             such as "stabilityai/sd-vae-ft-ema" or "owner/pipeline/vae" (needs the extra [hub] and a network once).
+            None or "none" for pixel space: RGB images that are their own latents, with no spread.
         dtype: compute dtype, "float32" or "bfloat16"; parameters stay float32.
         mesh: a mesh with the axes `data` and `fsdp` (`mpdit_jax.mesh.make_mesh`): batches are split over both,
             parameters replicated. Default: one device.
@@ -40,6 +45,8 @@ def load_vae(
         ConfigError: an unsupported `config.json`, dtype, mesh or tiling.
         MissingExtraError: a hub name without [hub], or a `.bin` file without [torch].
     """
+    if source is None or source == NO_VAE:
+        return PixelSpace(mesh=mesh)
     config, parameters = load_folder(locate(source))
     return VAE(config, parameters, dtype=dtype, mesh=mesh, tiling=tiling)
 
@@ -201,3 +208,25 @@ class VAE:
                 f"{name} hold NaN or infinity at batch index {bad[0]} ({len(bad)} in all): drop or fix them."
             )
         return array
+
+
+class PixelSpace(VAE):
+    """What stands in where there is no VAE: latents are the RGB images in [-1, 1], and their spread is 0."""
+
+    def __init__(self, *, mesh: Mesh | None = None):
+        """Nothing is loaded.
+
+        Args:
+            mesh: the devices a batch is split over, or None.
+        """
+        # One resolution, so that the factor is 1. Of the rest only the channels and the scaling factor mean something.
+        config = AutoencoderConfig(block_out_channels=(1,), norm_num_groups=1, latent_channels=3, scaling_factor=1.0)
+        self.config, self.dtype, self.mesh, self.tiling = config, "float32", mesh, None
+        self.parameters = {}
+        self._encode = self._compile(lambda _, images: (images, jnp.zeros_like(images)))
+        self._decode = self._compile(lambda _, latents: latents)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`PIXELS`."""
+        return PIXELS

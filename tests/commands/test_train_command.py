@@ -43,6 +43,8 @@ def test_wrong_arguments(arguments, sentence, capsys):
     ("--config.optimizer.learning_rate=fast", "^config.optimizer.learning_rate=fast: expected a number"),
     ("--config.model.skip=maybe", "^config.model.skip=maybe: expected True or False"),
     ("--config.model.depths=a,b", r"^model\.depths=\('a,b',\): expected positive whole numbers"),
+    ("--config.model=mpdit_b", r"config\.model=mpdit_b: config\.model is a group of fields; set one of --config"),
+    ("--config.mesh=2", r"config\.mesh=2: config\.mesh is a group of fields; set one of --config\.mesh\.data, "),
     ("--config.batch_size=0", r"config\.batch_size=0: expected 1 or more"),
     ("--config.ema_decay=1.0", r"config\.ema_decay=1\.0: expected at least 0 and below 1"),
     ("--config.optimizer.learning_rate=nan", r"learning_rate=nan: expected a finite number"),
@@ -86,8 +88,9 @@ def test_broken_config_files(tmp_path, content, sentence):
 
 
 def test_missing_config_file(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere\.py"):
-        train.main(["--config=nowhere.py", f"--workdir={tmp_path}"])
+    for more in ([], ["--config.steps=3"]):
+        with pytest.raises(ConfigError, match=r"^--config=nowhere\.py: no such file; configs/ has"):
+            train.main(["--config=nowhere.py", f"--workdir={tmp_path}", *more])
 
 
 def test_unwritable_workdir(tmp_path, monkeypatch, capsys):
@@ -110,7 +113,7 @@ def test_nan_in_the_data_ends_with_a_sentence(tmp_path):
     data = ["--config.data.name=arrays", f"--config.data.path={tmp_path / 'mine.npz'}"]
     status, _, stderr = run("train", train_arguments(tmp_path / "run", *data))
     assert status == 1
-    assert stderr == "error: example 11 of the data holds NaN or Inf; remove or repair it.\n"
+    assert stderr == f"error: {tmp_path / 'mine.npz'}: example 11 of the data holds NaN or Inf; remove or repair it.\n"
 
 
 def test_two_word_flags(tmp_path):
@@ -123,7 +126,7 @@ def test_a_diverged_run_ends_with_a_sentence(tmp_path):
     more = ["--config.optimizer.learning_rate=1e30", "--config.log.every=2", "--config.skip.abort_after=2"]
     arguments = train_arguments(tmp_path / "run", *more)
     status, _, stderr = run("train", arguments)
-    assert status == 1
+    assert status == 3
     assert "steps up to 2 were left out" in stderr
     assert "the newest checkpoint is of no step" in stderr
     assert "learning_rate" in stderr

@@ -1,6 +1,7 @@
 """Training on a store of latents: what is drawn from it, in which order, and what a run keeps of it."""
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from mpdit_jax.data.latent_store import (
     LatentStore,
     Manifest,
     Shard,
+    allow_open_files,
     manifest_to_json,
     record_dtype,
     sha256,
@@ -79,6 +81,40 @@ def test_any_order_gives_the_records_asked_for(store):
     opened = LatentStore(store)
     indices = np.array([39, 0, 17, 17, 3, 32])
     assert [int(key) for key in opened.read(indices)["key"]] == indices.tolist()
+
+
+def test_a_store_of_many_shards_may_open_them_all_or_says_why_not(monkeypatch):
+    for hard, raised in ((20_000, [(5_512, 20_000)]), (resource.RLIM_INFINITY, [(5_512, resource.RLIM_INFINITY)])):
+        calls = []
+        monkeypatch.setattr(resource, "getrlimit", lambda _, hard=hard: (1024, hard))
+        monkeypatch.setattr(resource, "setrlimit", lambda _, limits, calls=calls: calls.append(limits))
+        allow_open_files(100, "store")
+        assert calls == []
+        allow_open_files(5_000, "store")
+        assert calls == raised
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+    with pytest.raises(DataError, match=r"store has 5000 shards and this process may open 4096 files: .*--shard_size"):
+        allow_open_files(5_000, "store")
+
+
+def test_evaluation_reads_a_store_in_order(store):
+    opened = source_of(store).store
+    found = list(opened.in_order(16))
+    assert [len(batch["y"]) for batch in found] == [16, 16, 8]
+    expected = opened.read(np.arange(40))
+    for name, field in (("mean", "mean"), ("std", "std"), ("y", "label")):
+        array = np.concatenate([batch[name] for batch in found])
+        np.testing.assert_array_equal(array, expected[field], strict=True)
+        assert array.flags.c_contiguous
+    with pytest.raises(InputError, match="batch_size=0"):
+        opened.in_order(0)
+
+
+def test_the_vaes_scaling_and_shift_are_honoured(store):
+    space = load_source("latents", str(store), "train", normalization="vae").latents
+    assert (space.mean, space.std) == ((-1.0, -1.0), (4.0, 4.0))  # shift_factor, 1 / scaling_factor
+    moments = {"mean": np.full((1, 1, 4, 4, 2), 7, np.float16), "std": np.zeros((1, 1, 4, 4, 2), np.float16)}
+    assert (np.asarray(sample_latents(jax.random.key(0), moments, space)) == (7 - -1) * 0.25).all()
 
 
 def test_every_epoch_visits_each_example_once_in_a_new_order(store):

@@ -117,10 +117,8 @@ def test_nan_is_named(tmp_path):
     images = np.zeros((5, 4, 4, 1), np.float32)
     images[3, 1, 1] = np.nan
     np.savez(tmp_path / "nan.npz", images=images, labels=np.zeros(5, int))
-    source = load_source("arrays", str(tmp_path / "nan.npz"), "train")
-    source.batch(np.array([0, 1, 2, 4]))
     with pytest.raises(DataError, match="example 3 of the data holds NaN"):
-        source.batch(np.array([4, 3]))
+        load_source("arrays", str(tmp_path / "nan.npz"), "train")
 
 
 def test_unknown_names():

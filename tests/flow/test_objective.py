@@ -45,6 +45,9 @@ def test_refusals():
         mp.flow_matching_loss(zero, x, y, t=jnp.zeros(2))
     with pytest.raises(InputError, match=r"y \(3,\)"):
         mp.flow_matching_loss(zero, x, jnp.zeros(3, jnp.int32), key=jax.random.key(0))
+    model = mp.create_model("mpdit_b", depths=(1, 1), hidden_size=16, num_heads=2, input_size=4, num_classes=3)
+    with pytest.raises(InputError, match="label 99 is out of range"):
+        mp.flow_matching_loss(model, np.zeros((2, 4, 4, 4)), [1, 99], key=jax.random.key(0))
     with pytest.raises(ConfigError, match="std=0"):
         LogitNormal(0.0, 0.0)
 

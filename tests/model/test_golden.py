@@ -7,6 +7,7 @@ import pytest
 
 import mpdit_jax as mp
 from mpdit_jax.flow.guidance import guided_field
+from mpdit_jax.flow.objective import interpolate
 from mpdit_jax.model.parameters import merge, split
 from tests.conftest import Golden, relative_error
 
@@ -33,13 +34,19 @@ def test_guided(golden, model):
     t, x = golden["t"], golden.images("x")
     v_class, v_null = model(x, t, labels), model(x, t, jnp.full_like(labels, model.num_classes))
     assert relative_error(v_null + scale * (v_class - v_null), golden.images("out_cfg")) <= FORWARD
-    field = guided_field(model, labels[:1], jnp.array([model.num_classes]), scale)
-    one = field(x[:1], jax.tree.map(lambda leaf: leaf[0], field.prepare(t[:1, None])))
-    assert relative_error(one, golden.images("out_cfg")[:1]) <= FORWARD
+    field = guided_field(model, labels, jnp.full_like(labels, model.num_classes), scale)
+    point = jax.tree.map(lambda leaf: leaf[0], field.prepare(t[None]))  # one time for each example
+    assert relative_error(field(x, point), golden.images("out_cfg")) <= FORWARD
 
 
 def test_time_embedding(golden, model):
     assert relative_error(model.time_embedding(golden["t"]), golden["t_embed"]) <= FORWARD
+
+
+def test_path(golden):
+    z, velocity = interpolate(golden.images("x"), golden.images("n"), golden["t"])
+    assert relative_error(z, golden.images("zt")) <= FORWARD
+    assert np.array_equal(velocity, golden.images("n") - golden.images("x"))
 
 
 def test_loss(golden, model):

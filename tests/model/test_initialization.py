@@ -1,4 +1,4 @@
-"""Initialization against the measured moments of the published code's mpdit_b."""
+"""Initialization against the measured moments of a PyTorch mpdit_b."""
 
 import json
 import re

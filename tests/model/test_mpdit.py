@@ -87,11 +87,14 @@ def test_parts_make_the_whole():
     assert np.array_equal(model(x, t, y), parts)
 
 
-def test_a_label_beyond_the_table_is_nan_not_a_neighbour():
+def test_a_label_beyond_the_table_is_refused_or_when_traced_nan_not_a_neighbour():
     model = random_model()
     x, t, _ = inputs(model)
     for outside in (model.num_classes + 1, -1, -2):
-        v = model(x, t, jnp.array([0, model.num_classes, outside]))
+        labels = jnp.array([0, model.num_classes, outside])
+        with pytest.raises(InputError, match=f"label {outside} is out of range: this model has classes 0 to"):
+            model(x, t, labels)
+        v = jax.jit(lambda labels: model(x, t, labels))(labels)
         assert np.isfinite(v[:2]).all()
         assert np.isnan(v[2]).all()
 

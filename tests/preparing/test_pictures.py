@@ -63,5 +63,27 @@ def test_crop_halves_with_a_box_filter():
     assert np.abs(np.asarray(center_crop(Image.fromarray(checkered.astype(np.uint8)), 8)).astype(int) - 128).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("size", "wanted", "halvings", "resized", "corner"),
+    [
+        ((150, 101), 24, [(75, 50), (37, 25)], (36, 24), (6, 0)),  # 37 · 24/25 = 35.52
+        ((101, 150), 24, [(50, 75), (25, 37)], (24, 36), (0, 6)),
+        ((64, 47), 24, [], (33, 24), (4, 0)),  # 64 · 24/47 = 32.68, and 9 columns to lose
+        ((48, 48), 24, [(24, 24)], (24, 24), (0, 0)),
+        ((10, 7), 16, [], (23, 16), (3, 0)),
+    ],
+)
+def test_crop_is_adms(size, wanted, halvings, resized, corner):
+    """Every size worked out by hand from ADM's rule: halve with a box, resize with bicubic, cut out the centre."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    expected = image
+    for half in halvings:
+        expected = expected.resize(half, Image.Resampling.BOX)
+    pixels = np.asarray(expected.resize(resized, Image.Resampling.BICUBIC))
+    left, top = corner
+    expected_square = pixels[top : top + wanted, left : left + wanted]
+    np.testing.assert_array_equal(to_square(image, wanted, 3), expected_square)
+
+
 def test_small_pictures_grow():
     assert to_square(Image.new("L", (5, 9), 7), 16, 1).shape == (16, 16, 1)

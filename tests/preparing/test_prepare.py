@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mpdit_jax.data.latent_store import LatentStore, read_manifest
 from mpdit_jax.data.sources import load_source
@@ -38,8 +39,6 @@ def contents(out):
 
 
 def test_the_store_holds_what_the_vae_says(finished, folder, vae_folder):
-    from PIL import Image
-
     from mpdit_jax.vae import load_vae
 
     store = LatentStore(finished)
@@ -127,17 +126,25 @@ def test_a_broken_image_is_left_out_and_many_fail(folder, vae_folder, tmp_path, 
     for index in range(110):
         shutil.copy(next((folder / "one").iterdir()), root / "one" / f"more{index}.png")
     (root / "two" / "broken.png").write_bytes(b"no image")
+    odd = Image.new("RGB", (12, 9), (200, 30, 90))
+    odd.convert("CMYK").save(root / "one" / "more0.jpg")
+    Image.fromarray(np.full((9, 12), 40000, np.uint16)).save(root / "one" / "more1.png")
+    odd.convert("P").save(root / "one" / "more2.gif")
     out = tmp_path / "out"
     assert main(arguments(root, vae_folder, out, "--shard_size=50")) == 0
     [rejected] = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
     assert rejected["key"] == "two/broken.png"
     assert "cannot identify" in rejected["reason"]
-    assert read_manifest(out).examples == 122
+    assert read_manifest(out).examples == 124
     assert "1 rejected" in capsys.readouterr().out
-    (root / "two" / "broken_too.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match="2 of 124 images were rejected, more than 1%"):
-        main(arguments(root, vae_folder, tmp_path / "other"))
+    odd.save(root / "two" / "moves.gif", save_all=True, append_images=[odd.rotate(90)])
+    with pytest.raises(DataError, match="2 of 126 images were rejected, more than 1%"):
+        main(arguments(root, vae_folder, tmp_path / "other", "--shard_size=50"))
     assert not (tmp_path / "other" / "manifest.json").exists()
+    lines = (tmp_path / "other" / "rejected.jsonl").read_text().splitlines()
+    reasons = {line["key"]: line["reason"] for line in map(json.loads, lines)}
+    assert reasons.keys() == {"two/broken.png", "two/moves.gif"}
+    assert "animated or of several pages: 2 frames" in reasons["two/moves.gif"]
 
 
 def test_verify(copy, capsys):
@@ -241,6 +248,33 @@ def test_the_vaes_own_factors(finished, vae_folder):
     assert space.mean == (config.get("shift_factor") or 0.0,) * 2
 
 
+def test_without_a_vae_the_store_holds_pixels(folder, vae_folder, tmp_path):
+    """And a run on it is decoded without one."""
+    from mpdit_jax.data.facts import claim_data
+    from mpdit_jax.sampling.decoding import make_decode
+
+    out, workdir = tmp_path / "pixels", tmp_path / "run"
+    assert main(arguments(folder, "none", out)) == 0
+    assert main(["--verify", f"--out={out}"]) == 0
+    source = load_source("latents", str(out), "train", normalization="manifest")
+    assert source.shape == (8, 8, 3)
+    assert source.latents.vae_fingerprint == "pixels"
+    [record] = source.store.read(np.array([7]))
+    with Image.open(folder / record["key"].decode()) as file:
+        pixels = np.asarray(file.convert("RGB"))
+    for view, expected in zip(record["mean"].astype(np.float32), (pixels, pixels[:, ::-1]), strict=True):
+        np.testing.assert_array_equal(np.rint((view + 1) * 127.5), expected)  # float16 loses nothing of 8 bits
+    assert (record["std"] == 0).all()
+    workdir.mkdir()
+    claim_data(workdir, source, trained=False)
+    normalized = (record["mean"][:1].astype(np.float32) - source.latents.mean) / source.latents.std
+    for vae in (None, "", "none"):
+        decoded = np.asarray(make_decode(workdir, vae)(normalized.astype(np.float32)))
+        np.testing.assert_array_equal(np.rint((decoded[0] + 1) * 127.5), pixels)
+    with pytest.raises(InputError, match="give the VAE that encoded them, which is none"):
+        make_decode(workdir, str(vae_folder))
+
+
 def test_tiles_are_another_setting(copy, folder, vae_folder, tmp_path):
     with pytest.raises(InputError, match="vae_tile: 0 there, 32 now"):
         main(arguments(folder, vae_folder, copy, "--vae_tile=32"))
@@ -260,7 +294,6 @@ def tfds_data(tmp_path, monkeypatch):
     from io import BytesIO
 
     import tensorflow_datasets as tfds
-    from PIL import Image
     from sklearn import datasets
 
     pictures = datasets.load_digits().images
@@ -318,6 +351,15 @@ def test_a_tfds_data_set(tfds_data, vae_folder, tmp_path):
     assert sorted(found) == list(range(7))
     assert distances.min(axis=1).max() < 2e-3 * np.abs(mean).max()
     assert records["label"].tolist() == [labels[index] for index in found]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["tiny", "no_such_data_set"])
+def test_a_tfds_data_set_that_is_not_there(name, vae_folder, tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(DataError, match=rf"--images=tfds:{name} .*cannot be opened .*--file_format=array_record"):
+        main(arguments(f"tfds:{name}", vae_folder, tmp_path / "out"))
 
 
 @pytest.mark.parity

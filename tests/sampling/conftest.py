@@ -17,9 +17,10 @@ def workdir(tmp_path_factory):
 
 
 def make_workdir(path):
-    from mpdit_jax.checkpoint import Checkpoints, claim_workdir
+    from mpdit_jax.checkpoint import Checkpoints
     from mpdit_jax.config import base_config, model_of, resolve
     from mpdit_jax.model.parameters import abstract
+    from mpdit_jax.workdir import claim_workdir
 
     config = base_config()
     config.model.update(

@@ -33,6 +33,14 @@ def test_state_and_step(name):
     spec.loader.exec_module(module)
     config = resolve(module.get_config())
     epochs, millions = EXPECTED[name]
+    # The paper's recipe, of 256 pixels and of 512.
+    batch_and_rate = (1024, 2e-4) if name.endswith("_256") else (256, 1e-4)
+    assert (config.batch_size, config.optimizer.learning_rate) == batch_and_rate
+    assert (config.ema_decay, config.label_dropout, config.data.normalization) == (0.9999, 0.1, "paper")
+    adam = config.optimizer
+    assert (adam.name, adam.schedule, adam.warmup_steps, adam.clip_norm) == ("adamw", "constant", 0, 0)
+    assert (adam.b1, adam.b2, adam.eps, adam.weight_decay) == (0.9, 0.999, 1e-8, 0.01)
+    assert (config.time.distribution, config.time.mean, config.time.std) == ("logit_normal", 0, 1)
     assert config.steps * config.batch_size / 1_281_167 == pytest.approx(epochs, rel=0.01)
     model, optimizer, mesh = model_of(config), make_optimizer(config.optimizer), make_mesh(1, 1, jax.devices()[:1])
     state = abstract_state(model, optimizer, mesh)

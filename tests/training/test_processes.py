@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from mpdit_jax.checkpoint import list_steps
+from mpdit_jax.stored import list_steps
 from tests.tiny import ROOT, UNOPTIMIZED, run, saved_arrays, start, train_arguments
 
 STEPS = 20
@@ -83,7 +83,6 @@ def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     (stopped,) = list_steps(workdir)
-    assert stopped % 10 == 0
     assert f"stopped at step {stopped} of 4000, saved; continue with:" in output
 
 

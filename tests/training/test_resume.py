@@ -9,8 +9,8 @@ import subprocess
 
 import pytest
 
-from mpdit_jax.checkpoint import list_steps
 from mpdit_jax.errors import InputError
+from mpdit_jax.stored import list_steps
 from mpdit_jax.train import main
 from tests.tiny import ROOT, assert_same_bits, run, saved_arrays, start, train_arguments
 
@@ -179,7 +179,7 @@ def test_two_trainings_do_not_share_a_workdir(tmp_path):
             break
     status, _, stderr = run("train", train_arguments(workdir, *long))
     assert status == 1
-    assert f"another training is writing to {workdir}" in stderr
+    assert f"another training is writing to {workdir} (process {first.pid} on " in stderr
     assert "Traceback" not in stderr
     first.send_signal(signal.SIGTERM)
     stdout, stderr = first.communicate(timeout=120)
@@ -191,7 +191,7 @@ def test_a_diverged_state_is_never_saved(tmp_path):
     more = ["--config.optimizer.learning_rate=1e30", "--config.log.every=8", "--config.checkpoint.every=1"]
     more += ["--config.skip.abort_after=3"]
     status, _, stderr = run("train", train_arguments(tmp_path / "run", *more))
-    assert status == 1
+    assert status == 3
     assert "were left out" in stderr
     assert "the newest checkpoint is of no step" in stderr
     assert "start again in a new --workdir" in stderr
@@ -205,15 +205,3 @@ def test_a_config_without_checkpoints_binds_nothing(undisturbed, tmp_path):
     status, _, stderr = run("train", train_arguments(workdir, "--config.optimizer.learning_rate=2e-3"))
     assert status == 0, stderr
     assert json.loads((workdir / "config.json").read_text())["optimizer"]["learning_rate"] == 2e-3
-
-
-def test_a_damaged_checkpoint_is_named(undisturbed, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(undisturbed[0], copy)
-    for path in (copy / "checkpoints" / "8").rglob("*"):
-        if path.is_file() and "ocdbt" in str(path):
-            path.write_bytes(path.read_bytes()[:20])
-    status, _, stderr = run("train", train_arguments(copy, "--config.steps=12"))
-    assert status == 1
-    assert "checkpoints/8 cannot be read" in stderr
-    assert "there are: 4" in stderr

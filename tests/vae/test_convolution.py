@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mpdit_jax.vae import convolution
+from mpdit_jax.vae.blocks import Conv
 from tests.conftest import relative_error
 
 
@@ -22,17 +24,25 @@ def arrays(shape, outputs, dtype=jnp.float32):
     return jnp.asarray(x, dtype), jnp.asarray(kernel)
 
 
+def conv2d(x, kernel):
+    return convolution.conv2d(x, kernel, jnp.zeros(kernel.shape[3]), padding=(1, 1))
+
+
+def upsample_conv2d(x, kernel):
+    return convolution.upsample_conv2d(x, kernel, jnp.zeros(kernel.shape[3]))
+
+
 # Large enough for the rewritten product; not square; and one that falls back.
 @pytest.mark.parametrize("shape", [(1, 64, 64, 64), (2, 33, 128, 72), (1, 64, 66, 64), (1, 8, 8, 64)])
 def test_is_a_correlation(shape):
     x, kernel = arrays(shape, 80)
-    found = jax.jit(lambda x, k: convolution.conv2d(x, k, padding=(1, 1)))(x, kernel)
+    found = jax.jit(conv2d)(x, kernel)
     assert relative_error(found, reference(x, kernel)) < 2e-5
 
 
 def test_the_rewritten_product_is_really_taken_on_cpu_and_only_there():
     x, kernel = arrays((1, 64, 64, 64), 64)
-    traced = jax.jit(lambda x, k: convolution.conv2d(x, k, padding=(1, 1))).trace(x, kernel)
+    traced = jax.jit(conv2d).trace(x, kernel)
     counts = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution")
         for platform in ("cpu", "cuda", "tpu")
@@ -43,18 +53,16 @@ def test_the_rewritten_product_is_really_taken_on_cpu_and_only_there():
 def test_upsampling_convolves_the_doubled_image():
     x, kernel = arrays((2, 5, 6, 7), 9)
     doubled = np.asarray(x).repeat(2, axis=1).repeat(2, axis=2)
-    for upsample in (convolution.upsample_conv2d, convolution._repeat_then_conv):
+    for upsample in (upsample_conv2d, convolution._repeat_then_conv):
         assert relative_error(jax.jit(upsample)(x, kernel), reference(doubled, kernel)) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "convolve", [lambda x, k: convolution.conv2d(x, k, padding=(1, 1)), convolution.upsample_conv2d]
-)
+@pytest.mark.parametrize("convolve", [conv2d, upsample_conv2d])
 def test_gradients_are_those_of_the_plain_convolution(convolve):
     x, kernel = arrays((1, 64, 64, 64), 64)
 
     def plain(x, kernel):
-        if convolve is convolution.upsample_conv2d:
+        if convolve is upsample_conv2d:
             return convolution._repeat_then_conv(x, kernel)
         return convolution._direct(x, kernel, stride=1, padding=((1, 1), (1, 1)))
 
@@ -67,8 +75,11 @@ def test_gradients_are_those_of_the_plain_convolution(convolve):
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 64, 64), (1, 8, 8, 16)])
-def test_keeps_bfloat16(shape):
+def test_rounds_bfloat16_once(shape):
     x, kernel = arrays(shape, 64, jnp.bfloat16)
-    found = convolution.conv2d(x, kernel, padding=(1, 1))
-    assert found.dtype == jnp.bfloat16
-    assert relative_error(found, reference(x.astype(jnp.float32), kernel)) < 1e-2
+    layer = Conv(shape[-1], 64, 3, rngs=nnx.Rngs(0))
+    layer.kernel[...], layer.bias[...] = kernel, jnp.linspace(-10, 10, 64)
+    found, exact = layer(x), reference(x.astype(jnp.float32), kernel) + np.linspace(-10, 10, 64)
+    assert (found.dtype, layer(x, jnp.float32).dtype) == (jnp.bfloat16, jnp.float32)
+    # Half a unit in the last of bfloat16's 8 bits.
+    np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=2**-8, atol=1e-2)

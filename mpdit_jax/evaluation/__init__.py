@@ -1,0 +1,1 @@
+"""How close generated images are to real ones: feature extractors, the distances over their features, the command."""

@@ -1,0 +1,99 @@
+"""Features of many images: in blocks that outlive a crash, shared out over processes."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from zipfile import BadZipFile
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mpdit_jax.errors import InputError
+from mpdit_jax.evaluation.extractors import Extractor, Features
+from mpdit_jax.evaluation.sets import ImageBlocks
+from mpdit_jax.files import replacing
+from mpdit_jax.progress import WorkBar
+
+_BLOCK = 512  # images a file
+
+
+class FeatureFolder:
+    """Finished features on disk, in a folder named after everything that decides them. A block is written whole or not
+    at all, so whatever is there is finished.
+    """
+
+    def __init__(self, root: Path, extractor: Extractor, images: ImageBlocks, outputs: Sequence[str]) -> None:
+        """Nothing is made yet."""
+        decides = json.dumps([extractor.fingerprint, images.about, sorted(outputs), _BLOCK], sort_keys=True)
+        self.path = root / hashlib.sha256(decides.encode()).hexdigest()[:16]
+
+    def has(self, number: int) -> bool:
+        """Whether that block is finished."""
+        return self._file(number).is_file()
+
+    def write(self, number: int, features: Features) -> None:
+        """Keep a finished block."""
+        with replacing(self._file(number)) as file:
+            np.savez(file, **features)  # type: ignore[arg-type]  # numpy's stub takes the names for allow_pickle
+
+    def read(self, number: int) -> Features:
+        """A finished block.
+
+        Raises:
+            InputError: it is missing or damaged.
+        """
+        try:
+            with np.load(self._file(number), allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except (OSError, ValueError, BadZipFile, EOFError) as error:
+            raise InputError(
+                f"{self._file(number)} cannot be read ({error}): delete that file and repeat the command."
+            ) from error
+
+    def _file(self, number: int) -> Path:
+        return self.path / f"{number:08d}.npz"
+
+
+def extract(
+    extractor: Extractor, images: ImageBlocks, outputs: Sequence[str], folder: FeatureFolder, verb: str = "looking at"
+) -> Iterator[Features]:
+    """The features of all images in order, a block at a time; blocks already in the folder are not computed again.
+
+    Block b is computed by process b modulo the number of processes, which all see the folder. What the iterator gives
+    is read from there, the same on every process.
+
+    Args:
+        extractor: the network.
+        images: what it looks at.
+        outputs: which of the extractor's to keep.
+        folder: where finished blocks go.
+        verb: of the progress bar.
+
+    Raises:
+        InputError, DataError: images that cannot be looked at; a damaged block.
+    """
+    total, count = len(images), -(-len(images) // _BLOCK)
+    mine = [number for number in range(count) if number % jax.process_count() == jax.process_index()]
+    todo = [number for number in mine if not folder.has(number)]
+    size = {number: len(_rows(number, total)) for number in mine}
+    done = sum(size[number] for number in mine) - sum(size[number] for number in todo)
+    with WorkBar(verb, "images", sum(size.values()), done) as bar:
+        if done and todo:
+            bar.say(f"{done} of {sum(size.values())} images were looked at already, in {folder.path}")
+        for number in todo:
+            found: list[Features] = []
+            rows = _rows(number, total)
+            for start in range(0, len(rows), extractor.batch_size):
+                part = rows[start : start + extractor.batch_size]
+                found.append({name: array for name, array in extractor(images.read(part)).items() if name in outputs})
+                bar.advance(len(part))
+            folder.write(number, {name: np.concatenate([part[name] for part in found]) for name in found[0]})
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("every image has been looked at")
+    return (folder.read(number) for number in range(count))
+
+
+def _rows(number: int, total: int) -> np.ndarray:
+    return np.arange(number * _BLOCK, min((number + 1) * _BLOCK, total))

@@ -1,0 +1,132 @@
+"""Parts of convolutional networks that only look: batch norm folded into the convolution before it."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mpdit_jax.errors import WeightsError
+
+Padding = str | tuple[tuple[int, int], tuple[int, int]]
+
+
+class Conv(nnx.Module):
+    """A convolution with bias, as its batch norm left it; the activation is the caller's.
+
+    Attributes:
+        kernel: (height, width, inputs / groups, outputs).
+        bias: (outputs,).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int | tuple[int, int] = 1,
+        *,
+        stride: int = 1,
+        padding: Padding = "SAME",
+        groups: int = 1,
+    ):
+        height, width = (size, size) if isinstance(size, int) else size
+        self.kernel = nnx.Param(jnp.zeros((height, width, inputs // groups, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs))
+        self.stride, self.padding, self.groups = stride, padding, groups
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, H, W, inputs) to (B, H', W', outputs)."""
+        return convolve(x, self.kernel[...], self.stride, self.padding, self.groups) + self.bias[...]
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding, groups: int = 1) -> jax.Array:
+    """A correlation, channels last, in true float32 on every device: features are compared in their fourth digit."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
+def pointwise(x: jax.Array, convolutions: Sequence[Conv]) -> list[jax.Array]:
+    """Several 1x1 convolutions of one input in one matrix product."""
+    kernel = jnp.concatenate([conv.kernel[0, 0] for conv in convolutions], axis=1)  # (inputs, all outputs)
+    flat = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, precision=jax.lax.Precision.HIGHEST)  # (B·H·W, all outputs)
+    flat += jnp.concatenate([conv.bias[...] for conv in convolutions])
+    ends = np.cumsum([conv.bias.shape[0] for conv in convolutions])[:-1]
+    return jnp.split(flat.reshape(*x.shape[:-1], -1), ends, axis=-1)
+
+
+def average_pool(x: jax.Array) -> jax.Array:
+    """3x3 means at every position; at the border of the pixels that are there, not of zeros around them."""
+    sums = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+    rows, columns = (np.convolve(np.ones(n), np.ones(3), "same") for n in x.shape[1:3])
+    return sums / np.outer(rows, columns).astype(np.float32)[:, :, None]
+
+
+def max_pool(x: jax.Array, stride: int, padding: str) -> jax.Array:
+    """3x3 maxima."""
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
+
+
+def fold(
+    state: Mapping[str, np.ndarray], conv: str, norm: str, epsilon: float, source: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel (height, width, in, out) and bias (out,) of a bias-free PyTorch convolution and the batch norm after it.
+
+    Args:
+        state: arrays by PyTorch's names.
+        conv: name of the convolution.
+        norm: name of its batch norm.
+        epsilon: of the batch norm.
+        source: what errors call the state.
+
+    Raises:
+        WeightsError: an entry is missing, misshapen or not finite.
+    """
+    kernel = entry(state, f"{conv}.weight", source, 4)
+    scale, shift, mean, variance = (
+        entry(state, f"{norm}.{part}", source, 1) for part in ("weight", "bias", "running_mean", "running_var")
+    )
+    if any(part.shape != kernel.shape[:1] for part in (scale, shift, mean, variance)) or variance.min() < 0:
+        raise WeightsError(f"{source}: {norm} does not fit {conv}: expected {kernel.shape[0]} values in each entry.")
+    factor = scale / np.sqrt(variance + epsilon)
+    return (kernel * factor[:, None, None, None]).transpose(2, 3, 1, 0), shift - mean * factor
+
+
+def entry(state: Mapping[str, np.ndarray], name: str, source: str, dimensions: int) -> np.ndarray:
+    """An array of a state as float64.
+
+    Raises:
+        WeightsError: missing, of another number of dimensions, or not finite.
+    """
+    if name not in state:
+        raise WeightsError(
+            f"{source}: entry {name} is missing; expected the weights of another network, or all of them."
+        )
+    array = np.asarray(state[name], np.float64)
+    if array.ndim != dimensions or not np.isfinite(array).all():
+        raise WeightsError(f"{source}: entry {name} {array.shape} holds NaN, or is not of {dimensions} dimensions.")
+    return array
+
+
+def assign(module: nnx.Module, arrays: Mapping[str, np.ndarray], source: str) -> None:
+    """Put arrays into the parameters of a module, by dotted path; every one exactly once.
+
+    Raises:
+        WeightsError: an array for no parameter, none for one, or of another shape.
+    """
+    state = nnx.state(module, nnx.Param)
+    flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    if missing := sorted(flat.keys() ^ arrays.keys()):
+        raise WeightsError(f"{source}: {missing[0]} has no counterpart: expected the weights of another network.")
+    for path, leaf in flat.items():
+        if leaf[...].shape != arrays[path].shape:
+            raise WeightsError(f"{source}: {path} is {arrays[path].shape}: expected {leaf[...].shape}.")
+        leaf[...] = jnp.asarray(arrays[path], jnp.float32)
+    nnx.update(module, state)

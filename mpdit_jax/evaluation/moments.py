@@ -1,0 +1,128 @@
+"""Mean and covariance of features that pass by once, in float64, for any number of passers-by."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mpdit_jax.errors import InputError
+
+_GATHERED = 32 << 20  # bytes that one process sends at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Of the first `count` vectors: their mean and their scatter, both float64.
+
+    Two halves merge to the same as the whole, by the pairwise update of Chan, Golub and LeVeque ("Updating formulae and
+    a pairwise algorithm for computing sample variances", 1979): no difference of large sums is ever taken.
+
+    Attributes:
+        count: number of vectors.
+        mean: (d,).
+        scatter: sum of outer products of deviations from the mean, (d, d).
+    """
+
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    @classmethod
+    def empty(cls, dimension: int) -> "Moments":
+        """Of no vectors yet."""
+        return cls(0, np.zeros(dimension), np.zeros((dimension, dimension)))
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> "Moments":
+        """Of one batch (n, d), by two passes.
+
+        Raises:
+            InputError: not a matrix, or a feature that is not finite.
+        """
+        values = np.asarray(features)
+        if values.ndim != 2 or not len(values):
+            raise InputError(f"features of shape {values.shape}: expected (images, features), one image or more.")
+        values = values.astype(np.float64)
+        mean = values.mean(axis=0)
+        if not np.isfinite(mean).all():
+            bad = int(np.argmin(np.isfinite(values).all(axis=1)))
+            raise InputError(f"the features of image {bad} of {len(values)} hold NaN or Inf: leave that image out.")
+        centred = values - mean
+        return cls(len(values), mean, centred.T @ centred)
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """The unbiased covariance (d, d), as numpy.cov gives it.
+
+        Raises:
+            InputError: fewer than two vectors.
+        """
+        if self.count < 2:
+            raise InputError(f"a covariance of {self.count} image(s): expected 2 or more.")
+        return self.scatter / (self.count - 1)
+
+    def update(self, features: np.ndarray) -> "Moments":
+        """With another batch (n, d)."""
+        return self.merge(Moments.of(features))
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Of both sets of vectors together.
+
+        Raises:
+            InputError: vectors of another length.
+        """
+        if self.mean.shape != other.mean.shape:
+            raise InputError(f"features of length {len(self.mean)} and {len(other.mean)} do not merge.")
+        count = self.count + other.count
+        if not self.count or not other.count:
+            return self if self.count else other
+        step = other.mean - self.mean
+        scatter = self.scatter + other.scatter
+        scatter += np.outer(step, step * (self.count * other.count / count))
+        return Moments(count, self.mean + step * (other.count / count), scatter)
+
+
+def merge_processes(moments: Moments) -> Moments:
+    """Of the vectors of all processes together, the same bits on each; every process must call it."""
+    if jax.process_count() == 1:
+        return moments
+    dimension = len(moments.mean)
+    rows = max(1, _GATHERED // (8 * dimension))
+    counts = gather(np.array([float(moments.count)]))[:, 0].astype(int)
+    means = gather(moments.mean)
+    parts = [
+        Moments(int(count), mean, np.zeros((dimension, dimension))) for count, mean in zip(counts, means, strict=True)
+    ]
+    merged = Moments.empty(dimension)
+    for part in parts:
+        merged = merged.merge(part)
+    # A few rows of every scatter at a time: all of them at once would be gigabytes on a large pod.
+    scatter = merged.scatter.copy()
+    for start in range(0, dimension, rows):
+        scatter[start : start + rows] += gather(moments.scatter[start : start + rows]).sum(axis=0)
+    return dataclasses.replace(merged, scatter=scatter)
+
+
+def gather_rows(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """What every process has a part of, (n, d) float32, whole on each and sorted by the rows' numbers `order` (n,)."""
+    if jax.process_count() == 1:
+        return rows[np.argsort(order)]
+    most = int(gather(np.array([float(len(rows))])).max())
+    padded = np.zeros((most, rows.shape[1]), np.float32)
+    padded[: len(rows)] = rows
+    numbers = np.full(most, np.inf)
+    numbers[: len(rows)] = order
+    everything = np.asarray(multihost_utils.process_allgather(padded)).reshape(-1, rows.shape[1])
+    ranks = gather(numbers).ravel()
+    places = np.argsort(ranks, kind="stable")
+    return everything[places[: np.isfinite(ranks).sum()]]
+
+
+def gather(array: np.ndarray) -> np.ndarray:
+    """The float64 arrays of all processes, stacked; as bytes, since JAX by itself would make float32 of them."""
+    local = np.ascontiguousarray(array, np.float64)
+    if jax.process_count() == 1:
+        return local[None]
+    found = np.asarray(multihost_utils.process_allgather(np.frombuffer(local.tobytes(), np.uint8)))
+    return np.frombuffer(found.tobytes(), np.float64).reshape(-1, *local.shape)

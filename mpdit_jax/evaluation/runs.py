@@ -1,0 +1,123 @@
+"""Drawing from a run and looking at what was drawn, for several settings of the sampler."""
+
+import argparse
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpdit_jax.checkpoint import list_steps, load_checkpoint
+from mpdit_jax.errors import InputError
+from mpdit_jax.evaluation.extractors import Extractor
+from mpdit_jax.evaluation.looking import look, needed
+from mpdit_jax.evaluation.report import Result, make_result, write_json
+from mpdit_jax.evaluation.statistics import Statistics
+from mpdit_jax.sampling.blocks import BlockFolder
+from mpdit_jax.sampling.command import Request, parse_labels, run_settings
+from mpdit_jax.sampling.decoding import make_decode
+from mpdit_jax.sampling.options import sampler_from
+from mpdit_jax.sampling.run import draw_blocks
+
+
+def evaluate_run(
+    options: argparse.Namespace, extractor: Extractor, metrics: Sequence[str], reference: Statistics, scratch: Path
+) -> list[Result]:
+    """Draw, decode and compare for every combination of solver, steps and guidance scale: a row each.
+
+    A row that is finished is kept in a file beside `scratch`, and read from there when the command is repeated.
+
+    Raises:
+        CheckpointError, InputError, ConfigError: no such run or checkpoint, or impossible settings.
+    """
+    workdir, steps = Path(options.workdir), list_steps(options.workdir)
+    model = load_checkpoint(workdir, options.step, ema=not options.no_ema)
+    decode = make_decode(options.workdir, options.vae, options.vae_dtype, options.vae_tile)
+    guide = load_checkpoint(options.guide) if options.guide else None
+    labels = parse_labels(options.labels, options.num_samples, model.num_classes, options.seed)
+    step = steps[-1] if options.step is None else options.step
+    requests = [
+        Request(chosen, sampler_from(chosen), model, guide, labels, decode) for chosen in _combinations(options)
+    ]
+    say: Callable[[str], None] = print if jax.process_index() == 0 else lambda text: None
+    results = []
+    for request in requests:
+        settings = run_settings(request)
+        drawn = settings | {"label_scheme": options.labels, "ema": not options.no_ema}
+        name = _name(step, request.options)
+        decides = [drawn, extractor.fingerprint, reference.about, sorted(metrics), options.k, options.splits]
+        file = scratch.parent / f"{name.replace(', ', '_').replace(' ', '')}_{_digest(decides)}.json"
+        if file.is_file():
+            stored = json.loads(file.read_text())
+            results.append(Result(name, stored["metrics"], stored["settings"]))
+            say(f"{name}: done before, in {file}")
+            continue
+        say(name)
+        folder = BlockFolder(scratch / f"samples_{_digest(drawn)}", settings)
+        draw_blocks(
+            request.sampler, model, labels, options.seed, folder, options.batch_size, decode=decode, **request.call()
+        )
+        samples = DrawnImages(folder, options.batch_size, len(labels), {"path": str(workdir), **drawn})
+        statistics = look(extractor, samples, needed(metrics), scratch, "looking at samples:")
+        result = make_result(name, reference, statistics, metrics, options, extractor, drawn)
+        if jax.process_index() == 0:
+            write_json(file, {"metrics": result.metrics, "settings": result.settings})
+            folder.remove()
+        results.append(result)
+    return results
+
+
+class DrawnImages:
+    """The images of finished blocks, as a set to look at; those that hold NaN or Inf are an error here."""
+
+    def __init__(self, folder: BlockFolder, size: int, count: int, about: dict[str, Any]) -> None:
+        """`count` images in blocks of `size`."""
+        self._folder, self._size, self._count, self.about = folder, size, count, about
+        height, width, channels = folder.read(0).images.shape[1:]
+        self.shape = (height, width, channels)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """uint8 (n, H, W, C).
+
+        Raises:
+            InputError: the model gave NaN or Inf.
+        """
+        found = np.empty((len(indices), *self.shape), np.uint8)
+        for number in np.unique(indices // self._size):
+            block, rows = self._folder.read(int(number)), np.flatnonzero(indices // self._size == number)
+            inside = indices[rows] - number * self._size
+            if not block.finite[inside].all():
+                bad = indices[rows][~block.finite[inside]][0]
+                raise InputError(
+                    f"image {bad} that the model drew holds NaN or Inf: it has diverged, or --steps is low."
+                )
+            found[rows] = block.images[inside]
+        return found
+
+
+def _combinations(options: argparse.Namespace) -> list[argparse.Namespace]:
+    chosen = []
+    for solver in options.solver:
+        adaptive = solver in ("dopri5", "tsit5")  # these choose their steps themselves
+        for steps in [None] if adaptive else options.steps or [250]:
+            for scale in options.guidance_scale:
+                one = copy.copy(options)
+                one.solver, one.steps, one.guidance_scale, one.png_folder = solver, steps, scale, ""
+                chosen.append(one)
+    return chosen
+
+
+def _name(step: int, options: argparse.Namespace) -> str:
+    count = f" {options.steps}" if options.steps else ""
+    return f"step {step}, {options.solver}{count}, w={options.guidance_scale:g}"
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

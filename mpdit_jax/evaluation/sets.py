@@ -1,0 +1,296 @@
+"""Images to look at, by what a user calls them: an .npz, a folder, a store of latents, a data set."""
+
+import dataclasses
+import io
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.lib import format as npy
+from PIL import Image
+
+from mpdit_jax import images as pictures
+from mpdit_jax.data.latent_store import MANIFEST, LatentStore
+from mpdit_jax.data.sources import SOURCES, load_source
+from mpdit_jax.errors import DataError, InputError
+from mpdit_jax.preparing.pictures import to_mode, to_square
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+Decode = Callable[[np.ndarray], np.ndarray]
+"""Unscaled latents float32 (n, h, w, C) to images (n, H, W, 1 or 3) in [-1, 1]."""
+
+
+class ImageBlocks(Protocol):
+    """Images that can be read at any index."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What it is, for the report; another set, or one changed since, says something else."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of each."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """uint8 (n, H, W, C)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayImages:
+    """In memory, or mapped from a file."""
+
+    images: np.ndarray  # uint8 (N, H, W, C)
+    about: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of each."""
+        height, width, channels = self.images.shape[1:]
+        return height, width, channels
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Those rows."""
+        return np.ascontiguousarray(self.images[indices])
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderImages:
+    """Files below a folder, in the order of their names."""
+
+    root: Path
+    names: tuple[str, ...]
+    shape: tuple[int, int, int]
+    cropped: int  # pixels of the central square; 0 for images as they are
+    about: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Decode those files."""
+        return np.stack([self._one(self.names[index]) for index in indices])
+
+    def _one(self, name: str) -> np.ndarray:
+        array = _decode_file(self.root / name, self.shape[2], self.cropped)
+        if array.shape != self.shape:
+            raise DataError(
+                f"{self.root / name} is {array.shape[:2]} and {self.names[0]} is {self.shape[:2]} (height, width): "
+                "give --image_size=PIXELS to cut squares of one size, as the reference batches of ImageNet were."
+            )
+        return array
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodedLatents:
+    """What a VAE makes of the means of a store's posteriors."""
+
+    store: LatentStore
+    shape: tuple[int, int, int]
+    decode: Decode
+    about: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Decode those examples, not mirrored."""
+        means = self.store.read(indices)["mean"][:, 0].astype(np.float32)  # (n, h, w, C)
+        return pictures.to_uint8(np.asarray(self.decode(means)))
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceImages:
+    """A data set that one can train on."""
+
+    source: Any
+    about: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of each."""
+        height, width, channels = self.source.shape
+        return height, width, channels
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Those examples, brought back to 0…255."""
+        return pictures.to_uint8(self.source.batch(indices)["x"])
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstImages:
+    """The first `count` images of a set."""
+
+    images: ImageBlocks
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of each."""
+        return self.images.shape
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """That of the whole set, and how many are taken."""
+        return {**self.images.about, "count": self.count, "of": len(self.images)}
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Those images."""
+        return self.images.read(indices)
+
+
+def limited(images: ImageBlocks, count: int | None) -> ImageBlocks:
+    """The first `count` images; all for None.
+
+    Raises:
+        InputError: there are not so many.
+    """
+    if count is None or count == len(images):
+        return images
+    if not 1 <= count <= len(images):
+        raise InputError(f"--num_samples={count}: expected 1 to {len(images)}, the number of images there are.")
+    return FirstImages(images, count)
+
+
+def open_set(place: str, *, image_size: int = 0, decode: Decode | None = None) -> ImageBlocks:
+    """The images that a command's argument names.
+
+    Args:
+        place: an .npz with `arr_0`, a folder of images (with subfolders or not), a store of latents, or
+            `data:NAME[:SPLIT]` for a data set of `mpdit_jax.data`, such as data:fashion_mnist:test.
+        image_size: cut the images of a folder to central squares of this size; 0 to take them as they are.
+        decode: for a store of latents.
+
+    Raises:
+        InputError, DataError: nothing there, or not of that form.
+    """
+    kind, colon, rest = place.partition(":")
+    if colon and kind == "data":
+        return _open_source(place, rest)
+    path = Path(place).expanduser()
+    if path.is_dir():
+        return _open_store(path, decode) if (path / MANIFEST).is_file() else open_folder(path, image_size)
+    if not path.is_file():
+        raise InputError(
+            f"{place}: no such file or folder; expected an .npz, a folder of images, or a store of latents."
+        )
+    return open_npz(path)
+
+
+def open_npz(path: Path) -> ArrayImages:
+    """`arr_0` uint8 (N, H, W, 1 or 3) of an .npz, mapped and not loaded where it is not compressed.
+
+    Raises:
+        InputError: no such array, another dtype or shape.
+    """
+    try:
+        images = _map_array(path, "arr_0.npy")
+    except KeyError as error:
+        raise InputError(f"{path} has no array arr_0: expected images uint8 (N, H, W, 3) under that name.") from error
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"{path} cannot be read ({error}): expected an .npz with images as arr_0.") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise InputError(
+            f"{path}: arr_0 is {images.dtype} {images.shape}; expected uint8 from 0 to 255, (N, height, width, "
+            "1 or 3), as `python -m mpdit_jax.sample --out=samples.npz` writes it."
+        )
+    return ArrayImages(images, _about(path, len(images), images.shape[1:]))
+
+
+def open_folder(root: Path, image_size: int = 0) -> FolderImages:
+    """Every image below a folder.
+
+    Raises:
+        DataError: none, or a first one that cannot be read.
+    """
+    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    if not names:
+        raise DataError(f"{root}: no images; expected names that end in {', '.join(_SUFFIXES)}.")
+    mode = _mode(root / names[0])
+    first = _decode_file(root / names[0], 1 if mode in ("L", "1", "I;16") else 3, image_size)
+    about = _about(root, len(names), first.shape)
+    about["crop"] = f"central square, {image_size}" if image_size else "none"
+    return FolderImages(root, tuple(names), first.shape, image_size, about)
+
+
+def _open_source(place: str, rest: str) -> SourceImages:
+    name, _, split = rest.partition(":")
+    if name not in SOURCES:
+        raise InputError(f"{place}: expected data:NAME[:SPLIT] with a name of {', '.join(SOURCES)}.")
+    source = load_source(name, "", split or ("all" if name == "digits" else "train"))
+    return SourceImages(source, {"path": place, "count": len(source), "shape": list(source.shape)})
+
+
+def _open_store(path: Path, decode: Decode | None) -> DecodedLatents:
+    if decode is None:
+        raise InputError(f"{path} is a store of latents: give --vae=FOLDER, the VAE that encoded it.")
+    store = LatentStore(path)
+    size = store.manifest.image_size
+    one = np.asarray(decode(store.read(np.arange(1))["mean"][:, 0].astype(np.float32)))
+    about = _about(path, len(store), (size, size, one.shape[-1]))
+    about |= {"latents": "decoded means of the posteriors", "vae": store.manifest.vae_fingerprint}
+    return DecodedLatents(store, (one.shape[1], one.shape[2], one.shape[3]), decode, about)
+
+
+def _about(path: Path, count: int, shape: Sequence[int]) -> dict[str, Any]:
+    known = path.stat()
+    return {
+        "path": str(path),
+        "count": count,
+        "shape": list(shape),
+        "bytes": known.st_size,
+        "modified": known.st_mtime_ns,
+    }
+
+
+def _mode(path: Path) -> str:
+    try:
+        with Image.open(path) as image:
+            return image.mode
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}): repair or remove it.") from error
+
+
+def _decode_file(path: Path, channels: int, cropped: int) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            if cropped:
+                return to_square(image, cropped, channels)
+            array = np.asarray(to_mode(image, channels), np.uint8)
+            return array.reshape(*array.shape[:2], channels)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be used ({error}): repair or remove it.") from error
+
+
+def _map_array(path: Path, member: str) -> np.ndarray:
+    """An array of an .npz: mapped where zip stored it as it is, else loaded."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(member)
+        with archive.open(info) as file:
+            version = npy.read_magic(file)
+            reader = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            shape, fortran, dtype = reader(file)
+            header = file.tell()
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects, which are not loaded")
+        if info.compress_type != zipfile.ZIP_STORED or fortran or 0 in shape:
+            with np.load(path, allow_pickle=False) as arrays:
+                array: np.ndarray = arrays[member.removesuffix(".npy")]
+                return array
+        with path.open("rb") as raw:
+            raw.seek(info.header_offset + 26)  # lengths of name and extra field in the member's own header
+            name, extra = np.frombuffer(raw.read(4), "<u2")
+    start = info.header_offset + 30 + int(name) + int(extra) + header
+    return np.memmap(path, dtype, "r", offset=start, shape=shape)

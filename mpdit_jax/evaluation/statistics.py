@@ -1,0 +1,255 @@
+"""What an extractor saw in a set of images: kept in a file, compared with another set's."""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from mpdit_jax import __version__
+from mpdit_jax.errors import InputError
+from mpdit_jax.evaluation.extractors import Extractor, Features, metric_label
+from mpdit_jax.evaluation.metrics import (
+    Moments,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from mpdit_jax.evaluation.settings import METRICS
+from mpdit_jax.files import replacing
+
+_ABOUT = "mpdit_jax"  # the array that says how a file's statistics were made
+_GAUSSIANS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # as pytorch-fid and ADM call them
+_KID_SUBSET = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """Mean (d,) and covariance (d, d), float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Of one set of images under one extractor.
+
+    Attributes:
+        extractor: its name.
+        fingerprint: of the extractor; "" where a file does not say, as files of other projects.
+        count: images seen; 0 where a file does not say.
+        gaussians: by output, "pool" and, of Inception, "spatial".
+        features: `pool` of each image (n, d), float32; None where a file has moments only.
+        probs: softmax outputs (n, classes), or None.
+        about: what the set was and how it was looked at, for the report.
+    """
+
+    extractor: str
+    fingerprint: str
+    count: int
+    gaussians: dict[str, Gaussian]
+    features: np.ndarray | None
+    probs: np.ndarray | None
+    about: dict[str, Any]
+
+
+def collect(extractor: Extractor, parts: Iterable[Features], about: dict[str, Any]) -> Statistics:
+    """The statistics of images whose features come part by part."""
+    moments: dict[str, Moments] = {}
+    kept: dict[str, list[np.ndarray]] = {"pool": [], "probs": []}
+    for part in parts:
+        for name in _GAUSSIANS.keys() & part.keys():
+            seen = moments.get(name, Moments.empty(extractor.outputs[name]))
+            moments[name] = seen.update(part[name])
+        for name, arrays in kept.items():
+            if name in part:
+                arrays.append(part[name])
+    joined = {name: np.concatenate(arrays) for name, arrays in kept.items() if arrays}
+    return from_moments(extractor, moments, joined.get("pool"), joined.get("probs"), about)
+
+
+def from_moments(
+    extractor: Extractor,
+    moments: dict[str, Moments],
+    features: np.ndarray | None,
+    probs: np.ndarray | None,
+    about: dict[str, Any],
+) -> Statistics:
+    """The statistics that merged moments amount to."""
+    gaussians = {name: Gaussian(seen.mean, seen.covariance) for name, seen in moments.items()}
+    return Statistics(extractor.name, extractor.fingerprint, moments["pool"].count, gaussians, features, probs, about)
+
+
+def save_statistics(path: str | Path, statistics: Statistics, *, features: bool = False) -> None:
+    """Write an .npz that `load_statistics` reads, and pytorch-fid and ADM's evaluator as well.
+
+    Args:
+        path: the file.
+        statistics: what to write.
+        features: also those of each image, which precision, recall and KID need.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    about = {
+        "extractor": statistics.extractor,
+        "fingerprint": statistics.fingerprint,
+        "count": statistics.count,
+        "version": __version__,
+        "set": statistics.about,
+    }
+    arrays = {_ABOUT: np.array(json.dumps(about, sort_keys=True))}
+    for name, gaussian in statistics.gaussians.items():
+        mean, covariance = _GAUSSIANS[name]
+        arrays |= {mean: gaussian.mean, covariance: gaussian.covariance}
+    if features and statistics.features is not None:
+        arrays["features"] = statistics.features
+    with replacing(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the names for allow_pickle
+
+
+def holds_statistics(path: Path) -> bool:
+    """Whether a file is an .npz with a mean and a covariance."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {"mu", "sigma"} <= set(archive.files)
+    except (OSError, ValueError, BadZipFile, AttributeError, EOFError):
+        return False
+
+
+def load_statistics(path: str | Path, extractor: Extractor) -> Statistics:
+    """The statistics in a file: ours, pytorch-fid's, or an ADM reference batch's.
+
+    A file that does not say which extractor it is of is taken for one of FID's Inception, as all published ones are.
+
+    Raises:
+        InputError: no such file, damaged, or of another extractor, which the message names.
+    """
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            about = json.loads(str(archive[_ABOUT])) if _ABOUT in archive.files else {}
+            gaussians = {
+                name: Gaussian(np.asarray(archive[mean], np.float64), np.asarray(archive[covariance], np.float64))
+                for name, (mean, covariance) in _GAUSSIANS.items()
+                if mean in archive.files and covariance in archive.files
+            }
+            features = archive["features"] if "features" in archive.files else None
+        name, fingerprint = str(about.get("extractor", "inception")), str(about.get("fingerprint", ""))
+        count = int(about.get("count", 0))
+    except (OSError, ValueError, KeyError, TypeError, BadZipFile, EOFError, AttributeError) as error:
+        raise InputError(
+            f"{path} cannot be read as statistics ({error}): expected an .npz with mu and sigma."
+        ) from error
+    if name != extractor.name or (fingerprint and fingerprint != extractor.fingerprint):
+        theirs = f"{name} ({fingerprint[:12]})" if fingerprint else name
+        raise InputError(
+            f"{path} holds statistics of the extractor {theirs} and this is {extractor.name} "
+            f"({extractor.fingerprint[:12]}): numbers of two extractors do not compare; use --features and the weights "
+            "and settings they were made with, or give the images."
+        )
+    for output, gaussian in gaussians.items():
+        dimension = extractor.outputs.get(output)
+        if gaussian.mean.shape != (dimension,) or gaussian.covariance.shape != (dimension, dimension):
+            raise InputError(
+                f"{path}: mean {gaussian.mean.shape} and covariance {gaussian.covariance.shape} of {output}; "
+                f"{extractor.name} has {dimension} such features: these are statistics of another extractor."
+            )
+        if not (np.isfinite(gaussian.mean).all() and np.isfinite(gaussian.covariance).all()):
+            raise InputError(f"{path}: the statistics of {output} hold NaN or Inf; make or download them again.")
+    return Statistics(name, fingerprint, count, gaussians, features, None, {"path": str(path), **about.get("set", {})})
+
+
+def check_metrics(names: Sequence[str], extractor: Extractor) -> None:
+    """Raise InputError unless the extractor has what each metric is computed from."""
+    for name in names:
+        if name not in METRICS:
+            raise InputError(f"--metrics={name}: expected some of {', '.join(METRICS)} (fid and sfid mean fd and sfd).")
+        needed = {"sfd": "spatial", "is": "probs"}.get(name, "pool")
+        if needed not in extractor.outputs:
+            raise InputError(f"--metrics={name}: {extractor.name} has no {needed} output; leave that metric out.")
+
+
+def compare(
+    real: Statistics, fake: Statistics, metrics: Sequence[str], *, k: int = 3, splits: int = 10, seed: int = 0
+) -> dict[str, float]:
+    """The metrics by the names they are printed with; those with a spread add one that ends in " std".
+
+    Raises:
+        InputError: what a metric needs is not there, such as the images behind saved statistics.
+    """
+    results: dict[str, float] = {}
+    for name, output in (("fd", "pool"), ("sfd", "spatial")):
+        if name in metrics:
+            first, second = _gaussian(real, output), _gaussian(fake, output)
+            value = frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
+            results[metric_label(name, fake.extractor)] = value
+    if "is" in metrics:
+        if fake.probs is None:
+            raise InputError(f"{_say(fake)} has no class probabilities: the Inception Score needs the samples' images.")
+        label = metric_label("is", fake.extractor)
+        results[label], results[f"{label} std"] = inception_score(fake.probs, min(splits, len(fake.probs)))
+    if {"precision", "recall"} & set(metrics):
+        pair = precision_recall(_features(real, "precision and recall"), _features(fake, "precision and recall"), k)
+        for name, value in zip(("precision", "recall"), pair, strict=True):
+            if name in metrics:
+                results[metric_label(name, fake.extractor)] = value
+    if "kid" in metrics:
+        sets = _features(real, "KID"), _features(fake, "KID")
+        fewest = min(map(len, sets))
+        size = _KID_SUBSET if fewest >= _KID_SUBSET else max(2, fewest // 2)
+        label = metric_label("kid", fake.extractor)
+        results[label], results[f"{label} std"] = kernel_distance(*sets, subset_size=size, seed=seed)
+    return results
+
+
+def perfect_distance(real: Statistics, count: int, output: str = "pool", seed: int = 0) -> float:
+    """The Fréchet distance that `count` draws from the real Gaussian itself have: how far too high so few images score.
+
+    One draw; its spread is a few hundredths of it.
+    """
+    gaussian = _gaussian(real, output)
+    values, vectors = np.linalg.eigh((gaussian.covariance + gaussian.covariance.T) / 2)
+    noise = np.random.default_rng(seed).standard_normal((count, len(values)))
+    drawn = Moments.of(noise * np.sqrt(np.clip(values, 0, None)) @ vectors.T + gaussian.mean)
+    return frechet_distance(gaussian.mean, gaussian.covariance, drawn.mean, drawn.covariance)
+
+
+def warn_of_bias(real: Statistics, fake: Statistics) -> float | None:
+    """Warn where there are fewer samples than features, and tell by how much the distance is too high; else None."""
+    dimension = len(_gaussian(real, "pool").mean)
+    if fake.count >= dimension:
+        return None
+    bias = perfect_distance(real, fake.count)
+    label = metric_label("fd", fake.extractor)
+    warnings.warn(
+        f"{fake.count} samples are fewer than the {dimension} features of {fake.extractor}: {label} comes out too "
+        f"high, and a perfect model would score {bias:.3g} with so few; draw more, and compare equal numbers only.",
+        stacklevel=2,
+    )
+    return bias
+
+
+def _gaussian(statistics: Statistics, output: str) -> Gaussian:
+    if output not in statistics.gaussians:
+        raise InputError(f"{_say(statistics)} has no statistics of the {output} features: give the images themselves.")
+    return statistics.gaussians[output]
+
+
+def _features(statistics: Statistics, metric: str) -> np.ndarray:
+    if statistics.features is None:
+        raise InputError(
+            f"{_say(statistics)} has moments only, and {metric} compare(s) single images: give the images, or "
+            "statistics saved with --save_features."
+        )
+    return statistics.features
+
+
+def _say(statistics: Statistics) -> str:
+    return str(statistics.about.get("path", "the set of images"))

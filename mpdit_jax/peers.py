@@ -1,0 +1,142 @@
+"""Several processes that notice when one of them is gone.
+
+JAX lets a process that has lost a peer wait for it, or ends it with a stack trace after minutes. Here every process
+keeps the connection of the roll call to process 0 open. The system closes it when a process ends, in whatever way; a
+machine that is gone sends no more signs of life. Whoever remains says who is lost, and ends.
+"""
+
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+_ALIVE, _DONE, _FAILED, _LOST = b"aqel"  # what one byte says; the number of the lost process follows the last one
+_EVERY = 5.0  # seconds between signs of life
+_SILENCE = 60.0  # seconds without one after which a process counts as lost
+_OWN_END = 20.0  # seconds that a process has to end by itself after another one ended with an error
+_VERDICT = 10.0  # seconds that an error waits for the news that a lost process explains it
+
+
+class PeerWatch(threading.Thread):
+    """A thread that watches the other processes, and ends this one when one of them is lost."""
+
+    def __init__(self, index: int, count: int, connections: Mapping[int, socket.socket]) -> None:
+        """Not started yet.
+
+        Args:
+            index: of this process.
+            count: of all.
+            connections: to every other process on process 0, to process 0 on the others.
+        """
+        super().__init__(name="peers", daemon=True)
+        self._index, self._count = index, count
+        self._peers = dict(connections)
+        self._heard = dict.fromkeys(self._peers, time.monotonic())
+        self._farewell: dict[int, float] = {}  # when a process said that it ended with an error
+        self._ending = False
+        self._lock = threading.Lock()
+        for connection in self._peers.values():
+            connection.setblocking(False)
+
+    def leave(self, *, failed: bool) -> None:
+        """Say that this process ends by itself, so that it is not taken for lost."""
+        with self._lock:
+            self._ending = True
+            self._tell(bytes([_FAILED if failed else _DONE]))
+
+    def wait_for_verdict(self) -> None:
+        """Give the thread time to find out that a lost process explains an error; it then ends this process."""
+        time.sleep(_VERDICT)
+
+    def run(self) -> None:
+        """Watch until the process ends."""
+        beat = time.monotonic()
+        while True:
+            numbers = {connection: number for number, connection in self._peers.items()}
+            for connection in select.select(list(numbers), [], [], 1.0)[0]:
+                self._hear(numbers[connection], connection)
+            now = time.monotonic()
+            if now - beat >= _EVERY:
+                beat = now
+                with self._lock:
+                    self._tell(bytes([_ALIVE]))
+            for number in list(self._peers):
+                if now - self._heard[number] > _SILENCE:
+                    self._lost(number, f"no sign of life for {_SILENCE:g} s")
+            for number, when in self._farewell.items():
+                if now - when > _OWN_END:
+                    self._lost(number, "it ended with an error")
+
+    def _hear(self, number: int, connection: socket.socket) -> None:
+        try:
+            received = connection.recv(4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            received = b""
+        if not received:
+            self._gone(number)
+            return
+        self._heard[number] = time.monotonic()
+        news = iter(received)
+        for what in news:
+            if what == _LOST:
+                self._lost(next(news, 0) | next(news, 0) << 8, "as process 0 says")
+            elif what == _FAILED:
+                self._farewell[number] = time.monotonic()
+                self._forget(number)
+                return
+            elif what == _DONE:
+                self._forget(number)
+                return
+
+    def _gone(self, number: int) -> None:
+        """The connection has ended without a word."""
+        self._forget(number)
+        self._lost(number, "its connection ended")
+
+    def _forget(self, number: int) -> None:
+        self._peers.pop(number).close()
+
+    def _lost(self, number: int, how: str) -> None:
+        if self._ending:
+            return
+        os.write(
+            2,
+            f"error: process {number} of {self._count} was lost ({how}): see its log. This process, {self._index}, "
+            "ends as well; the same command on all machines continues from the newest checkpoint.\n".encode(),
+        )
+        with self._lock:
+            self._tell(bytes([_LOST, number & 255, number >> 8]))
+        os._exit(1)
+
+    def _tell(self, message: bytes) -> None:
+        for connection in self._peers.values():
+            try:
+                connection.send(message)
+            except OSError:
+                continue  # it is found out when it is read from
+
+
+def start_watch(index: int, count: int, connections: Mapping[int, socket.socket]) -> None:
+    """Watch the other processes until `leave`. An error that nobody catches waits for what the watch finds out."""
+    watch = PeerWatch(index, count, connections)
+    watch.start()
+    print_traceback = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        watch.wait_for_verdict()
+        print_traceback(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def leave(*, failed: bool) -> None:
+    """Tell the others, if there are any, that this process ends by itself."""
+    for thread in threading.enumerate():
+        if isinstance(thread, PeerWatch):
+            thread.leave(failed=failed)

@@ -1,0 +1,150 @@
+"""A checkpoint on disk: which folders are one, and reading one so that damage is noticed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from mpdit_jax import integrity
+from mpdit_jax.errors import CheckpointError
+from mpdit_jax.processes import any_process
+
+CHECKPOINTS = "checkpoints"
+DIGESTS, DIGESTS_VERSION = "integrity", 1  # an item of its own
+_DIGESTS_FILE = "metadata"  # that Orbax keeps an item of JSON in
+_EXTENSIBLE = "progress"  # the item that later versions may add scalars to; those that a checkpoint lacks are zero
+
+
+def list_steps(workdir: str | Path) -> list[int]:
+    """Steps of the finished checkpoints in a workdir, ascending; other folders with a number are not counted."""
+    folder = Path(workdir) / CHECKPOINTS
+    return sorted(step for step in numbered_folders(workdir) if is_complete(folder / str(step)))
+
+
+def numbered_folders(workdir: str | Path) -> set[int]:
+    """Steps of everything that has the name of a checkpoint, damaged ones included."""
+    folder = Path(workdir) / CHECKPOINTS
+    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    return {int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name))}
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every part is there that Orbax has noted down."""
+    try:
+        parts = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+        return bool(parts) and all(
+            (folder / part / (_DIGESTS_FILE if part == DIGESTS else "_METADATA")).is_file() for part in parts
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def incomplete(folder: Path) -> str:
+    """The sentence about a checkpoint that lacks a part."""
+    return f"the checkpoint {folder} is incomplete"
+
+
+def read_together(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """As `read_step`, by all processes together: it fails on all of them if it fails on one.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not what was saved.
+    """
+    problem: CheckpointError | None = None
+    try:
+        items, notes, record = _restored(folder, targets)
+    except CheckpointError as error:
+        problem = error
+    if any_process(problem is not None):
+        raise problem or CheckpointError(f"the checkpoint {folder} cannot be read by another process (see its log)")
+    _verify(folder, items, record)
+    return items, notes
+
+
+def read_step(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The items of one checkpoint, compared with their digests, and sentences about what is unusual."""
+    items, notes, record = _restored(folder, targets)
+    _verify(folder, items, record)
+    return items, notes
+
+
+def _restored(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], dict[str, Any] | None]:
+    """Items, notes, and the digests they should have; not compared yet."""
+    if not is_complete(folder):
+        raise CheckpointError(incomplete(folder))
+    # Each process reads for itself: a barrier would leave the others waiting for one that fails.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="alone"
+    )
+    try:
+        record = _recorded(folder)
+        items = {}
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            for name, target in targets.items():
+                stored = handler.metadata(folder / name).tree if name == _EXTENSIBLE else target
+                wanted = ocp.args.StandardRestore(_only(target, stored))
+                items[name] = _filled(target, checkpointer.restore(folder / name, args=wanted))
+    except Exception as error:  # what damage looks like is up to the storage layer
+        raise CheckpointError(f"the checkpoint {folder} cannot be read ({reason(error)})") from error
+    notes = []
+    if record is None:
+        notes.append(f"the checkpoint {folder} is of a version that kept no digests: it is used unchecked")
+    return items, notes, record
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    """What was noted down when it was saved; None for checkpoints from before that was done."""
+    parts = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+    if DIGESTS not in parts:
+        return None
+    record: dict[str, Any] = json.loads((folder / DIGESTS / _DIGESTS_FILE).read_text())
+    if record["version"] > DIGESTS_VERSION:
+        raise ValueError(f"its digests are of version {record['version']}, newer than this mpdit_jax")
+    return record
+
+
+def _only(target: Any, stored: Any) -> Any:
+    """The part of a tree of dicts that is stored."""
+    if not isinstance(target, Mapping):
+        return target
+    return {name: _only(value, stored[name]) for name, value in target.items() if name in stored}
+
+
+def _filled(target: Any, restored: Any) -> Any:
+    """A tree of dicts as `target` has it, with zeros for what was not stored."""
+    if not isinstance(target, Mapping):
+        return restored
+    return {
+        name: _filled(value, restored[name]) if name in restored else _zeros(value) for name, value in target.items()
+    }
+
+
+def _zeros(target: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.jit(lambda: jax.numpy.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)(), target
+    )
+
+
+def _verify(folder: Path, items: Mapping[str, Any], record: Mapping[str, Any] | None) -> None:
+    if record is None:
+        return
+    if record["step"] != int(folder.name):
+        raise CheckpointError(f"the checkpoint {folder} is of step {record['step']}, not of the one it is named after")
+    for name, tree in items.items():
+        saved = record["items"].get(name, {})
+        found = integrity.digests(tree)
+        if name == _EXTENSIBLE:
+            found = {path: digest for path, digest in found.items() if path in saved}
+        wrong = integrity.differing(saved, found)
+        if wrong:
+            more = f" and {len(wrong) - 1} more arrays" if len(wrong) > 1 else ""
+            raise CheckpointError(f"the checkpoint {folder} is damaged ({name}/{wrong[0]}{more} is not what was saved)")
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a library says."""
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

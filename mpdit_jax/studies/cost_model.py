@@ -1,0 +1,132 @@
+"""What compiled steps say about those that were not compiled: six numbers a model, fitted and extrapolated.
+
+A chip holds its share of the state, and temporaries of which some grow with its images; it computes what its images
+take; and it gathers and reduces parameters whatever the batch.
+
+    temporaries = a + b * images a chip
+    bytes moved = c + d * images a chip + e * (data > 1: gradients are also summed over copies of the state)
+    operations  = f * images a chip
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mpdit_jax.chips import GIB, Chip
+from mpdit_jax.compiling.collectives import ring_bytes
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """Fitted to the compiled steps of one preset.
+
+    Attributes:
+        arguments: bytes of the state and the batch a chip, with the state split 16 ways.
+        temporaries: (a, b), bytes and bytes an image.
+        moved: (c, d, e), bytes, bytes an image, bytes more where there are copies.
+        flops: operations an image.
+        points: compiled steps it was fitted to.
+        error: the largest relative residual of temporaries, bytes moved and operations.
+    """
+
+    arguments: float
+    temporaries: tuple[float, float]
+    moved: tuple[float, float, float]
+    flops: float
+    points: int
+    error: dict[str, float]
+
+    def predict(self, chips: int, batch_size: int, chip: Chip) -> dict[str, float]:
+        """A step's figures per chip on more chips than were compiled for, as `compiling.report.describe` names them."""
+        images = batch_size / chips
+        temporaries = self.temporaries[0] + self.temporaries[1] * images
+        flops, moved = self.flops * images, self.moved[0] + self.moved[1] * images + self.moved[2]
+        return {
+            "peak": self.arguments + temporaries,
+            "flops": flops,
+            "moved": moved,
+            "bound_seconds": max(flops / chip.flops, moved / chip.ici_bandwidth),
+        }
+
+
+def fit(results: Results) -> dict[str, CostModel]:
+    """A model of each preset that has steps enough: three compiled to their end, of the same split of the state."""
+    models = {}
+    for preset in sorted({entry["preset"] for entry in results.values()}):
+        entries = [entry for entry in results.values() if entry["preset"] == preset and not entry["refused"]]
+        entries = [entry for entry in entries if entry["fsdp"] == 16]
+        if len(entries) >= 3:
+            models[preset] = _fit(entries)
+    return models
+
+
+def _fit(entries: list[Mapping[str, Any]]) -> CostModel:
+    images = np.array([entry["batch_size"] / entry["chips"] for entry in entries])
+    copies = np.array([float(entry["data"] > 1) for entry in entries])
+    one = np.ones(len(entries))
+    temporaries = np.array([entry["temporaries"] for entry in entries], float)
+    moved = np.array([ring_bytes(entry["collectives"]) for entry in entries])
+    flops = np.array([entry["compiled_flops"] for entry in entries], float)
+    ab = np.linalg.lstsq(np.stack([one, images], axis=1), temporaries, rcond=None)[0]
+    cde = np.linalg.lstsq(np.stack([one, images, copies], axis=1), moved, rcond=None)[0]
+    an_image = float((flops / images).mean())
+
+    def worst(found: np.ndarray, expected: np.ndarray) -> float:
+        return float(np.abs(found / expected - 1).max())
+
+    return CostModel(
+        arguments=float(np.median([entry["arguments"] for entry in entries])),
+        temporaries=(float(ab[0]), float(ab[1])),
+        moved=(float(cde[0]), float(cde[1]), float(cde[2])),
+        flops=an_image,
+        points=len(entries),
+        error={
+            "temporaries": worst(ab[0] + ab[1] * images, temporaries),
+            "bytes moved": worst(cde[0] + cde[1] * images + cde[2] * copies, moved),
+            "operations": worst(an_image * images, flops),
+        },
+    )
+
+
+def flops_spread(results: Results, preset: str) -> float:
+    """How far per-chip operations times chips, over the batch, are apart: the largest over the smallest, less 1."""
+    values = [
+        entry["compiled_flops"] * entry["chips"] / entry["batch_size"]
+        for entry in results.values()
+        if entry["preset"] == preset and not entry["refused"]
+    ]
+    return max(values) / min(values) - 1 if values else 0.0
+
+
+def table(results: Results, models: Mapping[str, CostModel]) -> str:
+    """Everything as a Markdown table, then what was fitted."""
+    lines = [
+        "| model | chips | batch | state + batch, GiB | temporaries, GiB | fits 15.75 GiB | TFLOP a chip, compiled "
+        "| × chips, PFLOP | over analytic | moved, GiB | bound, ms | by |",
+        "|" + "---|" * 12,
+    ]
+    for entry in sorted(results.values(), key=lambda entry: (entry["preset"], entry["chips"], entry["batch_size"])):
+        start = f"| {entry['preset']} | {entry['chips']} | {entry['batch_size']} | {entry['arguments'] / GIB:.2f} "
+        if entry["refused"]:
+            lines.append(f"{start}| {entry['temporaries'] / GIB:.1f}, estimated | no | | | | | | |")
+            continue
+        flops = entry["compiled_flops"]
+        lines.append(
+            f"{start}| {entry['temporaries'] / GIB:.2f} | {'yes' if entry['fits'] else 'no'} | {flops / 1e12:.3f} "
+            f"| {flops * entry['chips'] / 1e15:.4f} | {flops / entry['flops']:.4f} "
+            f"| {ring_bytes(entry['collectives']) / GIB:.2f} | {1e3 * entry['bound_seconds']:.1f} "
+            f"| {entry['bound_by']} |"
+        )
+    lines.append("")
+    for preset in sorted({entry["preset"] for entry in results.values()}):
+        lines.append(
+            f"- {preset}: operations times chips over the batch are {flops_spread(results, preset):.2%} apart."
+        )
+    for preset, model in models.items():
+        errors = ", ".join(f"{name} {error:.1%}" for name, error in model.error.items())
+        lines.append(f"- {preset}: fitted to {model.points} steps; largest residuals: {errors}.")
+    return "\n".join(lines)

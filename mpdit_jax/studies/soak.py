@@ -1,0 +1,204 @@
+"""`python -m mpdit_jax.studies.soak`: train for a long time and see whether anything grows.
+
+A real training process runs; from outside, its resident memory and open files are read every few seconds. Afterwards
+its own log of step times is read. Memory and files must not drift by more than 2 % over the last half of the run, nor
+the time of a step by more than 5 % between its halves.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpdit_jax.cli import make_parser, run
+from mpdit_jax.errors import InputError, MPDiTError
+from mpdit_jax.files import check_writable, replacing
+from mpdit_jax.stored import list_steps
+
+_EXAMPLES = """\
+  python -m mpdit_jax.studies.soak --workdir=runs/soak --report=docs/soak.md
+  python -m mpdit_jax.studies.soak --workdir=runs/short --steps=400 --every=20 --report=/tmp/soak.md
+"""
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_MOST_GROWTH, _MOST_SLOWDOWN = 0.02, 0.05
+_LOGGED = 50  # steps a window of step times
+_WARM_UP = 0.1  # of the run, left out of the first half of the step times
+
+
+class SoakError(MPDiTError):
+    """The training under observation did not end well."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """The process at one moment."""
+
+    seconds: float  # since the start
+    resident: int  # bytes
+    files: int  # open descriptors
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """How one quantity has moved: medians of two parts of the run."""
+
+    name: str
+    unit: str
+    before: float
+    after: float
+    allowed: float  # share
+
+    @property
+    def share(self) -> float:
+        """Relative change; growth is positive."""
+        return self.after / self.before - 1
+
+    @property
+    def passed(self) -> bool:
+        """Whether it stayed within what is allowed. Shrinking is no leak."""
+        return self.share < self.allowed
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Soak as the arguments say; exit status 0 if nothing drifts."""
+    parser = make_parser("studies.soak", __doc__.partition("\n\n")[2].replace("\n", " "), _EXAMPLES)
+    parser.add_argument("--workdir", required=True, help="of the training; must not exist yet")
+    parser.add_argument("--report", required=True, metavar="FILE.md", help="Markdown; the samples go to FILE.json")
+    parser.add_argument("--config", default="configs/digits.py", help="what is trained (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20_000, help="updates (default: %(default)s)")
+    parser.add_argument("--every", type=int, default=200, help="steps between checkpoints (default: %(default)s)")
+    parser.add_argument("--interval", type=float, default=2.0, help="seconds between samples (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    workdir, report = Path(options.workdir), Path(options.report)
+    if workdir.exists():
+        raise InputError(f"--workdir={workdir} exists: a soak begins with a new run; give another folder.")
+    if options.steps < 8 * _LOGGED:
+        raise InputError(f"--steps={options.steps}: expected {8 * _LOGGED} or more, of which halves can be compared.")
+    check_writable(report)
+    samples = watch(_command(options), options.interval)
+    drifts = judge(samples, step_times(workdir))
+    text = describe(options, samples, drifts, list_steps(workdir))
+    _write(report, text)
+    _write(report.with_suffix(".json"), json.dumps([dataclasses.astuple(sample) for sample in samples]) + "\n")
+    print(text)
+    return 0 if all(drift.passed for drift in drifts) else 1
+
+
+def _command(options: object) -> list[str]:
+    fields = vars(options)
+    return [
+        sys.executable, "-m", "mpdit_jax.train", f"--config={fields['config']}", f"--workdir={fields['workdir']}",
+        f"--config.steps={fields['steps']}", f"--config.checkpoint.every={fields['every']}",
+        f"--config.log.every={_LOGGED}", f"--config.sample.every={fields['steps']}",
+    ]  # fmt: skip
+
+
+def watch(command: Sequence[str], interval: float) -> list[Sample]:
+    """Run a command to its end, with samples from /proc every `interval` seconds.
+
+    Raises:
+        SoakError: it fails, or is over before the second sample.
+    """
+    samples, begun = list[Sample](), time.monotonic()
+    process = subprocess.Popen(command)
+    try:
+        while process.poll() is None:
+            time.sleep(interval)
+            folder = Path("/proc") / str(process.pid)
+            try:
+                resident = int((folder / "statm").read_text().split()[1]) * _PAGE
+                files = len(list((folder / "fd").iterdir()))
+            except (OSError, IndexError, ValueError):
+                continue  # it has just ended
+            samples.append(Sample(time.monotonic() - begun, resident, files))
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if process.returncode:
+        raise SoakError(f"the training ended with status {process.returncode}: see its output above.")
+    if len(samples) < 8:
+        raise SoakError(
+            f"the training was over after {len(samples)} samples: give more --steps or a shorter --interval."
+        )
+    return samples
+
+
+def step_times(workdir: Path) -> list[float]:
+    """Seconds a step of every window of the log, without checkpoints and pictures, from TensorBoard's files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(workdir / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    step, other = ([event.value for event in events.Scalars(name)] for name in ("seconds_step", "seconds_other"))
+    return [whole - part for whole, part in zip(step, other, strict=True)]
+
+
+def judge(samples: Sequence[Sample], times: Sequence[float]) -> list[Drift]:
+    """The drifts of memory and files over the last half of the run, and of step times between its halves."""
+    half, quarter = len(samples) // 2, 3 * len(samples) // 4
+    middle = len(times) // 2
+
+    def of(name: str, unit: str, values: Sequence[float]) -> Drift:
+        before, after = statistics.median(values[half:quarter]), statistics.median(values[quarter:])
+        return Drift(name, unit, before, after, _MOST_GROWTH)
+
+    first = times[int(_WARM_UP * len(times)) : middle]
+    return [
+        of("resident memory", "MiB", [sample.resident / 2**20 for sample in samples]),
+        of("open files", "", [sample.files for sample in samples]),
+        Drift(
+            "time of a step",
+            "ms",
+            1e3 * statistics.median(first),
+            1e3 * statistics.median(times[middle:]),
+            _MOST_SLOWDOWN,
+        ),
+    ]
+
+
+def describe(options: object, samples: Sequence[Sample], drifts: Sequence[Drift], kept: Sequence[int]) -> str:
+    """The report, in Markdown."""
+    fields = vars(options)
+    rows = [
+        f"| {drift.name} | {drift.before:,.4g} {drift.unit} | {drift.after:,.4g} {drift.unit} | {drift.share:+.2%} | "
+        f"{drift.allowed:.0%} | {'yes' if drift.passed else '**no**'} |"
+        for drift in drifts
+    ]
+    return "\n".join([
+        "# Soak",
+        "",
+        f"`{fields['config']}`, {fields['steps']:,} steps, a checkpoint every {fields['every']}; "
+        f"{samples[-1].seconds / 60:.1f} minutes on {_machine()}, {len(samples):,} samples. "
+        f"Checkpoints kept at the end: {', '.join(map(str, kept))}.",
+        "",
+        "| | third quarter | last quarter | drift | allowed | passed |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+        "Medians; of the time of a step, the two halves of the run, its first tenth left out. Made by",
+        "",
+        f"    python -m mpdit_jax.studies.soak --workdir={fields['workdir']} --config={fields['config']} "
+        f"--steps={fields['steps']} --every={fields['every']} --report={fields['report']}",
+        "",
+    ])  # fmt: skip
+
+
+def _machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} CPU cores ({models[0] if models else 'unknown'})"
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+if __name__ == "__main__":
+    run(main)

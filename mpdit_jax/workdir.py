@@ -1,0 +1,94 @@
+"""The claim of one run on its workdir: a lock, a config that fits, and a check that the folder is still the same."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from ml_collections import FrozenConfigDict
+
+from mpdit_jax.checkpoint import CONFIG, DAMAGED, load_config
+from mpdit_jax.config import differences, to_json
+from mpdit_jax.errors import CheckpointError
+from mpdit_jax.files import Lock, check_place, check_writable, replacing, take_lock
+from mpdit_jax.processes import first_does
+from mpdit_jax.stored import CHECKPOINTS, list_steps, numbered_folders
+
+_LOCK = ".lock"
+_FOLDERS, _FILES = (CHECKPOINTS, DAMAGED, "samples", "tensorboard"), ("metrics.jsonl",)
+
+
+class Claim:
+    """What a run holds of its workdir."""
+
+    def __init__(self, workdir: Path, lock: Lock | None) -> None:
+        """The lock is None on every process but the first."""
+        self._workdir, self._lock = workdir, lock
+
+    def check(self) -> None:
+        """Raise CheckpointError, on every process, if the workdir was deleted or replaced since; all must ask."""
+        first_does(self._check)
+
+    def _check(self) -> None:
+        if self._lock is not None and not self._lock.is_in_place():
+            raise CheckpointError(
+                f"{self._workdir} was deleted, moved or replaced while the run was writing to it: nothing more is "
+                "written there; repeat the command to begin again, or give the --workdir it was moved to."
+            )
+
+
+@contextmanager
+def claim_workdir(workdir: Path, config: FrozenConfigDict) -> Iterator[Claim]:
+    """Hold the workdir for one run: store `config` there, or check that it continues what is stored.
+
+    Raises:
+        CheckpointError: another run is writing here (it is named), the workdir holds a run of another config (the
+            differences are shown), or checkpoints without a config.
+        InputError: the workdir cannot be written, or a file is where a folder is to go.
+    """
+    lock = first_does(partial(_claim, workdir, config))
+    try:
+        yield Claim(workdir, lock)
+    finally:
+        if lock is not None:
+            lock.close()  # the system lets go of it as well when the process ends, however it ends
+
+
+def _claim(workdir: Path, config: FrozenConfigDict) -> Lock:
+    check_writable(workdir / CONFIG)
+    for name in (*_FOLDERS, *_FILES):
+        check_place(workdir / name, folder=name in _FOLDERS)
+    if os.path.isdir(workdir / CHECKPOINTS):
+        check_writable(workdir / CHECKPOINTS / "_")
+    lock = take_lock(workdir / _LOCK)
+    if isinstance(lock, str):
+        raise CheckpointError(
+            f"another training is writing to {workdir} ({lock}): wait for it to end, or use another --workdir."
+        )
+    try:
+        _claim_config(workdir, config)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _claim_config(workdir: Path, config: FrozenConfigDict) -> None:
+    if not numbered_folders(workdir):
+        pass  # nothing has been trained that another config could contradict
+    elif (workdir / CONFIG).exists():
+        changed = differences(load_config(workdir), config)
+        if changed:
+            lines = [f"  config.{path}: {old!r} in the run, {new!r} now" for path, (old, new) in changed.items()]
+            raise CheckpointError(
+                f"{workdir} holds a run of another config:\n"
+                + "\n".join(lines)
+                + "\nUse another --workdir for a new run, or leave these fields as they were to continue this one."
+            )
+    else:
+        raise CheckpointError(f"{workdir} has checkpoints but no {CONFIG}; restore that file or use another workdir.")
+    if max(list_steps(workdir), default=0) >= config.steps:
+        return  # the run is done already: what is stored says how far it went
+    with replacing(workdir / CONFIG) as file:
+        file.write(to_json(config).encode())

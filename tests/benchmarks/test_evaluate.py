@@ -1,0 +1,37 @@
+"""`benchmark evaluate` prints what it measured."""
+
+import pytest
+
+from mpdit_jax.benchmarks.evaluate import _as_text, make_evaluate_parser, measure, time_neighbours
+from mpdit_jax.errors import InputError
+
+
+def test_neighbours_are_timed_and_told():
+    assert time_neighbours(300, dimension=16) > 0
+    assert "300 by 300 images" in _as_text({"neighbours": {"images": 300, "seconds": 1.0}})
+
+
+def test_the_table_names_both_contestants():
+    row = {"version": "1", "device": "cpu"}
+    both = {"jax": {**row, "images_per_s": 30.0}, "pytorch_fid": {**row, "images_per_s": 20.0}}
+    text = _as_text({"image_size": 64, "batch_size": 2, **both, "jax_over_pytorch_fid": 1.5})
+    assert "1.50x" in text
+    assert "30.00 images/s" in text
+    assert "not installed" in _as_text({"image_size": 64, "batch_size": 2, "jax": both["jax"]})
+
+
+def test_bad_arguments_are_refused():
+    from mpdit_jax.benchmark import main
+
+    with pytest.raises(InputError, match="--batch_size=0"):
+        main(["evaluate", "--batch_size=0"])
+
+
+@pytest.mark.parity
+@pytest.mark.slow
+def test_both_run_in_one_go():
+    pytest.importorskip("pytorch_fid")
+    options = make_evaluate_parser().parse_args(["--image_size=32", "--batch_size=1", "--repeats=1"])
+    report = measure(options)
+    assert report["jax"]["images_per_s"] > 0
+    assert report["jax_over_pytorch_fid"] > 0

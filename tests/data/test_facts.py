@@ -1,0 +1,35 @@
+"""A run goes on with the data it began with."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mpdit_jax.data.facts import claim_data, read_facts
+from mpdit_jax.data.sources import ArraySource
+from mpdit_jax.errors import CheckpointError
+
+
+def source(labels):
+    return ArraySource(np.zeros((len(labels), 2, 2, 1), np.uint8), np.array(labels, np.int32), ("a", "b", "c"))
+
+
+def test_other_examples_are_refused_once_something_is_trained(tmp_path):
+    claim_data(tmp_path, source([0, 1, 2]), trained=False)
+    stored = (tmp_path / "data.json").read_bytes()
+    claim_data(tmp_path, source([0, 1, 2]), trained=True)
+    for other in ([0, 1], [0, 2, 1]):
+        with pytest.raises(CheckpointError, match=r"on other examples .*3 \w+\) than those .*use another --workdir"):
+            claim_data(tmp_path, source(other), trained=True)
+    assert (tmp_path / "data.json").read_bytes() == stored
+    claim_data(tmp_path, source([0, 1]), trained=False)  # nothing is bound yet
+    assert read_facts(tmp_path).labels.startswith("2 ")
+
+
+def test_facts_of_a_version_without_labels_are_accepted_and_completed(tmp_path):
+    claim_data(tmp_path, source([0, 1, 2]), trained=False)
+    old = json.loads((tmp_path / "data.json").read_text())
+    del old["labels"]
+    (tmp_path / "data.json").write_text(json.dumps(old))
+    claim_data(tmp_path, source([0, 1]), trained=True)
+    assert read_facts(tmp_path).labels.startswith("2 ")

@@ -1,0 +1,267 @@
+"""`python -m mpdit_jax.evaluate` as a user runs it: every kind of set, every kind of bad input."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mpdit_jax import evaluate
+from mpdit_jax.errors import InputError
+from mpdit_jax.evaluation import command, extraction, inception_weights
+from mpdit_jax.evaluation.extraction import FeatureFolder, extract
+from mpdit_jax.evaluation.sets import open_npz, open_set
+from mpdit_jax.evaluation.statistics import collect, compare, load_statistics, perfect_distance, save_statistics
+from mpdit_jax.sample import main as sample
+from tests.sampling.conftest import make_workdir
+from tests.tiny import refusal
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, digits):
+    """samples.npz, noise.npz, a folder of images."""
+    folder, images = tmp_path_factory.mktemp("sets"), digits[0]
+    np.savez(folder / "samples.npz", arr_0=images[:600], labels=digits[1][:600])
+    np.savez_compressed(folder / "compressed.npz", arr_0=images[:600])
+    (folder / "images" / "a").mkdir(parents=True)
+    for index, image in enumerate(images[:40]):
+        place = folder / "images" / ("a" if index % 2 else ".") / f"{index:03}.png"
+        Image.fromarray(image[..., 0]).save(place)
+    return folder
+
+
+def run(capsys, *arguments):
+    assert evaluate.main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_table_and_json_with_every_setting_that_changes_the_number(files, classifier_file, tmp_path, capsys):
+    out = tmp_path / "numbers.json"
+    common = [f"--features=classifier:{classifier_file}", "--reference=data:digits", f"--out={out}"]
+    said = run(capsys, f"--samples={files / 'samples.npz'}", "--metrics=fd,is,precision,recall,kid", *common)
+    header = next(line for line in said.splitlines() if "FD" in line)
+    assert header.split() == [
+        "FD(classifier)", "IS(classifier)", "IS(classifier)", "std", "precision(classifier)", "recall(classifier)",
+        "KD(classifier)", "KD(classifier)", "std",
+    ]  # fmt: skip
+    assert "FID" not in said
+    (row,) = json.loads(out.read_text())["results"]
+    assert row["metrics"]["precision(classifier)"] == 1.0  # they are part of the reference
+    settings = row["settings"]
+    assert settings["extractor"].keys() >= {"name", "fingerprint", "input", "precision"}
+    assert settings["samples"]["count"] == 600
+    assert settings["reference"]["count"] == 1797
+    assert settings.keys() >= {"k", "splits", "seed", "version", "jax", "platform"}
+    assert not out.with_name("numbers.json.unfinished").exists()
+
+
+def test_the_same_images_in_every_form_give_the_same_number(files, classifier_file, tmp_path, capsys, digits):
+    few = tmp_path / "few.npz"
+    # In the order of the folder's names.
+    names = sorted(p.relative_to(files / "images").as_posix() for p in (files / "images").rglob("*.png"))
+    np.savez(few, arr_0=digits[0][[int(name[-7:-4]) for name in names]])
+    rows = []
+    for place in (few, files / "images"):
+        out = tmp_path / f"{place.name}.json"
+        arguments = (f"--features=classifier:{classifier_file}", "--reference=data:digits", "--metrics=fd")
+        said = run(capsys, f"--samples={place}", f"--out={out}", *arguments)
+        assert "warning: 40 samples are fewer than the 64 features" in said
+        rows.append(json.loads(out.read_text())["results"][0])
+    assert rows[0]["metrics"] == rows[1]["metrics"]
+    assert 0 < rows[0]["settings"]["distance_of_a_perfect_model"] < 20
+    np.testing.assert_array_equal(open_npz(files / "compressed.npz").images, open_npz(files / "samples.npz").images)
+    assert isinstance(open_npz(files / "samples.npz").images, np.memmap)
+
+
+def test_statistics_are_kept_and_compared_with(files, classifier_file, tmp_path, capsys):
+    stats, features = tmp_path / "stats.npz", f"--features=classifier:{classifier_file}"
+    run(
+        capsys,
+        "--samples=data:digits",
+        features,
+        f"--save_stats={stats}",
+        "--save_features",
+        f"--out={tmp_path / 'x.json'}",
+    )
+    with np.load(stats, allow_pickle=False) as archive:
+        assert set(archive.files) == {"mpdit_jax", "mu", "sigma", "features"}
+    numbers = []
+    for reference in (stats, "data:digits"):
+        out = tmp_path / "y.json"
+        run(capsys, f"--samples={files / 'samples.npz'}", f"--reference={reference}", features, f"--out={out}")
+        numbers.append(json.loads(out.read_text())["results"][0]["metrics"])
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-9)
+
+
+def test_an_adm_reference_batch_brings_moments_and_images(tmp_path, tiny_inception, digits):
+    images = digits[0]
+    whole = collect(tiny_inception, [tiny_inception(images)], {})
+    batch = tmp_path / "VIRTUAL_digits.npz"
+    gaussians = whole.gaussians
+    np.savez(
+        batch, arr_0=images[:300], mu=gaussians["pool"].mean, sigma=gaussians["pool"].covariance,
+        mu_s=gaussians["spatial"].mean, sigma_s=gaussians["spatial"].covariance,
+    )  # fmt: skip
+    options = evaluate.make_evaluate_parser().parse_args([f"--reference={batch}"])
+    metrics = ("fd", "sfd", "is", "precision", "recall")
+    reference = command.reference_of(options, tiny_inception, metrics, tmp_path / "scratch")
+    assert len(reference.features) == 300
+    fake = collect(tiny_inception, [tiny_inception(images[500:900])], {})
+    found = compare(reference, fake, metrics)
+    assert list(found) == ["FID", "sFID", "IS", "IS std", "precision", "recall"]
+    expected = compare(whole, fake, ("fd", "sfd"))
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_statistics_of_another_extractor_are_refused_by_name(tmp_path, tiny_inception, extractor, digits):
+    path = tmp_path / "stats.npz"
+    save_statistics(path, collect(extractor, [extractor(digits[0][:100])], {}))
+    with pytest.raises(InputError, match=r"of the extractor classifier \([0-9a-f]{12}\) and this is inception"):
+        load_statistics(path, tiny_inception)
+    np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))  # as pytorch-fid writes them
+    with pytest.raises(InputError, match="statistics of the extractor inception and this is classifier"):
+        load_statistics(path, extractor)
+    with pytest.raises(InputError, match="inception has 4 such features: these are statistics of another extractor"):
+        load_statistics(path, tiny_inception)
+    np.savez(path, mu=np.full(4, np.nan), sigma=np.eye(4))
+    with pytest.raises(InputError, match="hold NaN"):
+        load_statistics(path, tiny_inception)
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(4))
+    stored = load_statistics(path, tiny_inception)
+    with pytest.raises(InputError, match="has moments only, and precision and recall"):
+        compare(stored, stored, ("precision",))
+
+
+def test_a_perfect_model_with_few_images_scores_what_is_told(extractor, digits):
+    images = digits[0]
+    real = collect(extractor, [extractor(images)], {})
+    told = perfect_distance(real, 60)
+    shuffled = np.random.default_rng(0).permutation(len(images))[:60]
+    sampled = compare(real, collect(extractor, [extractor(images[shuffled])], {}), ("fd",))["FD(classifier)"]
+    assert 0.5 < sampled / told < 2
+    assert told > 3 * perfect_distance(real, 600)
+
+
+def test_an_interrupted_look_goes_on_where_it_was(files, tmp_path, extractor, monkeypatch):
+    images = open_set(str(files / "samples.npz"))
+    monkeypatch.setattr(extraction, "_BLOCK", 100)
+    folder = FeatureFolder(tmp_path, extractor, images, ["pool"])
+    seen = []
+
+    class Dying:
+        about, shape = images.about, images.shape
+
+        def __len__(self):
+            return len(images)
+
+        def read(self, rows):
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            seen.append(rows)
+            return images.read(rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(extractor, Dying(), ["pool"], folder)
+    assert [folder.has(number) for number in range(6)] == [True] * 3 + [False] * 3
+    seen.clear()
+    again = np.concatenate([part["pool"] for part in extract(extractor, images, ["pool"], folder)])
+    np.testing.assert_array_equal(again, extractor(np.asarray(images.images))["pool"])
+
+
+def test_a_run_is_drawn_and_compared_for_several_settings_in_one_go(tmp_path, classifier_file, capsys):
+    workdir = make_workdir(tmp_path / "run")
+    arguments = [
+        f"--workdir={workdir}", f"--features=classifier:{classifier_file}", "--num_samples=30", "--steps=2,4",
+        "--guidance_scale=1.5,1.0", "--batch_size=16",
+    ]  # fmt: skip
+    said = run(capsys, *arguments)
+    rows = json.loads((workdir / "evaluation/results.json").read_text())["results"]
+    names = [row["name"].partition(", ")[2] for row in rows]
+    assert names == ["euler 2, w=1.5", "euler 2, w=1", "euler 4, w=1.5", "euler 4, w=1"]
+    assert all(name in said for name in names)
+    drawn = rows[0]["settings"]["sampler"]
+    assert (drawn["label_scheme"], drawn["guidance_scale"], drawn["steps"], drawn["num_samples"]) == (
+        "balanced",
+        1.5,
+        2,
+        30,
+    )
+    again = run(capsys, *arguments)
+    assert again.count("done before") == 4
+    assert json.loads((workdir / "evaluation/results.json").read_text())["results"] == rows
+    # The same images by the other way: drawn into a file first.
+    out = tmp_path / "drawn.npz"
+    assert sample([
+        f"--workdir={workdir}", f"--out={out}",
+        "--num_samples=30", "--steps=2", "--guidance_scale=1.5", "--batch_size=16",
+    ]) == 0  # fmt: skip
+    run(capsys, f"--samples={out}", "--reference=data:digits", arguments[1], f"--out={tmp_path / 'z.json'}")
+    by_file = json.loads((tmp_path / "z.json").read_text())["results"][0]["metrics"]
+    assert by_file == pytest.approx(rows[0]["metrics"], rel=1e-9)
+
+
+def test_bad_arguments_are_one_sentence(files, classifier_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(inception_weights, "CACHE", tmp_path / "nothing")
+    monkeypatch.delenv("MPDIT_JAX_INCEPTION", raising=False)
+    samples, features = f"--samples={files / 'samples.npz'}", f"--features=classifier:{classifier_file}"
+    big, floats, few = tmp_path / "big.npz", tmp_path / "floats.npz", tmp_path / "few.npz"
+    np.savez(big, arr_0=np.zeros((9, 16, 16, 1), np.uint8))
+    np.savez(floats, arr_0=np.zeros((9, 8, 8, 1), np.float32))
+    np.savez(few, arr_0=np.zeros((3, 8, 8, 1), np.uint8))
+    (tmp_path / "text.npz").write_text("nothing of the kind")
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for index, size in enumerate((8, 9)):
+        Image.new("L", (size, size)).save(mixed / f"{index}.png")
+    reference = "--reference=data:digits"
+    for arguments, sentence in (
+        ([samples, reference, "--metrics=fid"], "download pt_inception-2015-12-05-6726825d.pth"),
+        ([samples, reference, "--inception=none.pth"], "--inception=none.pth: no such file; download"),
+        ([samples, reference, features, "--metrics=fid"], "ask for fd, which is printed as FD(classifier)"),
+        ([samples, reference, features, "--metrics=sfd"], "classifier has no spatial output"),
+        ([samples, reference, features, "--metrics=fad"], "expected some of fd, sfd, is"),
+        ([samples, reference, "--features=vgg"], "features='vgg': expected one of inception"),
+        ([samples, features], "--reference is missing"),
+        ([reference, features], "give either --samples=SET or --workdir=FOLDER"),
+        ([f"--samples={big}", reference, features], "the samples are 16x16 pixels and the reference is 8x8"),
+        ([f"--samples={floats}", reference, features], "arr_0 is float32 (9, 8, 8, 1); expected uint8"),
+        ([f"--samples={few}", reference, features], "need 4 images or more in each set: there are 3 fake ones"),
+        ([f"--samples={tmp_path / 'text.npz'}", reference, features], "expected an .npz with images as arr_0"),
+        ([f"--samples={tmp_path / 'none.npz'}", reference, features], "no such file or folder"),
+        ([f"--samples={mixed}", reference, features], "give --image_size=PIXELS"),
+        ([samples, "--reference=data:cats", features], "data:NAME[:SPLIT]"),
+        ([samples, reference, features, "--num_samples=601"], "expected 1 to 600"),
+        ([samples, reference, features, "--k=0"], "--k=0"),
+        ([samples, reference, features, "--out=x.txt"], "ends in .json"),
+        ([samples, reference, features, "--feature_size=64"], "with efficientnet_lite0 alone"),
+    ):
+        monkeypatch.setattr("mpdit_jax.progress.WorkBar.say", lambda *args: None)
+        if "--out=x.txt" not in arguments:
+            arguments.append(f"--out={tmp_path / 'out.json'}")
+        stderr = last_line(arguments, monkeypatch, capsys)
+        assert sentence in stderr, (arguments, stderr)
+    assert not (tmp_path / "out.json").exists()
+
+
+def last_line(arguments, monkeypatch, capsys):
+    """As `refusal`, where a progress bar may have been printed before."""
+    import sys
+
+    from mpdit_jax import cli
+
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    with pytest.raises(SystemExit) as done:
+        cli.run(evaluate.main)
+    assert done.value.code == 1
+    stderr = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(stderr) == 1
+    return stderr[0]
+
+
+def test_nothing_is_written_for_a_run_that_is_not_there(tmp_path, classifier_file, monkeypatch, capsys):
+    arguments = [
+        f"--workdir={tmp_path / 'none'}",
+        f"--features=classifier:{classifier_file}",
+        f"--out={tmp_path / 'o.json'}",
+    ]
+    assert "holds no run" in refusal(evaluate.main, arguments, monkeypatch, capsys)

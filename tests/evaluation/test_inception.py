@@ -1,0 +1,135 @@
+"""FID's Inception: its parts by hand, its weights files, and parity with both PyTorch ports on random weights."""
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from mpdit_jax.errors import WeightsError
+from mpdit_jax.evaluation import inception_weights
+from mpdit_jax.evaluation.extractors import build_inception
+from mpdit_jax.evaluation.inception import Inception
+from mpdit_jax.evaluation.inception_weights import convert_inception, from_torch, load_inception, locate_inception
+from mpdit_jax.evaluation.layers import average_pool
+from mpdit_jax.evaluation.resize import bilinear_weights, resize
+from tests.conftest import relative_error
+from tests.evaluation.torch_references import import_torchvision
+
+TOLERANCE = 1e-4
+
+
+def test_outputs_have_the_published_sizes():
+    found = jax.eval_shape(lambda x: Inception()(x), jax.ShapeDtypeStruct((2, 299, 299, 3), np.float32))
+    assert [array.shape for array in found] == [(2, 2048), (2, 2023), (2, 1008), (2, 1008)]
+
+
+def test_average_pool_leaves_the_padding_out():
+    x = np.random.default_rng(0).standard_normal((2, 4, 5, 3)).astype(np.float32)
+    expected = np.empty_like(x)
+    for i in range(4):
+        for j in range(5):
+            expected[:, i, j] = x[:, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].mean(axis=(1, 2))
+    np.testing.assert_allclose(average_pool(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bilinear_from_corners_and_from_pixel_centres():
+    np.testing.assert_allclose(bilinear_weights(2, 4, half_pixel=False), [[1, 0], [0.5, 0.5], [0, 1], [0, 1]])
+    np.testing.assert_allclose(bilinear_weights(2, 4, half_pixel=True), [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+    x = np.random.default_rng(0).standard_normal((1, 6, 9, 2)).astype(np.float32)
+    assert resize(x, 12, half_pixel=False).shape == (1, 12, 12, 2)
+    np.testing.assert_allclose(resize(x, 12, half_pixel=False)[:, ::2, 0], x[:, :, 0], rtol=1e-6)
+
+
+def test_weights_of_another_network_are_named(inception_state):
+    lacking = {name: array for name, array in inception_state.items() if name != "Mixed_6d.branch7x7_2.bn.bias"}
+    with pytest.raises(WeightsError, match=r"Mixed_6d.branch7x7_2.bn.bias is missing"):
+        from_torch(lacking, "x.pth")
+    with pytest.raises(WeightsError, match="1,000 classes"):
+        from_torch(inception_state | {"fc.weight": np.zeros((1000, 2048), np.float32)}, "x.pth")
+    with pytest.raises(WeightsError, match="entry extra has no place"):
+        from_torch(inception_state | {"extra": np.zeros(3)}, "x.pth")
+    broken = inception_state["Mixed_5b.branch1x1.conv.weight"].copy()
+    broken[0, 0] = np.nan
+    with pytest.raises(WeightsError, match=r"Mixed_5b.branch1x1.conv.weight \(64, 192, 1, 1\) holds NaN"):
+        from_torch(inception_state | {"Mixed_5b.branch1x1.conv.weight": broken}, "x.pth")
+
+
+def test_missing_weights_say_what_to_download_and_where_to_put_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(inception_weights, "CACHE", tmp_path)
+    monkeypatch.delenv("MPDIT_JAX_INCEPTION", raising=False)
+    for path in ("", str(tmp_path / "none.pth")):
+        with pytest.raises(WeightsError, match=r"download pt_inception-2015-12-05-6726825d\.pth .* or give its path"):
+            locate_inception(path)
+    (tmp_path / "weights-inception-2015-12-05-6726825d.pth").touch()
+    assert locate_inception() == tmp_path / "weights-inception-2015-12-05-6726825d.pth"
+    (tmp_path / "mine.pth").touch()
+    monkeypatch.setenv("MPDIT_JAX_INCEPTION", str(tmp_path / "mine.pth"))
+    assert locate_inception() == tmp_path / "mine.pth"
+
+
+def test_a_safetensors_of_the_weights_is_the_same_network(tmp_path, inception_state):
+    source = tmp_path / "with_more.safetensors"
+    safetensors.numpy.save_file(inception_state | {"AuxLogits.fc.bias": np.zeros(3, np.float32)}, source)
+    convert_inception(source, tmp_path / "weights.safetensors")
+    first, second = (build_inception(load_inception(p)) for p in (source, tmp_path / "weights.safetensors"))
+    assert first.fingerprint == second.fingerprint
+    assert (
+        build_inception(from_torch(inception_state, ""), preprocessing="pytorch_fid").fingerprint != first.fingerprint
+    )
+    assert not [name for name in safetensors.numpy.load_file(tmp_path / "weights.safetensors") if "Aux" in name]
+
+
+@pytest.fixture(scope="module")
+def images():
+    # Coarse shapes as in photographs, not noise alone, at no multiple of 299.
+    coarse = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.float32)
+    return np.asarray(jax.image.resize(coarse, (2, 72, 72, 3), "cubic")).clip(0, 255).astype(np.uint8)
+
+
+def torch_state(inception_state):
+    import torch
+
+    return {name: torch.from_numpy(np.asarray(array)) for name, array in inception_state.items()}
+
+
+@pytest.mark.parity
+def test_parity_with_torch_fidelity(tmp_path, inception_state, images):
+    import_torchvision()
+    pytest.importorskip("torch_fidelity")
+    import torch
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = tmp_path / "weights-inception.pth"
+    torch.save(torch_state(inception_state), path)
+    wanted = ["2048", "logits_unbiased", "logits"]
+    theirs = FeatureExtractorInceptionV3("inception-v3-compat", wanted, feature_extractor_weights_path=str(path)).eval()
+    with torch.no_grad():
+        pool, unbiased, logits = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    model = load_inception(path)
+    found = build_inception(model, batch_size=2)(images)
+    assert found["pool"].std() > 0.1
+    assert relative_error(found["pool"], pool) < TOLERANCE
+    assert relative_error(found["probs"], torch.softmax(unbiased, dim=1)) < TOLERANCE
+    bias = inception_state["fc.bias"]
+    np.testing.assert_allclose(logits - unbiased, np.broadcast_to(bias, (2, 1008)), atol=1e-4)
+
+
+@pytest.mark.parity
+def test_parity_with_pytorch_fid_and_its_spatial_features(monkeypatch, inception_state, images):
+    import_torchvision()
+    port = pytest.importorskip("pytorch_fid.inception")
+    import torch
+
+    monkeypatch.setattr(port, "load_state_dict_from_url", lambda *args, **kwargs: torch_state(inception_state))
+    theirs = port.InceptionV3([3]).eval()
+    seen = []
+    # TensorFlow's mixed_6/conv: the 1x1 branch of the third block of 17x17, after its ReLU.
+    block = [module for module in theirs.modules() if hasattr(module, "branch7x7dbl_5")][2]
+    block.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        (pool,) = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).float() / 255)
+    found = build_inception(from_torch(inception_state, ""), preprocessing="pytorch_fid", batch_size=2)(images)
+    assert relative_error(found["pool"], pool[:, :, 0, 0]) < TOLERANCE
+    spatial = seen[0][:, :7].permute(0, 2, 3, 1).reshape(2, -1)
+    assert spatial.shape == (2, 2023)
+    assert relative_error(found["spatial"], spatial) < TOLERANCE

@@ -1,0 +1,12 @@
+import pytest
+
+from mpdit_jax.train import main
+from tests.tiny import train_arguments
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The workdir of a tiny run with checkpoints of steps 4 and 8; copy it before touching it."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert main(train_arguments(workdir)) == 0
+    return workdir

@@ -1,0 +1,144 @@
+"""Real processes of our commands, cheap enough to kill fifty of them, and a way to kill them at any moment.
+
+Half of the life of a tiny run is importing libraries. The nursery imports them once and forks: each child is a process
+of its own that does what `python -m mpdit_jax.COMMAND` does from there on. Nothing of JAX runs before the fork.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.tiny import ROOT, environment
+
+MODULES = ("train", "sample", "prepare")  # what is killed; `evaluate` belongs here as soon as it is resumable
+IMPORTED = (
+    "mpdit_jax.training.loop", "mpdit_jax.training.replay", "mpdit_jax.sampling.command", "mpdit_jax.preparing.store",
+    "mpdit_jax.sampling.decoding", "mpdit_jax.sampling.options", "mpdit_jax.preparing.image_sets", "sklearn.datasets",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Child:
+    """A running command."""
+
+    pid: int
+    output: Path
+    nursery: "Nursery"
+
+    def text(self):
+        return self.output.read_text()
+
+    def kill(self):
+        """Kill it like the kernel does; its status, which is 0 if it was done before."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        return self.wait()
+
+    def wait(self):
+        return self.nursery.ask({"wait": self.pid})
+
+    def is_done(self):
+        return self.nursery.ask({"poll": self.pid})
+
+
+class Nursery:
+    """A context manager; its children are killed when it ends."""
+
+    def __init__(self, folder):
+        self._folder, self._count = folder, 0
+
+    def __enter__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.nursery"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+            env=environment() | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *error):
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+        self._process.stdout.close()
+
+    def start(self, command, arguments, largest_file=None):
+        """Start `python -m mpdit_jax.COMMAND`, whose files may have so many bytes."""
+        self._count += 1
+        output = self._folder / f"output_{self._count}.txt"
+        output.touch()
+        arguments = list(map(str, arguments))
+        pid = self.ask(
+            {"command": command, "arguments": arguments, "output": str(output), "largest_file": largest_file}
+        )
+        return Child(pid, output, self)
+
+    def run(self, command, arguments):
+        """Run a command to its end; what it printed. It must end well."""
+        child = self.start(command, arguments)
+        status = child.wait()
+        assert status == 0, child.text()
+        return child.text()
+
+    def ask(self, request):
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+def wait_until(condition, child, timeout=120.0):
+    """Poll until `condition()` or the child has ended; whether the condition holds."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if condition():
+            return True
+        if child.is_done():
+            return condition()
+        time.sleep(0.002)
+    raise TimeoutError(child.text())
+
+
+def serve():
+    """Answer one request a line."""
+    for name in (*(f"mpdit_jax.{module}" for module in MODULES), *IMPORTED):
+        importlib.import_module(name)
+    children = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "command" in request:
+            answer = os.fork() or live(request)
+            children[answer] = None
+        else:
+            (asked, pid), *_ = request.items()
+            if children[pid] is None:
+                done, status = os.waitpid(pid, 0 if asked == "wait" else os.WNOHANG)
+                children[pid] = os.waitstatus_to_exitcode(status) if done else None
+            answer = children[pid] if asked == "wait" else children[pid] is not None
+        print(json.dumps(answer), flush=True)
+    for pid, status in children.items():
+        if status is None:
+            os.kill(pid, signal.SIGKILL)
+
+
+def live(request):
+    """The life of a child; it does not return."""
+    from mpdit_jax import cli
+
+    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if request["largest_file"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"], request["largest_file"]))
+    sys.argv = [f"mpdit_jax.{request['command']}", *request["arguments"]]
+    cli.run(importlib.import_module(f"mpdit_jax.{request['command']}").main)
+
+
+if __name__ == "__main__":
+    serve()

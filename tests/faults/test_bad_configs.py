@@ -1,0 +1,175 @@
+"""Impossible configs and command lines, in bulk: traced, or refused by our own error.
+
+MPDIT_JAX_MUTATIONS=20000 raises the numbers tried.
+"""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from mpdit_jax.config import defaults, model_of, resolve
+from mpdit_jax.data.sources import check_fits, load_source
+from mpdit_jax.errors import MPDiTError
+from mpdit_jax.mesh import check_batch, make_mesh
+from mpdit_jax.model.parameters import abstract
+from mpdit_jax.train import main
+from mpdit_jax.training.optimizer import make_optimizer
+from mpdit_jax.training.state import abstract_state
+from mpdit_jax.training.step import make_draw, make_loss, make_step
+from tests.faults.damage import MUTATIONS, REAL, TUPLE, WHOLE, WORD, bulk
+from tests.tiny import ROOT
+
+TINY = {
+    "steps": 1, "batch_size": 4, "data.split": "all", "sample.every": 0, "model.patch_sizes": (2, 1),
+    "model.depths": (1, 1), "model.hidden_size": 16, "model.num_heads": 2, "model.input_size": (8, 8),
+    "model.in_channels": 1, "model.num_classes": 10, "model.class_tokens": 2, "model.fno_width": 4,
+    "model.time_embedding": "sinusoidal",
+}  # fmt: skip
+
+
+VALUE = st.one_of(WHOLE, REAL, WORD, TUPLE, st.booleans(), st.none(), st.just({}), st.just([1]))
+FIELD = st.sampled_from([*defaults(), "model.hiden_size", "unknown", "optimizer"])
+
+
+def mutated(changes):
+    """The tiny config with some fields replaced, as a config file that checks nothing would give it."""
+    tree = {}
+    for path, value in {**defaults(), **TINY, **changes}.items():
+        *groups, field = path.split(".")
+        place = tree
+        for group in groups:
+            place = place.setdefault(group, {})
+            if not isinstance(place, dict):
+                return None
+        place[field] = value
+    return ConfigDict(tree)
+
+
+@cache
+def traces(model_config, batch, accumulation, optimizer, time, dropout, decay, spike):
+    """Whether the whole step can be traced: shapes, dtypes and loss, gradient and update of every parameter."""
+    config = mutated({"batch_size": batch})
+    config.optimizer.update(dict(optimizer))
+    config.time.update(dict(time))
+    resolved = resolve(config)
+    made = make_optimizer(resolved.optimizer)
+    step = make_step(
+        make_draw(resolved), make_loss(abstract(model_config)[0]), made, decay, accumulation=accumulation,
+        spike_factor=spike,
+    )  # fmt: skip
+    shape = (batch, *model_config.input_size, model_config.in_channels)
+    examples = {"x": jax.ShapeDtypeStruct(shape, jnp.float32), "y": jax.ShapeDtypeStruct((batch,), jnp.int32)}
+    state = abstract_state(model_config, made, make_mesh())
+    after = jax.eval_shape(step, state, examples)
+    assert jax.tree.map(lambda leaf: leaf.shape, after) == jax.tree.map(lambda leaf: leaf.shape, state)
+    return True
+
+
+def try_config(changes):
+    """What `train` does with a config until its first step is compiled; whether it gets there."""
+    config = mutated(changes)
+    if config is None:
+        return False
+    try:
+        resolved = resolve(config)
+        model_config, mesh = model_of(resolved), make_mesh(**resolved.mesh)
+        check_batch(resolved.batch_size // resolved.gradient_accumulation, mesh)
+        source = load_source(**resolved.data)
+        check_fits(source, (*model_config.input_size, model_config.in_channels), model_config.num_classes)
+    except MPDiTError as error:
+        if not str(error):
+            raise
+        return False
+    assert traces(
+        model_config, resolved.batch_size, resolved.gradient_accumulation, tuple(resolved.optimizer.items()),
+        tuple(resolved.time.items()), resolved.label_dropout, resolved.ema_decay, resolved.skip.spike_factor,
+    ), changes  # fmt: skip
+    return True
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(MUTATIONS, marks=pytest.mark.slow)])
+def test_configs_are_traced_or_refused(count):
+    outcome = {True: 0, False: 0}
+
+    @bulk(count)
+    @given(st.dictionaries(FIELD, VALUE, min_size=1, max_size=3))
+    def one(changes):
+        outcome[try_config(changes)] += 1
+
+    one()
+    print(f"{sum(outcome.values())} mutated configs: {outcome[True]} traced, {outcome[False]} refused")
+    assert sum(outcome.values()) >= count
+    assert min(outcome.values()) > count // 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [
+    {"optimizer.name": "muon", "model.modulation": "block", "model.condition": "vector"},
+    {"optimizer.clip_norm": 1.0, "time.distribution": "uniform", "model.dtype": "bfloat16", "model.remat": "full"},
+    {"gradient_accumulation": 2, "skip.spike_factor": 5.0, "data.max_examples": 9, "data.class_balance": True},
+])  # fmt: skip
+def test_a_sample_of_them_is_run(tmp_path, changes):
+    """What can be traced can be run: one real step each."""
+    from mpdit_jax.training.loop import train
+
+    assert try_config(changes)
+    assert int(train(mutated(changes), tmp_path / "run").step) == 1
+
+
+ARGUMENT = st.one_of(
+    st.sampled_from([
+        "--workdir=x", "--workdir=", "--workdir=s3://b", "--config", "--config=", "--config.steps", "--config.steps=",
+        "--config.steps=3", "--config.model", "--config.model=3", "--config.model.depths[0]=2",
+        "--config.model.depths[9]=2",
+        "--config.model.depths=(", "--config.model.depths=1,", "--noconfig.model.skip", "--noconfig.steps",
+        "--config.=3", "--config..x=1", "--config.optimizer.b1.x=2",
+        "--config.seed=1e3", "--config.data.path=\0", "--num_processes=2",
+        "--process_id=0", "--coordinator_address=h:1", "--join_timeout=-1", "--join_timeout=x", "--replay_step=0",
+        "--replay_step=x", "--", "-", "", "-x", "=", "--=", "--config.model.skip=2", "--config.model.preset=no",
+        "--config=configs/digits.py:argument",
+    ]),
+    st.builds("--config.{}={}".format, FIELD, st.one_of(st.text(max_size=8), WHOLE, REAL, TUPLE)),
+    st.text(max_size=12),
+)  # fmt: skip
+
+
+class Reached(MPDiTError):
+    """The command line was accepted."""
+
+
+def test_command_lines(monkeypatch, capsys):
+    """Status 2 and a sentence, our own error, or a config that training begins with."""
+    counts, ends = dict.fromkeys(("refused by the parser", "refused by a check", "accepted"), 0), []
+
+    def reached(config, workdir):
+        resolve(config)
+        raise Reached("fine")
+
+    monkeypatch.setattr("mpdit_jax.training.loop.train", reached)
+    monkeypatch.setattr("mpdit_jax.training.replay.replay", lambda config, workdir, step: reached(config, workdir))
+    monkeypatch.setattr("mpdit_jax.train.join", lambda options, facts: None)
+
+    @bulk(MUTATIONS // 4)
+    @given(st.lists(ARGUMENT, max_size=4), st.booleans())
+    def one(arguments, complete):
+        before = [f"--config={ROOT / 'configs/digits.py'}", "--workdir=x"] if complete else []
+        try:
+            main([*before, *arguments])
+        except Reached:
+            counts["accepted"] += 1
+        except MPDiTError:
+            counts["refused by a check"] += 1
+        except SystemExit as end:
+            ends.append((end.code, len(capsys.readouterr().err.strip().splitlines()), arguments))
+            counts["refused by the parser"] += 1
+
+    one()
+    for status, lines, arguments in ends:
+        assert (status, lines) == (2, 1) or {"--help", "-h"} & {*arguments}, arguments
+    print(f"command lines: {counts}")
+    assert min(counts.values()) > 0

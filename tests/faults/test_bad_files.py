@@ -1,0 +1,245 @@
+"""Damaged and malicious files, in bulk: read, or refused by our own error, with nothing allocated that is not there."""
+
+import gzip
+import io
+import json
+import shutil
+import struct
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import mpdit_jax as mp
+from mpdit_jax.checkpoint import load_config
+from mpdit_jax.data.facts import read_facts
+from mpdit_jax.data.idx import read_idx
+from mpdit_jax.data.latent_store import LatentStore
+from mpdit_jax.data.sources import load_arrays
+from mpdit_jax.errors import CheckpointError, DataError, InputError, MPDiTError, WeightsError
+from mpdit_jax.preparing.image_sets import open_folder
+from mpdit_jax.preparing.pictures import to_square
+from mpdit_jax.preparing.shards import Work, _read
+from mpdit_jax.preparing.store import _claim_settings
+from mpdit_jax.sampling.blocks import Block, BlockFolder
+from mpdit_jax.train import main
+from tests.data.test_latents import make_store
+from tests.faults.damage import DAMAGE, MUTATIONS, bulk, damaged, json_survives, survives
+from tests.tiny import train_arguments
+
+
+def test_npz(tmp_path):
+    path = tmp_path / "mine.npz"
+    np.savez(path, images=np.zeros((4, 8, 8, 1), np.uint8), labels=np.arange(4))
+    survives(path, path.read_bytes(), lambda path: load_arrays(str(path)), DataError)
+    np.savez_compressed(path, images=np.zeros((4, 8, 8, 1), np.float32), labels=np.arange(4))
+    survives(path, path.read_bytes(), lambda path: load_arrays(str(path)), DataError)
+
+
+@pytest.mark.parametrize("header", [
+    "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 1000000, 1000, 1), }",
+    "{'descr': '|u1', 'fortran_order': False, 'shape': (-1, 8, 8, 1), }",
+    "{'descr': '|O', 'fortran_order': False, 'shape': (4, 8, 8, 1), }",
+    "{'descr': '|V9999999999', 'fortran_order': False, 'shape': (4, 8, 8, 1), }",
+    "{'descr': '|u1', 'shape': (4, 8, 8, 1), }",
+    "__import__('os').system('true')",
+    "(" * 5000,
+])  # fmt: skip
+def test_npz_headers(tmp_path, header):
+    """Nothing of the size that a header claims is allocated before the file is known to hold as much."""
+    path = tmp_path / "mine.npz"
+    np.savez(path, labels=np.arange(4))
+    text = header.encode("latin1") + b"\n"
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("images.npy", b"\x93NUMPY\x02\x00" + struct.pack("<I", len(text)) + text + bytes(256))
+    with pytest.raises(DataError, match=r"expected an \.npz with arrays"):
+        load_arrays(str(path))
+
+
+def test_npz_bomb(tmp_path, monkeypatch):
+    """A thousand-fold compressed array that the machine's memory does not hold is refused before it is unpacked."""
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, images=np.zeros((2**15, 32, 32, 1), np.uint8), labels=np.zeros(2**15, np.int64))
+    assert path.stat().st_size < 2**16
+    monkeypatch.setattr("mpdit_jax.data.npz._memory", lambda: 2**24)
+    with pytest.raises(DataError, match="do not fit into this machine's memory"):
+        load_arrays(str(path))
+
+
+def test_unfinished_samples(tmp_path):
+    folder = BlockFolder(tmp_path / "blocks", {"seed": 0})
+    numbers = np.arange(2)
+    folder.write(0, Block(np.zeros((2, 8, 8, 1), np.uint8), numbers, numbers, np.ones(2, bool)))
+    path = tmp_path / "blocks" / "00000000.npz"
+    survives(path, path.read_bytes(), lambda path: folder.read(0), InputError)
+    path = tmp_path / "blocks" / "settings.json"
+    survives(path, path.read_bytes(), lambda path: BlockFolder(tmp_path / "blocks", {"seed": 0}), InputError)
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"])
+def test_idx(tmp_path, name):
+    content = b"\0\0\x08\x03" + struct.pack(">3I", 5, 8, 8) + bytes(5 * 64)
+    content = gzip.compress(content) if name.endswith(".gz") else content
+    survives(tmp_path / name, content, read_idx, DataError)
+
+
+def test_idx_bomb(tmp_path):
+    """A header that promises 4 GiB, and a gzip file that would unpack to as much."""
+    (tmp_path / "a").write_bytes(b"\0\0\x08\x03" + struct.pack(">3I", 2**16, 2**8, 2**8))
+    with pytest.raises(DataError, match="more than"):
+        read_idx(tmp_path / "a")
+    (tmp_path / "b.gz").write_bytes(gzip.compress(b"\0\0\x08\x01" + struct.pack(">I", 8) + bytes(2**24)))
+    with pytest.raises(DataError, match="holds more"):
+        read_idx(tmp_path / "b.gz")
+
+
+def picture(kind, size=(12, 9)):
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(size[0] * size[1], dtype=np.uint8).reshape(size)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_pictures(tmp_path, kind):
+    """As a file of `prepare`, which rejects it with a reason and goes on."""
+    path = tmp_path / "class" / f"a.{kind.lower()}"
+    path.parent.mkdir()
+
+    def read(path):
+        images, rejected = open_folder(tmp_path), []
+        work = Work(images, None, image_size=8, channels=3, latent_channels=1, batch_size=1, key_bytes=9, classes=1)
+        with ThreadPoolExecutor(1) as pool:
+            list(_read(range(1), work, pool, rejected))
+        if rejected:
+            raise DataError(rejected[0][1])
+
+    survives(path, picture(kind), read, DataError, count=MUTATIONS // 20)
+
+
+@pytest.mark.parametrize("size", [(60000, 60000), (16000, 9000), (1, 5000), (0, 4)])
+def test_picture_bombs(size):
+    """A few hundred bytes of PNG that unpack to gigabytes, or grow to them when the short side is made to fit."""
+    header = struct.pack(">IIBBBBB", size[1], size[0], 8, 0, 0, 0, 0)
+    chunk = b"IHDR" + header
+    content = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    data = zlib.compress(bytes(2**16))
+    content += struct.pack(">I", len(data)) + b"IDAT" + data + struct.pack(">I", zlib.crc32(b"IDAT" + data))
+    with pytest.raises((InputError, Image.DecompressionBombError, OSError, SyntaxError)) as caught:
+        to_square(Image.open(io.BytesIO(content)), 256, 3)
+    assert not isinstance(caught.value, MemoryError)
+
+
+TENSORS = {"x_embedder.proj.weight": np.zeros((8, 4, 2, 2), np.float32), "pos_embed": np.zeros((1, 4, 8), np.float32)}
+
+
+def test_safetensors(tmp_path):
+    content = safetensors.numpy.save(TENSORS)
+    path = tmp_path / "weights.safetensors"
+    read = lambda path: mp.load_torch(path, num_heads=2)  # noqa: E731
+    outcome = 0
+
+    @bulk(MUTATIONS // 8)
+    @given(DAMAGE)
+    def one(damage):
+        nonlocal outcome
+        path.write_bytes(damaged(content, damage))
+        with pytest.raises(WeightsError):
+            read(path)
+        outcome += 1
+
+    one()
+    huge = json.dumps({"a": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}).encode()
+    for text in (huge, b"{}", b"[]", b"{" * 1000):
+        path.write_bytes(struct.pack("<Q", len(text)) + text)
+        with pytest.raises(WeightsError):
+            read(path)
+    print(f"safetensors: {outcome} refused")
+
+
+@pytest.mark.parity
+def test_torch_files(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "weights.pt"
+    torch.save({name: torch.tensor(array) for name, array in TENSORS.items()}, path)
+    content = path.read_bytes()
+
+    @bulk(MUTATIONS // 12)
+    @given(DAMAGE)
+    def one(damage):
+        path.write_bytes(damaged(content, damage))
+        with pytest.raises(WeightsError):
+            mp.load_torch(path, num_heads=2)
+
+    one()
+
+
+def test_state_dicts(golden):
+    """A true state dict of which entries are missing, extra, misshapen or of another kind."""
+    state = golden.group("parameters/") or golden.group("state/") or golden.group("weights/")
+    assert state, sorted(golden.arrays)[:5]
+    names = sorted(state)
+    replacement = st.sampled_from([
+        np.zeros(()), np.zeros((0, 3)), np.zeros((3, 5, 7)), np.array(["x"]), np.array([None]), "text", None,
+        3, object(), np.zeros((2,) * 9), np.full((4, 4), np.nan),
+    ])  # fmt: skip
+    change = st.tuples(st.sampled_from([*names, "extra", "blocks.99.attn.qkv.weight", "", 3]), replacement)
+    loaded = refused = 0
+
+    @bulk(MUTATIONS // 12)
+    @given(st.lists(change, max_size=3), st.sets(st.sampled_from(names), max_size=3))
+    def one(changes, missing):
+        nonlocal loaded, refused
+        changed = {**{name: array for name, array in state.items() if name not in missing}, **dict(changes)}
+        try:
+            mp.load_torch(changed, num_heads=2)
+            loaded += 1
+        except MPDiTError as error:
+            refused += bool(str(error))
+
+    one()
+    print(f"state dicts: {loaded} loaded, {refused} refused")
+    assert refused
+    assert loaded + refused >= MUTATIONS // 12
+
+
+def test_manifests(tmp_path):
+    folder = make_store(tmp_path / "store")
+    json_survives(folder / "manifest.json", lambda: LatentStore(folder), DataError)
+    path = folder / "labels.npy"
+    survives(path, path.read_bytes(), lambda path: LatentStore(folder), DataError)
+
+
+def test_files_of_a_workdir(finished, tmp_path):
+    """The config and the facts of a run; a config of another time is completed, or refused in a sentence."""
+    for name in ("config.json", "data.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    json_survives(tmp_path / "config.json", lambda: load_config(tmp_path), CheckpointError)
+    json_survives(tmp_path / "data.json", lambda: read_facts(tmp_path), CheckpointError)
+
+
+def test_settings_of_prepare(tmp_path):
+    (tmp_path / "prepare.json").write_text(json.dumps({"source": "x", "image_size": 8}))
+    json_survives(
+        tmp_path / "prepare.json", lambda: _claim_settings(tmp_path, {"source": "x", "image_size": 8}), InputError
+    )
+
+
+def test_a_config_of_an_older_version(finished, tmp_path):
+    """Fields that it does not have get their defaults; one that is no longer known is named."""
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    stored = json.loads((finished / "config.json").read_text())
+    del stored["checkpoint"]["grace"], stored["skip"], stored["profile"]
+    (copy / "config.json").write_text(json.dumps(stored))
+    assert load_config(copy) == load_config(finished)
+    mp.load_checkpoint(copy)
+    assert main(train_arguments(copy)) == 0
+    (copy / "config.json").write_text(json.dumps({**stored, "warp": 9}))
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: unknown config key config\.warp"):
+        mp.load_checkpoint(copy)

@@ -1,0 +1,130 @@
+"""A disk that is full or read-only, a workdir that vanishes or is taken: a clear end, nothing overwritten."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+
+import pytest
+
+from mpdit_jax.errors import CheckpointError, InputError
+from mpdit_jax.files import take_lock
+from mpdit_jax.stored import list_steps
+from mpdit_jax.train import main
+from tests.faults.nursery import Nursery, wait_until
+from tests.tiny import assert_same_bits, saved_arrays, train_arguments
+
+EVERY = ["--config.steps=12", "--config.checkpoint.every=1", "--config.checkpoint.keep=100", "--config.log.every=1"]
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
+        yield nursery
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB, and a function that changes its options."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options):
+        return subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True, text=True, check=False
+        )
+
+    done = mount("size=4m") if shutil.which("mount") else None
+    if done is None or done.returncode:
+        pytest.skip(f"mounting a small file system needs root: {done.stderr.strip() if done else 'no mount command'}")
+    try:
+        yield place, lambda options: mount(f"remount,{options}").check_returncode()
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def only_sentence(text):
+    """The error of a failed command: its last line, and no traceback before it."""
+    assert "Traceback" not in text, text
+    last = text.strip().splitlines()[-1]
+    assert last.startswith("error: "), text
+    return last
+
+
+def test_disk_full(nursery, small_disk, tmp_path):
+    """It ends with a sentence; what was saved before is whole, and with more room the run goes on to the same bits."""
+    place, remount = small_disk
+    child = nursery.start("train", train_arguments(place / "run", *EVERY))
+    assert child.wait() == 1
+    assert "No space left on device" in only_sentence(child.text()) or "disk" in only_sentence(child.text())
+    kept = list_steps(place / "run")
+    assert kept
+    assert kept[-1] < 12
+    remount("size=64m")
+    assert f"continuing at step {kept[-1]}" in nursery.run("train", train_arguments(place / "run", *EVERY))
+    nursery.run("train", train_arguments(tmp_path / "other", *EVERY))
+    assert_same_bits(saved_arrays(tmp_path / "other", 12), saved_arrays(place / "run", 12))
+    assert (tmp_path / "other" / "metrics.jsonl").read_bytes() == (place / "run" / "metrics.jsonl").read_bytes()
+
+
+def test_files_that_may_not_grow(nursery, tmp_path):
+    """As with a quota: the limit is on a single file, and the first checkpoint does not fit."""
+    limited = ["--config.model.hidden_size=64"]
+    workdir = tmp_path / "run"
+    child = nursery.start("train", train_arguments(workdir, *limited), largest_file=200_000)
+    assert child.wait() == 1
+    only_sentence(child.text())
+    assert list_steps(workdir) == []
+
+
+def test_read_only_directory(nursery, small_disk):
+    place, remount = small_disk
+    nursery.run("train", train_arguments(place / "run", "--config.steps=1"))
+    remount("size=4m,ro")
+    before = sorted(path for path in place.rglob("*"))
+    for workdir in (place / "run", place / "new"):
+        child = nursery.start("train", train_arguments(workdir))
+        assert child.wait() == 1
+        assert "Read-only file system; choose another place." in only_sentence(child.text())
+    assert before == sorted(path for path in place.rglob("*"))
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_workdir_deleted_during_the_run(nursery, tmp_path, replaced):
+    """The run ends at its next line of the log, and does not write into what has taken the folder's place."""
+    workdir = tmp_path / "run"
+    long = ["--config.steps=100000", "--config.checkpoint.every=100", "--config.log.every=10"]
+    child = nursery.start("train", train_arguments(workdir, *long))
+    wait_until(lambda: "\nstep 10/" in child.text(), child)
+    workdir.rename(tmp_path / "moved")
+    if replaced:
+        workdir.mkdir()
+        (workdir / "notes.txt").write_text("mine")
+    assert child.wait() == 1
+    assert f"{workdir} was deleted, moved or replaced while the run was writing to it" in only_sentence(child.text())
+    assert [path.name for path in workdir.glob("*")] == (["notes.txt"] if replaced else [])
+
+
+def test_the_owner_of_a_lock_is_named(nursery, tmp_path):
+    """And a killed owner leaves nothing that anybody would have to remove."""
+    workdir, long = tmp_path / "run", ["--config.steps=100000", "--config.log.every=10"]
+    child = nursery.start("train", train_arguments(workdir, *long))
+    wait_until(lambda: "starting at step" in child.text(), child)
+    with pytest.raises(CheckpointError, match=f"process {child.pid} on {socket.gethostname()} since 20.* UTC"):
+        main(train_arguments(workdir, *long))
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    nursery.run("train", train_arguments(workdir, "--config.steps=2"))
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    import errno
+    import fcntl
+
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(InputError, match=r"cannot lock .*\.lock \(No locks available\)"):
+        take_lock(tmp_path / ".lock")

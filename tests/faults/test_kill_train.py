@@ -1,0 +1,111 @@
+"""Training that is killed at random moments, again and again, ends in the bits of a run that was left alone.
+
+MPDIT_JAX_KILLS=500 raises the number of kills, MPDIT_JAX_KILL_SEED=7 repeats a series.
+"""
+
+import json
+import os
+import random
+import time
+
+import numpy as np
+import pytest
+
+from tests.faults.nursery import Nursery, wait_until
+from tests.tiny import ROOT, assert_same_bits, run, saved_arrays
+
+KILLS = int(os.environ.get("MPDIT_JAX_KILLS", "50"))
+STEPS = 80
+TINY = [
+    f"--config={ROOT / 'configs/digits.py'}", "--config.data.name=arrays", "--config.batch_size=4",
+    "--config.model.hidden_size=16", "--config.model.num_heads=2", "--config.model.depths=1,1",
+    "--config.model.time_embedding=sinusoidal", f"--config.steps={STEPS}", "--config.log.every=1",
+    "--config.checkpoint.every=2", "--config.checkpoint.keep=2", "--config.sample.every=0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    """Of the run without its workdir; reading its data needs no scikit-learn."""
+    path, draw = tmp_path_factory.mktemp("data") / "digits.npz", np.random.default_rng(0)
+    np.savez(path, images=draw.integers(0, 255, (50, 8, 8, 1), np.uint8), labels=np.arange(50) % 10)
+    return [*TINY, f"--config.data.path={path}"]
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
+        yield nursery
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nursery, arguments, tmp_path_factory):
+    """Started as a user starts it."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    status, _, stderr = run("train", [*arguments, f"--workdir={workdir}"])
+    assert status == 0, stderr
+    return workdir
+
+
+def being_saved(workdir):
+    return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+
+
+def kill_once(nursery, arguments, workdir, draw):
+    """Start the run, kill it at a random moment: (what it was doing, whether it was done before)."""
+    child, begun = nursery.start("train", arguments), time.monotonic()
+    how = draw.choices(["starting", "running", "saving"], [2, 5, 4])[0]
+    if how == "starting":
+        moment = begun + draw.uniform(0, 3)
+        wait_until(lambda: time.monotonic() > moment, child)
+    else:
+        wait_until(lambda: "\nstep " in child.text(), child)
+        if how == "saving":
+            wait_until(lambda: being_saved(workdir), child)
+            time.sleep(draw.uniform(0, 0.08))
+        else:
+            time.sleep(draw.uniform(0, 1.5))
+    status = child.kill()
+    assert status in (0, -9), child.text()
+    return "saving" if being_saved(workdir) else how, status == 0
+
+
+def survive(nursery, arguments, undisturbed, tmp_path, kills):
+    """Kill so many times; start anew in another workdir whenever a run gets to its end before."""
+    seed = int(os.environ.get("MPDIT_JAX_KILL_SEED", random.SystemRandom().randrange(2**32)))
+    print(f"seed {seed}")
+    draw, counts, runs, done = random.Random(seed), dict.fromkeys(("starting", "running", "saving"), 0), 0, True
+    while sum(counts.values()) < kills or not done:
+        if done:
+            runs += 1
+            workdir = tmp_path / f"run_{runs}"
+            mine = [*arguments, f"--workdir={workdir}"]
+        if sum(counts.values()) < kills:
+            how, done = kill_once(nursery, mine, workdir, draw)
+            counts[how] += not done
+        else:
+            nursery.run("train", mine)
+            done = True
+        if done:
+            assert_same_run(undisturbed, workdir)
+    print(f"seed {seed}: {kills} kills in {runs} runs, by what the process was doing: {counts}")
+    return counts
+
+
+def assert_same_run(expected, workdir):
+    """Parameters, EMA, optimizer and progress to the bit, metrics.jsonl to the byte, and no step twice."""
+    assert_same_bits(saved_arrays(expected, STEPS), saved_arrays(workdir, STEPS))
+    metrics = (workdir / "metrics.jsonl").read_bytes()
+    assert metrics == (expected / "metrics.jsonl").read_bytes()
+    assert [json.loads(line)["step"] for line in metrics.splitlines()] == list(range(1, STEPS + 1))
+    assert not (workdir / "damaged_checkpoints").exists()  # a kill damages nothing
+
+
+def test_killed_a_few_times(nursery, arguments, undisturbed, tmp_path):
+    survive(nursery, arguments, undisturbed, tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_killed_fifty_times(nursery, arguments, undisturbed, tmp_path):
+    counts = survive(nursery, arguments, undisturbed, tmp_path, KILLS)
+    assert counts["saving"] >= KILLS // 10  # in the middle of an asynchronous save

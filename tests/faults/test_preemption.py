@@ -1,0 +1,132 @@
+"""SIGTERM and SIGINT at every moment of a run: saved and status 0, or ended at once, and nothing harmed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mpdit_jax.stored import list_steps
+from tests.faults.nursery import Nursery, wait_until
+from tests.tiny import ROOT, assert_same_bits, environment, saved_arrays, start, train_arguments
+
+LONG = ["--config.steps=100000", "--config.checkpoint.every=100000", "--config.log.every=5"]
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
+        yield nursery
+
+
+def handles(pid, number):
+    """Whether a process has a handler of its own for a signal."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = next(line.split()[1] for line in lines if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) & 1 << (number - 1))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_while_libraries_are_imported(tmp_path, number, status):
+    """The first thing that happens takes seconds, and a Ctrl-C there used to end in a traceback of some library."""
+    process = start("train", train_arguments(tmp_path / "run"))
+    while not handles(process.pid, signal.SIGTERM):  # before, Python itself is still starting
+        time.sleep(0.001)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (status, "")
+    assert "Traceback" not in stderr
+    assert "mpdit_jax.train --config=" in stderr  # the line that starts it again
+    assert not (tmp_path / "run").exists()
+
+
+def test_before_the_first_step(nursery, tmp_path):
+    """There is nothing to save: it ends at once, even while it compiles."""
+    child = nursery.start("train", train_arguments(tmp_path / "run", *LONG))
+    wait_until(lambda: "starting at step 0" in child.text(), child)
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait() == 0
+    assert "continue with:\n  " in child.text()
+    assert list_steps(tmp_path / "run") in ([], [1], [2])  # as a rule the signal comes before the first step
+
+
+def test_saved_within_the_grace_period(nursery, tmp_path):
+    workdir = tmp_path / "run"
+    child = nursery.start("train", train_arguments(workdir, *LONG, "--config.checkpoint.grace=60"))
+    wait_until(lambda: "\nstep 5/" in child.text(), child)
+    since = time.monotonic()
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait() == 0
+    assert time.monotonic() - since < 60
+    (step,) = list_steps(workdir)
+    assert f"stopped at step {step} of 100000, saved; continue with:" in child.text()
+
+
+def test_a_grace_period_that_is_too_short(nursery, tmp_path):
+    """It ends in time, says so, and what was saved before is as it was."""
+    workdir = tmp_path / "run"
+    nursery.run("train", train_arguments(workdir, "--config.steps=4"))
+    before = saved_arrays(workdir, 4)
+    child = nursery.start("train", train_arguments(workdir, *LONG, "--config.checkpoint.grace=1e-6"))
+    wait_until(lambda: "\nstep 5/" in child.text(), child)
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait() == 1
+    assert "could not be saved within 1e-06 s (config.checkpoint.grace); the checkpoint of step 4" in child.text()
+    assert_same_bits(before, saved_arrays(workdir, 4))
+
+
+def test_a_second_signal_ends_at_once(nursery, tmp_path):
+    """Also in the middle of the last save; the checkpoint before it is whole, and the run goes on from it."""
+    workdir = tmp_path / "run"
+    nursery.run("train", train_arguments(workdir, "--config.steps=4"))
+    before = saved_arrays(workdir, 4)
+    child = nursery.start("train", train_arguments(workdir, *LONG))
+    wait_until(lambda: "\nstep 5/" in child.text(), child)
+    os.kill(child.pid, signal.SIGTERM)
+    wait_until(lambda: "SIGTERM: saving step" in child.text(), child)
+    since = time.monotonic()
+    os.kill(child.pid, signal.SIGTERM)
+    status = child.wait()
+    assert status in (0, 143)  # 0 if the save was quicker
+    if status == 143:
+        assert "SIGTERM again: ended at once; the checkpoint of step" in child.text()
+        assert time.monotonic() - since < 10
+    assert_same_bits(before, saved_arrays(workdir, 4))
+    reached = list_steps(workdir)[-1]
+    output = nursery.run("train", train_arguments(workdir, f"--config.steps={reached + 1}"))
+    assert f"continuing at step {reached}" in output
+
+
+SLEEPER = """
+import os, signal, time
+from mpdit_jax.interrupt import StopRequest
+with StopRequest(grace=float({grace}), saved=lambda: "the checkpoint of step 7") as stop:
+    print("ready", flush=True)
+    # The main thread is inside a library and hears nothing: without handlers of its own Python would wait for it.
+    import ctypes
+    for _ in range(20):
+        ctypes.CDLL(None).usleep(900000)
+"""
+
+
+@pytest.mark.parametrize(("grace", "signals", "status", "sentence"), [
+    (0.5, 1, 1, "could not be saved within 0.5 s"),
+    (0, 2, 143, "SIGTERM again: ended at once; the checkpoint of step 7 is safe."),
+])  # fmt: skip
+def test_signals_are_heeded_while_a_library_works(grace, signals, status, sentence):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER.format(grace=grace)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment(),
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(signals):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    since = time.monotonic()
+    _, stderr = process.communicate(timeout=15)
+    assert time.monotonic() - since < 10
+    assert process.returncode == status
+    assert sentence in stderr

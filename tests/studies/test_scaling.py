@@ -1,0 +1,123 @@
+"""The study of scaling: it resumes, fits what is exactly of its form, and its page agrees with its numbers."""
+
+import json
+
+import pytest
+
+from mpdit_jax.chips import CHIPS
+from mpdit_jax.errors import InputError
+from mpdit_jax.studies import scaling
+from mpdit_jax.studies.cost_model import fit, flops_spread, table
+from tests.tiny import ROOT
+
+PAGE = ROOT / "docs/scaling.md"
+RESULTS = ROOT / "docs/scaling.json"
+
+
+def entry(preset, chips, batch_size, refused=False):
+    """A step of exactly the cost model's form."""
+    images, data = batch_size / chips, max(chips // 16, 1)
+    moved = int(3e9 + 1e6 * images + 5e8 * (data > 1))
+    collectives = {"all-reduce": 0, "all-gather": moved}
+    temporaries = int(1e9 + 1e8 * images)
+    return {
+        "preset": preset, "chips": chips, "batch_size": batch_size, "fsdp": min(chips, 16), "data": data,
+        "arguments": 5 * 10**8, "temporaries": temporaries, "peak": 5 * 10**8 + temporaries, "refused": refused,
+        "compiled_flops": None if refused else int(3e11 * images), "flops": 3e11 * images,
+        "collectives": None if refused else collectives, "fits": not refused, "hbm": CHIPS["v5e"].hbm,
+        "seconds_to_compile": 1.0, "bound_seconds": 0.1, "bound_by": "links",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results():
+    shapes = [(16, 1024), (64, 1024), (256, 1024), (256, 8192), (16, 256)]
+    found = {f"mpdit_b/{chips}/{batch}": entry("mpdit_b", chips, batch) for chips, batch in shapes}
+    return found | {"mpdit_b/4/8192": entry("mpdit_b", 4, 8192, refused=True)}
+
+
+def test_the_cost_model_is_recovered_and_extrapolates(results):
+    model = fit(results)["mpdit_b"]
+    assert model.points == 5
+    assert max(model.error.values()) < 1e-6
+    expected = entry("mpdit_b", 1024, 4096)
+    found = model.predict(1024, 4096, CHIPS["v5e"])
+    assert found["peak"] == pytest.approx(expected["peak"], rel=1e-6)
+    assert found["flops"] == pytest.approx(expected["compiled_flops"], rel=1e-6)
+    assert found["moved"] == pytest.approx(expected["collectives"]["all-gather"], rel=1e-6)
+    assert fit(dict(list(results.items())[:2])) == {}
+
+
+def test_the_table_tells_what_does_not_fit(results):
+    text = table(results, fit(results))
+    (row,) = [line for line in text.splitlines() if line.startswith("| mpdit_b | 4 | 8192 |")]
+    assert "estimated | no |" in row
+    assert flops_spread(results, "mpdit_b") < 1e-6
+
+
+def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    done = []
+
+    def measure(point):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(point.name)
+        return entry(point.preset, point.chips, point.batch_size)
+
+    monkeypatch.setattr(scaling, "measure", measure)
+    monkeypatch.setattr(scaling, "prepare", lambda: None)  # sets the environment for good
+    out = tmp_path / "scaling.json"
+    with pytest.raises(KeyboardInterrupt):
+        scaling.main([f"--out={out}", "--only=mpdit_b"])
+    assert list(json.loads(out.read_text())) == sorted(done)
+    first, done = done, []
+    monkeypatch.setattr(scaling, "measure", lambda point: done.append(point.name) or measure_plain(point))
+    assert scaling.main([f"--out={out}", "--only=mpdit_b"]) == 0
+    assert not set(first) & set(done)
+    assert {*first, *done} == {point.name for point in scaling.GRID if point.preset == "mpdit_b"}
+    assert "fitted to" in capsys.readouterr().out
+
+
+def measure_plain(point):
+    return entry(point.preset, point.chips, point.batch_size)
+
+
+def test_the_page_gets_the_new_table(results, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{scaling.BEGIN}\nold\n{scaling.END}\nafter\n")
+    out = tmp_path / "scaling.json"
+    out.write_text(json.dumps(results))
+    assert scaling.main([f"--out={out}", "--no_compile", f"--page={page}"]) == 0
+    expected = table(results, fit(results))
+    assert page.read_text() == f"before\n{scaling.BEGIN}\n\n{expected}\n\n{scaling.END}\nafter\n"
+    page.write_text("nothing to replace")
+    with pytest.raises(InputError, match="expected the lines"):
+        scaling.main([f"--out={out}", "--no_compile", f"--page={page}"])
+
+
+def test_another_file_is_refused(tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text('{"a": {"b": 1}}')
+    with pytest.raises(InputError, match="not a file of this command"):
+        scaling.read(path)
+    with pytest.raises(InputError, match="no results yet"):
+        scaling.main([f"--out={tmp_path / 'none.json'}", "--no_compile"])
+
+
+def test_pictures_are_drawn(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    from mpdit_jax.studies.plots import draw
+
+    paths = draw(results, fit(results), tmp_path)
+    assert [path.name for path in paths] == ["scaling_memory.png", "scaling_flops.png", "scaling_traffic.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="the study has no results yet")
+def test_the_page_shows_the_numbers_and_operations_are_shared_out():
+    """Per-chip operations times chips stay within 2 % over all sizes."""
+    found = scaling.read(RESULTS)
+    page = PAGE.read_text()
+    assert table(found, fit(found)) in page
+    for preset in {value["preset"] for value in found.values() if not value["refused"]}:
+        assert flops_spread(found, preset) < 0.02, preset

@@ -1,0 +1,28 @@
+"""Stored configs, those of older versions included."""
+
+import json
+
+import pytest
+
+from mpdit_jax.config import base_config, from_json, model_of, resolve, to_json
+from mpdit_jax.errors import ConfigError
+
+
+def test_a_config_survives_being_stored():
+    config = resolve(base_config())
+    assert from_json(to_json(config)) == config
+
+
+def test_a_run_of_a_version_without_some_fields_stays_readable():
+    stored = json.loads(to_json(resolve(base_config())))
+    del stored["profile"], stored["model"]["convention"], stored["optimizer"]["clip_norm"]
+    config = from_json(json.dumps(stored))
+    assert config == resolve(base_config())
+    assert model_of(config).convention == "velocity"
+
+
+def test_a_field_of_a_newer_version_is_refused():
+    stored = json.loads(to_json(resolve(base_config())))
+    stored["model"]["wavelets"] = 3
+    with pytest.raises(ConfigError, match=r"unknown config key config\.model\.wavelets"):
+        from_json(json.dumps(stored))

@@ -1,0 +1,93 @@
+"""Metrics of a run on its way: their lines, and the same bits after an interruption."""
+
+import json
+
+import pytest
+
+from mpdit_jax.errors import ConfigError
+from mpdit_jax.train import main
+from mpdit_jax.training import evaluation
+from tests.tiny import train_arguments
+
+EVAL = [
+    "--config.eval.every=4", "--config.eval.num_samples=24", "--config.eval.guidance_scales=1.0,2.0",
+    "--config.eval.features=classifier", "--config.eval.steps=2", "--config.eval.metrics=fd,precision,recall",
+    "--config.eval.classifier_steps=20", "--config.eval.batch_size=16",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("evaluated") / "run"
+    assert main(train_arguments(workdir, *EVAL)) == 0
+    return workdir
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_evaluations_have_lines_of_their_own_and_curves(undisturbed):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = lines(undisturbed)
+    assert [(line["step"], "loss" in line) for line in found] == [
+        (3, True),
+        (4, False),
+        (6, True),
+        (8, True),
+        (8, False),
+    ]
+    names = {f"eval/{m}(classifier)/guidance_{w}" for m in ("FD", "precision", "recall") for w in (1, 2)}
+    assert set(found[1]) == {"step", *names}
+    assert found[1] != {**found[4], "step": 4}
+    assert found[1]["eval/FD(classifier)/guidance_1"] > 0
+    events = EventAccumulator(str(undisturbed / "tensorboard"))
+    events.Reload()
+    assert names <= set(events.Tags()["scalars"])
+    assert (undisturbed / "evaluation/real.npz").is_file()
+
+
+def test_a_run_stopped_within_an_evaluation_makes_up_for_it(undisturbed, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    # As SIGTERM does: the evaluation of step 4 ends with nothing, and the run after that step.
+    import os
+    import signal
+
+    look = evaluation.Evaluator._look
+
+    def stopped(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return look(self, *arguments)
+
+    monkeypatch.setattr(evaluation.Evaluator, "_look", stopped)
+    assert main(train_arguments(workdir, *EVAL)) == 0
+    assert [line["step"] for line in lines(workdir)] == [3]
+    monkeypatch.setattr(evaluation.Evaluator, "_look", look)
+    assert main(train_arguments(workdir, *EVAL)) == 0
+    assert (workdir / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+def test_a_finished_run_makes_up_for_its_last_evaluation(undisturbed, tmp_path, capsys):
+    import shutil
+
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    whole = (workdir / "metrics.jsonl").read_bytes()
+    (workdir / "metrics.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+    assert main(train_arguments(workdir, *EVAL)) == 0
+    assert (workdir / "metrics.jsonl").read_bytes() == whole
+    capsys.readouterr()
+    assert main(train_arguments(workdir, *EVAL)) == 0
+    assert "is done: 8 of 8 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("override", "sentence"), [
+    ("--config.eval.guidance_scales=-1.0,2.0", "config.eval.guidance_scales"),
+    ("--config.eval.metrics=fad,", "config.eval.metrics"),
+    ("--config.eval.num_samples=0", "config.eval.num_samples=0: expected 1 or more"),
+    ("--config.eval.every=-1", "config.eval.every=-1"),
+    ("--config.eval.features=vgg", "features='vgg'"),
+])  # fmt: skip
+def test_settings_that_cannot_be_are_refused_before_training(override, sentence, tmp_path):
+    with pytest.raises(ConfigError, match=sentence.replace(".", r"\.")):
+        main(train_arguments(tmp_path / "run", *EVAL, override))
