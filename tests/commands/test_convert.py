@@ -162,7 +162,7 @@ def test_a_pickle_that_carries_code_is_refused_by_name(tmp_path):
     torch.save({"ema": Trap()}, path)
     message = refusal_of(f"--source={path}", f"--out={tmp_path / 'out.safetensors'}")
     assert "trap.pt holds more than tensors and was not loaded, since it could run code" in message
-    assert "it asks for builtins.eval" in message or "it asks for __builtin__.eval" in message
+    assert "it asks for eval" in message
     assert not (tmp_path / "ran").exists()
 
 
