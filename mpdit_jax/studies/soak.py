@@ -5,9 +5,11 @@ its own log of step times is read. Memory and files must not drift by more than 
 the time of a step by more than 5 % between its halves.
 """
 
+import argparse
 import dataclasses
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -73,28 +75,31 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=20_000, help="updates (default: %(default)s)")
     parser.add_argument("--every", type=int, default=200, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument("--interval", type=float, default=2.0, help="seconds between samples (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    parser.usage = f"{parser.prog} --workdir=FOLDER --report=FILE.md [--config.FIELD=VALUE ...]"
+    options, fields = parser.parse_known_args(arguments)
+    if unknown := [word for word in fields if not word.startswith("--config.")]:
+        parser.error(f"unknown argument {unknown[0]!r}")
     workdir, report = Path(options.workdir), Path(options.report)
     if workdir.exists():
         raise InputError(f"--workdir={workdir} exists: a soak begins with a new run; give another folder.")
     if options.steps < 8 * _LOGGED:
         raise InputError(f"--steps={options.steps}: expected {8 * _LOGGED} or more, of which halves can be compared.")
     check_writable(report)
-    samples = watch(_command(options), options.interval)
+    command = _command(options, fields)
+    samples = watch(command, options.interval)
     drifts = judge(samples, step_times(workdir))
-    text = describe(options, samples, drifts, list_steps(workdir))
+    text = describe(arguments, command, samples, drifts, list_steps(workdir))
     _write(report, text)
     _write(report.with_suffix(".json"), json.dumps([dataclasses.astuple(sample) for sample in samples]) + "\n")
     print(text)
     return 0 if all(drift.passed for drift in drifts) else 1
 
 
-def _command(options: object) -> list[str]:
-    fields = vars(options)
+def _command(options: argparse.Namespace, fields: Sequence[str]) -> list[str]:
     return [
-        sys.executable, "-m", "mpdit_jax.train", f"--config={fields['config']}", f"--workdir={fields['workdir']}",
-        f"--config.steps={fields['steps']}", f"--config.checkpoint.every={fields['every']}",
-        f"--config.log.every={_LOGGED}", f"--config.sample.every={fields['steps']}",
+        sys.executable, "-m", "mpdit_jax.train", f"--config={options.config}", f"--workdir={options.workdir}",
+        f"--config.steps={options.steps}", f"--config.checkpoint.every={options.every}",
+        f"--config.log.every={_LOGGED}", f"--config.sample.every={options.steps}", *fields,
     ]  # fmt: skip
 
 
@@ -162,9 +167,14 @@ def judge(samples: Sequence[Sample], times: Sequence[float]) -> list[Drift]:
     ]
 
 
-def describe(options: object, samples: Sequence[Sample], drifts: Sequence[Drift], kept: Sequence[int]) -> str:
+def describe(
+    arguments: Sequence[str],
+    command: Sequence[str],
+    samples: Sequence[Sample],
+    drifts: Sequence[Drift],
+    kept: list[int],
+) -> str:
     """The report, in Markdown."""
-    fields = vars(options)
     rows = [
         f"| {drift.name} | {drift.before:,.4g} {drift.unit} | {drift.after:,.4g} {drift.unit} | {drift.share:+.2%} | "
         f"{drift.allowed:.0%} | {'yes' if drift.passed else '**no**'} |"
@@ -173,9 +183,8 @@ def describe(options: object, samples: Sequence[Sample], drifts: Sequence[Drift]
     return "\n".join([
         "# Soak",
         "",
-        f"`{fields['config']}`, {fields['steps']:,} steps, a checkpoint every {fields['every']}; "
-        f"{samples[-1].seconds / 60:.1f} minutes on {_machine()}, {len(samples):,} samples. "
-        f"Checkpoints kept at the end: {', '.join(map(str, kept))}.",
+        f"`mpdit_jax.train {' '.join(command[3:])}`: {samples[-1].seconds / 60:.1f} minutes on {_machine()}, "
+        f"{len(samples):,} samples. Checkpoints kept at the end: {', '.join(map(str, kept))}.",
         "",
         "| | third quarter | last quarter | drift | allowed | passed |",
         "|---|---|---|---|---|---|",
@@ -183,8 +192,7 @@ def describe(options: object, samples: Sequence[Sample], drifts: Sequence[Drift]
         "",
         "Medians; of the time of a step, the two halves of the run, its first tenth left out. Made by",
         "",
-        f"    python -m mpdit_jax.studies.soak --workdir={fields['workdir']} --config={fields['config']} "
-        f"--steps={fields['steps']} --every={fields['every']} --report={fields['report']}",
+        f"    python -m mpdit_jax.studies.soak {shlex.join(arguments)}",
         "",
     ])  # fmt: skip
 
