@@ -112,7 +112,7 @@ class MPDiT(nnx.Module):
             )
         if not jnp.issubdtype(y.dtype, jnp.integer):
             raise InputError(f"y has dtype {y.dtype}: expected labels, whole numbers from 0 to {self.num_classes}.")
-        # Without the constraints every device computes the conditioning of the whole batch.
+        # Without the constraints the compiler splits the conditioning by features and gathers the whole batch's.
         x, t, y = constrain_batch(x), constrain_batch(t), constrain_batch(y)
         modulation = jax.tree.map(constrain_batch, self.modulation(t))
         return self.velocity(x, modulation, self.class_embedding(y))
