@@ -12,7 +12,7 @@ The paper reports FID 7.36 for it, unguided, after 240 epochs (9.92 after 80), a
 It has not been trained with this code yet. On many devices add --config.mesh.fsdp=N (16, say) to
 split parameters and optimizer as well, and --config.gradient_accumulation=N where a batch does not fit.
 
-The backward pass computes attention's products again (remat dots: 1.3 % more operations). That is the least that fits
+The backward pass computes attention's products again (remat dots: 0.8 % more operations). That is the least that fits
 16 TPU v5e chips: by `python -m mpdit_jax.compile --config=configs/mpdit_xl_256.py --topology=v5e:4x4
 --config.mesh.fsdp=16` a step needs 9.1 GiB of a chip's 15.75, and with --config.model.remat=none over 26.
 """

@@ -2,10 +2,20 @@
 
 import argparse
 
+import numpy as np
 import pytest
 
 from mpdit_jax.errors import ConfigError, ProcessError
-from mpdit_jax.processes import Cluster, add_flags, find_cluster, first_host, join, on_cloud_tpu, roll_call
+from mpdit_jax.processes import (
+    Cluster,
+    _compare_fingerprints,
+    add_flags,
+    find_cluster,
+    first_host,
+    join,
+    on_cloud_tpu,
+    roll_call,
+)
 
 
 def test_alone_unless_something_says_otherwise():
@@ -63,3 +73,18 @@ def test_a_cloud_tpu_has_chips_and_their_library(tmp_path, monkeypatch):
     assert on_cloud_tpu(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not on_cloud_tpu(tmp_path)
+
+
+def test_processes_that_jax_connected_are_compared_too(monkeypatch):
+    """On a TPU pod JAX finds the peers itself, so there is no roll call to compare in."""
+    _compare_fingerprints({"config.seed": "0"})  # alone
+    others = []
+
+    def gathered(digest):
+        return np.stack([digest, digest, *others])
+
+    monkeypatch.setattr("mpdit_jax.processes.multihost_utils.process_allgather", gathered)
+    _compare_fingerprints({"config.seed": "0"})
+    others.append(np.zeros(32, np.uint8))
+    with pytest.raises(ProcessError, match="process 2 was started with another config, workdir or version"):
+        _compare_fingerprints({"config.seed": "0"})

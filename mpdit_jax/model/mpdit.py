@@ -119,7 +119,7 @@ class MPDiT(nnx.Module):
                 The values of traced labels cannot be checked; one out of range then gives NaN.
         """
         x, t, y = self.check(x, t, y)
-        # Without the constraint every device computes the conditioning of the whole batch.
+        # Without the constraint the compiler splits the conditioning by features and gathers the whole batch's.
         modulation = jax.tree.map(constrain_batch, self.modulation(t))
         return self.velocity(x, modulation, self.class_embedding(y))
 

@@ -5,9 +5,11 @@ import os
 import shlex
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+TOPOLOGY = "cloud.google.com/gke-tpu-topology"
 ARGUMENTS = ["--config=configs/digits.py", "--workdir=/shared/my runs/a"]
 
 
@@ -76,6 +78,14 @@ def test_jobsets_describe_the_cluster_that_the_command_finds():
     cluster = find_cluster(values)
     assert cluster == Cluster(f"{name}-workers-0-0.{name}:12345", job["completions"], 1)
     assert {port["containerPort"] for port in container["ports"]} == {12345, 12346}
+    job = tpu["spec"]["replicatedJobs"][0]["template"]["spec"]
+    [container] = job["template"]["spec"]["containers"]
+    chips = prod(int(side) for side in job["template"]["spec"]["nodeSelector"][TOPOLOGY].split("x"))
+    assert chips == job["completions"] * container["resources"]["limits"]["google.com/tpu"]
+    hosts = ",".join(f"host-{index}" for index in range(job["completions"]))
+    found = find_cluster({"TPU_WORKER_HOSTNAMES": hosts, "TPU_WORKER_ID": "1"})
+    port = int(found.coordinator.rpartition(":")[2])
+    assert {entry["containerPort"] for entry in container["ports"]} == {port, port + 1}  # the roll call's after it
     slurm = (ROOT / "launch/slurm.sbatch").read_text()
     assert all(flag in slurm for flag in values["XLA_FLAGS"].split())
 

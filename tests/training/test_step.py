@@ -44,12 +44,13 @@ def trained(steps, config, **options):
 
 
 def test_accumulation_is_the_whole_batch():
-    whole, parts = (trained(4, small_config(), accumulation=count) for count in (1, 4))
+    # eps as in tests/tiny.py: Adam must not divide rounding by rounding.
+    whole, parts = (trained(20, small_config(eps=1e-4), accumulation=count) for count in (1, 4))
     for name, array in whole.parameters.items():
-        if "qkv.bias" not in name:  # a third of it has a true gradient of zero, which Adam scales up
-            np.testing.assert_allclose(parts.parameters[name], array, atol=1e-5, err_msg=name)
+        allowed = 1e-4 * np.abs(array).max()
+        np.testing.assert_allclose(parts.parameters[name], array, rtol=0, atol=allowed, err_msg=name)
     expected, found = (window_means(jax.device_get(state.window)) for state in (whole, parts))
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert found == pytest.approx(expected, rel=1e-5)
     assert len([name for name in found if name.startswith("loss_t")]) == 4
 
 
