@@ -23,6 +23,7 @@ from mpdit_jax.evaluation.classifier_training import train_classifier
 from mpdit_jax.evaluation.extractors import Extractor, build_classifier, make_extractor
 from mpdit_jax.evaluation.moments import Moments, gather_rows, merge_processes
 from mpdit_jax.evaluation.sets import SourceImages, open_set
+from mpdit_jax.evaluation.settings import choose_metrics
 from mpdit_jax.evaluation.statistics import (
     Statistics,
     check_metrics,
@@ -75,6 +76,7 @@ class Evaluator:
         self._config, self._source, self._structure = config, source, structure
         self._folder, self._metrics_file = workdir / "evaluation", workdir / METRICS_FILE
         self._decode, self._stopped = decode, stopped
+        self._metrics = choose_metrics(config.eval.metrics, config.eval.features)
         self._extractor: Extractor | None = None
         self._real: Statistics | None = None
         if config.eval.every and source.latents is not None:
@@ -86,7 +88,7 @@ class Evaluator:
                 raise ConfigError("config.eval.features='classifier' is of images: give classifier:FILE, or another.")
         if config.eval.every and config.eval.features != "classifier":
             self._extractor = self._make_extractor()
-            check_metrics(config.eval.metrics, self._extractor)
+            check_metrics(self._metrics, self._extractor)
 
     def due(self, step: int) -> bool:
         """Whether a run is evaluated after that step."""
@@ -118,7 +120,7 @@ class Evaluator:
                 fake = self._look(extractor, sampler, model)
                 if fake is None:
                     return {}
-                values = compare(real, fake, self._config.eval.metrics)
+                values = compare(real, fake, self._metrics)
                 found |= {f"{PREFIX}{name}/guidance_{scale:g}": value for name, value in values.items()}
         return found
 
@@ -170,7 +172,7 @@ class Evaluator:
     def _prepared(self) -> tuple[Extractor, Statistics]:
         if self._extractor is None:
             self._extractor = self._make_extractor()
-            check_metrics(self._config.eval.metrics, self._extractor)
+            check_metrics(self._metrics, self._extractor)
         if self._real is None:
             self._real = self._real_statistics(self._extractor)
         return self._extractor, self._real
@@ -198,7 +200,7 @@ class Evaluator:
 
     def _real_statistics(self, extractor: Extractor) -> Statistics:
         place = self._config.eval.reference
-        single = bool(_OF_SINGLE_IMAGES & set(self._config.eval.metrics))
+        single = bool(_OF_SINGLE_IMAGES & set(self._metrics))
         if place and holds_statistics(Path(place)):
             stored = load_statistics(place, extractor)
             if single and stored.features is None:

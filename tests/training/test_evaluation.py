@@ -1,6 +1,9 @@
 """Metrics of a run on its way: their lines, and the same bits after an interruption."""
 
 import json
+import os
+import shutil
+import signal
 
 import pytest
 
@@ -51,8 +54,6 @@ def test_evaluations_have_lines_of_their_own_and_curves(undisturbed):
 def test_a_run_stopped_within_an_evaluation_makes_up_for_it(undisturbed, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     # As SIGTERM does: the evaluation of step 4 ends with nothing, and the run after that step.
-    import os
-    import signal
 
     look = evaluation.Evaluator._look
 
@@ -69,7 +70,6 @@ def test_a_run_stopped_within_an_evaluation_makes_up_for_it(undisturbed, tmp_pat
 
 
 def test_a_finished_run_makes_up_for_its_last_evaluation(undisturbed, tmp_path, capsys):
-    import shutil
 
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
     whole = (workdir / "metrics.jsonl").read_bytes()
@@ -83,7 +83,7 @@ def test_a_finished_run_makes_up_for_its_last_evaluation(undisturbed, tmp_path, 
 
 @pytest.mark.parametrize(("override", "sentence"), [
     ("--config.eval.guidance_scales=-1.0,2.0", "config.eval.guidance_scales"),
-    ("--config.eval.metrics=fad,", "config.eval.metrics"),
+    ("--config.eval.metrics=fad,fd", "config.eval.metrics=fad: expected some of fd"),
     ("--config.eval.num_samples=0", "config.eval.num_samples=0: expected 1 or more"),
     ("--config.eval.every=-1", "config.eval.every=-1"),
     ("--config.eval.features=vgg", "features='vgg'"),
