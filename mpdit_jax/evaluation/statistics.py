@@ -242,7 +242,7 @@ def _gaussian(statistics: Statistics, output: str) -> Gaussian:
 def _features(statistics: Statistics, metric: str) -> np.ndarray:
     if statistics.features is None:
         raise InputError(
-            f"{_say(statistics)} has moments only, and {metric} compare(s) single images: give the images, or "
+            f"{_say(statistics)} has moments only, and for {metric} single images are compared: give them, or "
             "statistics saved with --save_features."
         )
     return statistics.features

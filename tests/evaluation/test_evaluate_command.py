@@ -128,7 +128,7 @@ def test_statistics_of_another_extractor_are_refused_by_name(tmp_path, tiny_ince
         load_statistics(path, tiny_inception)
     np.savez(path, mu=np.zeros(4), sigma=np.eye(4))
     stored = load_statistics(path, tiny_inception)
-    with pytest.raises(InputError, match="has moments only, and precision and recall"):
+    with pytest.raises(InputError, match="has moments only, and for precision and recall"):
         compare(stored, stored, ("precision",))
 
 
