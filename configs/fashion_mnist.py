@@ -42,5 +42,5 @@ def get_config() -> ConfigDict:
     config.eval.guidance_scales = (1.0, 2.0)
     config.eval.features = "classifier"
     config.eval.steps = 20
-    config.eval.metrics = ("fd", "precision", "recall")
+    config.eval.metrics = "fd,precision,recall"
     return config

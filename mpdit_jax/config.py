@@ -115,7 +115,7 @@ def base_config() -> ConfigDict:
     config.eval.guidance_scales = (1.0,)
     config.eval.solver = "euler"
     config.eval.steps = 50  # velocity evaluations
-    config.eval.metrics = ("fd",)  # fd | sfd | is | precision | recall | kid
+    config.eval.metrics = "fd"  # some of fd,sfd,is,precision,recall,kid
     config.eval.features = "inception"  # inception | efficientnet_lite0 | classifier:FILE | classifier (trained here)
     config.eval.inception = ""  # its weights; "" for where they usually are
     config.eval.reference = ""  # images or saved statistics; "" for the run's own data, at most 50,000 of them

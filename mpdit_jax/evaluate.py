@@ -112,11 +112,12 @@ def main(arguments: Sequence[str]) -> int:
 
     from mpdit_jax.evaluation import command
     from mpdit_jax.evaluation.report import table, write_json
+    from mpdit_jax.evaluation.settings import choose_metrics
     from mpdit_jax.evaluation.statistics import check_metrics, save_statistics
     from mpdit_jax.files import check_writable
 
     features = command.choose_features(options.features, options.metrics, options.inception)
-    metrics = command.choose_metrics(options.metrics, features)
+    metrics = choose_metrics(options.metrics, features)
     out = _place(options)
     check_writable(out)
     extractor = command.prepare_extractor(options, features)

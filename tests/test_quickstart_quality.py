@@ -27,6 +27,7 @@ def test_guided_samples_show_the_digit_asked_for(tmp_path):
     """Trained as the quickstart trains, but on one half of the digits, so that the judge's half stays unseen."""
     config = f"--config={ROOT / 'configs/digits.py'}"
     arguments = [config, f"--workdir={tmp_path / 'run'}", "--config.data.split=train", "--config.sample.every=0"]
+    arguments.append("--config.eval.every=0")
     process = run("train", arguments)
     assert process[0] == 0, process[2]
 

@@ -17,30 +17,12 @@ from mpdit_jax.evaluation.inception_weights import locate_inception
 from mpdit_jax.evaluation.looking import look, needed
 from mpdit_jax.evaluation.report import Result, make_result
 from mpdit_jax.evaluation.sets import ArrayImages, Decode, ImageBlocks, SourceImages, limited, open_npz, open_set
+from mpdit_jax.evaluation.settings import ALIASES
 from mpdit_jax.evaluation.statistics import Statistics, holds_statistics, load_statistics
 from mpdit_jax.mesh import make_mesh
 from mpdit_jax.vae import load_vae, tiles
 
-_ALIASES = {"fid": "fd", "sfid": "sfd"}
 _OF_SINGLE_IMAGES = {"precision", "recall", "kid"}
-
-
-def choose_metrics(text: str, features: str) -> tuple[str, ...]:
-    """The metrics by our names; without a text those that the extractor is known for.
-
-    Raises:
-        InputError: FID asked of a network that is not FID's.
-    """
-    if not text:
-        return ("fd", "sfd", "is", "precision", "recall") if features == "inception" else ("fd", "precision", "recall")
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    for name in names:
-        if name in _ALIASES and features != "inception":
-            raise InputError(
-                f"--metrics={name}: {name} is of the Inception network alone, and --features={features} gives another "
-                f"Fréchet distance; ask for {_ALIASES[name]}, which is printed as FD({features.partition(':')[0]})."
-            )
-    return tuple(_ALIASES.get(name, name) for name in names)
 
 
 def choose_features(features: str, metrics: str, inception: str) -> str:
@@ -54,7 +36,7 @@ def choose_features(features: str, metrics: str, inception: str) -> str:
     try:
         locate_inception(inception)
     except WeightsError:
-        if inception or _ALIASES.keys() & set(metrics.split(",")):
+        if inception or ALIASES.keys() & set(metrics.split(",")):
             raise
         return "efficientnet_lite0"
     return "inception"

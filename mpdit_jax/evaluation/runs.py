@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mpdit_jax.checkpoint import list_steps, load_checkpoint
+from mpdit_jax.checkpoint import load_checkpoint
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation.extractors import Extractor
 from mpdit_jax.evaluation.looking import look, needed
@@ -22,6 +22,7 @@ from mpdit_jax.sampling.command import Request, parse_labels, run_settings
 from mpdit_jax.sampling.decoding import make_decode
 from mpdit_jax.sampling.options import sampler_from
 from mpdit_jax.sampling.run import draw_blocks
+from mpdit_jax.stored import list_steps
 
 
 def evaluate_run(

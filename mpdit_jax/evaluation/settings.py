@@ -1,10 +1,32 @@
-"""The settings of `config.eval`, and their checks."""
+"""Which metrics are asked for, of which extractor; the settings of `config.eval` and their checks."""
 
 from typing import Any
 
-from mpdit_jax.errors import ConfigError
+from mpdit_jax.errors import ConfigError, InputError
 
 METRICS = ("fd", "sfd", "is", "precision", "recall", "kid")
+ALIASES = {"fid": "fd", "sfid": "sfd"}
+"""What some are called with Inception, and with no other network."""
+
+
+def choose_metrics(text: str, features: str) -> tuple[str, ...]:
+    """The metrics that a list with commas names, by our names; without a text those that the extractor is known for.
+
+    Raises:
+        InputError: a metric that there is not, or FID asked of a network that is not FID's.
+    """
+    if not text:
+        return ("fd", "sfd", "is", "precision", "recall") if features == "inception" else ("fd", "precision", "recall")
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    for name in names:
+        if name not in METRICS and name not in ALIASES:
+            raise InputError(f"metrics={name}: expected some of {', '.join(METRICS)}; fid and sfid with Inception.")
+        if name in ALIASES and features != "inception":
+            raise InputError(
+                f"metrics={name}: {name} is of the Inception network alone, and features={features} gives another "
+                f"Fréchet distance; ask for {ALIASES[name]}, which is printed as FD({features.partition(':')[0]})."
+            )
+    return tuple(ALIASES.get(name, name) for name in names)
 
 
 def check_eval(config: Any) -> None:
@@ -17,5 +39,7 @@ def check_eval(config: Any) -> None:
     scales = config.guidance_scales
     if not scales or not all(isinstance(scale, int | float) and 0 <= scale < 1e6 for scale in scales):
         raise ConfigError(f"config.eval.guidance_scales={scales}: expected numbers of 0 or more, such as 1.0,1.5.")
-    if not config.metrics or not set(config.metrics) <= set(METRICS):
-        raise ConfigError(f"config.eval.metrics={config.metrics}: expected some of {', '.join(METRICS)}.")
+    try:
+        choose_metrics(config.metrics, config.features)
+    except InputError as error:
+        raise ConfigError(f"config.eval.{error}") from error

@@ -20,7 +20,6 @@ from mpdit_jax.evaluation.metrics import (
     kernel_distance,
     precision_recall,
 )
-from mpdit_jax.evaluation.settings import METRICS
 from mpdit_jax.files import replacing
 
 _ABOUT = "mpdit_jax"  # the array that says how a file's statistics were made
@@ -169,11 +168,9 @@ def load_statistics(path: str | Path, extractor: Extractor) -> Statistics:
 def check_metrics(names: Sequence[str], extractor: Extractor) -> None:
     """Raise InputError unless the extractor has what each metric is computed from."""
     for name in names:
-        if name not in METRICS:
-            raise InputError(f"--metrics={name}: expected some of {', '.join(METRICS)} (fid and sfid mean fd and sfd).")
         needed = {"sfd": "spatial", "is": "probs"}.get(name, "pool")
         if needed not in extractor.outputs:
-            raise InputError(f"--metrics={name}: {extractor.name} has no {needed} output; leave that metric out.")
+            raise InputError(f"metrics={name}: {extractor.name} has no {needed} output; leave that metric out.")
 
 
 def compare(
@@ -245,7 +242,7 @@ def _gaussian(statistics: Statistics, output: str) -> Gaussian:
 def _features(statistics: Statistics, metric: str) -> np.ndarray:
     if statistics.features is None:
         raise InputError(
-            f"{_say(statistics)} has moments only, and {metric} compare(s) single images: give the images, or "
+            f"{_say(statistics)} has moments only, and for {metric} single images are compared: give them, or "
             "statistics saved with --save_features."
         )
     return statistics.features

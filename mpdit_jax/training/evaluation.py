@@ -23,6 +23,7 @@ from mpdit_jax.evaluation.classifier_training import train_classifier
 from mpdit_jax.evaluation.extractors import Extractor, build_classifier, make_extractor
 from mpdit_jax.evaluation.moments import Moments, gather_rows, merge_processes
 from mpdit_jax.evaluation.sets import SourceImages, open_set
+from mpdit_jax.evaluation.settings import choose_metrics
 from mpdit_jax.evaluation.statistics import (
     Statistics,
     check_metrics,
@@ -75,6 +76,11 @@ class Evaluator:
         self._config, self._source, self._structure = config, source, structure
         self._folder, self._metrics_file = workdir / "evaluation", workdir / METRICS_FILE
         self._decode, self._stopped = decode, stopped
+        self._metrics = choose_metrics(config.eval.metrics, config.eval.features)
+        # What a process does by itself must not touch the others' devices, and what all do together must not lie on
+        # its own: the mesh of its devices is entered for the first and left for the second.
+        alone = jax.process_count() == 1
+        self._mesh = jax.sharding.get_mesh() if alone else make_mesh(devices=jax.local_devices())
         self._extractor: Extractor | None = None
         self._real: Statistics | None = None
         if config.eval.every and source.latents is not None:
@@ -86,7 +92,7 @@ class Evaluator:
                 raise ConfigError("config.eval.features='classifier' is of images: give classifier:FILE, or another.")
         if config.eval.every and config.eval.features != "classifier":
             self._extractor = self._make_extractor()
-            check_metrics(config.eval.metrics, self._extractor)
+            check_metrics(self._metrics, self._extractor)
 
     def due(self, step: int) -> bool:
         """Whether a run is evaluated after that step."""
@@ -106,29 +112,30 @@ class Evaluator:
             InputError, DataError: a reference that cannot be read.
         """
         extractor, real = self._prepared()
-        parameters, mesh = ema_parameters, jax.sharding.get_mesh()
+        parameters: Any = ema_parameters
         if jax.process_count() > 1:
             parameters = multihost_utils.process_allgather(ema_parameters, tiled=True)
-            mesh = make_mesh(devices=jax.local_devices())
-        found: dict[str, float] = {}
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(self._mesh):
             model = merge(self._structure, parameters)
-            for scale in self._config.eval.guidance_scales:
-                sampler = make_sampler(self._config.eval.solver, self._config.eval.steps, float(scale))
-                fake = self._look(extractor, sampler, model)
-                if fake is None:
-                    return {}
-                values = compare(real, fake, self._config.eval.metrics)
-                found |= {f"{PREFIX}{name}/guidance_{scale:g}": value for name, value in values.items()}
+        found: dict[str, float] = {}
+        for scale in self._config.eval.guidance_scales:
+            sampler = make_sampler(self._config.eval.solver, self._config.eval.steps, float(scale))
+            fake = self._look(extractor, sampler, model)
+            if fake is None:
+                return {}
+            with jax.set_mesh(self._mesh):
+                values = compare(real, fake, self._metrics)
+            found |= {f"{PREFIX}{name}/guidance_{scale:g}": value for name, value in values.items()}
         return found
 
     def _look(self, extractor: Extractor, sampler: Sampler, model: Any) -> Statistics | None:
         """The statistics of fresh samples; None if asked to stop, or if fewer than two of them are finite."""
-        settings, mesh = self._config.eval, jax.sharding.get_mesh()
+        settings, mesh = self._config.eval, self._mesh
         labels = np.resize(np.arange(self._config.model.num_classes), settings.num_samples).astype(np.int32)
         width = -(-settings.batch_size // mesh.size) * mesh.size
         shares, index = jax.process_count(), jax.process_index()
-        key = jax.random.key(self._config.seed)
+        with jax.set_mesh(mesh):
+            key = jax.random.key(self._config.seed)
         moments: dict[str, Moments] = {}
         kept: dict[str, list[np.ndarray]] = {name: [] for name in ("pool", "probs")}
         numbers: list[np.ndarray] = []
@@ -139,13 +146,14 @@ class Evaluator:
             if not len(rows):
                 continue
             filled = np.resize(rows, width)
-            placed, indices = jax.device_put((labels[filled], filled), batch_sharding(mesh))
-            latents = sampler(model, placed, key, indices=indices)
-            pictures = np.asarray(latents if self._decode is None else self._decode(latents))[: len(rows)]
-            block = finish(pictures, labels[rows], rows)
-            if not block.finite.any():
-                continue
-            features = extractor(block.images[block.finite])
+            with jax.set_mesh(mesh):
+                placed, indices = jax.device_put((labels[filled], filled), batch_sharding(mesh))
+                latents = sampler(model, placed, key, indices=indices)
+                pictures = np.asarray(latents if self._decode is None else self._decode(latents))[: len(rows)]
+                block = finish(pictures, labels[rows], rows)
+                if not block.finite.any():
+                    continue
+                features = extractor(block.images[block.finite])
             for name in ("pool", "spatial"):
                 if name in features:
                     seen = moments.get(name, Moments.empty(extractor.outputs[name]))
@@ -170,21 +178,25 @@ class Evaluator:
     def _prepared(self) -> tuple[Extractor, Statistics]:
         if self._extractor is None:
             self._extractor = self._make_extractor()
-            check_metrics(self._config.eval.metrics, self._extractor)
+            check_metrics(self._metrics, self._extractor)
         if self._real is None:
             self._real = self._real_statistics(self._extractor)
         return self._extractor, self._real
 
     def _make_extractor(self) -> Extractor:
         settings = self._config.eval
-        if settings.features != "classifier":
-            return make_extractor(settings.features, inception_path=settings.inception, batch_size=settings.batch_size)
-        path = self._folder / "classifier.safetensors"
-        first_does(partial(self._train_classifier, path))
-        return build_classifier(load_classifier(path), batch_size=settings.batch_size)
+        path, size = self._folder / "classifier.safetensors", settings.batch_size
+        if settings.features == "classifier":
+            first_does(partial(self._train_classifier, path))
+        with jax.set_mesh(self._mesh):
+            if settings.features == "classifier":
+                return build_classifier(load_classifier(path), batch_size=size)
+            return make_extractor(settings.features, inception_path=settings.inception, batch_size=size)
 
     def _train_classifier(self, path: Path) -> None:
-        if not path.is_file():
+        if path.is_file():
+            return
+        with jax.set_mesh(self._mesh):
             model, accuracy = train_classifier(
                 lambda rows: self._source.batch(rows)["x"],
                 self._source.labels,
@@ -198,7 +210,7 @@ class Evaluator:
 
     def _real_statistics(self, extractor: Extractor) -> Statistics:
         place = self._config.eval.reference
-        single = bool(_OF_SINGLE_IMAGES & set(self._config.eval.metrics))
+        single = bool(_OF_SINGLE_IMAGES & set(self._metrics))
         if place and holds_statistics(Path(place)):
             stored = load_statistics(place, extractor)
             if single and stored.features is None:
@@ -222,7 +234,8 @@ class Evaluator:
             extractor(images.read(np.arange(start, min(start + size, len(images)))))
             for start in range(0, len(images), size)
         )
-        found = collect(extractor, parts, about)
+        with jax.set_mesh(self._mesh):
+            found = collect(extractor, parts, about)
         first_does(lambda: save_statistics(path, found, features=single))
         return found
 

@@ -128,7 +128,7 @@ def test_statistics_of_another_extractor_are_refused_by_name(tmp_path, tiny_ince
         load_statistics(path, tiny_inception)
     np.savez(path, mu=np.zeros(4), sigma=np.eye(4))
     stored = load_statistics(path, tiny_inception)
-    with pytest.raises(InputError, match="has moments only, and precision and recall"):
+    with pytest.raises(InputError, match="has moments only, and for precision and recall"):
         compare(stored, stored, ("precision",))
 
 
@@ -180,22 +180,16 @@ def test_a_run_is_drawn_and_compared_for_several_settings_in_one_go(tmp_path, cl
     assert names == ["euler 2, w=1.5", "euler 2, w=1", "euler 4, w=1.5", "euler 4, w=1"]
     assert all(name in said for name in names)
     drawn = rows[0]["settings"]["sampler"]
-    assert (drawn["label_scheme"], drawn["guidance_scale"], drawn["steps"], drawn["num_samples"]) == (
-        "balanced",
-        1.5,
-        2,
-        30,
-    )
+    assert (drawn["label_scheme"], drawn["guidance_scale"], drawn["steps"]) == ("balanced", 1.5, 2)
+    assert rows[0]["settings"]["samples"]["count"] == 30
     again = run(capsys, *arguments)
     assert again.count("done before") == 4
     assert json.loads((workdir / "evaluation/results.json").read_text())["results"] == rows
     # The same images by the other way: drawn into a file first.
     out = tmp_path / "drawn.npz"
-    assert sample([
-        f"--workdir={workdir}", f"--out={out}",
-        "--num_samples=30", "--steps=2", "--guidance_scale=1.5", "--batch_size=16",
-    ]) == 0  # fmt: skip
-    run(capsys, f"--samples={out}", "--reference=data:digits", arguments[1], f"--out={tmp_path / 'z.json'}")
+    one = ["--num_samples=30", "--steps=2", "--guidance_scale=1.5", "--batch_size=16"]
+    assert sample([f"--workdir={workdir}", *one, f"--out={out}"]) == 0
+    run(capsys, f"--samples={out}", "--reference=data:digits:train", arguments[1], f"--out={tmp_path / 'z.json'}")
     by_file = json.loads((tmp_path / "z.json").read_text())["results"][0]["metrics"]
     assert by_file == pytest.approx(rows[0]["metrics"], rel=1e-9)
 

@@ -1,6 +1,9 @@
 """Metrics of a run on its way: their lines, and the same bits after an interruption."""
 
 import json
+import os
+import shutil
+import signal
 
 import pytest
 
@@ -8,6 +11,7 @@ from mpdit_jax.errors import ConfigError
 from mpdit_jax.train import main
 from mpdit_jax.training import evaluation
 from tests.tiny import train_arguments
+from tests.training.test_processes import launch
 
 EVAL = [
     "--config.eval.every=4", "--config.eval.num_samples=24", "--config.eval.guidance_scales=1.0,2.0",
@@ -51,8 +55,6 @@ def test_evaluations_have_lines_of_their_own_and_curves(undisturbed):
 def test_a_run_stopped_within_an_evaluation_makes_up_for_it(undisturbed, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     # As SIGTERM does: the evaluation of step 4 ends with nothing, and the run after that step.
-    import os
-    import signal
 
     look = evaluation.Evaluator._look
 
@@ -69,7 +71,6 @@ def test_a_run_stopped_within_an_evaluation_makes_up_for_it(undisturbed, tmp_pat
 
 
 def test_a_finished_run_makes_up_for_its_last_evaluation(undisturbed, tmp_path, capsys):
-    import shutil
 
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
     whole = (workdir / "metrics.jsonl").read_bytes()
@@ -83,7 +84,7 @@ def test_a_finished_run_makes_up_for_its_last_evaluation(undisturbed, tmp_path, 
 
 @pytest.mark.parametrize(("override", "sentence"), [
     ("--config.eval.guidance_scales=-1.0,2.0", "config.eval.guidance_scales"),
-    ("--config.eval.metrics=fad,", "config.eval.metrics"),
+    ("--config.eval.metrics=fad,fd", "config.eval.metrics=fad: expected some of fd"),
     ("--config.eval.num_samples=0", "config.eval.num_samples=0: expected 1 or more"),
     ("--config.eval.every=-1", "config.eval.every=-1"),
     ("--config.eval.features=vgg", "features='vgg'"),
@@ -91,3 +92,17 @@ def test_a_finished_run_makes_up_for_its_last_evaluation(undisturbed, tmp_path, 
 def test_settings_that_cannot_be_are_refused_before_training(override, sentence, tmp_path):
     with pytest.raises(ConfigError, match=sentence.replace(".", r"\.")):
         main(train_arguments(tmp_path / "run", *EVAL, override))
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(undisturbed, tmp_path):
+    """Each draws its share: moments and features are merged, and the metrics are those of one process."""
+    workdir = tmp_path / "run"
+    process = launch(2, 1, "train", *train_arguments(workdir, *EVAL))
+    stdout, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, stdout
+    together, alone = lines(workdir), lines(undisturbed)
+    assert [line.keys() for line in together] == [line.keys() for line in alone]
+    for ours, theirs in zip(together, alone, strict=True):
+        if "loss" not in ours:
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=0.05)

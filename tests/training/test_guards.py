@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from mpdit_jax.checkpoint import list_steps
 from mpdit_jax.cli import make_parser, parse_with_config
 from mpdit_jax.errors import DivergedError
+from mpdit_jax.stored import list_steps
 from mpdit_jax.training import loop
 from tests.tiny import saved_arrays, train_arguments
 
