@@ -131,9 +131,9 @@ def draw(start: list[Record], trained: list[Record], path: Path) -> None:
 
 def as_tables(start: list[Record], trained: list[Record]) -> str:
     """Both results as Markdown."""
-    lines = ["| fno_init | fno_width | output RMS | gradient norm |", "|---|---|---|---|"]
+    lines = ["| fno_init | fno_width | seeds | output RMS | gradient norm |", "|---|---|---|---|---|"]
     lines += [
-        f"| {r['init']} | {r['width']} | {r['output_rms']:.2f} ± {r['output_rms_std']:.2f} | "
+        f"| {r['init']} | {r['width']} | {r['seeds']} | {r['output_rms']:.2f} ± {r['output_rms_std']:.2f} | "
         f"{r['gradient_norm']:.2f} ± {r['gradient_norm_std']:.2f} |"
         for r in start
     ]
