@@ -3,6 +3,7 @@
 Results and what they mean: docs/fno_width.md.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -130,9 +131,9 @@ def draw(start: list[Record], trained: list[Record], path: Path) -> None:
 
 def as_tables(start: list[Record], trained: list[Record]) -> str:
     """Both results as Markdown."""
-    lines = ["| fno_init | fno_width | output RMS | gradient norm |", "|---|---|---|---|"]
+    lines = ["| fno_init | fno_width | seeds | output RMS | gradient norm |", "|---|---|---|---|---|"]
     lines += [
-        f"| {r['init']} | {r['width']} | {r['output_rms']:.2f} ± {r['output_rms_std']:.2f} | "
+        f"| {r['init']} | {r['width']} | {r['seeds']} | {r['output_rms']:.2f} ± {r['output_rms_std']:.2f} | "
         f"{r['gradient_norm']:.2f} ± {r['gradient_norm_std']:.2f} |"
         for r in start
     ]
@@ -171,8 +172,8 @@ def _measure_training(settings: Record) -> Record:
             window = jax.device_get(state.window)  # sums since the start of the run
             means = window_means({name: window[name] - previous[name] for name in window})
             previous, skipped = window, float(window["skipped"])
-            losses.append(round(means["loss"], 5))
-            gradient_norms.append(round(means["gradient_norm"], 5))
+            losses.append(round(means.get("loss", math.nan), 5))  # NaN: all ten were left out
+            gradient_norms.append(round(means.get("gradient_norm", math.nan), 5))
     return {"losses": losses, "gradient_norms": gradient_norms, "skipped": skipped}
 
 

@@ -69,7 +69,7 @@ def replay(config: ConfigDict | FrozenConfigDict, workdir: str | Path, number: i
     model_config, mesh, source = model_of(config), make_mesh(**config.mesh), load_source(**config.data)
     check_fits(source, (*model_config.input_size, model_config.in_channels), model_config.num_classes)
     structure, optimizer = abstract(model_config)[0], make_optimizer(config.optimizer)
-    draw, loss = make_draw(config, source.latents), make_loss(structure)
+    draw, loss = make_draw(config, source.latents), make_loss(structure, config.mask_loss_weight)
     with jax.set_mesh(mesh):
         target = abstract_state(model_config, optimizer, mesh)
         before, lines = _newest_before(workdir, number, to_items(target))

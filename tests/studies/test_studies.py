@@ -61,7 +61,7 @@ def test_a_short_run_is_measured():
 
 def fake_records():
     start = [
-        {"init": init, "width": width} | dict.fromkeys(
+        {"init": init, "width": width, "seeds": 8} | dict.fromkeys(
             ("output_rms", "output_rms_std", "gradient_norm", "gradient_norm_std"), 1.0
         )
         for init in ("paper", "scaled")
