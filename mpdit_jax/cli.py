@@ -17,11 +17,11 @@ from typing import NoReturn, TextIO
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from mpdit_jax.checks import suggest
 from mpdit_jax.config import defaults
 from mpdit_jax.errors import ConfigError, DamageWarning, MPDiTError
 from mpdit_jax.files import REFUSALS
 from mpdit_jax.interrupt import KILLED_BY, Terminated, ending_by_exception, this_command
-from mpdit_jax.model.config import suggest
 from mpdit_jax.model.presets import PRESETS
 from mpdit_jax.peers import leave
 

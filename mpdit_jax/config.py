@@ -10,12 +10,13 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import placeholder
 
 from mpdit_jax import __version__
+from mpdit_jax.checks import suggest
 from mpdit_jax.data.latents import NORMALIZATIONS
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.evaluation.settings import check_eval
 from mpdit_jax.files import code_fingerprint
 from mpdit_jax.flow.objective import TIME_DISTRIBUTIONS
-from mpdit_jax.model.config import ModelConfig, suggest
+from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.presets import model_config
 from mpdit_jax.training.optimizer import check_optimizer
 
@@ -28,7 +29,7 @@ CONTINUABLE = (
     "profile",
     "sample",
     "eval",
-    "skip.abort_after",
+    "guard.abort_after",
     "mesh",
     "data.path",
     "model.remat",
@@ -79,9 +80,9 @@ def base_config() -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.01  # on every parameter
 
-    config.skip = ConfigDict()  # steps that are not finite are left out and counted
-    config.skip.spike_factor = 0.0  # also those with a gradient norm this many times the running mean; 0 for never
-    config.skip.abort_after = 10  # steps left out in a row after which the run ends
+    config.guard = ConfigDict()  # steps that are not finite are left out and counted
+    config.guard.spike_factor = 0.0  # also those with a gradient norm this many times the running mean; 0 for never
+    config.guard.abort_after = 10  # steps left out in a row after which the run ends
 
     config.time = ConfigDict()
     config.time.distribution = "logit_normal"  # logit_normal | uniform
@@ -200,7 +201,7 @@ def _check(config: ConfigDict) -> None:
         "checkpoint.keep",
         "log.every",
         "sample.steps",
-        "skip.abort_after",
+        "guard.abort_after",
     ):
         _expect(config, path, _get(config, path) >= 1, "1 or more")
     for path in (
@@ -214,7 +215,7 @@ def _check(config: ConfigDict) -> None:
         "optimizer.decay_steps",
         "optimizer.end_learning_rate",
         "optimizer.clip_norm",
-        "skip.spike_factor",
+        "guard.spike_factor",
         "data.max_examples",
         "profile.start",
         "profile.steps",
@@ -233,8 +234,8 @@ def _check(config: ConfigDict) -> None:
         config.batch_size % config.gradient_accumulation == 0,
         f"a divisor of batch_size={config.batch_size}",
     )
-    factor = config.skip.spike_factor
-    _expect(config, "skip.spike_factor", factor == 0 or factor > 1, "0 (never) or a number above 1, such as 10")
+    factor = config.guard.spike_factor
+    _expect(config, "guard.spike_factor", factor == 0 or factor > 1, "0 (never) or a number above 1, such as 10")
     check_optimizer(config.optimizer)
     check_eval(config.eval)
     if config.time.distribution not in TIME_DISTRIBUTIONS:

@@ -88,7 +88,7 @@ def compile_step(config: FrozenConfigDict, mesh: Mesh) -> Program:
         optimizer,
         config.ema_decay,
         accumulation=config.gradient_accumulation,
-        spike_factor=config.skip.spike_factor,
+        spike_factor=config.guard.spike_factor,
     )
 
     def of_batch(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
+from mpdit_jax.checks import suggest
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.flow.adaptive import Adaptive
 from mpdit_jax.flow.solvers import DPMpp2M, Euler, Heun, Midpoint, Solver
 from mpdit_jax.flow.stochastic import EulerMaruyama
-from mpdit_jax.model.config import suggest
 
 SOLVERS: dict[str, Solver] = {
     "euler": Euler(),

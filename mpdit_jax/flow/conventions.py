@@ -11,27 +11,27 @@ import numpy as np
 from flax import nnx
 
 from mpdit_jax.errors import InputError
-from mpdit_jax.model.mpdit import MPDiT
+from mpdit_jax.flow.protocols import Convertible
 
 DIFFUSION_STEPS = 1000
 FIRST_BETA, LAST_BETA = 1e-4, 0.02
 
 
-def as_velocity(model: MPDiT) -> nnx.Module:
-    """The model as a velocity of our convention, by `model.config.convention`; returned as it is if it is one already.
+def as_velocity(model: Convertible) -> nnx.Module:
+    """The model as a velocity of our convention, by `model.convention`; returned as it is if it is one already.
 
     Raises:
-        InputError: not an MPDiT.
+        InputError: not a model that declares a convention, as those of load_torch and create_model do.
     """
-    if not isinstance(model, MPDiT):
+    if not isinstance(model, nnx.Module) or not isinstance(model, Convertible):
         raise InputError(f"model={type(model).__name__}: expected a model from load_torch or create_model.")
-    return {"velocity": lambda found: found, "sit": SiTVelocity, "dit": DiTVelocity}[model.config.convention](model)
+    return {"velocity": lambda found: found, "sit": SiTVelocity, "dit": DiTVelocity}[model.convention](model)
 
 
 class Converted(nnx.Module):
     """What the conversions share: a model inside, called as models are."""
 
-    def __init__(self, model: MPDiT) -> None:
+    def __init__(self, model: Convertible) -> None:
         self.model = model
 
     @property

@@ -62,3 +62,8 @@ class DeclaresConvention(Protocol):
     @property
     def convention(self) -> str:
         """`"velocity"`: noise minus data, with t = 0 at the data and t = 1 at the noise."""
+
+
+@runtime_checkable
+class Convertible(Factored, Castable, Portable, DeclaresConvention, Protocol):
+    """A model that `as_velocity` can convert."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mpdit_jax.checks import is_whole
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.flow.catalogue import find_solver
 from mpdit_jax.flow.fields import Field, model_field
@@ -27,7 +28,6 @@ from mpdit_jax.flow.protocols import Castable, ClassConditional
 from mpdit_jax.flow.randomness import draw_noise, given_increments, noise_increments
 from mpdit_jax.flow.solvers import Solution, Solver
 from mpdit_jax.flow.times import TimeGrid, find_time_grid
-from mpdit_jax.model.config import is_whole
 
 PRECISIONS = ("float32", "bfloat16")
 

@@ -5,8 +5,8 @@ from typing import Protocol
 
 import numpy as np
 
+from mpdit_jax.checks import suggest
 from mpdit_jax.errors import ConfigError
-from mpdit_jax.model.config import suggest
 
 
 class TimeGrid(Protocol):

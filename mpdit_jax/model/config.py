@@ -1,12 +1,11 @@
 """`ModelConfig`: every choice that shapes the model, checked when it is made."""
 
 import dataclasses
-import difflib
 import math
 import numbers
-from collections.abc import Collection
 from typing import Any, Literal
 
+from mpdit_jax.checks import is_whole, suggest
 from mpdit_jax.errors import ConfigError
 
 TIME_EMBEDDINGS = ("fno", "sinusoidal")
@@ -206,17 +205,6 @@ class ModelConfig:
             if name not in known:
                 raise ConfigError(f"unknown model field {name!r}{suggest(name, known)}; fields: {', '.join(known)}.")
         return dataclasses.replace(self, **changes)
-
-
-def suggest(name: str, known: Collection[str]) -> str:
-    """`" (did you mean 'x'?)"` for the known name nearest to `name`, or nothing."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, NumPy's included; True and False are not."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _integers(name: str, value: Any) -> tuple[int, ...]:

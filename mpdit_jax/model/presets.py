@@ -5,8 +5,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from mpdit_jax.checks import is_whole, suggest
 from mpdit_jax.errors import ConfigError
-from mpdit_jax.model.config import ModelConfig, is_whole, suggest
+from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.mpdit import MPDiT
 
 _SMALL = {"hidden_size": 384, "num_heads": 6}

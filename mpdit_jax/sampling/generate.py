@@ -12,10 +12,10 @@ from PIL import Image
 
 from mpdit_jax import images
 from mpdit_jax.checkpoint import load_checkpoint
+from mpdit_jax.checks import is_whole
 from mpdit_jax.errors import InputError
 from mpdit_jax.flow.inputs import check_labels, check_model, check_scale
 from mpdit_jax.flow.sampler import make_sampler
-from mpdit_jax.model.config import is_whole
 from mpdit_jax.sampling.run import Decode, check_drawable, finish
 
 

@@ -57,7 +57,8 @@ def draw_blocks(
     check_labels(labels, check_model(model).num_classes)
     check_drawable(model.input_shape, decode)
     mesh = make_mesh(devices=jax.local_devices())
-    width = -(-batch_size // mesh.size) * mesh.size  # images a program draws: the same for every device
+    # Images a program draws: the same number on every device.
+    width = -(-min(batch_size, len(labels)) // mesh.size) * mesh.size
     count = -(-len(labels) // batch_size)
     mine = [number for number in range(count) if number % jax.process_count() == jax.process_index()]
     todo = [number for number in mine if not folder.has(number)]
@@ -69,7 +70,7 @@ def draw_blocks(
             bar.say(f"{done} of {total} images are there already, in {folder.path}")
         for number in todo:
             rows = _rows(number, batch_size, len(labels))
-            # The program always sees a full batch; what fills it up is thrown away.
+            # The program always sees a batch of one size; what fills it up is thrown away.
             filled = np.resize(rows, width)
             placed, indices = jax.device_put((labels[filled].astype(np.int32), filled), batch_sharding(mesh))
             latents = sampler(model, placed, key, indices=indices, **_rows_of(call, filled))

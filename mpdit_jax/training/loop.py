@@ -105,7 +105,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
             optimizer,
             config.ema_decay,
             accumulation=config.gradient_accumulation,
-            spike_factor=config.skip.spike_factor,
+            spike_factor=config.guard.spike_factor,
         )
         update = jit_step(plain_step, target, mesh)
         fresh_window = jax.jit(empty_window, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target.window))
@@ -154,10 +154,10 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                     means = window_means(window) | {"learning_rate": float(learning_rate(accepted))}
                     report.metrics(step, means, watch.lap())
                     report.skipped(skipped_steps(window), int(window["skipped"]))
-                    _check_skips(checkpoints, step, state, config.skip.abort_after)
+                    _check_skips(checkpoints, step, state, config.guard.abort_after)
                 if step % config.checkpoint.every == 0 or last:
                     # While steps are left out, what broke them may be in the parameters: older states are good.
-                    skipped = _check_skips(checkpoints, step, state, config.skip.abort_after)
+                    skipped = _check_skips(checkpoints, step, state, config.guard.abort_after)
                     if last or not skipped:
                         with watch.of("other"):
                             claim.check()
@@ -174,7 +174,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                 stop.begin_grace()
                 report.say(f"{stop.name or 'another process was asked to stop'}: saving step {step}")
                 claim.check()
-                _check_skips(checkpoints, step, state, config.skip.abort_after)
+                _check_skips(checkpoints, step, state, config.guard.abort_after)
                 checkpoints.save(step, to_items(state))
     return state
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import optax
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from mpdit_jax.checks import suggest
 from mpdit_jax.errors import ConfigError
-from mpdit_jax.model.config import suggest
 from mpdit_jax.model.parameters import Parameters
 
 _MUON_RMS = 0.2  # size of an update's entries relative to the learning rate that AdamW's have in practice (Moonlight)

@@ -80,7 +80,7 @@ def replay(config: ConfigDict | FrozenConfigDict, workdir: str | Path, number: i
             optimizer,
             config.ema_decay,
             accumulation=config.gradient_accumulation,
-            spike_factor=config.skip.spike_factor,
+            spike_factor=config.guard.spike_factor,
         )
         rows = local_rows(config.batch_size, mesh)
         update, start = jit_step(step, target, mesh), int(state.step)
@@ -96,7 +96,7 @@ def replay(config: ConfigDict | FrozenConfigDict, workdir: str | Path, number: i
         accepted = int(after.guard["accepted"]) > kept
     verdict = "counts" if accepted else "is left out"
     if sound and not accepted:
-        verdict += f": its gradient norm spikes (config.skip.spike_factor={config.skip.spike_factor:g})"
+        verdict += f": its gradient norm spikes (config.guard.spike_factor={config.guard.spike_factor:g})"
     return Replay([*lines, *found, f"step {number} (batch {number - 1}) {verdict}"], sound and accepted)
 
 

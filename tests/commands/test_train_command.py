@@ -54,7 +54,7 @@ def test_wrong_arguments(arguments, sentence, capsys):
     ("--config.gradient_accumulation=3", r"gradient_accumulation=3: expected a divisor of batch_size=8"),
     ("--config.optimizer.name=adam", r"optimizer\.name='adam' \(did you mean 'adamw'\?\)"),
     ("--config.optimizer.schedule=cosine", r"decay_steps=0: expected how many steps"),
-    ("--config.skip.spike_factor=0.5", r"spike_factor=0\.5: expected 0"),
+    ("--config.guard.spike_factor=0.5", r"spike_factor=0\.5: expected 0"),
     ("--config.time.distribution=normal", "did you mean 'logit_normal'"),
     ("--config.model.preset=mpdit_bb", "unknown preset 'mpdit_bb'"),
     ("--config.model.patch_sizes=3,1", "multiples of 3"),
@@ -123,7 +123,7 @@ def test_two_word_flags(tmp_path):
 
 
 def test_a_diverged_run_ends_with_a_sentence(tmp_path):
-    more = ["--config.optimizer.learning_rate=1e30", "--config.log.every=2", "--config.skip.abort_after=2"]
+    more = ["--config.optimizer.learning_rate=1e30", "--config.log.every=2", "--config.guard.abort_after=2"]
     arguments = train_arguments(tmp_path / "run", *more)
     status, _, stderr = run("train", arguments)
     assert status == 3

@@ -87,7 +87,7 @@ def try_config(changes):
         return False
     assert traces(
         model_config, resolved.batch_size, resolved.gradient_accumulation, tuple(resolved.optimizer.items()),
-        tuple(resolved.time.items()), resolved.label_dropout, resolved.ema_decay, resolved.skip.spike_factor,
+        tuple(resolved.time.items()), resolved.label_dropout, resolved.ema_decay, resolved.guard.spike_factor,
     ), changes  # fmt: skip
     return True
 
@@ -111,7 +111,7 @@ def test_configs_are_traced_or_refused(count):
 @pytest.mark.parametrize("changes", [
     {"optimizer.name": "muon", "model.modulation": "block", "model.condition": "vector"},
     {"optimizer.clip_norm": 1.0, "time.distribution": "uniform", "model.dtype": "bfloat16", "model.remat": "full"},
-    {"gradient_accumulation": 2, "skip.spike_factor": 5.0, "data.max_examples": 9, "data.class_balance": True},
+    {"gradient_accumulation": 2, "guard.spike_factor": 5.0, "data.max_examples": 9, "data.class_balance": True},
 ])  # fmt: skip
 def test_a_sample_of_them_is_run(tmp_path, changes):
     """What can be traced can be run: one real step each."""

@@ -235,7 +235,7 @@ def test_a_config_of_an_older_version(finished, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     stored = json.loads((finished / "config.json").read_text())
-    del stored["checkpoint"]["grace"], stored["skip"], stored["profile"]
+    del stored["checkpoint"]["grace"], stored["guard"], stored["profile"]
     (copy / "config.json").write_text(json.dumps(stored))
     assert load_config(copy) == load_config(finished)
     mp.load_checkpoint(copy)

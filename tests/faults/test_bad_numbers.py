@@ -119,7 +119,7 @@ def test_impossible_replays(with_skips, step, sentence):
 def test_too_many_in_a_row_end_the_run(tmp_path, bad_data, capsys):
     """The newest good checkpoint is kept, and nothing after it."""
     workdir = tmp_path / "run"
-    more = ["--config.skip.abort_after=2", "--config.log.every=1", "--config.checkpoint.every=1"]
+    more = ["--config.guard.abort_after=2", "--config.log.every=1", "--config.checkpoint.every=1"]
     with pytest.raises(DivergedError, match="the newest checkpoint is of step 4") as caught:
         main(train_arguments(workdir, *more))
     assert caught.value.exit_status == 3

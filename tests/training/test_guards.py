@@ -26,7 +26,7 @@ def test_the_last_good_checkpoint_outlives_a_run_that_breaks(tmp_path, monkeypat
             yield batch if index < 5 else {**batch, "x": np.full_like(batch["x"], np.nan)}
 
     monkeypatch.setattr(loop, "batches", broken)
-    config = tiny_config(workdir, "--config.steps=40", "--config.skip.abort_after=3", "--config.log.every=1")
+    config = tiny_config(workdir, "--config.steps=40", "--config.guard.abort_after=3", "--config.log.every=1")
     with pytest.raises(DivergedError, match=r"last 3 steps up to 8 .* newest checkpoint is of step 4"):
         loop.train(config, workdir)
     assert list_steps(workdir) == [4]

@@ -189,7 +189,7 @@ def test_two_trainings_do_not_share_a_workdir(tmp_path):
 
 def test_a_diverged_state_is_never_saved(tmp_path):
     more = ["--config.optimizer.learning_rate=1e30", "--config.log.every=8", "--config.checkpoint.every=1"]
-    more += ["--config.skip.abort_after=3"]
+    more += ["--config.guard.abort_after=3"]
     status, _, stderr = run("train", train_arguments(tmp_path / "run", *more))
     assert status == 3
     assert "were left out" in stderr

@@ -1,0 +1,17 @@
+"""What every check of a value needs: is it a whole number, and which known name was meant."""
+
+import difflib
+import numbers
+from collections.abc import Collection
+from typing import Any
+
+
+def suggest(name: str, known: Collection[str]) -> str:
+    """`" (did you mean 'x'?)"` for the known name nearest to `name`, or nothing."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, NumPy's included; True and False are not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
