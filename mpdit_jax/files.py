@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ REFUSALS = (
     errno.ESTALE,
     errno.ENAMETOOLONG,
 )
+_LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 _OWNER_LIMIT = 200  # characters
 
 
@@ -50,6 +52,13 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what `replacing` leaves in a folder when it is killed; only whoever holds the folder's lock may do this."""
+    for path in folder.glob(".?*.tmp"):
+        if _LEFTOVER.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def check_writable(path: str | Path) -> None:

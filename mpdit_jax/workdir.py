@@ -11,7 +11,7 @@ from ml_collections import FrozenConfigDict
 from mpdit_jax.checkpoint import CONFIG, DAMAGED, load_config
 from mpdit_jax.config import differences, to_json
 from mpdit_jax.errors import CheckpointError
-from mpdit_jax.files import Lock, check_place, check_writable, replacing, take_lock
+from mpdit_jax.files import Lock, check_place, check_writable, remove_leftovers, replacing, take_lock
 from mpdit_jax.processes import first_does
 from mpdit_jax.stored import CHECKPOINTS, list_steps, numbered_folders
 
@@ -67,6 +67,8 @@ def _claim(workdir: Path, config: FrozenConfigDict) -> Lock:
             f"another training is writing to {workdir} ({lock}): wait for it to end, or use another --workdir."
         )
     try:
+        for folder in (workdir, workdir / "samples"):
+            remove_leftovers(folder)
         _claim_config(workdir, config)
     except BaseException:
         lock.close()

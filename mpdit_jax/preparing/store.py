@@ -23,7 +23,7 @@ from mpdit_jax.data.latent_store import (
     sha256,
 )
 from mpdit_jax.errors import DataError, InputError, MPDiTError, ProcessError
-from mpdit_jax.files import Lock, check_writable, replacing, take_lock
+from mpdit_jax.files import Lock, check_writable, remove_leftovers, replacing, take_lock
 from mpdit_jax.interrupt import StopRequest
 from mpdit_jax.mesh import make_mesh
 from mpdit_jax.preparing.image_sets import ImageSet, key_bytes_of
@@ -268,6 +268,7 @@ def _take(out: Path, settings: dict[str, Any]) -> Lock:
     if isinstance(lock, str):
         raise InputError(f"another prepare is writing to {out} ({lock}): wait for it to end, or use another --out.")
     try:
+        remove_leftovers(out)
         _claim_settings(out, settings)
     except BaseException:
         lock.close()

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mpdit_jax.cli import make_parser, run
@@ -43,6 +43,7 @@ class Sample:
     seconds: float  # since the start
     resident: int  # bytes
     files: int  # open descriptors
+    trains: bool  # it has saved its first checkpoint, so that everything is compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError(f"--steps={options.steps}: expected {8 * _LOGGED} or more, of which halves can be compared.")
     check_writable(report)
     command = _command(options, fields)
-    samples = watch(command, options.interval)
+    samples = watch(command, options.interval, lambda: bool(list_steps(workdir)))
     drifts = judge(samples, step_times(workdir))
     text = describe(arguments, command, samples, drifts, list_steps(workdir))
     _write(report, text)
@@ -103,11 +104,16 @@ def _command(options: argparse.Namespace, fields: Sequence[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def watch(command: Sequence[str], interval: float) -> list[Sample]:
+def watch(command: Sequence[str], interval: float, trains: Callable[[], bool]) -> list[Sample]:
     """Run a command to its end, with samples from /proc every `interval` seconds.
 
+    Args:
+        command: what to run.
+        interval: in seconds.
+        trains: whether it is through with what it does once.
+
     Raises:
-        SoakError: it fails, or is over before the second sample.
+        SoakError: it fails, or trains for fewer than eight samples.
     """
     samples, begun = list[Sample](), time.monotonic()
     process = subprocess.Popen(command)
@@ -120,7 +126,7 @@ def watch(command: Sequence[str], interval: float) -> list[Sample]:
                 files = len(list((folder / "fd").iterdir()))
             except (OSError, IndexError, ValueError):
                 continue  # it has just ended
-            samples.append(Sample(time.monotonic() - begun, resident, files))
+            samples.append(Sample(time.monotonic() - begun, resident, files, trains()))
     finally:
         if process.poll() is None:
             process.terminate()
@@ -146,6 +152,7 @@ def step_times(workdir: Path) -> list[float]:
 
 def judge(samples: Sequence[Sample], times: Sequence[float]) -> list[Drift]:
     """The drifts of memory and files over the last half of the run, and of step times between its halves."""
+    samples = [sample for sample in samples if sample.trains]
     half, quarter = len(samples) // 2, 3 * len(samples) // 4
     middle = len(times) // 2
 

@@ -1,0 +1,35 @@
+"""The judgement of a soak; the hour itself is started by a person."""
+
+import pytest
+
+from mpdit_jax.errors import InputError
+from mpdit_jax.studies.soak import Sample, judge, main
+
+
+def samples(growth):
+    """Of a minute of start-up and then 400 seconds in which memory grows by this share."""
+    start = [Sample(second, second * 2**20, 5, trains=False) for second in range(60)]
+    return start + [
+        Sample(60 + second, int(2**30 * (1 + growth * second / 400)), 9, trains=True) for second in range(400)
+    ]
+
+
+def test_what_is_flat_passes():
+    memory, files, step = judge(samples(0.0), [0.02] * 40)
+    assert (memory.passed, files.passed, step.passed) == (True, True, True)
+    assert (memory.share, files.share, step.share) == (0, 0, 0)
+
+
+def test_what_grows_does_not():
+    memory, _, step = judge(samples(0.2), [0.5, *[0.02] * 20, *[0.0215] * 19])
+    assert memory.share == pytest.approx(0.044, abs=0.002)
+    assert not memory.passed
+    assert step.share == pytest.approx(0.075)
+    assert not step.passed
+
+
+def test_a_soak_begins_with_a_new_run(tmp_path):
+    with pytest.raises(InputError, match="a soak begins with a new run"):
+        main([f"--workdir={tmp_path}", "--report=x.md"])
+    with pytest.raises(InputError, match="steps=10: expected 400 or more"):
+        main([f"--workdir={tmp_path / 'new'}", "--steps=10", f"--report={tmp_path / 'x.md'}"])
