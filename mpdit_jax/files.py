@@ -55,7 +55,7 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what `replacing` leaves in a folder when it is killed; only whoever holds the folder's lock may do this."""
+    """Delete what a killed `replacing` has left in a folder; only for those who hold the folder's lock."""
     for path in folder.glob(".?*.tmp"):
         if _LEFTOVER.fullmatch(path.name):
             path.unlink(missing_ok=True)

@@ -59,13 +59,14 @@ class HeadByHead:
 
     def __call__(self, qkv: jax.Array) -> jax.Array:
         """(B, T, 3, heads, d) to float32 (B, T, heads, d)."""
-        heads = qkv.transpose(3, 2, 0, 1, 4).astype(self.dtype)  # (heads, 3, B, T, d)
-        return jax.lax.map(jax.checkpoint(_attend, prevent_cse=False), heads).transpose(1, 2, 0, 3)
+        query, key, value = qkv.transpose(2, 3, 0, 1, 4).astype(self.dtype)  # each (heads, B, T, d)
+        y = jax.lax.map(jax.checkpoint(_attend, prevent_cse=False), (query, key, value))  # (heads, B, T, d)
+        return y.transpose(1, 2, 0, 3)
 
 
-def _attend(qkv: jax.Array) -> jax.Array:
-    """(3, B, T, d) to float32 (B, T, d). The sum of the weights is divided out of the result, not of the weights."""
-    query, key, value = qkv
+def _attend(parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    """Three (B, T, d) to float32 (B, T, d). The sum of the weights is divided out of the result, not of the weights."""
+    query, key, value = parts
     logits = jnp.einsum("bqd,bkd->bqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))  # (B, T, T)
     sums = weights.sum(axis=-1, keepdims=True)  # (B, T, 1)
