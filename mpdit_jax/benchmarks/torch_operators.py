@@ -1,17 +1,17 @@
-"""torchvision beside a PyTorch that its compiled operators do not fit."""
+"""PyTorch's libraries beside a torchvision whose compiled operators do not fit.
+
+torchvision's wheel for CUDA cannot load its operators beside a PyTorch for CPUs alone. Nothing compared here calls
+one, so declaring those that the import itself asks for is enough.
+"""
 
 import importlib
 import sys
+from contextlib import suppress
 from typing import Any
-
-_declared: list[Any] = []  # kept alive: PyTorch forgets the operators of a library that nobody holds
 
 
 def import_torchvision() -> Any:
     """torchvision, which pytorch-fid and torch-fidelity import, also where its compiled operators do not load.
-
-    Its wheel for CUDA cannot load them beside a PyTorch for CPUs alone. No evaluator calls one, so declaring those that
-    the import itself asks for is enough.
 
     Raises:
         ImportError: torch or torchvision is not installed.
@@ -26,5 +26,17 @@ def import_torchvision() -> Any:
         library = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
-        _declared.append(library)
-        return importlib.import_module("torchvision")
+        module = importlib.import_module("torchvision")
+        vars(module)["declared_operators"] = library  # PyTorch forgets the operators of a library that nobody holds
+        return module
+
+
+def import_diffusers() -> Any:
+    """diffusers, which imports torchvision where that is installed.
+
+    Raises:
+        ImportError: diffusers is not installed.
+    """
+    with suppress(ImportError):
+        import_torchvision()
+    return importlib.import_module("diffusers")

@@ -140,10 +140,12 @@ def set_up_torch(
     folder: str, image_size: int, batch_size: int, dtype: str
 ) -> tuple[dict[str, Callable[[], np.ndarray]], dict[str, Any]]:
     """Diffusers' AutoencoderKL, on a GPU if PyTorch has one; runs in a worker."""
-    import diffusers
     import torch
 
+    from mpdit_jax.benchmarks.torch_operators import import_diffusers
     from mpdit_jax.vae.config import read_config
+
+    diffusers = import_diffusers()
 
     precision = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     device = "cuda" if torch.cuda.is_available() else "cpu"

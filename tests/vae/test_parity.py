@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mpdit_jax.benchmarks.torch_operators import import_diffusers
 from mpdit_jax.errors import WeightsError
 from mpdit_jax.vae import AutoencoderConfig, load_folder, load_vae, save_folder
 from mpdit_jax.vae.config import config_to_diffusers
@@ -34,7 +35,7 @@ def torch():
 
 def make_reference(torch, config, folder):
     """Diffusers' model with random weights, every norm and bias off its initial value, saved by diffusers."""
-    import diffusers
+    diffusers = import_diffusers()
 
     torch.manual_seed(0)
     model = diffusers.AutoencoderKL.from_config(config_to_diffusers(config)).eval()
@@ -89,7 +90,7 @@ def test_encode_and_decode_at_full_size(torch, tmp_path):
 
 
 def test_old_attention_names_mean_the_same_to_diffusers(torch, tmp_path):
-    import diffusers
+    diffusers = import_diffusers()
 
     model = make_reference(torch, TINY, tmp_path)
     state = {name: value.numpy() for name, value in model.state_dict().items()}
@@ -124,7 +125,7 @@ def test_a_bin_file_that_would_run_code_is_refused(torch, tmp_path):
 
 
 def test_diffusers_opens_what_we_save(torch, tmp_path):
-    import diffusers
+    diffusers = import_diffusers()
 
     parameters = random_parameters(SIXTEEN)
     save_folder(tmp_path / "ours", SIXTEEN, parameters)
