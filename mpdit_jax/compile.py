@@ -64,8 +64,6 @@ def measure(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     from mpdit_jax.config import resolve
     from mpdit_jax.mesh import make_mesh
 
-    if config.model.platform is None:
-        config.model.platform = "tpu" if options.topology else "gpu"  # not that of this machine
     resolved = resolve(config)
     devices = topology_devices(options.topology) if options.topology else jax.devices()
     if options.devices and len(devices) != options.devices:

@@ -21,6 +21,7 @@ from mpdit_jax.data.latents import LatentSpace
 from mpdit_jax.errors import ConfigError, MissingExtraError
 from mpdit_jax.flow.sampler import make_sampler
 from mpdit_jax.mesh import batch_sharding, check_batch, replicated
+from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.parameters import abstract, merge
 from mpdit_jax.training.optimizer import make_optimizer
 from mpdit_jax.training.state import abstract_state
@@ -78,7 +79,7 @@ def compile_step(config: FrozenConfigDict, mesh: Mesh) -> Program:
         ConfigError: a batch that does not divide over the mesh.
     """
     check_batch(config.batch_size // config.gradient_accumulation, mesh)
-    model, optimizer = model_of(config), make_optimizer(config.optimizer)
+    model, optimizer = _model_for(config, mesh), make_optimizer(config.optimizer)
     state = abstract_state(model, optimizer, mesh)
     channels = model.in_channels
     latents = LatentSpace((0.0,) * channels, (1.0,) * channels, "") if config.data.name == "latents" else None
@@ -111,7 +112,7 @@ def compile_sampler(config: FrozenConfigDict, mesh: Mesh, batch_size: int) -> Pr
         ConfigError: a batch that does not divide over the mesh.
     """
     check_batch(batch_size, mesh)
-    structure, shapes = abstract(model_of(config))
+    structure, shapes = abstract(_model_for(config, mesh))
     sampler = make_sampler(steps=config.sample.steps, guidance_scale=config.sample.guidance_scale)
     everywhere, split = replicated(mesh), batch_sharding(mesh)
 
@@ -125,6 +126,12 @@ def compile_sampler(config: FrozenConfigDict, mesh: Mesh, batch_size: int) -> Pr
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere)
     with jax.set_mesh(mesh):
         return _compile(jax.jit(draw, out_shardings=split), parameters, labels, seed)
+
+
+def _model_for(config: FrozenConfigDict, mesh: Mesh) -> ModelConfig:
+    """The model with the arithmetic of the mesh's devices; virtual CPU devices stand for GPUs."""
+    model, platform = model_of(config), mesh.devices.flat[0].platform
+    return model.replace(platform="gpu" if platform == "cpu" else platform) if model.platform == "auto" else model
 
 
 def _compile(function: Any, *arguments: Any) -> Program:

@@ -1,6 +1,7 @@
 """The transformer block, and a stack of blocks run by a scan."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,6 +26,16 @@ def layer_norm(x: jax.Array) -> jax.Array:
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """`x * (1 + scale) + shift` with (B, D) vectors broadcast over the tokens of x (B, T, D)."""
     return x * (1 + scale[:, None].astype(x.dtype)) + shift[:, None].astype(x.dtype)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+@partial(jax.checkpoint, prevent_cse=False)
+def gelu(x: jax.Array) -> jax.Array:
+    """The tanh GELU, which the backward pass computes again from x.
+
+    That is cheaper than to write what lies between to memory and read it back; no matrix product is done twice.
+    """
+    return jax.nn.gelu(x, approximate=True)
 
 
 class Attention(nnx.Module):
@@ -55,7 +66,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, T, D) to (B, T, D)."""
-        return self.outer(jax.nn.gelu(self.inner(x), approximate=True))
+        return self.outer(gelu(self.inner(x)))
 
 
 class Block(nnx.Module):
