@@ -121,7 +121,7 @@ def test_configs_are_traced_or_refused(count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [
-    {"optimizer.name": "muon", "model.modulation": "block", "model.condition": "vector"},
+    {"optimizer.name": "muon", "model.modulation": "per_block", "model.condition": "vector"},
     {"optimizer.clip_norm": 1.0, "time.distribution": "uniform", "model.dtype": "bfloat16", "model.remat": "full"},
     {"gradient_accumulation": 2, "guard.spike_factor": 5.0, "data.max_examples": 9, "data.class_balance": True},
 ])  # fmt: skip
