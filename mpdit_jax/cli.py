@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import getitem
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -154,7 +154,14 @@ def _quiet() -> Iterator[None]:
     """What libraries print beside an error that becomes a sentence is left out, and our own warnings are sentences."""
     absl, show, hook = logging.getLogger("absl"), warnings.showwarning, threading.excepthook
     absl.addFilter(_is_news)
-    warnings.showwarning, threading.excepthook = _in_one_line, _thread_in_one_line
+
+    def in_one_line(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, DamageWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            show(message, category, *where)
+
+    warnings.showwarning, threading.excepthook = in_one_line, _thread_in_one_line
     try:
         yield
     finally:
@@ -173,19 +180,6 @@ def _thread_in_one_line(error: threading.ExceptHookArgs) -> None:
         print(f"warning: a file could not be written in the background ({error.exc_value}).", file=sys.stderr)
     else:
         threading.__excepthook__(error)
-
-
-def _in_one_line(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """How a command shows warnings: its own as a sentence, those of libraries as Python does."""
-    text = f"warning: {message}\n" if issubclass(category, DamageWarning) else None
-    (file or sys.stderr).write(text or warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _let_preset_win(config: ConfigDict, arguments: Sequence[str]) -> None:

@@ -124,7 +124,8 @@ def _take_apart(
     """What each stage of the step holds, and whether all of it is finite."""
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
     examples = jax.jit(draw)(batch, key)
-    lines = [_rows("batch", host), _rows("drawn examples", examples._asdict()), _tree("parameters", state.parameters)]
+    drawn = {name: array for name, array in examples._asdict().items() if array is not None}
+    lines = [_rows("batch", host), _rows("drawn examples", drawn), _tree("parameters", state.parameters)]
     (value, _), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.parameters, examples)
     updates, _ = jax.jit(optimizer.update)(gradients, state.optimizer_state, state.parameters)
     lines += [_tree("loss", {"loss": value}), _tree("gradients", gradients), _tree("updates", updates)]
