@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import getitem
-from typing import Any, NoReturn
+from typing import NoReturn, TextIO
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -155,11 +155,18 @@ def _quiet() -> Iterator[None]:
     absl, show, hook = logging.getLogger("absl"), warnings.showwarning, threading.excepthook
     absl.addFilter(_is_news)
 
-    def in_one_line(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    def in_one_line(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if issubclass(category, DamageWarning):
             print(f"warning: {message}", file=sys.stderr)
         else:
-            show(message, category, *where)
+            show(message, category, filename, lineno, file, line)
 
     warnings.showwarning, threading.excepthook = in_one_line, _thread_in_one_line
     try:
