@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import getitem
+from types import TracebackType
 from typing import NoReturn, TextIO
 
 from absl import flags
@@ -117,7 +118,10 @@ def run(main: Callable[[Sequence[str]], int], *, terminated: int = KILLED_BY + s
         terminated: the status after a SIGTERM that `main` does not handle itself.
     """
     with ending_by_exception(), _quiet():
+        before = threading.enumerate()
         status = _status_of(main, terminated)
+        if status:
+            _let_end([thread for thread in threading.enumerate() if thread not in before and not thread.daemon])
     leave(failed=status != 0)
     sys.exit(status)
 
@@ -152,7 +156,8 @@ def _status_of(main: Callable[[Sequence[str]], int], terminated: int) -> int:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """What libraries print beside an error that becomes a sentence is left out, and our own warnings are sentences."""
-    absl, show, hook = logging.getLogger("absl"), warnings.showwarning, threading.excepthook
+    absl, show = logging.getLogger("absl"), warnings.showwarning
+    hooks = sys.excepthook, threading.excepthook
     absl.addFilter(_is_news)
 
     def in_one_line(
@@ -168,12 +173,26 @@ def _quiet() -> Iterator[None]:
         else:
             show(message, category, filename, lineno, file, line)
 
-    warnings.showwarning, threading.excepthook = in_one_line, _thread_in_one_line
+    warnings.showwarning = in_one_line
+    sys.excepthook, threading.excepthook = _unless_too_late, _thread_in_one_line
     try:
         yield
     finally:
         absl.removeFilter(_is_news)
-        warnings.showwarning, threading.excepthook = show, hook
+        warnings.showwarning = show
+        sys.excepthook, threading.excepthook = hooks
+
+
+def _let_end(threads: Sequence[threading.Thread]) -> None:
+    """Wait a little for what a failed command left running: threads that outlive the interpreter end in tracebacks."""
+    for thread in threads:
+        thread.join(timeout=5)
+
+
+def _unless_too_late(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """TensorStore prints a traceback for every write that ends after the one that failed has ended the saving."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
