@@ -20,7 +20,7 @@ TINY = [
     f"--config={ROOT / 'configs/digits.py'}", "--config.data.name=arrays", "--config.batch_size=4",
     "--config.model.hidden_size=16", "--config.model.num_heads=2", "--config.model.depths=1,1",
     "--config.model.time_embedding=sinusoidal", f"--config.steps={STEPS}", "--config.log.every=1",
-    "--config.checkpoint.every=2", "--config.checkpoint.keep=2", "--config.sample.every=0",
+    "--config.checkpoint.every=2", "--config.checkpoint.keep=2", "--config.sample.every=0", "--config.eval.every=0",
 ]  # fmt: skip
 
 
