@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import gc
 import logging
 import os
 import signal
@@ -187,6 +188,7 @@ def _let_end(threads: Sequence[threading.Thread]) -> None:
     """Wait a little for what a failed command left running: threads that outlive the interpreter end in tracebacks."""
     for thread in threads:
         thread.join(timeout=5)
+    gc.collect()  # and so do half-run coroutines
 
 
 def _unless_too_late(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
