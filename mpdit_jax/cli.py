@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import getitem
-from types import TracebackType
 from typing import NoReturn, TextIO
 
 from absl import flags
@@ -157,9 +156,10 @@ def _status_of(main: Callable[[Sequence[str]], int], terminated: int) -> int:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """What libraries print beside an error that becomes a sentence is left out, and our own warnings are sentences."""
-    absl, show = logging.getLogger("absl"), warnings.showwarning
-    hooks = sys.excepthook, threading.excepthook
-    absl.addFilter(_is_news)
+    loggers, show = [logging.getLogger(name) for name in ("absl", "asyncio")], warnings.showwarning
+    hooks = sys.unraisablehook, threading.excepthook
+    for logger in loggers:
+        logger.addFilter(_is_news)
 
     def in_one_line(
         message: Warning | str,
@@ -175,31 +175,33 @@ def _quiet() -> Iterator[None]:
             show(message, category, filename, lineno, file, line)
 
     warnings.showwarning = in_one_line
-    sys.excepthook, threading.excepthook = _unless_too_late, _thread_in_one_line
+    sys.unraisablehook, threading.excepthook = _unless_too_late, _thread_in_one_line
     try:
         yield
     finally:
-        absl.removeFilter(_is_news)
+        for logger in loggers:
+            logger.removeFilter(_is_news)
         warnings.showwarning = show
-        sys.excepthook, threading.excepthook = hooks
+        sys.unraisablehook, threading.excepthook = hooks
 
 
 def _let_end(threads: Sequence[threading.Thread]) -> None:
     """Wait a little for what a failed command left running: threads that outlive the interpreter end in tracebacks."""
     for thread in threads:
-        thread.join(timeout=5)
+        threading.Thread.join(thread, timeout=5)  # Orbax's own would raise again what has been told
     gc.collect()  # and so do half-run coroutines
 
 
-def _unless_too_late(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _unless_too_late(error: "sys.UnraisableHookArgs") -> None:
     """TensorStore prints a traceback for every write that ends after the one that failed has ended the saving."""
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+    if str(error.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(error)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not what Orbax logs with a traceback: it raises the same error, which becomes a sentence."""
-    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+    """Not what Orbax logs with a traceback, or leaves to asyncio: it raises the same error, which becomes a sentence."""
+    orbax = "orbax" in record.pathname or "exception was never retrieved" in record.getMessage()
+    return not (record.levelno >= logging.ERROR and orbax)
 
 
 def _thread_in_one_line(error: threading.ExceptHookArgs) -> None:

@@ -107,7 +107,7 @@ def test_a_masked_step_is_repeatable_and_reaches_the_mask_token():
 
 def test_its_cost_is_what_xla_counts():
     """One block before and one after, since XLA counts a scan's body once; of DiT-B's width for the 1 %."""
-    config = model_config("dit_b_2", depths=(2,), decoder_depth=1, num_classes=10)
+    config = model_config("dit_b_2", depths=(2,), decoder_depth=1, num_classes=10, platform="gpu")
     structure, shapes = abstract(config)
     kept = jax.ShapeDtypeStruct((2, kept_tokens(config, 0.75)), jnp.int32)
     x, t = jax.ShapeDtypeStruct((2, 32, 32, 4), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
