@@ -199,7 +199,7 @@ def _unless_too_late(error: "sys.UnraisableHookArgs") -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not what Orbax logs with a traceback, or leaves to asyncio: it raises the same error, which becomes a sentence."""
+    """Not what Orbax logs with a traceback, or leaves to asyncio: it raises the same, which becomes a sentence."""
     orbax = "orbax" in record.pathname or "exception was never retrieved" in record.getMessage()
     return not (record.levelno >= logging.ERROR and orbax)
 
