@@ -221,10 +221,13 @@ class Evaluator:
             return stored
         path, data = self._folder / "real.npz", self._config.data.to_dict()
         about = {"path": place or "the data of the run", "most": _MOST_REAL, "data": {} if place else data}
-        if path.is_file():
-            stored = load_statistics(path, extractor)
-            if stored.about == json.loads(json.dumps(about)) and (stored.features is not None or not single):
-                return stored
+        earlier = load_statistics(path, extractor) if path.is_file() else None
+        if earlier is not None:
+            fits = earlier.about == json.loads(json.dumps(about)) and not (single and earlier.features is None)
+            earlier = earlier if fits else None
+        # Decided together, before the first process can write what the others look for.
+        if not any_process(earlier is None) and earlier is not None:
+            return earlier
         if place:
             images = open_set(place)
         else:
