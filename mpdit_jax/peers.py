@@ -115,7 +115,7 @@ class PeerWatch(threading.Thread):
         os._exit(1)
 
     def _tell(self, message: bytes) -> None:
-        for connection in self._peers.values():
+        for connection in list(self._peers.values()):  # `leave` tells while the watch may forget
             try:
                 connection.send(message)
             except OSError:
