@@ -1,6 +1,7 @@
 """What the commands share: a config from the command line, and errors as one sentence."""
 
 import argparse
+import dataclasses
 import functools
 import gc
 import logging
@@ -117,6 +118,8 @@ def run(main: Callable[[Sequence[str]], int], *, terminated: int = KILLED_BY + s
         main: what the command does, from arguments to exit status.
         terminated: the status after a SIGTERM that `main` does not handle itself.
     """
+    if not isinstance(sys.unraisablehook, _UnlessTooLate):  # to the end of the process, for that is how late it can be
+        sys.unraisablehook = _UnlessTooLate(sys.unraisablehook)
     with ending_by_exception(), _quiet():
         before = threading.enumerate()
         status = _status_of(main, terminated)
@@ -157,7 +160,7 @@ def _status_of(main: Callable[[Sequence[str]], int], terminated: int) -> int:
 def _quiet() -> Iterator[None]:
     """What libraries print beside an error that becomes a sentence is left out, and our own warnings are sentences."""
     loggers, show = [logging.getLogger(name) for name in ("absl", "asyncio")], warnings.showwarning
-    hooks = sys.unraisablehook, threading.excepthook
+    hook = threading.excepthook
     for logger in loggers:
         logger.addFilter(_is_news)
 
@@ -175,14 +178,14 @@ def _quiet() -> Iterator[None]:
             show(message, category, filename, lineno, file, line)
 
     warnings.showwarning = in_one_line
-    sys.unraisablehook, threading.excepthook = _unless_too_late, _thread_in_one_line
+    threading.excepthook = _thread_in_one_line
     try:
         yield
     finally:
         for logger in loggers:
             logger.removeFilter(_is_news)
         warnings.showwarning = show
-        sys.unraisablehook, threading.excepthook = hooks
+        threading.excepthook = hook
 
 
 def _let_end(threads: Sequence[threading.Thread]) -> None:
@@ -192,10 +195,15 @@ def _let_end(threads: Sequence[threading.Thread]) -> None:
     gc.collect()  # and so do half-run coroutines
 
 
-def _unless_too_late(error: "sys.UnraisableHookArgs") -> None:
-    """TensorStore prints a traceback for every write that ends after the one that failed has ended the saving."""
-    if str(error.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(error)
+@dataclasses.dataclass(frozen=True)
+class _UnlessTooLate:
+    """TensorStore prints a traceback for each read or write that ends after the first that failed; this does not."""
+
+    hook: Callable[["sys.UnraisableHookArgs"], object]
+
+    def __call__(self, error: "sys.UnraisableHookArgs") -> None:
+        if str(error.exc_value) != "Event loop is closed":
+            self.hook(error)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from mpdit_jax.stored import is_complete
 from tests.faults.nursery import Nursery, wait_until
 from tests.tiny import ROOT, assert_same_bits, run, saved_arrays
 
@@ -98,7 +99,8 @@ def assert_same_run(expected, workdir):
     metrics = (workdir / "metrics.jsonl").read_bytes()
     assert metrics == (expected / "metrics.jsonl").read_bytes()
     assert [json.loads(line)["step"] for line in metrics.splitlines()] == list(range(1, STEPS + 1))
-    assert not (workdir / "damaged_checkpoints").exists()  # a kill damages nothing
+    # A kill damages nothing; one in the middle of the deletion of an old checkpoint leaves a part of it.
+    assert not [path for path in (workdir / "damaged_checkpoints").glob("*") if is_complete(path)]
 
 
 def test_killed_a_few_times(nursery, arguments, undisturbed, tmp_path):
