@@ -118,8 +118,7 @@ def run(main: Callable[[Sequence[str]], int], *, terminated: int = KILLED_BY + s
         main: what the command does, from arguments to exit status.
         terminated: the status after a SIGTERM that `main` does not handle itself.
     """
-    if not isinstance(sys.unraisablehook, _UnlessTooLate):  # to the end of the process, for that is how late it can be
-        sys.unraisablehook = _UnlessTooLate(sys.unraisablehook)
+    _silence_late_echoes()
     with ending_by_exception(), _quiet():
         before = threading.enumerate()
         status = _status_of(main, terminated)
@@ -156,13 +155,22 @@ def _status_of(main: Callable[[Sequence[str]], int], terminated: int) -> int:
         return 1
 
 
+def _silence_late_echoes() -> None:
+    """Leave out what libraries print beside an error that becomes a sentence.
+
+    To the end of the process, for that is how late they can be: a write that failed is told again when the interpreter
+    clears away the coroutine that waited for it.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)
+    if not isinstance(sys.unraisablehook, _UnlessTooLate):
+        sys.unraisablehook = _UnlessTooLate(sys.unraisablehook)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What libraries print beside an error that becomes a sentence is left out, and our own warnings are sentences."""
-    loggers, show = [logging.getLogger(name) for name in ("absl", "asyncio")], warnings.showwarning
-    hook = threading.excepthook
-    for logger in loggers:
-        logger.addFilter(_is_news)
+    """Our own warnings are sentences, and so is what a thread cannot write."""
+    show, hook = warnings.showwarning, threading.excepthook
 
     def in_one_line(
         message: Warning | str,
@@ -182,8 +190,6 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     finally:
-        for logger in loggers:
-            logger.removeFilter(_is_news)
         warnings.showwarning = show
         threading.excepthook = hook
 
