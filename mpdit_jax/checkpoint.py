@@ -37,6 +37,9 @@ from mpdit_jax.stored import list_steps as list_steps
 
 CONFIG = "config.json"
 DAMAGED = "damaged_checkpoints"
+# Orbax has every replica write its part of an array, and compiles a program for each such part: below so many bytes a
+# part, that costs more than it saves. (The large arrays of a model are stacks of all its blocks.)
+_SMALLEST_PART = 64 * 1024
 T = TypeVar("T")
 
 
@@ -63,7 +66,7 @@ class Checkpoints:
     @cached_property
     def _manager(self) -> ocp.CheckpointManager:
         # Made when first needed: it takes every folder with a number for a checkpoint, and deletes old ones.
-        return ocp.CheckpointManager(self._folder, options=self._options)
+        return ocp.CheckpointManager(self._folder, options=self._options, handler_registry=_handlers())
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -89,7 +92,7 @@ class Checkpoints:
         """
         if self._guarded(lambda: step in self._manager.all_steps()):
             return
-        saved: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        saved: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         record = {name: integrity.digests(tree) for name, tree in items.items()}
         saved[DIGESTS] = ocp.args.JsonSave({"version": DIGESTS_VERSION, "step": step, "items": record})
         self._guarded(partial(self._manager.save, step, args=ocp.args.Composite(**saved), force=True))
@@ -163,6 +166,16 @@ class Checkpoints:
                 f"a checkpoint cannot be written to {self._folder} ({reason(error)}), and {newest}: make room "
                 "and repeat the command."
             ) from error
+
+
+def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    """What writes a checkpoint's items."""
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SMALLEST_PART)
+    types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add(None, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(type_handler_registry=types))
+    registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+    return registry
 
 
 def load_config(workdir: str | Path) -> FrozenConfigDict:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpdit_jax.errors import ConfigError
 
@@ -93,8 +94,12 @@ def published_flops(kind: str) -> float | None:
 def matrix_product(device: jax.Device, dtype: str) -> tuple[Callable[[], None], float]:
     """A large product of two square matrices on a device: a function that computes it once, and its operations."""
     side = _SIDE.get(device.platform, _LARGE_SIDE)
-    with jax.default_device(device):
-        a, b = (jax.random.normal(jax.random.key(seed), (side, side), dtype) for seed in range(2))
+    draw = np.random.default_rng(0)  # not by JAX, which would compile a program for it at the start of every training
+    a, b = (
+        jax.device_put(draw.standard_normal((side, side), np.float32).astype(jnp.dtype(dtype)), device)
+        for _ in range(2)
+    )
+    with jax.set_mesh(jax.sharding.Mesh([device], ["alone"])):  # the caller may have set one of all devices
         product = jax.jit(jnp.matmul).lower(a, b).compile()
     return lambda: product(a, b).block_until_ready(), 2.0 * side**3
 
@@ -102,17 +107,17 @@ def matrix_product(device: jax.Device, dtype: str) -> tuple[Callable[[], None], 
 def peak_flops(mesh: jax.sharding.Mesh, dtype: str) -> float | None:
     """Floating-point operations a second that all devices of a mesh could do; None if nobody has published theirs.
 
-    On CPUs it is measured, as the best of three matrix products of this process for each process there is; virtual
-    devices share their processor. Accelerators count by their published bfloat16 peak, whatever `dtype` is.
+    On CPUs it is measured, as the best of up to four matrix products in half a second of this process, for each process
+    there is; virtual devices share their processor. Accelerators count by their published bfloat16
+    peak, whatever `dtype` is.
     """
     device = mesh.local_devices[0]
     if device.platform != "cpu":
         published = published_flops(device.device_kind)
         return None if published is None else published * mesh.size
     multiply, operations = matrix_product(device, dtype)
-    multiply()
-    seconds = []
-    for _ in range(3):
+    seconds: list[float] = []
+    while len(seconds) < 4 and sum(seconds) < 0.5:
         start = time.perf_counter()
         multiply()
         seconds.append(time.perf_counter() - start)

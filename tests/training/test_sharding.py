@@ -23,12 +23,14 @@ def one_device(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(-1, 1), (1, 8), (4, 2)])
-def test_eight_devices_give_the_same_run(one_device, tmp_path, data, fsdp):
+def test_eight_devices_give_the_same_run(one_device, tmp_path, monkeypatch, data, fsdp):
+    monkeypatch.setenv("JAX_LOG_COMPILES", "1")
     workdir = tmp_path / "run"
     mesh = [f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}"]
     status, stdout, stderr = run("train", train_arguments(workdir, *LONG, *mesh), devices=8)
     assert status == 0, stderr
     assert "8 cpu device(s)" in stdout
+    assert 3 < stderr.count("Finished XLA compilation") < 30  # none for each array that is saved
 
     np.testing.assert_allclose(losses(workdir), losses(one_device), rtol=1e-5)
     assert_near(saved_arrays(workdir, STEPS), saved_arrays(one_device, STEPS))
