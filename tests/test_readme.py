@@ -5,6 +5,7 @@ import re
 import numpy as np
 
 import mpdit_jax as mp
+from mpdit_jax import export
 from mpdit_jax.model.presets import model_config
 from tests.sampling.conftest import make_workdir
 from tests.tiny import ROOT
@@ -32,11 +33,16 @@ def test_links_lead_somewhere():
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
+def python_block(containing):
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if containing in block]
+    return code
+
+
 def test_python_example(monkeypatch, tmp_path):
     """The block as it stands, in a folder that holds the two files it mentions; only depth and steps are cut."""
     import safetensors.numpy
 
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = python_block("create_model")
     small = {"depths": (1, 1)}
     create = mp.create_model
     monkeypatch.setattr(mp, "create_model", lambda name, **options: create(name, **options, **small), raising=False)
@@ -49,3 +55,15 @@ def test_python_example(monkeypatch, tmp_path):
     assert np.isfinite(names["latents"]).all()
     assert names["loss"].shape == ()
     assert names["trained"].input_shape == (8, 8, 1)
+
+
+def test_export_example(monkeypatch, tmp_path):
+    """What the command in the text above it writes, though with fewer steps and for CPUs alone."""
+    (command,) = re.findall(r"`python -m mpdit_jax\.export (.*?)`", README)
+    monkeypatch.chdir(tmp_path)
+    make_workdir(tmp_path / "runs/digits")
+    assert export.main([*command.replace("--steps=50", "--steps=2").split(), "--platforms=cpu"]) == 0
+    names = {}
+    exec(python_block("deserialize"), names)
+    assert names["latents"].shape == (3, 8, 8, 1)
+    assert np.isfinite(names["latents"]).all()

@@ -11,7 +11,7 @@ from mpdit_jax import convert, train
 from mpdit_jax.model.parameters import abstract, merge, split
 from mpdit_jax.model.presets import model_config
 from tests.conftest import Golden
-from tests.tiny import ROOT, refusal, saved_arrays
+from tests.tiny import refusal, saved_arrays, train_arguments
 
 TINY = {"depths": (1, 1), "hidden_size": 16, "num_heads": 2, "input_size": 8, "num_classes": 3, "class_tokens": 2}
 
@@ -79,16 +79,14 @@ def test_a_run_starts_from_a_converted_workdir(tmp_path, capsys):
     """The step goes on where the file's ended, from its weights, by the config given."""
     from mpdit_jax.interop.own_files import save_own
 
-    config = f"--config={ROOT / 'configs/digits.py'}"
-    tiny = ["--config.model.hidden_size=16", "--config.model.depths=1,1", "--config.sample.every=0"]
-    model = random_model(patch_sizes=(2, 1), in_channels=1, num_classes=10)
+    config, workdir, *tiny = train_arguments(tmp_path / "run", "--config.steps=6")  # a step that other tests compile
+    model = random_model(patch_sizes=(2, 1), depths=(2, 1), in_channels=1, num_classes=10)
     save_own(tmp_path / "model.safetensors", model, step=5)
     source = f"--source={tmp_path / 'model.safetensors'}"
-    tiny += ["--config.steps=6", "--config.batch_size=8", "--config.log.every=1"]
     assert convert.main([source, f"--out={tmp_path / 'run'}", config, *tiny]) == 0
     assert "workdir of step 5" in capsys.readouterr().out
     assert same(mp.load_checkpoint(tmp_path / "run", ema=False), model)
-    assert train.main([config, f"--workdir={tmp_path / 'run'}", *tiny]) == 0
+    assert train.main([config, workdir, *tiny]) == 0
     assert "continuing at step 5" in capsys.readouterr().out
     assert "progress['step']" in saved_arrays(tmp_path / "run", 6)
     message = refusal_of(source, f"--out={tmp_path / 'other'}", config, *tiny, "--config.model.class_tokens=3")
