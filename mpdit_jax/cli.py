@@ -137,12 +137,11 @@ def _status_of(main: Callable[[Sequence[str]], int], terminated: int) -> int:
     except MPDiTError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    except Terminated:
-        print(f"SIGTERM: stopped; the same command continues:\n  {this_command()}", file=sys.stderr)
-        return terminated
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return KILLED_BY + signal.SIGINT
+    except KeyboardInterrupt as request:
+        sigterm = isinstance(request, Terminated)
+        name = "SIGTERM" if sigterm else "SIGINT"
+        print(f"{name}: stopped; the same command continues:\n  {this_command()}", file=sys.stderr)
+        return terminated if sigterm else KILLED_BY + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output has gone, as with `| head`; keep the interpreter's last flush quiet as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,5 +1,6 @@
 """Ending a run politely when asked to. Imports nothing heavy: it is the first thing a command loads."""
 
+import gc
 import os
 import select
 import shlex
@@ -46,21 +47,41 @@ def ending_by_exception() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    waiting: list[int] = []
 
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+    def end(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGALRM:
+            number = waiting.pop()
+        if _would_be_lost(frame):
+            waiting.append(number)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        elif number == signal.SIGTERM:
+            raise Terminated
+        else:
+            raise KeyboardInterrupt
 
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
-    before = {number: signal.getsignal(number) for number in handlers}
-    for number, handler in handlers.items():
-        if before[number] != signal.SIG_IGN:
-            signal.signal(number, handler)
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
+    for number, previous in before.items():
+        if previous != signal.SIG_IGN or number == signal.SIGALRM:
+            signal.signal(number, end)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, previous in before.items():
-            if previous in (signal.SIG_DFL, signal.default_int_handler):  # what guarded the imports has done its work
+            # What guarded the imports has done its work.
+            if number == signal.SIGALRM or previous in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(number, previous)
+
+
+def _would_be_lost(frame: FrameType | None) -> bool:
+    """Whether Python would print an exception raised here and go on: the garbage collector calls (JAX has it do so)."""
+    called = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in called or frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class StopRequest:

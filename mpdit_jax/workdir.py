@@ -10,7 +10,7 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.checkpoint import CONFIG, DAMAGED, load_config
 from mpdit_jax.config import differences, to_json
-from mpdit_jax.errors import CheckpointError
+from mpdit_jax.errors import CheckpointError, MPDiTError
 from mpdit_jax.files import Lock, check_place, check_writable, remove_leftovers, replacing, take_lock
 from mpdit_jax.processes import first_does
 from mpdit_jax.stored import CHECKPOINTS, list_steps, numbered_folders
@@ -20,11 +20,16 @@ _FOLDERS, _FILES = (CHECKPOINTS, DAMAGED, "samples", "tensorboard"), ("metrics.j
 
 
 class Claim:
-    """What a run holds of its workdir."""
+    """What a run holds of its workdir.
 
-    def __init__(self, workdir: Path, lock: Lock | None) -> None:
+    Attributes:
+        note: a sentence about what was found there and put aside; empty if nothing was, and on other processes than
+            the first.
+    """
+
+    def __init__(self, workdir: Path, lock: Lock | None, note: str = "") -> None:
         """The lock is None on every process but the first."""
-        self._workdir, self._lock = workdir, lock
+        self._workdir, self._lock, self.note = workdir, lock, note
 
     def check(self) -> None:
         """Raise CheckpointError, on every process, if the workdir was deleted or replaced since; all must ask."""
@@ -47,15 +52,15 @@ def claim_workdir(workdir: Path, config: FrozenConfigDict) -> Iterator[Claim]:
             differences are shown), or checkpoints without a config.
         InputError: the workdir cannot be written, or a file is where a folder is to go.
     """
-    lock = first_does(partial(_claim, workdir, config))
+    lock, note = first_does(partial(_claim, workdir, config)) or (None, "")
     try:
-        yield Claim(workdir, lock)
+        yield Claim(workdir, lock, note)
     finally:
         if lock is not None:
             lock.close()  # the system lets go of it as well when the process ends, however it ends
 
 
-def _claim(workdir: Path, config: FrozenConfigDict) -> Lock:
+def _claim(workdir: Path, config: FrozenConfigDict) -> tuple[Lock, str]:
     check_writable(workdir / CONFIG)
     for name in (*_FOLDERS, *_FILES):
         check_place(workdir / name, folder=name in _FOLDERS)
@@ -69,16 +74,16 @@ def _claim(workdir: Path, config: FrozenConfigDict) -> Lock:
     try:
         for folder in (workdir, workdir / "samples"):
             remove_leftovers(folder)
-        _claim_config(workdir, config)
+        return lock, _claim_config(workdir, config)
     except BaseException:
         lock.close()
         raise
-    return lock
 
 
-def _claim_config(workdir: Path, config: FrozenConfigDict) -> None:
-    if not numbered_folders(workdir):
-        pass  # nothing has been trained that another config could contradict
+def _claim_config(workdir: Path, config: FrozenConfigDict) -> str:
+    note = ""
+    if not numbered_folders(workdir):  # there is nothing to continue that another config could contradict
+        note = _keep_other_record(workdir, config)
     elif (workdir / CONFIG).exists():
         changed = differences(load_config(workdir), config)
         if changed:
@@ -91,6 +96,24 @@ def _claim_config(workdir: Path, config: FrozenConfigDict) -> None:
     else:
         raise CheckpointError(f"{workdir} has checkpoints but no {CONFIG}; restore that file or use another workdir.")
     if max(list_steps(workdir), default=0) >= config.steps:
-        return  # the run is done already: what is stored says how far it went
+        return note  # the run is done already: what is stored says how far it went
     with replacing(workdir / CONFIG) as file:
         file.write(to_json(config).encode())
+    return note
+
+
+def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
+    """Rename config and metrics of another run whose checkpoints are gone, rather than write over them."""
+    record = [workdir / CONFIG, workdir / "metrics.jsonl"]
+    if not all(path.exists() and path.stat().st_size for path in record):
+        return ""
+    try:
+        if not differences(load_config(workdir), config):
+            return ""  # the same run, which writes the same lines
+    except MPDiTError:
+        pass  # not a config of this version
+    count = 1
+    while any(path.with_suffix(f".{count}{path.suffix}").exists() for path in record):
+        count += 1
+    kept = [path.rename(path.with_suffix(f".{count}{path.suffix}")) for path in record]
+    return f"{workdir} holds no checkpoint, but the record of another run, now in {' and '.join(map(str, kept))}"

@@ -67,6 +67,9 @@ def load_torch(
 def to_torch(model: MPDiT) -> StateDict:
     """The model's weights under their published PyTorch names, float32 numpy; the exact inverse of `load_torch`.
 
+    The fixed position tables are computed anew: `load_torch` reads tables that are a rounding off these, and such a
+    state dict comes back with ours.
+
     Raises:
         ConfigError: a model of a kind for which there are no published names (`trained_entries`).
     """

@@ -95,7 +95,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                 print(f"{workdir} is done: {step} of {config.steps} steps. For more: --config.steps={2 * step}")
             return state
         if speaks:
-            for note in restored.notes if restored is not None else []:
+            for note in (*([claim.note] if claim.note else []), *(restored.notes if restored is not None else [])):
                 print(f"{note}.")
             _introduce(config, workdir, step, state, len(source), mesh)
 
@@ -214,7 +214,7 @@ def _introduce(
     parameters, macs = count(model_of(config))
     if step == 0:
         if (workdir / METRICS_FILE).exists():
-            print(f"an earlier start of this run in {workdir} ended before its first checkpoint; it begins again")
+            print(f"an earlier start of this run left no checkpoint in {workdir}; it begins again")
         print(parameter_overview.get_parameter_overview(state.parameters, include_stats=False))
     several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     print(

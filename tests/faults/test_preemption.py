@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT at every moment of a run: saved and status 0, or ended at once, and nothing harmed."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mpdit_jax.interrupt import Terminated, ending_by_exception
 from mpdit_jax.stored import list_steps
 from tests.faults.nursery import Nursery, wait_until
 from tests.tiny import ROOT, assert_same_bits, environment, saved_arrays, start, train_arguments
@@ -41,6 +43,30 @@ def test_while_libraries_are_imported(tmp_path, number, status):
     assert "Traceback" not in stderr
     assert "mpdit_jax.train --config=" in stderr  # the line that starts it again
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_a_signal_while_garbage_is_collected_is_not_lost(number, error):
+    """JAX has the collector call it, and Python drops what is raised there."""
+    calls = []
+
+    def callback(phase, info):
+        if not calls:
+            calls.append(phase)
+            signal.raise_signal(number)
+
+    def collect_and_work():
+        with ending_by_exception():
+            gc.collect()
+            assert calls
+            time.sleep(10)
+
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(error):
+            collect_and_work()
+    finally:
+        gc.callbacks.remove(callback)
 
 
 def test_before_the_first_step(nursery, tmp_path):

@@ -117,7 +117,7 @@ def test_a_run_killed_before_its_first_checkpoint_says_that_it_begins_again(undi
     shutil.copytree(undisturbed[0], workdir, ignore=shutil.ignore_patterns("4", "8"))
     status, stdout, stderr = run("train", train_arguments(workdir))
     assert status == 0, stderr
-    assert f"an earlier start of this run in {workdir} ended before its first checkpoint; it begins again" in stdout
+    assert f"an earlier start of this run left no checkpoint in {workdir}; it begins again" in stdout
     assert_same_bits(saved_arrays(undisturbed[0], 8), saved_arrays(workdir, 8))
     assert (workdir / "metrics.jsonl").read_text() == (undisturbed[0] / "metrics.jsonl").read_text()
 
@@ -202,6 +202,11 @@ def test_a_config_without_checkpoints_binds_nothing(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / "config.json").write_bytes((undisturbed[0] / "config.json").read_bytes())
-    status, _, stderr = run("train", train_arguments(workdir, "--config.optimizer.learning_rate=2e-3"))
+    before = {"config.1.json": (workdir / "config.json").read_bytes(), "metrics.1.jsonl": b'{"step": 7}\n'}
+    (workdir / "metrics.jsonl").write_bytes(before["metrics.1.jsonl"])
+    status, stdout, stderr = run("train", train_arguments(workdir, "--config.optimizer.learning_rate=2e-3"))
     assert status == 0, stderr
     assert json.loads((workdir / "config.json").read_text())["optimizer"]["learning_rate"] == 2e-3
+    # Whatever became of the checkpoints, the record of that run is kept.
+    assert f"another run, now in {workdir / 'config.1.json'} and {workdir / 'metrics.1.jsonl'}." in stdout
+    assert {name: (workdir / name).read_bytes() for name in before} == before
