@@ -48,7 +48,8 @@ run ruff check
 run ruff format --check
 run mypy
 status=0
+# Each process begins with a part of its own, for the tests of a file share what they compile.
 # (bash 3.2 calls an empty array unset)
-run pytest -n auto --maxprocesses=4 ${pytest_arguments[@]+"${pytest_arguments[@]}"} || status=$?
+run pytest -n auto --maxprocesses=4 --dist=worksteal ${pytest_arguments[@]+"${pytest_arguments[@]}"} || status=$?
 if [ -n "$left_out" ]; then echo "$left_out"; fi
 exit "$status"

@@ -20,6 +20,16 @@ import pytest
 # A shell that starts the suite in the background has it ignore Ctrl-C, and the processes that tests start with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_compiled_is_kept():
+    """Hundreds of programs would fill the memory of a laptop; what is large is kept on disk."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

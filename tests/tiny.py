@@ -38,13 +38,13 @@ def train_arguments(workdir, *more):
 # `assert_near` allows, against 140 times as much as is allowed with 1e-8.
 COMPARABLE = "--config.optimizer.eps=1e-4"
 
-# Compiling for several devices takes longer than all the steps of a tiny run, so that is done without optimization.
+# Compiling takes longer than all the steps of a tiny run, so processes of their own do that without optimization.
 UNOPTIMIZED = "--xla_backend_optimization_level=0"
 
 
-def environment(devices=1):
+def environment(devices=1, optimized=False):
     """That of a process with so many virtual CPU devices."""
-    level = f" {UNOPTIMIZED}" if devices > 1 else ""
+    level = "" if optimized else f" {UNOPTIMIZED}"
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -53,21 +53,21 @@ def environment(devices=1):
     }
 
 
-def start(command, arguments, devices=1, **options):
+def start(command, arguments, devices=1, optimized=False, **options):
     """Start `python -m mpdit_jax.COMMAND` as its own process, with `devices` virtual CPU devices."""
     return subprocess.Popen(
         [sys.executable, "-m", f"mpdit_jax.{command}", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(devices),
+        env=environment(devices, optimized),
         **options,
     )
 
 
-def run(command, arguments, devices=1, **options):
+def run(command, arguments, devices=1, optimized=False, **options):
     """Run a command to its end: (status, stdout, stderr)."""
-    process = start(command, arguments, devices, **options)
+    process = start(command, arguments, devices, optimized, **options)
     stdout, stderr = process.communicate(timeout=600)
     return process.returncode, stdout, stderr
 

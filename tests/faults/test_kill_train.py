@@ -71,17 +71,18 @@ def kill_once(nursery, arguments, workdir, draw):
     return "saving" if being_saved(workdir) else how, status == 0
 
 
-def survive(nursery, arguments, undisturbed, tmp_path, kills):
-    """Kill so many times; start anew in another workdir whenever a run gets to its end before."""
+@pytest.mark.slow
+def test_killed_fifty_times(nursery, arguments, undisturbed, tmp_path):
+    """In another workdir whenever a run gets to its end before."""
     seed = int(os.environ.get("MPDIT_JAX_KILL_SEED", random.SystemRandom().randrange(2**32)))
     print(f"seed {seed}")
     draw, counts, runs, done = random.Random(seed), dict.fromkeys(("starting", "running", "saving"), 0), 0, True
-    while sum(counts.values()) < kills or not done:
+    while sum(counts.values()) < KILLS or not done:
         if done:
             runs += 1
             workdir = tmp_path / f"run_{runs}"
             mine = [*arguments, f"--workdir={workdir}"]
-        if sum(counts.values()) < kills:
+        if sum(counts.values()) < KILLS:
             how, done = kill_once(nursery, mine, workdir, draw)
             counts[how] += not done
         else:
@@ -89,8 +90,8 @@ def survive(nursery, arguments, undisturbed, tmp_path, kills):
             done = True
         if done:
             assert_same_run(undisturbed, workdir)
-    print(f"seed {seed}: {kills} kills in {runs} runs, by what the process was doing: {counts}")
-    return counts
+    print(f"seed {seed}: {KILLS} kills in {runs} runs, by what the process was doing: {counts}")
+    assert counts["saving"] >= KILLS // 10  # in the middle of an asynchronous save
 
 
 def assert_same_run(expected, workdir):
@@ -101,13 +102,3 @@ def assert_same_run(expected, workdir):
     assert [json.loads(line)["step"] for line in metrics.splitlines()] == list(range(1, STEPS + 1))
     # A kill damages nothing; one in the middle of the deletion of an old checkpoint leaves a part of it.
     assert not [path for path in (workdir / "damaged_checkpoints").glob("*") if is_complete(path)]
-
-
-def test_killed_a_few_times(nursery, arguments, undisturbed, tmp_path):
-    survive(nursery, arguments, undisturbed, tmp_path, 3)
-
-
-@pytest.mark.slow
-def test_killed_fifty_times(nursery, arguments, undisturbed, tmp_path):
-    counts = survive(nursery, arguments, undisturbed, tmp_path, KILLS)
-    assert counts["saving"] >= KILLS // 10  # in the middle of an asynchronous save

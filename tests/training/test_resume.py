@@ -1,7 +1,6 @@
 """A run that is stopped and continued ends in the same bits as one that is left alone."""
 
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -12,7 +11,7 @@ import pytest
 from mpdit_jax.errors import InputError
 from mpdit_jax.stored import list_steps
 from mpdit_jax.train import main
-from tests.tiny import ROOT, assert_same_bits, run, saved_arrays, start, train_arguments
+from tests.tiny import assert_same_bits, environment, run, saved_arrays, start, train_arguments
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +85,7 @@ def test_stopped_by_a_signal(tmp_path, number):
     until = stopped - stopped % 50 + 50  # the log line whose window the stop fell into
     ends = [f"--config.steps={until}", "--config.checkpoint.every=100000", "--config.log.every=50"]
     # As printed, in a shell; only its end is brought forward.
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    assert subprocess.run(f"{again} --config.steps={until}", shell=True, env=environment, check=False).returncode == 0
+    assert subprocess.run(f"{again} --config.steps={until}", shell=True, env=environment(), check=False).returncode == 0
     other = tmp_path / "other"
     assert run("train", train_arguments(other, *ends))[0] == 0
     assert_same_bits(saved_arrays(other, until), saved_arrays(workdir, until))
