@@ -32,6 +32,9 @@ ADAPTIVE = ["diffrax>=0.7.2,<0.8"]
 
 WANDB = ["wandb>=0.31.0,<1"]
 
+# Plots of the studies whose results are in docs/.
+DOCS = ["matplotlib>=3.11.2,<4"]
+
 # Reading .pt and .pth files: since 2.6 torch.load refuses to run code that a file brings along, unless asked to.
 TORCH = ["torch>=2.6"]
 
@@ -40,6 +43,7 @@ EXTRAS = {
     # The tools that judge the source are exact, so that everyone gets the same verdict; the rest may move.
     "test": [
         *ADAPTIVE,
+        *DOCS,
         *WANDB,  # its writer is tested offline
         "hypothesis>=6.170.15,<7",
         "mypy==2.4.1",
@@ -59,8 +63,7 @@ EXTRAS = {
     "tfds": ["tensorflow_datasets>=4.9.10,<5", "importlib_resources>=6"],
     # A second place for a run's numbers and pictures: config.log.wandb_project.
     "wandb": WANDB,
-    # Plots of the studies whose results are in docs/.
-    "docs": ["matplotlib>=3.11.2,<4"],
+    "docs": DOCS,
     # What the tests marked `parity` compare with, and the other large thing they read.
     "parity": [
         "torch==2.13.0",

@@ -105,7 +105,6 @@ def test_another_file_is_refused(tmp_path):
 
 
 def test_pictures_are_drawn(results, tmp_path):
-    pytest.importorskip("matplotlib")
     from mpdit_jax.studies.plots import draw
 
     paths = draw(results, fit(results), tmp_path)

@@ -94,7 +94,6 @@ def budget_records():
 
 
 def test_plots(tmp_path):
-    pytest.importorskip("matplotlib")
     from PIL import Image
 
     fno_width.draw(*fake_records(), tmp_path / "fno.png")
