@@ -68,11 +68,9 @@ def kill_once(nursery, arguments, workdir, draw):
             time.sleep(draw.uniform(0, 1.5))
     status = child.kill()
     assert status in (0, -9), child.text()
-    if "\nstep " not in child.text():
-        how = "starting"  # what is unfinished on the disk then is of an earlier kill
-    else:
-        how = "saving" if being_saved(workdir) else "running"
-    return how, status == 0
+    if "\nstep " not in child.text():  # what is unfinished on the disk then is of an earlier kill
+        return "starting", status == 0
+    return "saving" if being_saved(workdir) else "running", status == 0
 
 
 @pytest.mark.slow
