@@ -25,9 +25,9 @@ VAE = [
     "--config.model.block_out_channels=8,8",
     "--config.model.latent_channels=2",
     "--config.model.norm_num_groups=4",
-    "--config.steps=120",
+    "--config.steps=80",
     "--config.log.every=20",
-    "--config.checkpoint.every=60",
+    "--config.checkpoint.every=40",
 ]
 MODEL = [
     f"--config={ROOT / 'configs/fashion_latents.py'}",
