@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Training on a Cloud TPU pod slice: the same command on all of its machines.
+# Training on a Cloud TPU pod slice: the same command on all of its machines. Or another that they can run together.
 #
 #   bash launch/tpu_pod.sh NAME ZONE ARGUMENTS
 #
 # such as
 #
 #   bash launch/tpu_pod.sh my-v5e-256 us-west4-a --config=configs/fashion_mnist.py --workdir=/mnt/shared/runs/mine
+#   COMMAND=prepare bash launch/tpu_pod.sh my-v5e-256 us-west4-a --images=/mnt/shared/train --out=/mnt/shared/latents ...
 #
-# --workdir must be on a file system that every machine mounts, such as Filestore; a bucket's gs:// name is none.
+# COMMAND=train (the default), prepare, sample or evaluate starts `python -m mpdit_jax.COMMAND`. --workdir and --out must
+# be on a file system that every machine mounts, such as Filestore; a bucket's gs:// name is none.
 # Expects on every machine a clone of the repository in ~/mpdit_jax with `pip install -e '.[tpu]'` done in ~/mpdit_jax/.venv.
 # The machines find each other through the TPU's metadata server. Ctrl-C here stops the run on all of them; a preempted
 # slice is continued by the same command. DRY_RUN=1 prints what would be run.
@@ -23,12 +25,12 @@ name=$1 zone=$2
 shift 2
 
 # Quoted once for this shell and once more for the one on the machines.
-printf -v arguments '%q ' "$@"
+printf -v arguments '%q ' "mpdit_jax.${COMMAND:-train}" "$@"
 command="cd ~/mpdit_jax && "
 if [ -n "${LIBTPU_INIT_ARGS:-}" ]; then
   printf -v command '%sLIBTPU_INIT_ARGS=%q ' "$command" "$LIBTPU_INIT_ARGS"
 fi
-command="$command.venv/bin/python -u -m mpdit_jax.train $arguments"
+command="$command.venv/bin/python -u -m $arguments"
 
 ssh=(gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=all "--command=$command")
 if [ -n "${DRY_RUN:-}" ]; then

@@ -32,6 +32,7 @@ CONTINUABLE = (
     "guard.abort_after",
     "mesh",
     "data.path",
+    "data.threads",
     "model.remat",
     "model.attention",
     "model.platform",
@@ -66,6 +67,7 @@ def base_config() -> ConfigDict:
     config.data.normalization = "paper"  # paper | manifest | vae: the constants latents are normalized with
     config.data.max_examples = 0  # so many, evenly spread over the set; 0 for all
     config.data.class_balance = False  # every class equally often
+    config.data.threads = 1  # that read; they change no batch
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adamw | muon
@@ -108,7 +110,7 @@ def base_config() -> ConfigDict:
     config.sample.steps = 50  # velocity evaluations
     config.sample.guidance_scale = 1.5
     config.sample.per_class = 8  # images a class in the grid, for up to 10 classes
-    config.sample.vae = ""  # folder or hub name of the VAE that decodes the grid of a run on latents; "" for no grid
+    config.sample.vae = ""  # folder or hub name of the VAE that decodes grids and evaluations of latents; "" for none
 
     config.eval = ConfigDict()  # metrics of samples from the moving average, against real images (docs/evaluation.md)
     config.eval.every = 0  # steps, and after the last; 0 for never
@@ -199,6 +201,7 @@ def _check(config: ConfigDict) -> None:
         "gradient_accumulation",
         "checkpoint.every",
         "checkpoint.keep",
+        "data.threads",
         "log.every",
         "sample.steps",
         "guard.abort_after",

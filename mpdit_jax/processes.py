@@ -11,7 +11,6 @@ started with another config or version. The connections of the roll call stay op
 
 import argparse
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import os
@@ -35,6 +34,7 @@ Facts = Mapping[str, str]
 _MESSAGE_LIMIT = 1 << 20
 _REPLY_GRACE = 10.0  # seconds; a peer waits this much longer than process 0, to hear from it who is missing
 _SENTENCE_LIMIT = 4096  # bytes
+_MOST_SHOWN = 5  # facts a process
 T = TypeVar("T")
 
 
@@ -89,7 +89,7 @@ def join(options: argparse.Namespace, facts: Facts) -> None:
         cluster = find_cluster(os.environ)
     if cluster is None and on_cloud_tpu():
         jax.distributed.initialize(initialization_timeout=int(options.join_timeout) + 1)
-        _compare_fingerprints(facts)
+        compare_facts(facts)
         return
     if cluster is None or cluster.count == 1:
         return
@@ -128,16 +128,26 @@ def on_cloud_tpu(devices: Path = Path("/dev")) -> bool:
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def _compare_fingerprints(facts: Facts) -> None:
-    """After JAX has connected processes without a roll call: raise ProcessError unless all have process 0's facts."""
-    digest = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).digest()
-    digests = np.asarray(multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))).reshape(-1, len(digest))
-    differing = [str(index) for index in range(len(digests)) if not np.array_equal(digests[index], digests[0])]
+def compare_facts(facts: Facts) -> None:
+    """Raise ProcessError, on every process, unless all have process 0's facts; all must ask at the same point.
+
+    For processes that JAX has connected: those of a TPU pod, which hold no roll call, and facts that are known late.
+    """
+    text = np.frombuffer(json.dumps(dict(facts)).encode(), np.uint8)
+    lengths = np.asarray(multihost_utils.process_allgather(np.array(len(text)))).ravel()
+    filled = np.pad(text, (0, int(lengths.max()) - len(text)))
+    texts = np.asarray(multihost_utils.process_allgather(filled)).reshape(len(lengths), -1)
+    told = [json.loads(bytes(row[:length])) for row, length in zip(texts, lengths, strict=True)]
+    differing = [_tell_apart(index, theirs, told[0]) for index, theirs in enumerate(told) if theirs != told[0]]
     if differing:
-        raise ProcessError(
-            f"process {', '.join(differing)} was started with another config, workdir or version of the code than "
-            "process 0: start the same command on all machines."
-        )
+        raise ProcessError(f"{'; '.join(differing)}: start the same command on all machines.")
+
+
+def _tell_apart(index: int, theirs: Facts, facts: Facts) -> str:
+    """What a process has that process 0 has otherwise, or nothing."""
+    changed = [name for name in sorted({*facts, *theirs}) if facts.get(name) != theirs.get(name)]
+    shown = ", ".join(f"{name}={theirs.get(name)} instead of {facts.get(name)}" for name in changed[:_MOST_SHOWN])
+    return f"process {index} was started with {shown}, unlike process 0" if changed else ""
 
 
 def _from_jax_variables(coordinator: str, count: str, index: str) -> Cluster:
@@ -209,9 +219,8 @@ def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> tupl
                 differing.append(f"a second process, or one too many, calls itself number {index}")
                 strangers.append(peer)
                 continue
-            if changed := [name for name in sorted({*facts, *theirs}) if facts.get(name) != theirs.get(name)]:
-                shown = ", ".join(f"{name}={theirs.get(name)} instead of {facts.get(name)}" for name in changed[:5])
-                differing.append(f"process {index} was started with {shown}, unlike process 0")
+            if sentence := _tell_apart(index, theirs, facts):
+                differing.append(sentence)
             present.add(index)
             connections[index] = peer
         missing = [str(index) for index in range(1, cluster.count) if index not in present]

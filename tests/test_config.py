@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mpdit_jax.config import base_config, from_json, model_of, resolve, to_json
+from mpdit_jax.config import base_config, differences, from_json, model_of, resolve, to_json
 from mpdit_jax.errors import ConfigError
 
 
@@ -26,3 +26,14 @@ def test_a_field_of_a_newer_version_is_refused():
     stored["model"]["wavelets"] = 3
     with pytest.raises(ConfigError, match=r"unknown config key config\.model\.wavelets"):
         from_json(json.dumps(stored))
+
+
+def test_what_changes_no_number_may_be_another_when_a_run_continues():
+    before, after = base_config(), base_config()
+    after.data.threads, after.data.path = 4, "/elsewhere"
+    assert differences(resolve(before), resolve(after)) == {}
+    after.data.max_examples = 5
+    assert differences(resolve(before), resolve(after)) == {"data.max_examples": (0, 5)}
+    after.data.threads = 0
+    with pytest.raises(ConfigError, match=r"config\.data\.threads=0: expected 1 or more"):
+        resolve(after)

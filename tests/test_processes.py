@@ -8,8 +8,8 @@ import pytest
 from mpdit_jax.errors import ConfigError, ProcessError
 from mpdit_jax.processes import (
     Cluster,
-    _compare_fingerprints,
     add_flags,
+    compare_facts,
     find_cluster,
     first_host,
     join,
@@ -76,15 +76,22 @@ def test_a_cloud_tpu_has_chips_and_their_library(tmp_path, monkeypatch):
 
 
 def test_processes_that_jax_connected_are_compared_too(monkeypatch):
-    """On a TPU pod JAX finds the peers itself, so there is no roll call to compare in."""
-    _compare_fingerprints({"config.seed": "0"})  # alone
-    others = []
+    """On a TPU pod JAX finds the peers itself, so there is no roll call to compare in; what is known late, neither."""
+    ours, others = {"config.seed": "0", "version": "1"}, []
+    compare_facts(ours)  # alone
 
-    def gathered(digest):
-        return np.stack([digest, digest, *others])
+    def gathered(array):
+        """As JAX stacks what every process gives: the length of its facts, then the facts."""
+        if array.ndim == 0:
+            return np.array([array, array, *map(len, others)])
+        rows = [np.frombuffer(other, np.uint8) for other in others]
+        width = max([len(array), *map(len, rows)])
+        return np.stack([np.pad(row, (0, width - len(row))) for row in (array, array, *rows)])
 
     monkeypatch.setattr("mpdit_jax.processes.multihost_utils.process_allgather", gathered)
-    _compare_fingerprints({"config.seed": "0"})
-    others.append(np.zeros(32, np.uint8))
-    with pytest.raises(ProcessError, match="process 2 was started with another config, workdir or version"):
-        _compare_fingerprints({"config.seed": "0"})
+    compare_facts(ours)
+    others.append(b'{"config.seed": "1", "version": "1"}')
+    with pytest.raises(
+        ProcessError, match=r"^process 2 was started with config.seed=1 instead of 0, unlike process 0:"
+    ):
+        compare_facts(ours)

@@ -22,7 +22,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from mpdit_jax.data.npz import read_npy
-from mpdit_jax.errors import DataError, InputError
+from mpdit_jax.errors import DataError
 
 SCHEMA_VERSION = 1
 MANIFEST, LABELS, REJECTED = "manifest.json", "labels.npy", "rejected.jsonl"
@@ -137,6 +137,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             and all(isinstance(name, str) for name in manifest.class_names)
             and all(isinstance(count, int) and count >= 0 for count in manifest.class_counts)
             and all(math.isfinite(value) for value in (*manifest.latent_mean, *manifest.latent_std))
+            and all(value >= 0 for value in manifest.latent_std)
             and isinstance(manifest.vae_fingerprint, str)
         )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, OverflowError) as error:
@@ -204,28 +205,6 @@ class LatentStore:
             start, view = place * size, memoryview(record)
             means[start : start + size], stds[start : start + size] = view[:size], view[size : 2 * size]
         return mean, std
-
-    def in_order(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-        """Every example once, in the order of the store, as evaluation reads it.
-
-        Args:
-            batch_size: examples at a time; the last batch has what is left.
-
-        Yields:
-            `mean` and `std` float16 (n, views, h, w, C), of which view 0 is the image as it was; `y` int32 (n,).
-
-        Raises:
-            InputError: a batch size below 1.
-            DataError: a damaged shard.
-        """
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size}: expected 1 or more.")
-        return (self._batch(start, batch_size) for start in range(0, len(self), batch_size))
-
-    def _batch(self, start: int, batch_size: int) -> dict[str, np.ndarray]:
-        rows = np.arange(start, min(start + batch_size, len(self)))
-        mean, std = self.moments(rows)
-        return {"mean": mean, "std": std, "y": self.labels[rows]}
 
     def _records(self, indices: np.ndarray) -> Iterator[bytes]:
         """The records, one by one: ArrayRecord takes three times as long for each of a list of scattered ones."""

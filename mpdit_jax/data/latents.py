@@ -69,7 +69,8 @@ def load_latents(path: str = "", split: str = "train", normalization: str = "pap
             "vae" for the VAE's own scaling and shift factors.
 
     Raises:
-        DataError: no finished store there, or a damaged one.
+        DataError: no finished store there, or a damaged one, or a channel that has one value everywhere and would be
+            divided by its standard deviation of 0.
         ConfigError: the paper's constants for another number of channels.
     """
     if not path:
@@ -81,6 +82,12 @@ def load_latents(path: str = "", split: str = "train", normalization: str = "pap
         raise DataError(f"{path}: there are no examples.")
     manifest = store.manifest
     if normalization == "manifest":
+        if 0 in manifest.latent_std:
+            raise DataError(
+                f"{path}: channel {manifest.latent_std.index(0)} of the latents has standard deviation 0, by which "
+                "config.data.normalization='manifest' would divide: set it to 'vae', the VAE's own factors, or prepare "
+                "images that differ."
+            )
         mean, std = manifest.latent_mean, manifest.latent_std
     elif normalization == "vae":
         channels = manifest.latent_shape[2]

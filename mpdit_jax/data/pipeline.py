@@ -8,7 +8,6 @@ import numpy as np
 
 from mpdit_jax.data.sources import Batch, Batched
 
-_THREADS = 1  # reading a store holds Python's lock: a second thread would only contend for it
 _PREFETCH = 4  # batches
 
 
@@ -18,7 +17,7 @@ def batches(
     seed: int,
     start: int = 0,
     rows: slice | np.ndarray = slice(None),
-    threads: int = _THREADS,
+    threads: int = 1,
 ) -> Iterator[Batch]:
     """Endless batches from step `start` on: the batch of step s depends on (seed, s) and nothing else.
 
@@ -30,7 +29,7 @@ def batches(
         seed: seed of the permutations.
         start: the first step wanted; resuming costs nothing.
         rows: the rows of the global batch that this process reads.
-        threads: that read; they change no batch.
+        threads: that read; they change no batch. Reading a store holds Python's lock, for which they contend.
     """
     order = Order(len(source), seed)
     steps = grain.MapDataset.range(start, 2**62).map(lambda step: source.batch(order.batch(step, batch_size)[rows]))

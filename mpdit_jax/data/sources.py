@@ -227,8 +227,9 @@ def load_source(
     normalization: str = "paper",
     max_examples: int = 0,
     class_balance: bool = False,
+    threads: int = 1,
 ) -> Source:
-    """The data set `config.data` describes; the arguments are its fields.
+    """The data set `config.data` describes; the arguments are its fields, of which `threads` is for the pipeline.
 
     Raises:
         DataError: unknown name, missing or damaged files.

@@ -12,15 +12,14 @@ import numpy as np
 from mpdit_jax.checkpoint import load_config
 from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import InputError, MissingExtraError, WeightsError
+from mpdit_jax.evaluation.decoding import find_decode
 from mpdit_jax.evaluation.extractors import Extractor, make_extractor
 from mpdit_jax.evaluation.inception_weights import locate_inception
 from mpdit_jax.evaluation.looking import look, needed
 from mpdit_jax.evaluation.report import Result, make_result
-from mpdit_jax.evaluation.sets import ArrayImages, Decode, ImageBlocks, SourceImages, limited, open_npz, open_set
+from mpdit_jax.evaluation.sets import ArrayImages, FindDecode, ImageBlocks, SourceImages, limited, open_npz, open_set
 from mpdit_jax.evaluation.settings import ALIASES
 from mpdit_jax.evaluation.statistics import Statistics, holds_statistics, load_statistics
-from mpdit_jax.mesh import make_mesh
-from mpdit_jax.vae import load_vae, tiles
 
 _OF_SINGLE_IMAGES = {"precision", "recall", "kid"}
 
@@ -88,11 +87,12 @@ def reference_of(
 def reference_images(options: argparse.Namespace) -> ImageBlocks:
     """The images that --reference names, or those that a run was trained on."""
     if options.reference:
-        return open_set(options.reference, image_size=options.image_size, decode=_store_decode(options))
+        return open_set(options.reference, image_size=options.image_size, find=_find(options))
     config = load_config(options.workdir)
     if config.data.name == "latents":
-        return open_set(config.data.path, decode=_store_decode(options))
+        return open_set(config.data.path, find=_find(options))
     source, data = load_source(**config.data), config.data.to_dict()
+    del data["threads"]  # changes nothing that is read
     return SourceImages(source, {"path": f"the data of {options.workdir}", "count": len(source), "data": data})
 
 
@@ -104,7 +104,7 @@ def evaluate_set(
     Raises:
         InputError, DataError: sets that cannot be read, or do not compare.
     """
-    opened = open_set(options.samples, image_size=options.image_size, decode=_store_decode(options))
+    opened = open_set(options.samples, image_size=options.image_size, find=_find(options))
     samples = limited(opened, options.num_samples)
     if options.reference:
         _check_sizes(options, samples)
@@ -149,16 +149,5 @@ def _pictures_beside(path: Path) -> ArrayImages | None:
     return open_npz(path)
 
 
-def _store_decode(options: argparse.Namespace) -> Decode | None:
-    """What decodes a store's unscaled latents; None without --vae."""
-    if not options.vae:
-        return None
-    mesh = make_mesh(devices=jax.local_devices())
-    vae = load_vae(options.vae, dtype=options.vae_dtype, mesh=mesh, tiling=tiles(options.vae_tile))
-
-    def decode(latents: np.ndarray) -> np.ndarray:
-        filled = np.resize(latents, (-(-len(latents) // mesh.size) * mesh.size, *latents.shape[1:]))
-        with jax.set_mesh(mesh):
-            return np.asarray(vae.decode(filled))[: len(latents)]
-
-    return decode
+def _find(options: argparse.Namespace) -> FindDecode:
+    return find_decode(options.vae, options.vae_dtype, options.vae_tile)

@@ -12,7 +12,7 @@ from numpy.lib import format as npy
 from PIL import Image
 
 from mpdit_jax import images as pictures
-from mpdit_jax.data.latent_store import MANIFEST, LatentStore
+from mpdit_jax.data.latent_store import MANIFEST, LatentStore, read_manifest
 from mpdit_jax.data.sources import SOURCES, load_source
 from mpdit_jax.errors import DataError, InputError
 from mpdit_jax.preparing.pictures import to_mode, to_square
@@ -20,6 +20,8 @@ from mpdit_jax.preparing.pictures import to_mode, to_square
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 Decode = Callable[[np.ndarray], np.ndarray]
 """Unscaled latents float32 (n, h, w, C) to images (n, H, W, 1 or 3) in [-1, 1]."""
+FindDecode = Callable[[Path, str], Decode]
+"""From a store and the fingerprint of the VAE that encoded it to what decodes it; InputError where there is no such."""
 
 
 class ImageBlocks(Protocol):
@@ -101,7 +103,7 @@ class DecodedLatents:
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Decode those examples, not mirrored."""
-        means = self.store.read(indices)["mean"][:, 0].astype(np.float32)  # (n, h, w, C)
+        means = self.store.moments(indices)[0][:, 0].astype(np.float32)  # (n, h, w, C)
         return pictures.to_uint8(np.asarray(self.decode(means)))
 
 
@@ -164,14 +166,14 @@ def limited(images: ImageBlocks, count: int | None) -> ImageBlocks:
     return FirstImages(images, count)
 
 
-def open_set(place: str, *, image_size: int = 0, decode: Decode | None = None) -> ImageBlocks:
+def open_set(place: str, *, image_size: int = 0, find: FindDecode | None = None) -> ImageBlocks:
     """The images that a command's argument names.
 
     Args:
         place: an .npz with `arr_0`, a folder of images (with subfolders or not), a store of latents, or
             `data:NAME[:SPLIT]` for a data set of `mpdit_jax.data`, such as data:fashion_mnist:test.
         image_size: cut the images of a folder to central squares of this size; 0 to take them as they are.
-        decode: for a store of latents.
+        find: for stores of latents; without it they are refused.
 
     Raises:
         InputError, DataError: nothing there, or not of that form.
@@ -181,12 +183,23 @@ def open_set(place: str, *, image_size: int = 0, decode: Decode | None = None) -
         return _open_source(place, rest)
     path = Path(place).expanduser()
     if path.is_dir():
-        return _open_store(path, decode) if (path / MANIFEST).is_file() else open_folder(path, image_size)
+        return _open_store(path, find) if (path / MANIFEST).is_file() else open_folder(path, image_size)
     if not path.is_file():
         raise InputError(
             f"{place}: no such file or folder; expected an .npz, a folder of images, or a store of latents."
         )
     return open_npz(path)
+
+
+def check_store(place: str, find: FindDecode) -> None:
+    """Raise InputError where an argument of `open_set` is a store of latents that `find` has no decoder for.
+
+    Raises:
+        DataError: a damaged manifest.
+    """
+    path = Path(place).expanduser()
+    if place and (path / MANIFEST).is_file():
+        find(path, read_manifest(path).vae_fingerprint)
 
 
 def open_npz(path: Path) -> ArrayImages:
@@ -233,12 +246,14 @@ def _open_source(place: str, rest: str) -> SourceImages:
     return SourceImages(source, {"path": place, "count": len(source), "shape": list(source.shape)})
 
 
-def _open_store(path: Path, decode: Decode | None) -> DecodedLatents:
-    if decode is None:
-        raise InputError(f"{path} is a store of latents: give --vae=FOLDER, the VAE that encoded it.")
+def _open_store(path: Path, find: FindDecode | None) -> DecodedLatents:
+    if find is None:
+        raise InputError(f"{path} is a store of latents: expected images.")
     store = LatentStore(path)
-    size = store.manifest.image_size
-    one = np.asarray(decode(store.read(np.arange(1))["mean"][:, 0].astype(np.float32)))
+    if not len(store):
+        raise DataError(f"{path}: there are no examples.")
+    decode, size = find(path, store.manifest.vae_fingerprint), store.manifest.image_size
+    one = np.asarray(decode(store.moments(np.arange(1))[0][:, 0].astype(np.float32)))
     about = _about(path, len(store), (size, size, one.shape[-1]))
     about |= {"latents": "decoded means of the posteriors", "vae": store.manifest.vae_fingerprint}
     return DecodedLatents(store, (one.shape[1], one.shape[2], one.shape[3]), decode, about)

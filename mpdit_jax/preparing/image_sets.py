@@ -46,10 +46,11 @@ class ImageFolder:
     labels: np.ndarray
     keys: tuple[str, ...]
 
-    @property
+    @cached_property
     def identity(self) -> str:
-        """Of names and labels."""
-        return _digest(self.keys, self.labels)
+        """Of names, labels and sizes in bytes. Times would differ between copies of the same files."""
+        sizes = np.array([_size(self.root / key) for key in self.keys], "<i8")
+        return f"{_digest(self.keys, self.labels)} {hashlib.sha256(sizes.tobytes()).hexdigest()[:16]}"
 
     def open(self, index: int) -> tuple[Image.Image, int]:
         """Read the file."""
@@ -196,6 +197,14 @@ def _files(root: Path, name: str) -> list[str]:
         place = Path(folder).relative_to(root)
         found.extend((place / file).as_posix() for file in files if file.lower().endswith(_SUFFIXES))
     return sorted(found)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 where there is none, as behind a link whose target is gone."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _idx_pair(folder: Path, stem: str) -> tuple[Path, Path] | None:

@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,17 @@ from mpdit_jax.data.latent_store import (
     sha256,
 )
 from mpdit_jax.errors import DataError, InputError, MPDiTError, ProcessError
-from mpdit_jax.files import Lock, check_writable, remove_leftovers, replacing, take_lock
+from mpdit_jax.files import replacing
 from mpdit_jax.interrupt import StopRequest
 from mpdit_jax.mesh import make_mesh
+from mpdit_jax.preparing.claiming import claim, flat
 from mpdit_jax.preparing.image_sets import ImageSet, key_bytes_of
 from mpdit_jax.preparing.shards import Encode, Report, Stopped, Work, read_report, report_path, write_shard
-from mpdit_jax.processes import any_process, first_does
+from mpdit_jax.processes import any_process, compare_facts, first_does
 from mpdit_jax.progress import WorkBar
 from mpdit_jax.vae import VAE
 
 FLIPS = ("none", "both")
-_SETTINGS, _LOCK = "prepare.json", ".lock"
 _MOST_REJECTED = 0.01  # of all images
 
 
@@ -93,7 +92,8 @@ class Plan:
             "vae_tile": self.vae.tiling.size if self.vae.tiling is not None else 0,
             "vae_fingerprint": self.vae.fingerprint,
             "number of images": len(self.images.keys),
-            "names and labels of the images": self.images.identity,
+            "images": self.images.identity,
+            "class_names": list(self.class_names),
         }
 
     def shard_names(self) -> list[str]:
@@ -117,10 +117,14 @@ def prepare(plan: Plan, out: Path) -> Manifest | None:
         The manifest, or None if asked to stop by SIGINT or SIGTERM.
 
     Raises:
+        ProcessError: another process would encode with another VAE, or otherwise.
         InputError: the folder holds latents of other settings, is being written to, or cannot be written.
         DataError: more than 1 % of the images were rejected.
     """
-    with StopRequest() as stop, _claim(out, plan.settings()):
+    settings = plan.settings()
+    # What is under a path may differ from one machine to the next, and two VAEs in one store nobody would notice.
+    compare_facts({name: str(value) for name, value in flat(settings).items()})
+    with StopRequest() as stop, claim(out, settings):
         if (out / MANIFEST).is_file() and not any_process(bool(first_does(partial(_needs_repair, out)))):
             return read_manifest(out)
         failure: MPDiTError | None = None
@@ -249,52 +253,6 @@ def _statistics(reports: Sequence[Report]) -> tuple[tuple[float, ...], tuple[flo
     mean = np.sum([report.total for report in reports], axis=0) / positions
     square = np.sum([report.total_square for report in reports], axis=0) / positions
     return tuple(mean.tolist()), tuple(np.sqrt(np.maximum(square - mean**2, 0)).tolist())
-
-
-@contextmanager
-def _claim(out: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Hold the folder for one run of one plan."""
-    lock = first_does(partial(_take, out, settings))
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.close()
-
-
-def _take(out: Path, settings: dict[str, Any]) -> Lock:
-    check_writable(out / _SETTINGS)
-    lock = take_lock(out / _LOCK)
-    if isinstance(lock, str):
-        raise InputError(f"another prepare is writing to {out} ({lock}): wait for it to end, or use another --out.")
-    try:
-        remove_leftovers(out)
-        _claim_settings(out, settings)
-    except BaseException:
-        lock.close()
-        raise
-    return lock
-
-
-def _claim_settings(out: Path, settings: dict[str, Any]) -> None:
-    path = out / _SETTINGS
-    if not path.is_file():
-        if (out / MANIFEST).is_file():
-            raise InputError(f"{out} holds finished latents, and no {_SETTINGS} says of what: use another --out.")
-        with replacing(path) as file:
-            file.write((json.dumps(settings, indent=1) + "\n").encode())
-        return
-    try:
-        stored = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged: use another --out.") from error
-    changed = [
-        f"{name}: {stored.get(name)} there, {now} now" for name, now in settings.items() if stored.get(name) != now
-    ]
-    if changed:
-        raise InputError(
-            f"{out} holds latents of other settings ({'; '.join(changed)}): use another --out, or those settings."
-        )
 
 
 def round_up(batch_size: int) -> int:

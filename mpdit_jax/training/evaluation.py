@@ -20,9 +20,10 @@ from mpdit_jax.data.sources import Source, limited
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.evaluation.classifier import load_classifier, save_classifier
 from mpdit_jax.evaluation.classifier_training import train_classifier
+from mpdit_jax.evaluation.decoding import find_decode
 from mpdit_jax.evaluation.extractors import Extractor, build_classifier, make_extractor
 from mpdit_jax.evaluation.moments import Moments, gather_rows, merge_processes
-from mpdit_jax.evaluation.sets import SourceImages, open_set
+from mpdit_jax.evaluation.sets import FindDecode, SourceImages, check_store, open_set
 from mpdit_jax.evaluation.settings import choose_metrics
 from mpdit_jax.evaluation.statistics import (
     Statistics,
@@ -90,6 +91,8 @@ class Evaluator:
                 )
             if config.eval.features == "classifier":
                 raise ConfigError("config.eval.features='classifier' is of images: give classifier:FILE, or another.")
+        if config.eval.every:  # before hours of training
+            check_store(config.eval.reference, self._find_decode())
         if config.eval.every and config.eval.features != "classifier":
             self._extractor = self._make_extractor()
             check_metrics(self._metrics, self._extractor)
@@ -220,6 +223,7 @@ class Evaluator:
                 )
             return stored
         path, data = self._folder / "real.npz", self._config.data.to_dict()
+        del data["threads"]  # changes nothing that is read
         about = {"path": place or "the data of the run", "most": _MOST_REAL, "data": {} if place else data}
         earlier = load_statistics(path, extractor) if path.is_file() else None
         if earlier is not None:
@@ -229,7 +233,7 @@ class Evaluator:
         if not any_process(earlier is None) and earlier is not None:
             return earlier
         if place:
-            images = open_set(place)
+            images = open_set(place, find=self._find_decode())
         else:
             images = SourceImages(limited(_Decoded(self._source, self._decode), _MOST_REAL), about)
         size = extractor.batch_size
@@ -241,6 +245,10 @@ class Evaluator:
             found = collect(extractor, parts, about)
         first_does(lambda: save_statistics(path, found, features=single))
         return found
+
+    def _find_decode(self) -> FindDecode:
+        """For a reference that is a store, by the VAE of the run: loaded anew, and let go of with what it decodes."""
+        return find_decode(self._config.sample.vae, name="config.sample.vae")
 
     def _has_line(self, step: int) -> bool:
         if not self._metrics_file.is_file():

@@ -38,6 +38,7 @@ from mpdit_jax.training.step import jit_step, make_draw, make_loss, make_step
 from mpdit_jax.training.stopwatch import Stopwatch
 from mpdit_jax.training.window import empty_window, skipped_steps, window_means
 from mpdit_jax.training.writers import METRICS_FILE, check_wandb
+from mpdit_jax.vae import PIXELS
 from mpdit_jax.workdir import claim_workdir
 
 
@@ -87,7 +88,8 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
             step, state = 0, create_state(model_config, optimizer, mesh, config.seed)
         speaks = jax.process_index() == 0
         first_does(partial(claim_data, workdir, source, trained=step > 0))
-        decode = make_decode(str(workdir), config.sample.vae) if config.sample.vae else None
+        in_pixels = source.latents is not None and source.latents.vae_fingerprint == PIXELS
+        decode = make_decode(str(workdir), config.sample.vae) if config.sample.vae or in_pixels else None
         evaluator = Evaluator(config, workdir, source, structure, decode, lambda: stop.name is not None)
         unevaluated = evaluator.pending(step)
         if step >= config.steps and not unevaluated:
@@ -112,7 +114,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         learning_rate = make_schedule(config.optimizer)
         rows = local_rows(config.batch_size, mesh)
         feed = Feed(
-            batches(source, config.batch_size, config.seed, start=step, rows=rows),
+            batches(source, config.batch_size, config.seed, start=step, rows=rows, threads=config.data.threads),
             lambda batch: place_batch(batch, rows, config.batch_size, mesh),
         )
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,31 +56,48 @@ class AutoencoderConfig:
     force_upcast: bool = True
 
     def __post_init__(self) -> None:
-        positive_ints: dict[str, tuple[object, ...]] = {
-            "in_channels": (self.in_channels,),
-            "out_channels": (self.out_channels,),
-            "block_out_channels": tuple(self.block_out_channels) or ("nothing",),
-            "layers_per_block": (self.layers_per_block,),
-            "latent_channels": (self.latent_channels,),
-            "norm_num_groups": (self.norm_num_groups,),
-        }
-        for name, values in positive_ints.items():
-            for value in values:
-                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                    raise ConfigError(f"VAE config: {name} holds {value!r}; expected whole numbers of 1 or more.")
+        for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
+            self._expect(name, _is_positive, "a whole number of 1 or more")
+        self._expect("block_out_channels", _all(_is_positive), "whole numbers of 1 or more")
+        self._expect("scaling_factor", lambda value: _is_finite(value) and value > 0, "a positive number")
+        self._expect("shift_factor", lambda value: value is None or _is_finite(value), "a finite number, or null")
+        for name in ("latents_mean", "latents_std"):
+            self._expect(name, lambda value: value is None or _all(_is_finite)(value), "finite numbers, or null")
+        self._expect(
+            "sample_size", lambda value: _is_positive(value) or _all(_is_positive)(value), "whole numbers of 1 or more"
+        )
+        for name in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention", "force_upcast"):
+            self._expect(name, lambda value: isinstance(value, bool), "true or false")
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise ConfigError(
                     f"VAE config: block_out_channels has {width}, which norm_num_groups={self.norm_num_groups} does "
                     "not divide; make every width a multiple of it."
                 )
-        if not self.scaling_factor > 0:
-            raise ConfigError(f"VAE config: scaling_factor is {self.scaling_factor!r}; expected a positive number.")
+
+    def _expect(self, name: str, holds: Callable[[Any], bool], expected: str) -> None:
+        value = vars(self)[name]
+        if not holds(value):
+            raise ConfigError(f"VAE config: {name} is {value!r}; expected {expected}.")
 
     @property
     def downsample_factor(self) -> int:
         """Image pixels per latent pixel, along height and along width."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_finite(value: Any) -> bool:
+    # Compared, since a whole number may be larger than any float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _all(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Whether a value is a sequence, not empty, and all of it passes."""
+    return lambda value: isinstance(value, tuple | list) and bool(value) and all(map(holds, value))
 
 
 def config_from_diffusers(entries: Mapping[str, Any]) -> AutoencoderConfig:
@@ -110,7 +128,7 @@ def config_from_diffusers(entries: Mapping[str, Any]) -> AutoencoderConfig:
                 refused.append(f"act_fn={value!r} (expected 'silu')")
         elif key in ("down_block_types", "up_block_types"):
             expected = _DOWN_BLOCK if key == "down_block_types" else _UP_BLOCK
-            if any(block != expected for block in value):
+            if not isinstance(value, list | tuple) or any(block != expected for block in value):
                 refused.append(f"{key}={value!r} (expected only {expected!r})")
         elif not key.startswith("_") and value is not None:
             refused.append(f"{key}={value!r} (unknown key)")
@@ -118,7 +136,9 @@ def config_from_diffusers(entries: Mapping[str, Any]) -> AutoencoderConfig:
     for key in ("down_block_types", "up_block_types"):
         blocks = entries.get(key)
         widths = values.get("block_out_channels", AutoencoderConfig.block_out_channels)
-        if blocks is not None and not refused and len(blocks) != len(widths):
+        if blocks is None or refused or not isinstance(widths, tuple):
+            continue
+        if len(blocks) != len(widths):
             refused.append(f"{key} of length {len(blocks)} (expected one for each of block_out_channels={widths})")
     if refused:
         raise ConfigError(

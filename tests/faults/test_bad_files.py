@@ -23,10 +23,10 @@ from mpdit_jax.data.idx import read_idx
 from mpdit_jax.data.latent_store import LatentStore
 from mpdit_jax.data.sources import load_arrays
 from mpdit_jax.errors import CheckpointError, DataError, InputError, MPDiTError, WeightsError
+from mpdit_jax.preparing.claiming import _claim_settings
 from mpdit_jax.preparing.image_sets import open_folder
 from mpdit_jax.preparing.pictures import to_square
 from mpdit_jax.preparing.shards import Work, _read
-from mpdit_jax.preparing.store import _claim_settings
 from mpdit_jax.sampling.blocks import Block, BlockFolder
 from mpdit_jax.train import main
 from tests.data.test_latents import make_store

@@ -1,5 +1,6 @@
 """The cluster scripts, as far as a machine without the service allows: what they would run, and with what set."""
 
+import importlib
 import json
 import os
 import shlex
@@ -7,6 +8,8 @@ import subprocess
 import sys
 from math import prod
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOPOLOGY = "cloud.google.com/gke-tpu-topology"
@@ -26,16 +29,20 @@ def stub(folder, name, text):
     (folder / name).chmod(0o755)
 
 
-def test_slurm_starts_the_command_on_every_node(tmp_path):
+@pytest.mark.parametrize("command", ["", "prepare"])
+def test_slurm_starts_the_command_on_every_node(command, tmp_path):
     """`srun` notes what it is asked to run; the flags it hands on are ones that this XLA knows."""
     stub(tmp_path / "bin", "srun", 'printf "%s\\n" "$@"; printf "%s\\n" "$XLA_FLAGS"')
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[1-2]", "SLURM_JOB_NUM_NODES": "2", "COMMAND": command}
     done = run("slurm.sbatch", *ARGUMENTS, PATH=path, PYTHON="/opt/python", XLA_FLAGS="--xla_dump_to=", **job)
     assert done.returncode == 0, done.stderr
-    first, *command, flags = done.stdout.splitlines()
+    first, *started, flags = done.stdout.splitlines()
+    module = f"mpdit_jax.{command or 'train'}"
     assert first == "7: 2 node(s) gpu[1-2]"
-    assert command == ["--kill-on-bad-exit=1", "/opt/python", "-u", "-m", "mpdit_jax.train", *ARGUMENTS]
+    assert started == ["--kill-on-bad-exit=1", "/opt/python", "-u", "-m", module, *ARGUMENTS]
+    if command:
+        return
     assert flags.startswith("--xla_dump_to= --xla_gpu_enable_latency_hiding_scheduler=true")
     # XLA ends a process whose flags it does not know.
     script = "import jax, json; print(json.dumps(len(jax.devices())))"
@@ -51,8 +58,22 @@ def test_tpu_pod_quotes_for_both_shells():
     command = shlex.split(done.stdout)
     assert command[:7] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "my-pod", "--zone=us-west4-a"]
     remote = shlex.split(command[-1].removeprefix("--command="))
-    assert remote[-len(ARGUMENTS) :] == ARGUMENTS
+    module = [".venv/bin/python", "-u", "-m", "mpdit_jax.train"]
+    assert remote[-len(ARGUMENTS) - 4 :] == [*module, *ARGUMENTS]
     assert "LIBTPU_INIT_ARGS=--a=1 --b=2" in remote
+    prepared = run("tpu_pod.sh", "my-pod", "us-west4-a", *ARGUMENTS, DRY_RUN="1", COMMAND="prepare")
+    remote = shlex.split(shlex.split(prepared.stdout)[-1].removeprefix("--command="))
+    assert remote[-len(ARGUMENTS) - 4 :] == [*module[:-1], "mpdit_jax.prepare", *ARGUMENTS]
+
+
+@pytest.mark.parametrize("command", ["train", "prepare", "sample", "evaluate"])
+def test_every_command_that_the_scripts_name_runs_on_many_processes(command, capsys):
+    for script in ("slurm.sbatch", "tpu_pod.sh", "k8s_jobset.yaml"):
+        assert command in (ROOT / "launch" / script).read_text()
+    with pytest.raises(SystemExit) as done:
+        importlib.import_module(f"mpdit_jax.{command}").main(["--help"])
+    assert done.value.code == 0
+    assert "--num_processes" in capsys.readouterr().out
 
 
 def test_jobsets_describe_the_cluster_that_the_command_finds():

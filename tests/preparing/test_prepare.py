@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from mpdit_jax.data.latent_store import LatentStore, read_manifest
 from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import DataError, InputError, MissingExtraError, MPDiTError
 from mpdit_jax.prepare import main
-from tests.tiny import run
+from tests.tiny import run, start
+from tests.training.test_processes import free_port
 
 
 def arguments(folder, vae, out, *more):
@@ -122,6 +124,49 @@ def test_other_settings_are_refused(copy, folder, vae_folder, other_vae):
     assert contents(copy) == before
 
 
+def test_other_class_names_are_another_setting(copy, folder, vae_folder, tmp_path):
+    (tmp_path / "names.txt").write_text("one\nto\nzero\nmany\n")
+    with pytest.raises(
+        InputError, match=r"\(class_names\[1\]: two there, to now; class_names\[3\]: None there, many now\)"
+    ):
+        main(arguments(folder, vae_folder, copy, f"--class_names={tmp_path / 'names.txt'}"))
+
+
+def test_an_image_of_another_size_is_another_set(folder, vae_folder, tmp_path):
+    """Under the same name, as a repaired file is; a store that is finished would say that it is done."""
+    root = shutil.copytree(folder, tmp_path / "images")
+    assert main(arguments(root, vae_folder, tmp_path / "out")) == 0
+    touched = next((root / "two").iterdir())
+    os.utime(touched, (0, 0))  # as copies on other machines have other times
+    assert main(arguments(root, vae_folder, tmp_path / "out")) == 0
+    Image.new("L", (16, 16), 9).save(touched)
+    with pytest.raises(InputError, match=r"images: .* there, .* now"):
+        main(arguments(root, vae_folder, tmp_path / "out"))
+
+
+def test_processes_with_different_vaes_write_nothing(folder, vae_folder, other_vae, tmp_path):
+    """Each may have a path of its own, under which lies another VAE."""
+    port, out = free_port(), tmp_path / "out"
+    processes = [
+        start(
+            "prepare",
+            [
+                *arguments(folder, vae, out),
+                f"--coordinator_address=localhost:{port}",
+                "--num_processes=2",
+                f"--process_id={index}",
+            ],
+        )
+        for index, vae in enumerate((vae_folder, other_vae))
+    ]
+    for process in processes:
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 1
+        assert re.search(r"^error: process 1 was started with vae_fingerprint=\w+ instead of \w+, unlike", stderr, re.M)
+        assert "Traceback" not in stderr
+    assert not out.exists()
+
+
 def test_a_broken_image_is_left_out_and_many_fail(folder, vae_folder, tmp_path, capsys):
     root = shutil.copytree(folder, tmp_path / "images")
     for index in range(110):
@@ -224,7 +269,7 @@ def test_other_pixels_under_the_same_names_are_another_set(tmp_path, vae_folder)
         if value == 0:
             assert main(arguments(f"idx:{tmp_path}", vae_folder, tmp_path / "out")) == 0
         else:
-            with pytest.raises(InputError, match="names and labels of the images"):
+            with pytest.raises(InputError, match=r"images: .* there, .* now"):
                 main(arguments(f"idx:{tmp_path}", vae_folder, tmp_path / "out"))
 
 

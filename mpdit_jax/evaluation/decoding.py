@@ -1,0 +1,54 @@
+"""What decodes a store of latents that is to be looked at: the VAE that encoded it, and no other."""
+
+from functools import lru_cache, partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mpdit_jax.errors import InputError
+from mpdit_jax.evaluation.sets import Decode, FindDecode
+from mpdit_jax.mesh import make_mesh
+from mpdit_jax.vae import NO_VAE, PIXELS, VAE, load_vae, tiles
+
+
+def find_decode(vae: str, dtype: str = "float32", tile: int = 0, *, name: str = "--vae") -> FindDecode:
+    """What finds the decoder of a store. A store of pixels has one of its own and needs no VAE.
+
+    Args:
+        vae: folder or hub name; "" or "none" for none. Nothing is loaded before a store asks for it.
+        dtype: the VAE computes in.
+        tile: image pixels of the tiles that larger images are decoded in; 0 for whole images.
+        name: of the flag or field that gives the VAE, for the sentences.
+
+    Returns:
+        A function of a store's folder and its VAE's fingerprint that raises InputError where `vae` is another one, or
+        none is given.
+    """
+    mesh = make_mesh(devices=jax.local_devices())
+    load = lru_cache(lambda source: load_vae(source, dtype=dtype, mesh=mesh, tiling=tiles(tile)))
+
+    def find(store: Path, fingerprint: str) -> Decode:
+        in_pixels = fingerprint == PIXELS
+        if not in_pixels and vae in ("", NO_VAE):
+            raise InputError(
+                f"{store} is a store of latents: give {name}=FOLDER, the VAE that encoded it (fingerprint "
+                f"{fingerprint[:12]}…)."
+            )
+        loaded = load(None if in_pixels else vae)
+        if loaded.fingerprint != fingerprint:
+            raise InputError(
+                f"{name}={vae} has fingerprint {loaded.fingerprint[:12]}… and {store} holds latents of "
+                f"{fingerprint[:12]}…: give the VAE that encoded them."
+            )
+        return partial(_decode, loaded)
+
+    return find
+
+
+def _decode(vae: VAE, latents: np.ndarray) -> np.ndarray:
+    assert vae.mesh is not None
+    # Every device takes the same number; what fills the batch up is thrown away.
+    filled = np.resize(latents, (-(-len(latents) // vae.mesh.size) * vae.mesh.size, *latents.shape[1:]))
+    with jax.set_mesh(vae.mesh):
+        return np.asarray(vae.decode(filled))[: len(latents)]
