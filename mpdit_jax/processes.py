@@ -88,6 +88,8 @@ def join(options: argparse.Namespace, facts: Facts) -> None:
         cluster: Cluster | None = Cluster(*given)
     else:
         cluster = find_cluster(os.environ)
+    # JAX's service would take SIGTERM for itself and leave it at that: a command that is asked to end has to.
+    jax.config.update("jax_enable_preemption_service", False)
     if cluster is None and on_cloud_tpu():
         jax.distributed.initialize(initialization_timeout=int(options.join_timeout) + 1)
         _compare_fingerprints(facts)
