@@ -26,6 +26,7 @@ from mpdit_jax.files import REFUSALS
 from mpdit_jax.interrupt import KILLED_BY, Terminated, ending_by_exception, this_command
 from mpdit_jax.model.presets import PRESETS
 from mpdit_jax.peers import leave
+from mpdit_jax.waiting import wait_for_all
 
 _CONFIG_HELP = """
 config:
@@ -132,6 +133,7 @@ def _status_of(main: Callable[[Sequence[str]], int], terminated: int) -> int:
     """Run `main`; whatever it ends by has become a sentence and a status."""
     try:
         status = main(sys.argv[1:])
+        wait_for_all("the end")  # the first one may still be writing
         sys.stdout.flush()
         return status
     except MPDiTError as error:

@@ -115,6 +115,7 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.evaluation.settings import choose_metrics
     from mpdit_jax.evaluation.statistics import check_metrics, save_statistics
     from mpdit_jax.files import check_writable
+    from mpdit_jax.waiting import wait_for_all
 
     features = command.choose_features(options.features, options.metrics, options.inception)
     metrics = choose_metrics(options.metrics, features)
@@ -134,6 +135,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.save_stats and jax.process_index() == 0:
             save_statistics(options.save_stats, statistics, features=options.save_features)
             print(f"statistics of {statistics.count} images in {options.save_stats}")
+    wait_for_all("nobody reads what is cleared")
     if jax.process_index() > 0:
         return 0
     if results:

@@ -54,9 +54,12 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed `replacing` has left in a folder; only for those who hold the folder's lock."""
-    for path in folder.glob(".?*.tmp"):
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Delete what a killed `replacing` has left in a folder, of files whose name fits a pattern.
+
+    Only for those who hold the folder's lock, or to whom alone the files of that name belong.
+    """
+    for path in folder.glob(f".{name}.????????.tmp"):
         if _LEFTOVER.fullmatch(path.name):
             path.unlink(missing_ok=True)
 

@@ -1,7 +1,7 @@
 """From arrays to pictures."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,23 +63,24 @@ def save_npz(path: str | Path, images: np.ndarray, labels: Sequence[int] | np.nd
         np.savez(file, arr_0=images, labels=np.asarray(labels, np.int64))
 
 
-def contact_sheet(rows: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:
+def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> np.ndarray:
     """One row of pictures for each name, its name at the left: uint8 (height, width, 3) on white.
 
     Args:
-        rows: name to pictures uint8 (H, W, 1 or 3), all of one size; rows may be of different lengths.
+        rows: names, of which some may be the same, and pictures uint8 (H, W, 1 or 3), all of one size; rows may be of
+            different lengths.
     """
-    columns = max(len(pictures) for pictures in rows.values())
-    size = next(picture.shape for pictures in rows.values() for picture in pictures)
+    columns = max(len(pictures) for _, pictures in rows)
+    size = next(picture.shape for _, pictures in rows for picture in pictures)
     blank = np.full(size, 255, np.uint8)
-    tiles = [[*pictures, *[blank] * (columns - len(pictures))] for pictures in rows.values()]
+    tiles = [[*pictures, *[blank] * (columns - len(pictures))] for _, pictures in rows]
     sheet = Image.fromarray(_colour(grid(np.array([tile for row in tiles for tile in row]), columns)))
     font = ImageFont.load_default(_TEXT)
-    margin = 8 + max(round(font.getlength(name)) for name in rows)
+    margin = 8 + max(round(font.getlength(name)) for name, _ in rows)
     canvas = Image.new("RGB", (sheet.width + margin, sheet.height), "white")
     canvas.paste(sheet, (margin, 0))
     draw, height = ImageDraw.Draw(canvas), (sheet.height - _GAP) / len(rows)
-    for index, name in enumerate(rows):
+    for index, (name, _) in enumerate(rows):
         draw.text((4, _GAP + (index + 0.5) * height), name, "black", font, anchor="lm")
     return np.asarray(canvas)
 

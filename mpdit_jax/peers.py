@@ -135,6 +135,13 @@ def start_watch(index: int, count: int, connections: Mapping[int, socket.socket]
     sys.excepthook = hook
 
 
+def await_verdict() -> None:
+    """Give the watch, if there is one, time to find out that a lost process explains an error, and to end this one."""
+    for thread in threading.enumerate():
+        if isinstance(thread, PeerWatch):
+            thread.wait_for_verdict()
+
+
 def leave(*, failed: bool) -> None:
     """Tell the others, if there are any, that this process ends by itself."""
     for thread in threading.enumerate():

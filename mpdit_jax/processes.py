@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from mpdit_jax.errors import ConfigError, MPDiTError, ProcessError
 from mpdit_jax.peers import start_watch
+from mpdit_jax.waiting import wait_for_all
 
 Facts = Mapping[str, str]
 """What all processes must have in common, by name: fields of the config, the version."""
@@ -87,6 +88,8 @@ def join(options: argparse.Namespace, facts: Facts) -> None:
         cluster: Cluster | None = Cluster(*given)
     else:
         cluster = find_cluster(os.environ)
+    # JAX's service would take SIGTERM for itself and leave it at that: a command that is asked to end has to.
+    jax.config.update("jax_enable_preemption_service", False)
     if cluster is None and on_cloud_tpu():
         jax.distributed.initialize(initialization_timeout=int(options.join_timeout) + 1)
         compare_facts(facts)
@@ -277,7 +280,7 @@ def _read_line(connection: socket.socket) -> bytes:
 
 
 def first_does(action: Callable[[], T]) -> T | None:
-    """Run `action` on process 0 alone and wait for it everywhere; its result there, None on the others.
+    """Run `action` on process 0 alone and wait for it everywhere, however long; its result there, None on the others.
 
     Raises:
         MPDiTError: what `action` raised; ProcessError with the same sentence on the other processes.
@@ -290,6 +293,7 @@ def first_does(action: Callable[[], T]) -> T | None:
             result = action()
         except MPDiTError as error:
             failure = error
+    wait_for_all("the first has done it")
     sentence = np.zeros(_SENTENCE_LIMIT, np.uint8)
     text = str(failure).encode()[:_SENTENCE_LIMIT] if failure is not None else b""
     sentence[: len(text)] = np.frombuffer(text, np.uint8)
@@ -305,6 +309,7 @@ def any_process(flag: bool) -> bool:
     """Whether `flag` holds on any process; every process must ask at the same point."""
     if jax.process_count() == 1:
         return flag
+    wait_for_all("all answer")
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 

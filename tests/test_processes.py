@@ -1,6 +1,10 @@
 """How a process learns which cluster it is part of."""
 
 import argparse
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +20,8 @@ from mpdit_jax.processes import (
     on_cloud_tpu,
     roll_call,
 )
+from tests.tiny import environment
+from tests.training.test_processes import free_port, join_flags
 
 
 def test_alone_unless_something_says_otherwise():
@@ -95,3 +101,61 @@ def test_processes_that_jax_connected_are_compared_too(monkeypatch):
         ProcessError, match=r"^process 2 was started with config.seed=1 instead of 0, unlike process 0:"
     ):
         compare_facts(ours)
+
+
+WAITING = """
+import argparse, time
+import jax
+from mpdit_jax import cli
+from mpdit_jax.processes import add_flags, join
+from mpdit_jax.waiting import wait_for_all
+
+def main(arguments):
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    options = parser.parse_args(arguments)
+    join(options, {})
+    jax.devices()  # where JAX itself lets the processes wait for each other
+    print("here", flush=True)
+    if options.process_id == 0:
+        time.sleep(600)
+    wait_for_all("a test")
+    return 0
+
+cli.run(main)
+"""
+
+
+@pytest.fixture
+def late_and_waiting():
+    """A process that is late, and one that waits for it; both have joined."""
+    port = free_port()
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITING, *join_flags(port, 2, index)],
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    for process in both:
+        assert process.stdout.readline() == "here\n"
+    time.sleep(0.5)  # from there to the wait
+    yield both
+    for process in both:
+        process.kill()
+        process.communicate()
+
+
+def test_a_lost_process_ends_the_wait(late_and_waiting):
+    late, waiting = late_and_waiting
+    late.kill()
+    _, stderr = waiting.communicate(timeout=20)
+    assert waiting.returncode != 0
+    assert "process 0 of 2 was lost" in stderr
+
+
+def test_signals_end_the_wait(late_and_waiting):
+    """JAX's preemption service would swallow SIGTERM."""
+    for process, number in zip(late_and_waiting, (signal.SIGTERM, signal.SIGINT), strict=True):
+        process.send_signal(number)
+        assert process.stderr.readline() == f"{number.name}: stopped; the same command continues:\n"

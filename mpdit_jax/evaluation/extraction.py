@@ -8,13 +8,13 @@ from zipfile import BadZipFile
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation.extractors import Extractor, Features
 from mpdit_jax.evaluation.sets import ImageBlocks
 from mpdit_jax.files import replacing
 from mpdit_jax.progress import WorkBar
+from mpdit_jax.waiting import wait_for_all
 
 _BLOCK = 512  # images a file
 
@@ -90,8 +90,7 @@ def extract(
                 found.append({name: array for name, array in extractor(images.read(part)).items() if name in outputs})
                 bar.advance(len(part))
             folder.write(number, {name: np.concatenate([part[name] for part in found]) for name in found[0]})
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("every image has been looked at")
+    wait_for_all("every image has been looked at")
     return (folder.read(number) for number in range(count))
 
 

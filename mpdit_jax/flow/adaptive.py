@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpdit_jax.errors import ConfigError, MissingExtraError
+from mpdit_jax.errors import ConfigError, InputError, MissingExtraError
 from mpdit_jax.flow.fields import Field, Segment
 from mpdit_jax.flow.solvers import Increments, Solution
 from mpdit_jax.flow.times import TimeGrid
@@ -53,6 +53,7 @@ class Adaptive:
 
         Raises:
             MissingExtraError: diffrax is not installed.
+            InputError: inside a `jax.shard_map` that checks over which axes values vary.
         """
         evaluations = jnp.zeros(z.shape[0], jnp.int32)
         times, paths = [jnp.ones(1, z.dtype)], [z[None]]
@@ -94,7 +95,16 @@ class Adaptive:
             reached = found.result == diffrax.RESULTS.successful
             return jnp.where(reached, found.ys, jnp.nan), _START + _STAGES * found.stats["num_steps"]
 
-        path, evaluations = jax.vmap(integrate, out_axes=(1, 0))(z)  # (n, B, H, W, C), (B,)
+        try:
+            path, evaluations = jax.vmap(integrate, out_axes=(1, 0))(z)  # (n, B, H, W, C), (B,)
+        except TypeError as error:
+            # diffrax's loops start from constants, which vary over no axis as the states that follow them do.
+            if jax.sharding.get_abstract_mesh().manual_axes and "manual axis types" in str(error):
+                raise InputError(
+                    f"{self.method} runs inside jax.shard_map with check_vma=False only: give it that argument, or "
+                    "choose a fixed-step solver."
+                ) from error
+            raise
         return path[-1], evaluations, times, path
 
 

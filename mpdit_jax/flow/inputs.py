@@ -38,6 +38,18 @@ def check_model(model: object, name: str = "model") -> ClassConditional:
     return cast(ClassConditional, model)
 
 
+def check_guide(guide: object, model: ClassConditional) -> None:
+    """Raise InputError unless `guide` is a model of the same latents and the same classes."""
+    worse = check_model(guide, "guide")
+    if worse.input_shape != model.input_shape:
+        raise InputError(f"guide draws {worse.input_shape} and model {model.input_shape}: expected the same shape.")
+    if worse.num_classes != model.num_classes:
+        raise InputError(
+            f"guide has {worse.num_classes} classes and model {model.num_classes}: expected the same, for both are "
+            "given the same labels."
+        )
+
+
 def check_key(key: object) -> None:
     """Raise InputError unless `key` is a JAX random key, of the new kind or the old (uint32 of two numbers)."""
     is_key = isinstance(key, jax.Array) and (

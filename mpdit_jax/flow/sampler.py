@@ -16,6 +16,7 @@ from mpdit_jax.flow.fields import Field, model_field
 from mpdit_jax.flow.guidance import guided_field
 from mpdit_jax.flow.inputs import (
     Negatives,
+    check_guide,
     check_key,
     check_labels,
     check_model,
@@ -124,10 +125,8 @@ class Sampler:
         scale = check_scale(self.guidance_scale if guidance_scale is None else guidance_scale, count)
         default = labels if guide is not None else jnp.full_like(labels, target.num_classes)
         negatives = check_negatives(negative_labels, labels, target.num_classes, default)
-        if guide is not None and check_model(guide, "guide").input_shape != shape:
-            raise InputError(
-                f"guide draws {check_model(guide).input_shape} and model {shape}: expected the same shape."
-            )
+        if guide is not None:
+            check_guide(guide, target)
         indices = jnp.arange(count) if indices is None else jnp.asarray(indices)
         if indices.shape != (count,):
             raise InputError(f"indices {indices.shape}: expected one for each of {count} labels.")

@@ -7,6 +7,7 @@ FOLDER/00000003.npz      block 3: `images` uint8 (n, H, W, C), `labels`, `indice
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 from mpdit_jax.data.npz import read_npz
 from mpdit_jax.errors import InputError
 from mpdit_jax.files import replacing
+from mpdit_jax.processes import first_does
 
 _SETTINGS = "settings.json"
 
@@ -32,13 +34,19 @@ class BlockFolder:
     """Finished blocks on disk. Blocks are written whole or not at all, so whatever is there is finished."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Claim the folder for a run.
+        """Claim the folder for a run; every process must.
 
         Raises:
-            InputError: it holds blocks of other settings (the differences are shown), or cannot be written.
+            InputError: it holds blocks of other settings (the differences are shown), blocks of which no settings are
+                known, or cannot be written.
         """
-        self.path = path
-        stored, text = path / _SETTINGS, json.dumps(dict(settings), indent=2, sort_keys=True) + "\n"
+        self.path, self._old = path, path.with_name(f"{path.name}.old")
+        first_does(partial(self._claim, settings))
+
+    def _claim(self, settings: Mapping[str, Any]) -> None:
+        shutil.rmtree(self._old, ignore_errors=True)  # a kill may have cut off its removal
+        path, stored = self.path, self.path / _SETTINGS
+        text = json.dumps(dict(settings), indent=2, sort_keys=True) + "\n"
         if stored.is_file():
             before, now = _read_settings(stored), json.loads(text)
             changed = [
@@ -51,6 +59,11 @@ class BlockFolder:
                     f"{path} holds the unfinished images of a run with other settings ({'; '.join(changed)}): repeat "
                     "those settings to finish it, choose another --out, or delete that folder to give it up."
                 )
+        elif any(path.glob("*[0-9].npz")):
+            raise InputError(
+                f"{path} holds images and no {_SETTINGS} that says how they were drawn: delete that folder and repeat "
+                "the command."
+            )
         else:
             with replacing(stored) as file:
                 file.write(text.encode())
@@ -83,7 +96,10 @@ class BlockFolder:
 
     def remove(self) -> None:
         """Delete the folder, when its images are in their final place."""
-        shutil.rmtree(self.path)
+        # Under another name, for a kill may leave some of the blocks, and no settings with them.
+        shutil.rmtree(self._old, ignore_errors=True)
+        self.path.rename(self._old)
+        shutil.rmtree(self._old)
 
     def _file(self, number: int) -> Path:
         return self.path / f"{number:08d}.npz"

@@ -2,7 +2,10 @@
 
 import argparse
 import dataclasses
+import glob
 import hashlib
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,15 @@ import numpy as np
 from mpdit_jax import images
 from mpdit_jax.checkpoint import load_config
 from mpdit_jax.errors import DivergedError, InputError
-from mpdit_jax.files import check_writable
+from mpdit_jax.files import check_writable, remove_leftovers
 from mpdit_jax.flow.inputs import check_labels
 from mpdit_jax.flow.sampler import Sampler
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import split
+from mpdit_jax.processes import first_does
 from mpdit_jax.sampling.blocks import Block, BlockFolder
 from mpdit_jax.sampling.names import class_names
-from mpdit_jax.sampling.outputs import first_of_each, save_npz, save_pngs
+from mpdit_jax.sampling.outputs import SINGLE, first_of_each, save_npz, save_pngs
 from mpdit_jax.sampling.run import Decode, draw_blocks, finish, unfinished_folder
 
 _FILMED = 8  # labels in a film strip
@@ -69,25 +73,46 @@ def parse_labels(text: str, count: int | None, num_classes: int, seed: int) -> n
     return np.resize(chosen, count)
 
 
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the outputs go; None for what is not asked for."""
+
+    out: Path
+    sheet: Path | None
+    film: Path | None  # the GIF; the strip is beside it
+    singles: Path | None  # a folder
+
+    def files(self) -> list[Path]:
+        """Every file that process 0 writes."""
+        films = [self.film, self.film.with_suffix(".png")] if self.film is not None else []
+        return [self.out, *([self.sheet] if self.sheet is not None else []), *films]
+
+
 def draw(request: Request, out: Path) -> np.ndarray:
     """Draw, resume what is half done, write every output; the numbers of images that hold NaN or Inf.
+
+    Every process returns when process 0 has written; the numbers are given to that one alone.
 
     Raises:
         DivergedError: every image does.
     """
-    options, pngs = request.options, Path(request.options.png_folder)
-    sheet = _place(options.grid, out.with_suffix(".png"))
-    film = _place(options.trajectory, out.with_name(f"{out.stem}_trajectory.gif"))
-    for path in (sheet, film, pngs / "_" if options.png_folder else None):
-        if path is not None:
-            check_writable(path)
+    options = request.options
+    places = Places(
+        out,
+        _place(options.grid, out.with_suffix(".png")),
+        _place(options.trajectory, out.with_name(f"{out.stem}_trajectory.gif")),
+        Path(options.png_folder) if options.png_folder else None,
+    )
+    for path in (*places.files(), *([places.singles / "_"] if places.singles is not None else [])):
+        check_writable(path)
     names = class_names(options.workdir, load_config(options.workdir), options.class_names)
     _check(request)
     folder = BlockFolder(unfinished_folder(out), run_settings(request))
+    first_does(partial(_remove_leftovers, places))  # before any process writes single images
 
     def each(block: Block) -> None:
-        if options.png_folder:
-            save_pngs(pngs, block)
+        if places.singles is not None:
+            save_pngs(places.singles, block)
 
     count = draw_blocks(
         request.sampler,
@@ -100,8 +125,21 @@ def draw(request: Request, out: Path) -> np.ndarray:
         each=each,
         **request.call(),
     )
-    if jax.process_index() != 0:
-        return np.array([], np.int64)
+    missing = first_does(partial(_write, request, places, names, folder, count))
+    return np.array([], np.int64) if missing is None else missing
+
+
+def _remove_leftovers(places: Places) -> None:
+    """Of an earlier start that was killed while it wrote."""
+    for path in places.files():
+        remove_leftovers(path.parent, glob.escape(path.name))
+    if places.singles is not None:
+        remove_leftovers(places.singles, SINGLE)
+
+
+def _write(request: Request, places: Places, names: Sequence[str], folder: BlockFolder, count: int) -> np.ndarray:
+    """Every output but the single images, from the finished blocks, which are then deleted; see `draw`."""
+    out, sheet = places.out, places.sheet
     missing = np.concatenate([block.indices[~block.finite] for block in folder.read_all(count)])
     if len(missing) == len(request.labels):
         folder.remove()
@@ -112,18 +150,18 @@ def draw(request: Request, out: Path) -> np.ndarray:
     if out.suffix == ".npz":
         save_npz(out, lambda: folder.read_all(count))
     if out.suffix == ".png" and sheet != out:
-        rows = first_of_each(folder.read_all(count), columns=len(request.labels))
+        rows = first_of_each(folder.read_all(count), request.labels, columns=len(request.labels))
         images.save_png(out, _plain_grid(list(rows.values())))
     if sheet is not None:
-        rows = first_of_each(folder.read_all(count))
-        images.save_png(sheet, images.contact_sheet({names[label]: row for label, row in rows.items()}))
+        rows = first_of_each(folder.read_all(count), request.labels)
+        images.save_png(sheet, images.contact_sheet([(names[label], row) for label, row in rows.items()]))
         written.append(str(sheet))
-    if film is not None:
-        _save_film(request, film)
-        written.extend([str(film), str(film.with_suffix(".png"))])
+    if places.film is not None:
+        _save_film(request, places.film)
+        written.extend([str(places.film), str(places.film.with_suffix(".png"))])
     folder.remove()
     kept = len(request.labels) - len(missing)
-    single = f"; single images in {options.png_folder}" if options.png_folder else ""
+    single = f"; single images in {places.singles}" if places.singles is not None else ""
     print(f"{kept} images in {' and '.join(dict.fromkeys(written))}{single}")
     return missing
 

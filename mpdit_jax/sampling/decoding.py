@@ -13,7 +13,9 @@ from mpdit_jax.sampling.run import Decode
 from mpdit_jax.vae import NO_VAE, PIXELS, VAE, load_vae, tiles
 
 
-def make_decode(workdir: str, vae: str | None, dtype: str = "float32", tile: int = 0) -> Decode | None:
+def make_decode(
+    workdir: str, vae: str | None, dtype: str = "float32", tile: int = 0, argument: str = "--vae"
+) -> Decode | None:
     """What decodes the latents of a run; None for a run on images.
 
     Args:
@@ -21,6 +23,7 @@ def make_decode(workdir: str, vae: str | None, dtype: str = "float32", tile: int
         vae: folder or hub name; "", "none" or None for none, as a run in pixel space has.
         dtype: the VAE computes in.
         tile: image pixels of the tiles that larger images are decoded in; 0 for whole images.
+        argument: what errors call `vae`.
 
     Returns:
         A function of normalized latents (n, h, w, C), for any n, that gives images (n, H, W, 1 or 3) in [-1, 1].
@@ -34,19 +37,19 @@ def make_decode(workdir: str, vae: str | None, dtype: str = "float32", tile: int
     if space is None:
         if vae:
             raise InputError(
-                f"--vae={vae}: {workdir} is a run on {load_config(workdir).data.name}, which has no latents."
+                f"{argument}={vae}: {workdir} is a run on {load_config(workdir).data.name}, which has no latents."
             )
         return None
     in_pixels = space.vae_fingerprint == PIXELS
     if not vae and not in_pixels:
         raise InputError(
-            f"{workdir} was trained on latents: give --vae=FOLDER, the VAE they come from (fingerprint "
+            f"{workdir} was trained on latents: give {argument}=FOLDER, the VAE they come from (fingerprint "
             f"{space.vae_fingerprint[:12]}…)."
         )
     loaded = load_vae(vae or None, dtype=dtype, mesh=make_mesh(devices=jax.local_devices()), tiling=tiles(tile))
     if loaded.fingerprint != space.vae_fingerprint:
         raise InputError(
-            f"--vae={vae} has fingerprint {loaded.fingerprint[:12]}… and {workdir} was trained on latents of "
+            f"{argument}={vae} has fingerprint {loaded.fingerprint[:12]}… and {workdir} was trained on latents of "
             f"{space.vae_fingerprint[:12]}…: give the VAE that encoded them{', which is none' if in_pixels else ''}."
         )
     mean, std = jnp.asarray(space.mean, jnp.float32), jnp.asarray(space.std, jnp.float32)

@@ -16,6 +16,7 @@ from mpdit_jax.checks import is_whole
 from mpdit_jax.errors import InputError
 from mpdit_jax.flow.inputs import check_labels, check_model, check_scale
 from mpdit_jax.flow.sampler import make_sampler
+from mpdit_jax.sampling.decoding import make_decode
 from mpdit_jax.sampling.run import Decode, check_drawable, finish
 
 
@@ -30,6 +31,7 @@ def generate(
     batch_size: int = 64,
     step: int | None = None,
     ema: bool = True,
+    vae: str | Path | None = None,
     decode: Decode | None = None,
     negative_labels: Any = None,
     guide: nnx.Module | None = None,
@@ -47,7 +49,10 @@ def generate(
         batch_size: pictures at a time.
         step: which checkpoint of a workdir; default the newest.
         ema: a workdir's moving average of the parameters, or the parameters themselves.
-        decode: from latents (n, h, w, c) to pictures (n, H, W, 1 or 3) in [-1, 1], for a model of latents.
+        vae: folder or hub name of the VAE whose latents the run of a workdir was trained on; a run on images, or on a
+            store of pixels, needs none.
+        decode: from latents (n, h, w, c) to pictures (n, H, W, 1 or 3) in [-1, 1], in place of what `vae` gives; of a
+            model that comes without a workdir.
         negative_labels: what to guide away from; see the sampler's call.
         guide: a weaker model to guide away from; see the sampler's call.
         **settings: more of `make_sampler`: guidance_interval, time_grid, precision, the solver's options.
@@ -58,10 +63,16 @@ def generate(
 
     Raises:
         CheckpointError: no run or checkpoint there.
-        ConfigError, InputError: impossible settings or labels.
+        ConfigError, InputError: impossible settings or labels; a run on latents without their VAE.
     """
+    if vae is not None and (decode is not None or not isinstance(workdir_or_model, str | Path)):
+        raise InputError(
+            f"vae={vae}: it belongs to the folder of a run, with no decode; give decode alone for a model."
+        )
     if isinstance(workdir_or_model, str | Path):
         model: nnx.Module = load_checkpoint(workdir_or_model, step, ema)
+        if decode is None:
+            decode = make_decode(str(workdir_or_model), None if vae is None else str(vae), argument="vae")
     else:
         model = workdir_or_model
     target = check_model(model)

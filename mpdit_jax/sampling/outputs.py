@@ -12,6 +12,7 @@ from mpdit_jax import images
 from mpdit_jax.files import replacing
 from mpdit_jax.sampling.blocks import Block
 
+SINGLE = "[0-9]*_[0-9]*.png"  # names of single images, as a pattern
 _COLUMNS = 8  # images a class on a contact sheet
 _ROWS = 100  # classes on a contact sheet
 
@@ -45,16 +46,21 @@ def save_pngs(folder: Path, block: Block) -> None:
             images.save_png(folder / f"{index:06d}_{label}.png", image)
 
 
-def first_of_each(
-    blocks: Iterable[Block], classes: int = _ROWS, columns: int = _COLUMNS
-) -> dict[int, list[np.ndarray]]:
-    """The first images of the first classes that occur, by label in ascending order: what a contact sheet shows."""
-    rows: dict[int, list[np.ndarray]] = {}
+def first_of_each(blocks: Iterable[Block], labels: np.ndarray, columns: int = _COLUMNS) -> dict[int, list[np.ndarray]]:
+    """What a contact sheet shows: the first images of the first classes, by label in ascending order.
+
+    Args:
+        blocks: of the run; one is in memory at a time, beside the images that are shown.
+        labels: of the whole run (N,).
+        columns: images a class.
+    """
+    rows: dict[int, list[np.ndarray]] = {int(label): [] for label in np.unique(labels)[:_ROWS]}
     for block in blocks:
         for image, label in zip(block.images, block.labels, strict=True):
-            if len(rows.setdefault(int(label), [])) < columns:
-                rows[int(label)].append(image)
-    return {label: rows[label] for label in sorted(rows)[:classes]}
+            row = rows.get(int(label))
+            if row is not None and len(row) < columns:
+                row.append(image.copy())  # a view would keep the whole block
+    return rows
 
 
 def _write_array(file: IO[bytes], shape: tuple[int, ...], dtype: str, parts: Iterator[np.ndarray]) -> None:

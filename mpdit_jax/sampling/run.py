@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from mpdit_jax import images
 from mpdit_jax.errors import InputError
@@ -15,6 +14,7 @@ from mpdit_jax.flow.sampler import Sampler
 from mpdit_jax.mesh import batch_sharding, make_mesh
 from mpdit_jax.progress import WorkBar
 from mpdit_jax.sampling.blocks import Block, BlockFolder
+from mpdit_jax.waiting import wait_for_all
 
 Decode: TypeAlias = Callable[[jax.Array], jax.Array]
 """Latents (n, h, w, c) to images (n, H, W, 1 or 3) in [-1, 1]."""
@@ -79,8 +79,7 @@ def draw_blocks(
             each(block)
             folder.write(number, block)
             bar.advance(len(rows))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("every block is drawn")
+    wait_for_all("every block is drawn")
     return count
 
 

@@ -39,6 +39,7 @@ from mpdit_jax.training.stopwatch import Stopwatch
 from mpdit_jax.training.window import empty_window, skipped_steps, window_means
 from mpdit_jax.training.writers import METRICS_FILE, check_wandb
 from mpdit_jax.vae import PIXELS
+from mpdit_jax.waiting import wait_for_all
 from mpdit_jax.workdir import claim_workdir
 
 
@@ -169,6 +170,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                         picture = draw_grid(config, structure, state, decode)
                         if picture is not None:
                             report.picture(step, picture)
+                        wait_for_all("the grid is drawn")  # by the first process alone
                 if evaluator.due(step):  # after the checkpoint, from which it is made up for when it is cut off
                     with watch.of("other"):
                         report.evaluation(step, evaluator(state.ema_parameters))

@@ -155,6 +155,10 @@ def test_impossible_settings_are_refused(settings, sentence):
         mp.make_sampler(**settings)
 
 
+class FewerClasses(GaussianModel):
+    num_classes = 2
+
+
 @pytest.mark.parametrize(("call", "sentence"), [
     ({"labels": [0, 4]}, r"label 4 is out of range: this model has classes 0 to 2 \(and 3, the null class\)"),
     ({"labels": [-1, 0]}, "label -1 is out of range"),
@@ -171,6 +175,7 @@ def test_impossible_settings_are_refused(settings, sentence):
     ({"increments": np.zeros((3, 2, 1, 1, 4))}, r"increments .* one for each step but the last"),
     ({"model": lambda x, t, y: x}, "model=function: expected an MPDiT"),
     ({"guide": counting_model()[0]}, "expected the same shape"),
+    ({"guide": FewerClasses()}, "guide has 2 classes and model 3: expected the same"),
 ])  # fmt: skip
 def test_bad_calls_are_refused(call, sentence):
     arguments = {"model": GaussianModel(), "labels": [0, 1], **call}

@@ -104,6 +104,27 @@ def test_adaptive_solvers_meet_their_tolerance(float64, method):
     assert tight < loose < 1e-2
 
 
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+def test_order_of_adaptive_solvers(float64, monkeypatch, method):
+    """Of their formulas, with steps of one length in place of chosen ones.
+
+    `growth` is too slow for this: where rounding is still small beside the error, higher orders are not yet.
+    """
+    import diffrax
+
+    monkeypatch.setattr(diffrax, "PIDController", lambda **tolerances: diffrax.ConstantStepSize())
+    field = FunctionField(lambda z, t: 9 * jnp.cos(9 * t).reshape(-1, 1, 1, 1) * z)
+    z = np.linspace(0.5, 2, 3).reshape(3, 1, 1, 1)
+
+    def largest_error(steps):
+        monkeypatch.setattr("mpdit_jax.flow.adaptive._FIRST_STEP", 1 / steps)
+        found = jax.jit(lambda z: Adaptive(method).solve(field, z, UniformGrid(), 1, no_noise))(z)
+        assert found.evaluations.tolist() == [6 * steps + 1] * 3
+        return np.abs(found.latents - z * np.exp(-np.sin(9))).max()
+
+    assert np.log2(largest_error(128) / largest_error(256)) == pytest.approx(5, abs=0.15)
+
+
 @pytest.mark.parametrize("solver", FIXED)
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_steps_are_evaluations(solver, steps):

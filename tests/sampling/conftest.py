@@ -16,7 +16,7 @@ def workdir(tmp_path_factory):
     return make_workdir(tmp_path_factory.mktemp("runs") / "digits")
 
 
-def make_workdir(path):
+def make_workdir(path, in_channels=1):
     from mpdit_jax.checkpoint import Checkpoints
     from mpdit_jax.config import base_config, model_of, resolve
     from mpdit_jax.model.parameters import abstract
@@ -29,7 +29,7 @@ def make_workdir(path):
         hidden_size=16,
         num_heads=2,
         input_size=(8, 8),
-        in_channels=1,
+        in_channels=in_channels,
         num_classes=10,
         class_tokens=2,
         time_embedding="sinusoidal",

@@ -1,10 +1,12 @@
 """`python -m mpdit_jax.sample`: what it writes, what it refuses, and what it finishes after being killed."""
 
+import json
 import os
 import re
 import signal
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,8 +17,10 @@ import mpdit_jax as mp
 from mpdit_jax import images
 from mpdit_jax.errors import DivergedError, InputError
 from mpdit_jax.sample import main
+from mpdit_jax.sampling.blocks import Block, BlockFolder
 from mpdit_jax.sampling.command import parse_labels
-from tests.sampling.conftest import read_npz, start
+from mpdit_jax.sampling.outputs import first_of_each
+from tests.sampling.conftest import make_workdir, read_npz, start
 from tests.tiny import refusal
 
 FEW = ["--steps=2", "--batch_size=4"]
@@ -26,7 +30,7 @@ def run(workdir, *arguments):
     return main([f"--workdir={workdir}", *FEW, *map(str, arguments)])
 
 
-def test_npz(workdir, tmp_path):
+def test_npz(workdir, tmp_path, capsys):
     assert run(workdir, f"--out={tmp_path}/a.npz", "--num_samples=10", "--seed=3", "--guidance_scale=2") == 0
     found = read_npz(tmp_path / "a.npz")
     assert found["arr_0"].shape == (10, 8, 8, 1)
@@ -37,6 +41,10 @@ def test_npz(workdir, tmp_path):
     )
     assert np.abs(images.to_uint8(np.asarray(latents)).astype(int) - found["arr_0"]).max() <= 1  # rounding
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+    # In a log the first block and the last have a line; before the second one there is no rate to tell.
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sampling")]
+    assert re.fullmatch(r"sampling 4/10 images    -:--:-- left", lines[0])
+    assert re.fullmatch(r"sampling 10/10 images  [\d.e+]+/s  0:00:00 left", lines[-1])
 
 
 def test_the_batch_size_does_not_matter(workdir, tmp_path):
@@ -79,6 +87,77 @@ def test_class_names(workdir, tmp_path):
     (tmp_path / "names.txt").write_text("one\n")
     with pytest.raises(InputError, match="has 1 names: this model has 10 classes"):
         run(workdir, f"--out={tmp_path}/c.png", "--grid", f"--class_names={tmp_path}/names.txt")
+
+
+def test_a_contact_sheet_keeps_classes_of_one_name(workdir, tmp_path):
+    """ImageNet has two called crane."""
+    (tmp_path / "names.txt").write_text("crane\n" * 10)
+    arguments = [f"--out={tmp_path}/a.npz", "--labels=1,2,3", "--num_samples=3", "--grid"]
+    run(workdir, *arguments, f"--class_names={tmp_path}/names.txt")
+    assert Image.open(tmp_path / "a.png").height == 3 * 42 + 2
+
+
+def test_a_contact_sheet_holds_what_it_shows_alone():
+    labels = np.tile(np.arange(120), 10)
+    blocks = [
+        Block(
+            np.full((100, 8, 8, 1), number, np.uint8), labels[100 * number :][:100], np.arange(100), np.ones(100, bool)
+        )
+        for number in range(12)
+    ]
+    rows = first_of_each(blocks, labels)
+    assert [*rows] == [*range(100)]
+    assert {len(row) for row in rows.values()} == {8}
+    assert rows[20][1][0, 0, 0] == 1  # image 140
+    assert all(image.base is None for row in rows.values() for image in row)  # no view that keeps a block
+
+
+def test_what_a_kill_left_is_cleared(workdir, tmp_path):
+    singles = tmp_path / "single"
+    singles.mkdir()
+    (tmp_path / "a.npz.unfinished.old").mkdir()
+    left = [
+        *(tmp_path / f".{name}.0a_b3cde.tmp" for name in ("a.npz", "a.png", "a_trajectory.gif", "a_trajectory.png")),
+        singles / ".000003_3.png.0a_b3cde.tmp",
+    ]
+    others = [
+        tmp_path / ".b.npz.0a_b3cde.tmp",
+        tmp_path / ".a.npz.old.0a_b3cde.tmp",
+        singles / ".mine.png.0a_b3cde.tmp",
+    ]
+    for path in (*left, *others):
+        path.touch()
+    arguments = ["--labels=1", "--num_samples=1", "--grid", "--trajectory", f"--png_folder={singles}"]
+    assert run(workdir, f"--out={tmp_path}/a.npz", *arguments) == 0
+    assert not [path for path in left if path.exists()]
+    assert all(path.exists() for path in others)
+    assert not list(tmp_path.glob("*unfinished*"))
+
+
+def test_blocks_without_settings_are_nobodys(tmp_path, monkeypatch):
+    """A kill in the middle of a removal must not leave some that another run takes for its own."""
+    one = Block(np.zeros((1, 1, 1, 1), np.uint8), np.zeros(1, int), np.zeros(1, int), np.ones(1, bool))
+    path = tmp_path / "a.npz.unfinished"
+    folder = BlockFolder(path, {"seed": 0})
+    folder.write(0, one)
+
+    def killed(found, **options):
+        if Path(found).is_dir():
+            (Path(found) / "settings.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mpdit_jax.sampling.blocks.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.remove()
+    assert not BlockFolder(path, {"seed": 1}).has(0)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    folder.write(0, one)
+    (path / "settings.json").unlink()
+    with pytest.raises(
+        InputError, match=r"a\.npz\.unfinished holds images and no settings\.json.*: delete that folder"
+    ):
+        BlockFolder(path, {"seed": 1})
 
 
 def test_labels():
@@ -208,6 +287,25 @@ def test_generate(workdir):
         mp.generate(model, [11])
 
 
+def test_generate_decodes_what_a_run_was_trained_on(tmp_path):
+    """`data.json` says so: pixels of a store by itself, a VAE's latents by that VAE alone."""
+    workdir = make_workdir(tmp_path / "run", in_channels=3)
+    space = {"mean": [-0.5, 0.0, 0.5], "std": [0.2, 0.2, 0.2], "vae_fingerprint": "pixels"}
+    facts = {"class_names": [str(label) for label in range(10)], "latents": space}
+    (workdir / "data.json").write_text(json.dumps(facts))
+    assert run(workdir, f"--out={tmp_path}/a.npz", "--labels=1,2", "--num_samples=2") == 0
+    drawn = np.stack([np.asarray(picture) for picture in mp.generate(workdir, [1, 2], steps=2)])
+    assert np.abs(read_npz(tmp_path / "a.npz")["arr_0"].astype(int) - drawn).max() <= 1
+    raw = mp.generate(workdir, [1, 2], steps=2, decode=lambda latents: latents)
+    assert not np.array_equal(raw, drawn)
+    space["vae_fingerprint"] = "ab" * 32
+    (workdir / "data.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="was trained on latents: give vae=FOLDER, the VAE they come from"):
+        mp.generate(workdir, [1, 2], steps=2)
+    with pytest.raises(InputError, match="vae=sd: it belongs to the folder of a run"):
+        mp.generate(mp.load_checkpoint(workdir), [1], vae="sd")
+
+
 MANY_DEVICES = """
 import json, sys
 import jax, numpy as np
@@ -239,6 +337,39 @@ def test_many_devices_draw_the_same(workdir, tmp_path):
     run(workdir, f"--out={tmp_path}/one.npz", "--num_samples=10")
     one, four = (read_npz(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in ("one", "four"))
     assert np.abs(one - four).max() <= 1
+
+
+# Gloo gives up on a first collective after 30 s, and JAX's shutdown on the others after 300, here 5.
+LATE = """
+import sys, time
+from functools import partial
+import jax
+jax.distributed.initialize = partial(jax.distributed.initialize, shutdown_timeout_seconds=5)
+from mpdit_jax import cli, sample
+from mpdit_jax.sampling import command
+def late(seconds, function):
+    def wait(*arguments):
+        if jax.process_index() == 0:
+            time.sleep(seconds)
+        return function(*arguments)
+    return wait
+command.class_names = late(32, command.class_names)
+command.save_npz = late(12, command.save_npz)
+cli.run(sample.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_late_and_slow_to_write_is_waited_for(workdir, tmp_path):
+    from tests.training.test_processes import free_port, join_flags
+
+    port, out = free_port(), tmp_path / "a.npz"
+    arguments = [f"--workdir={workdir}", *FEW, "--num_samples=8", f"--out={out}"]
+    processes = [start("-c", LATE, *arguments, *join_flags(port, 2, index)) for index in range(2)]
+    texts = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    assert len(read_npz(out)["labels"]) == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 
 MANY_PROCESSES = """
