@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import mpdit_jax as mp
-from mpdit_jax import convert, train
+from mpdit_jax import convert
 from mpdit_jax.model.parameters import abstract, merge, split
 from mpdit_jax.model.presets import model_config
 from tests.conftest import Golden
-from tests.tiny import refusal, saved_arrays, train_arguments
+from tests.tiny import refusal, run, saved_arrays, train_arguments
 
 TINY = {"depths": (1, 1), "hidden_size": 16, "num_heads": 2, "input_size": 8, "num_classes": 3, "class_tokens": 2}
 
@@ -86,8 +86,9 @@ def test_a_run_starts_from_a_converted_workdir(tmp_path, capsys):
     assert convert.main([source, f"--out={tmp_path / 'run'}", config, *tiny]) == 0
     assert "workdir of step 5" in capsys.readouterr().out
     assert same(mp.load_checkpoint(tmp_path / "run", ema=False), model)
-    assert train.main([config, workdir, *tiny]) == 0
-    assert "continuing at step 5" in capsys.readouterr().out
+    status, stdout, stderr = run("train", [config, workdir, *tiny])
+    assert status == 0, stderr
+    assert "continuing at step 5" in stdout
     assert "progress['step']" in saved_arrays(tmp_path / "run", 6)
     message = refusal_of(source, f"--out={tmp_path / 'other'}", config, *tiny, "--config.model.class_tokens=3")
     assert "--config is of another model: config.model.class_tokens=3 (the file: 2)" in message

@@ -3,10 +3,11 @@
 import random
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.faults.nursery import Nursery, wait_until
-from tests.preparing.conftest import folder as folder
 from tests.preparing.conftest import make_vae
 from tests.sampling.conftest import make_workdir, read_npz
 
@@ -50,7 +51,12 @@ def test_sample(nursery, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.npz", "run", "undisturbed.npz"]
 
 
-def test_prepare(nursery, folder, tmp_path):
+def test_prepare(nursery, tmp_path):
+    folder, draw = tmp_path / "images", np.random.default_rng(0)
+    for name in ("one", "two"):
+        (folder / name).mkdir(parents=True)
+        for index in range(50):
+            Image.fromarray(draw.integers(0, 255, (8, 8), np.uint8)).save(folder / name / f"{index}.png")
     vae = make_vae(tmp_path / "vae", seed=0)
     arguments = [f"--images={folder}", f"--vae={vae}", "--image_size=8", "--shard_size=1", "--batch_size=1"]
     expected, out = tmp_path / "undisturbed", tmp_path / "killed"

@@ -57,7 +57,7 @@ def kill_once(nursery, arguments, workdir, draw):
     child, begun = nursery.start("train", arguments), time.monotonic()
     how = draw.choices(["starting", "running", "saving"], [2, 5, 4])[0]
     if how == "starting":
-        moment = begun + draw.uniform(0, 3)
+        moment = begun + draw.uniform(0, 2)
         wait_until(lambda: time.monotonic() > moment, child)
     else:
         wait_until(lambda: "\nstep " in child.text(), child)
@@ -65,7 +65,7 @@ def kill_once(nursery, arguments, workdir, draw):
             wait_until(lambda: being_saved(workdir), child)
             time.sleep(draw.uniform(0, 0.08))
         else:
-            time.sleep(draw.uniform(0, 1.5))
+            time.sleep(draw.uniform(0, 0.5))
     status = child.kill()
     assert status in (0, -9), child.text()
     if "\nstep " not in child.text():  # what is unfinished on the disk then is of an earlier kill

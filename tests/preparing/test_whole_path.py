@@ -1,6 +1,7 @@
 """Real images to a VAE of our own, to latents, to a model, to pictures: every command as a user runs it.
 
-Each command of the way is a process of its own once. What was not disturbed there is what the others are compared with.
+Each command of the way is a process of its own once. What was not disturbed there is what the others are compared with;
+where they run in this process, they are compiled alike.
 """
 
 import json
@@ -61,7 +62,7 @@ def vae_arguments(digits, workdir):
 @pytest.fixture(scope="module")
 def vae(digits, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("vae")
-    status, stdout, stderr = run("train_vae", vae_arguments(digits, workdir))
+    status, stdout, stderr = run("train_vae", vae_arguments(digits, workdir), optimized=True)
     assert status == 0, stderr
     assert str(workdir / "vae") in stdout
     return workdir
@@ -87,7 +88,7 @@ def test_the_vae_learns_to_reconstruct(vae, digits):
 @pytest.mark.slow
 def test_a_stopped_vae_continues_with_the_same_bits(vae, digits, tmp_path, monkeypatch, capsys):
     arguments = vae_arguments(digits, tmp_path)
-    process = start("train_vae", arguments)
+    process = start("train_vae", arguments, optimized=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
         assert process.poll() is None, process.communicate()
@@ -149,7 +150,8 @@ def test_a_killed_prepare_is_finished_by_two_processes_to_the_same_bytes(latents
 def trained(latents, vae, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     shown = ["--config.sample.every=1000", "--config.sample.steps=2", f"--config.sample.vae={vae / 'vae'}"]
-    status, stdout, stderr = run("train", [*MODEL, *shown, f"--config.data.path={latents}", f"--workdir={workdir}"])
+    arguments = [*MODEL, *shown, f"--config.data.path={latents}", f"--workdir={workdir}"]
+    status, stdout, stderr = run("train", arguments, optimized=True)
     assert status == 0, stderr
     assert "--vae=FOLDER" in stdout
     return workdir
