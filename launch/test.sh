@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything a change must pass: ruff, the type checker, and the whole test suite.
+# Everything a change must pass: ruff, the type checker, and the tests, which with --parity are all there are.
 #
 #   bash launch/test.sh [--parity] [pytest arguments]
 #

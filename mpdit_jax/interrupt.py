@@ -51,6 +51,8 @@ def ending_by_exception() -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGALRM:
+            if not waiting:  # somebody else's
+                return
             number = waiting.pop()
         if _would_be_lost(frame):
             waiting.append(number)
@@ -68,10 +70,11 @@ def ending_by_exception() -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, previous in before.items():
-            # What guarded the imports has done its work.
-            if number == signal.SIGALRM or previous in (signal.SIG_DFL, signal.default_int_handler):
-                signal.signal(number, previous)
+        # What guarded the imports has done its work; `end` stays in its place, and then needs its alarm.
+        restored = (signal.SIG_DFL, signal.default_int_handler, signal.SIG_IGN)
+        if all(before[number] in restored for number in SIGNALS):
+            for number, previous in before.items():
+                signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
 
 def _would_be_lost(frame: FrameType | None) -> bool:

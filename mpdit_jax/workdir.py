@@ -103,17 +103,25 @@ def _claim_config(workdir: Path, config: FrozenConfigDict) -> str:
 
 
 def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
-    """Rename config and metrics of another run whose checkpoints are gone, rather than write over them."""
-    record = [workdir / CONFIG, workdir / "metrics.jsonl"]
-    if not all(path.exists() and path.stat().st_size for path in record):
+    """Rename what another run whose checkpoints are gone has left, rather than write over it."""
+    metrics = workdir / "metrics.jsonl"
+    if not (metrics.exists() and metrics.stat().st_size):
         return ""
     try:
-        if not differences(load_config(workdir), config):
+        if (workdir / CONFIG).exists() and not differences(load_config(workdir), config):
             return ""  # the same run, which writes the same lines
     except MPDiTError:
         pass  # not a config of this version
+    # The metrics last: as long as they are there, what a kill cuts short here is made up for by the next start.
+    record = [
+        path for path in (workdir / CONFIG, workdir / "samples", workdir / "tensorboard", metrics) if path.exists()
+    ]
     count = 1
-    while any(path.with_suffix(f".{count}{path.suffix}").exists() for path in record):
+    while any(_numbered(path, count).exists() for path in record):
         count += 1
-    kept = [path.rename(path.with_suffix(f".{count}{path.suffix}")) for path in record]
-    return f"{workdir} holds no checkpoint, but the record of another run, now in {' and '.join(map(str, kept))}"
+    kept = [path.rename(_numbered(path, count)) for path in record]
+    return f"{workdir} holds no checkpoint, but the record of another run, now in {', '.join(map(str, kept))}"
+
+
+def _numbered(path: Path, count: int) -> Path:
+    return path.with_suffix(f".{count}{path.suffix}")

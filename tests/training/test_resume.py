@@ -202,9 +202,13 @@ def test_a_config_without_checkpoints_binds_nothing(undisturbed, tmp_path):
     (workdir / "config.json").write_bytes((undisturbed[0] / "config.json").read_bytes())
     before = {"config.1.json": (workdir / "config.json").read_bytes(), "metrics.1.jsonl": b'{"step": 7}\n'}
     (workdir / "metrics.jsonl").write_bytes(before["metrics.1.jsonl"])
+    (workdir / "samples").mkdir()
     status, stdout, stderr = run("train", train_arguments(workdir, "--config.optimizer.learning_rate=2e-3"))
     assert status == 0, stderr
     assert json.loads((workdir / "config.json").read_text())["optimizer"]["learning_rate"] == 2e-3
     # Whatever became of the checkpoints, the record of that run is kept.
-    assert f"another run, now in {workdir / 'config.1.json'} and {workdir / 'metrics.1.jsonl'}." in stdout
+    assert (
+        f"another run, now in {workdir / 'config.1.json'}, {workdir / 'samples.1'}, {workdir / 'metrics.1.jsonl'}."
+        in stdout
+    )
     assert {name: (workdir / name).read_bytes() for name in before} == before
