@@ -162,6 +162,11 @@ def model_of(config: FrozenConfigDict) -> ModelConfig:
     return ModelConfig(**{key: value for key, value in config.model.items() if key != "preset"})
 
 
+def what_is_read(data: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
+    """`config.data` without what changes no example: that by which statistics of the data are known again."""
+    return {name: value for name, value in data.to_dict().items() if name != "threads"}
+
+
 def to_json(config: FrozenConfigDict | ConfigDict) -> str:
     """The config as indented JSON with sorted keys; tuples become lists."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"

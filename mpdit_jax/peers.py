@@ -137,13 +137,16 @@ def start_watch(index: int, count: int, connections: Mapping[int, socket.socket]
 
 def await_verdict() -> None:
     """Give the watch, if there is one, time to find out that a lost process explains an error, and to end this one."""
-    for thread in threading.enumerate():
-        if isinstance(thread, PeerWatch):
-            thread.wait_for_verdict()
+    for watch in _watches():
+        watch.wait_for_verdict()
 
 
 def leave(*, failed: bool) -> None:
     """Tell the others, if there are any, that this process ends by itself."""
-    for thread in threading.enumerate():
-        if isinstance(thread, PeerWatch):
-            thread.leave(failed=failed)
+    for watch in _watches():
+        watch.leave(failed=failed)
+
+
+def _watches() -> list[PeerWatch]:
+    """The one of this process, or none."""
+    return [thread for thread in threading.enumerate() if isinstance(thread, PeerWatch)]

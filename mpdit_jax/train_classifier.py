@@ -1,9 +1,7 @@
 """`python -m mpdit_jax.train_classifier`: a small classifier, to compare images of one data set by."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from mpdit_jax.cli import make_parser, run
 from mpdit_jax.errors import InputError
@@ -45,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     if not 0 <= options.seed < 2**32:
         raise InputError(f"--seed={options.seed}: expected a whole number from 0 to {2**32 - 1}.")
 
-    from mpdit_jax.data.sources import SOURCES, load_source
+    from mpdit_jax.data.sources import SOURCES, Batched, load_source
     from mpdit_jax.evaluation.classifier import save_classifier
     from mpdit_jax.evaluation.classifier_training import train_classifier
     from mpdit_jax.files import check_writable
@@ -53,14 +51,13 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.preparing.image_sets import ImageArrays, ImageFolder, open_images
 
     check_writable(options.out)
-    read: Callable[[np.ndarray], np.ndarray]
+    pictures: Batched
     if options.data:
         if options.data not in SOURCES:
             raise InputError(f"--data={options.data}: expected one of {', '.join(SOURCES)}; latents are no images.")
         split = options.split or ("all" if options.data == "digits" else "train")
         source = load_source(options.data, options.data_path, split)
-        labels, names = source.labels, source.class_names
-        read = lambda rows: source.batch(rows)["x"]  # noqa: E731
+        pictures, labels, names = source, source.labels, source.class_names
     else:
         found = open_images(options.images, options.split or "train")
         if not isinstance(found, ImageFolder | ImageArrays):
@@ -69,11 +66,10 @@ def main(arguments: Sequence[str]) -> int:
             )
         if options.image_size < 8:
             raise InputError(f"--image_size={options.image_size}: expected 8 pixels or more, with --images.")
-        squares = DecodedImages(found, options.image_size, options.channels)
+        pictures = DecodedImages(found, options.image_size, options.channels)
         labels, names = found.labels, found.class_names
-        read = lambda rows: squares.batch(rows)["x"]  # noqa: E731
     model, accuracy = train_classifier(
-        read,
+        lambda rows: pictures.batch(rows)["x"],
         labels,
         len(names),
         steps=options.steps,

@@ -16,7 +16,8 @@ from mpdit_jax.processes import first_does
 from mpdit_jax.stored import CHECKPOINTS, list_steps, numbered_folders
 
 _LOCK = ".lock"
-_FOLDERS, _FILES = (CHECKPOINTS, DAMAGED, "samples", "tensorboard"), ("metrics.jsonl",)
+_METRICS, _SAMPLES, _TENSORBOARD = "metrics.jsonl", "samples", "tensorboard"
+_FOLDERS = (CHECKPOINTS, DAMAGED, _SAMPLES, _TENSORBOARD)
 
 
 class Claim:
@@ -62,7 +63,7 @@ def claim_workdir(workdir: Path, config: FrozenConfigDict) -> Iterator[Claim]:
 
 def _claim(workdir: Path, config: FrozenConfigDict) -> tuple[Lock, str]:
     check_writable(workdir / CONFIG)
-    for name in (*_FOLDERS, *_FILES):
+    for name in (*_FOLDERS, _METRICS):
         check_place(workdir / name, folder=name in _FOLDERS)
     if os.path.isdir(workdir / CHECKPOINTS):
         check_writable(workdir / CHECKPOINTS / "_")
@@ -72,7 +73,7 @@ def _claim(workdir: Path, config: FrozenConfigDict) -> tuple[Lock, str]:
             f"another training is writing to {workdir} ({lock}): wait for it to end, or use another --workdir."
         )
     try:
-        for folder in (workdir, workdir / "samples"):
+        for folder in (workdir, workdir / _SAMPLES):
             remove_leftovers(folder)
         return lock, _claim_config(workdir, config)
     except BaseException:
@@ -104,7 +105,7 @@ def _claim_config(workdir: Path, config: FrozenConfigDict) -> str:
 
 def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
     """Rename what another run whose checkpoints are gone has left, rather than write over it."""
-    metrics = workdir / "metrics.jsonl"
+    metrics = workdir / _METRICS
     if not (metrics.exists() and metrics.stat().st_size):
         return ""
     try:
@@ -113,9 +114,8 @@ def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
     except MPDiTError:
         pass  # not a config of this version
     # The metrics last: as long as they are there, what a kill cuts short here is made up for by the next start.
-    record = [
-        path for path in (workdir / CONFIG, workdir / "samples", workdir / "tensorboard", metrics) if path.exists()
-    ]
+    names = (CONFIG, _SAMPLES, _TENSORBOARD, _METRICS)
+    record = [workdir / name for name in names if (workdir / name).exists()]
     count = 1
     while any(_numbered(path, count).exists() for path in record):
         count += 1

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from mpdit_jax.checkpoint import load_config
+from mpdit_jax.config import what_is_read
 from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import InputError, MissingExtraError, WeightsError
 from mpdit_jax.evaluation.decoding import find_decode
@@ -91,9 +92,9 @@ def reference_images(options: argparse.Namespace) -> ImageBlocks:
     config = load_config(options.workdir)
     if config.data.name == "latents":
         return open_set(config.data.path, find=_find(options))
-    source, data = load_source(**config.data), config.data.to_dict()
-    del data["threads"]  # changes nothing that is read
-    return SourceImages(source, {"path": f"the data of {options.workdir}", "count": len(source), "data": data})
+    source = load_source(**config.data)
+    about = {"path": f"the data of {options.workdir}", "count": len(source), "data": what_is_read(config.data)}
+    return SourceImages(source, about)
 
 
 def evaluate_set(

@@ -1,6 +1,6 @@
 """What decodes a store of latents that is to be looked at: the VAE that encoded it, and no other."""
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation.sets import Decode, FindDecode
 from mpdit_jax.mesh import make_mesh
-from mpdit_jax.vae import NO_VAE, PIXELS, VAE, load_vae, tiles
+from mpdit_jax.vae import NO_VAE, PIXELS, check_made, decode_all, load_vae, tiles
 
 
 def find_decode(vae: str, dtype: str = "float32", tile: int = 0, *, name: str = "--vae") -> FindDecode:
@@ -36,19 +36,7 @@ def find_decode(vae: str, dtype: str = "float32", tile: int = 0, *, name: str = 
                 f"{fingerprint[:12]}…)."
             )
         loaded = load(None if in_pixels else vae)
-        if loaded.fingerprint != fingerprint:
-            raise InputError(
-                f"{name}={vae} has fingerprint {loaded.fingerprint[:12]}… and {store} holds latents of "
-                f"{fingerprint[:12]}…: give the VAE that encoded them."
-            )
-        return partial(_decode, loaded)
+        check_made(loaded, fingerprint, f"{name}={vae}", f"{store} holds latents of")
+        return lambda latents: np.asarray(decode_all(loaded, latents))
 
     return find
-
-
-def _decode(vae: VAE, latents: np.ndarray) -> np.ndarray:
-    assert vae.mesh is not None
-    # Every device takes the same number; what fills the batch up is thrown away.
-    filled = np.resize(latents, (-(-len(latents) // vae.mesh.size) * vae.mesh.size, *latents.shape[1:]))
-    with jax.set_mesh(vae.mesh):
-        return np.asarray(vae.decode(filled))[: len(latents)]

@@ -1,7 +1,5 @@
 """From a model's latents to pictures, by the VAE whose latents it was trained on."""
 
-from contextlib import nullcontext
-
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +8,7 @@ from mpdit_jax.data.facts import read_facts
 from mpdit_jax.errors import InputError
 from mpdit_jax.mesh import make_mesh
 from mpdit_jax.sampling.run import Decode
-from mpdit_jax.vae import NO_VAE, PIXELS, VAE, load_vae, tiles
+from mpdit_jax.vae import NO_VAE, PIXELS, check_made, decode_all, load_vae, tiles
 
 
 def make_decode(
@@ -40,25 +38,12 @@ def make_decode(
                 f"{argument}={vae}: {workdir} is a run on {load_config(workdir).data.name}, which has no latents."
             )
         return None
-    in_pixels = space.vae_fingerprint == PIXELS
-    if not vae and not in_pixels:
+    if not vae and space.vae_fingerprint != PIXELS:
         raise InputError(
             f"{workdir} was trained on latents: give {argument}=FOLDER, the VAE they come from (fingerprint "
             f"{space.vae_fingerprint[:12]}…)."
         )
     loaded = load_vae(vae or None, dtype=dtype, mesh=make_mesh(devices=jax.local_devices()), tiling=tiles(tile))
-    if loaded.fingerprint != space.vae_fingerprint:
-        raise InputError(
-            f"{argument}={vae} has fingerprint {loaded.fingerprint[:12]}… and {workdir} was trained on latents of "
-            f"{space.vae_fingerprint[:12]}…: give the VAE that encoded them{', which is none' if in_pixels else ''}."
-        )
+    check_made(loaded, space.vae_fingerprint, f"{argument}={vae}", f"{workdir} was trained on latents of")
     mean, std = jnp.asarray(space.mean, jnp.float32), jnp.asarray(space.std, jnp.float32)
-    return lambda latents: _decode(loaded, latents * std + mean)
-
-
-def _decode(vae: VAE, latents: jax.Array) -> jax.Array:
-    count, devices = len(latents), vae.mesh.size if vae.mesh is not None else 1
-    filled = latents[jnp.arange(-(-count // devices) * devices) % count]
-    with jax.set_mesh(vae.mesh) if vae.mesh is not None else nullcontext():  # the caller's may be of other devices
-        # A latent that is not finite spoils its own picture only, and is reported by its number.
-        return vae.decode(filled)[:count]
+    return lambda latents: decode_all(loaded, latents * std + mean)

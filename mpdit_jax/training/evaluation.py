@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import FrozenConfigDict
 
+from mpdit_jax.config import what_is_read
 from mpdit_jax.data.sources import Source, limited
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.evaluation.classifier import load_classifier, save_classifier
@@ -222,8 +223,7 @@ class Evaluator:
                     "give statistics written with --save_features, or images."
                 )
             return stored
-        path, data = self._folder / "real.npz", self._config.data.to_dict()
-        del data["threads"]  # changes nothing that is read
+        path, data = self._folder / "real.npz", what_is_read(self._config.data)
         about = {"path": place or "the data of the run", "most": _MOST_REAL, "data": {} if place else data}
         earlier = load_statistics(path, extractor) if path.is_file() else None
         if earlier is not None:

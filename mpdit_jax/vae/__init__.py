@@ -2,6 +2,7 @@
 
 from mpdit_jax.vae.autoencoder import Autoencoder
 from mpdit_jax.vae.config import AutoencoderConfig
+from mpdit_jax.vae.matching import check_made, decode_all
 from mpdit_jax.vae.tiling import Tiling, tiles
 from mpdit_jax.vae.vae import NO_VAE, PIXELS, VAE, load_vae
 from mpdit_jax.vae.weights import load_folder, save_folder
@@ -13,6 +14,8 @@ __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
     "Tiling",
+    "check_made",
+    "decode_all",
     "load_folder",
     "load_vae",
     "save_folder",
