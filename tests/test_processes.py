@@ -20,8 +20,7 @@ from mpdit_jax.processes import (
     on_cloud_tpu,
     roll_call,
 )
-from tests.tiny import environment
-from tests.training.test_processes import free_port, join_flags
+from tests.tiny import environment, free_port, join_flags
 
 
 def test_alone_unless_something_says_otherwise():

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,24 @@ def refusal(main, arguments, monkeypatch, capsys):
     assert (done.value.code, stdout) == (1, "")
     assert re.fullmatch(r"error: [^\n]*\n", stderr), stderr
     return stderr.removeprefix("error: ")
+
+
+def free_port():
+    """A port that is free, and whose successor is."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+def join_flags(port, count, index):
+    """By which process `index` of `count` finds the others."""
+    return [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}"]
 
 
 def saved_arrays(workdir, step):

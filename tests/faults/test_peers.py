@@ -10,8 +10,7 @@ import time
 import pytest
 
 from mpdit_jax.stored import list_steps
-from tests.tiny import ROOT, start, train_arguments
-from tests.training.test_processes import free_port, join_flags
+from tests.tiny import ROOT, free_port, join_flags, start, train_arguments
 
 BOUND = 60  # seconds in which the remaining process must have ended
 LONG = ["--config.steps=100000", "--config.checkpoint.every=20", "--config.log.every=5"]

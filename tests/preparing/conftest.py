@@ -43,3 +43,9 @@ def make_vae(path, seed):
     )
     save_folder(path, config, split(Autoencoder(config, rngs=nnx.Rngs(seed)))[1])
     return path
+
+
+def arguments(folder, vae, out, *more):
+    """Of prepare."""
+    sizes = ("--image_size=8", "--batch_size=4", "--shard_size=5", "--flip=both")
+    return [f"--images={folder}", f"--vae={vae}", f"--out={out}", *sizes, *more]

@@ -16,8 +16,7 @@ from PIL import Image
 
 from mpdit_jax import images, sample, train, train_vae
 from mpdit_jax.data.latent_store import read_manifest
-from tests.tiny import ROOT, refusal, run, saved_arrays, start
-from tests.training.test_processes import free_port
+from tests.tiny import ROOT, free_port, refusal, run, saved_arrays, start
 
 CONFIG = f"--config={ROOT / 'configs/vae_fashion.py'}"
 VAE = [

@@ -10,6 +10,9 @@ import pytest
 from tests.tiny import environment
 
 
+FEW = ["--steps=2", "--batch_size=4"]
+
+
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory):
     """A workdir of configs/digits.py with a smaller model."""
@@ -46,13 +49,24 @@ def make_workdir(path, in_channels=1):
 
 
 def start(*arguments, devices=1):
-    """A process, its output readable as it comes."""
+    """A process, its output readable as it comes; alone, it is compiled as this one, which it is compared with."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.Popen(
-        command, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=environment(devices, optimized=devices == 1),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
 def read_npz(path):
     with np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
+
+
+def run(workdir, *arguments):
+    """The command with few steps, in this process."""
+    from mpdit_jax.sample import main
+
+    return main([f"--workdir={workdir}", *FEW, *map(str, arguments)])

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 
@@ -10,23 +9,22 @@ import numpy as np
 import pytest
 
 from mpdit_jax.stored import list_steps
-from tests.tiny import COMPARABLE, ROOT, UNOPTIMIZED, assert_near, losses, run, saved_arrays, start, train_arguments
+from tests.tiny import (
+    COMPARABLE,
+    ROOT,
+    UNOPTIMIZED,
+    assert_near,
+    free_port,
+    join_flags,
+    losses,
+    run,
+    saved_arrays,
+    start,
+    train_arguments,
+)
 
 STEPS = 20
 LONG = [f"--config.steps={STEPS}", "--config.checkpoint.every=10", "--config.log.every=5", COMPARABLE]
-
-
-def free_port():
-    """A port that is free, and whose successor is."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("", port + 1))
-            except OSError:
-                continue
-            return port
 
 
 def launch(count, devices, *arguments):
@@ -75,10 +73,6 @@ def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path):
     assert process.returncode == 0, output
     (stopped,) = list_steps(workdir)
     assert f"stopped at step {stopped} of 4000, saved; continue with:" in output
-
-
-def join_flags(port, count, index):
-    return [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}"]
 
 
 def test_a_process_that_never_joins_is_named(tmp_path):

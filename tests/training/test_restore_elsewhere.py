@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from tests.tiny import environment, run, saved_arrays, train_arguments
-from tests.training.test_processes import free_port
+from tests.tiny import environment, free_port, run, saved_arrays, train_arguments
 
 STEPS = 4
 READ = """
