@@ -9,7 +9,6 @@ import pytest
 
 from tests.tiny import environment
 
-
 FEW = ["--steps=2", "--batch_size=4"]
 
 
