@@ -27,7 +27,7 @@ from tests.tiny import ROOT
 TINY = {
     "steps": 1, "batch_size": 4, "data.split": "all", "sample.every": 0, "model.patch_sizes": (2, 1),
     "model.depths": (1, 1), "model.hidden_size": 16, "model.num_heads": 2, "model.input_size": (8, 8),
-    "model.in_channels": 1, "model.num_classes": 10, "model.class_tokens": 2, "model.fno_width": 4,
+    "model.in_channels": 1, "model.num_classes": 10, "model.class_tokens": 2,
     "model.time_embedding": "sinusoidal",
 }  # fmt: skip
 
@@ -120,7 +120,8 @@ def test_configs_are_traced_or_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [
-    {"optimizer.name": "muon", "model.modulation": "per_block", "model.condition": "vector"},
+    {"optimizer.name": "muon", "model.modulation": "per_block", "model.condition": "vector",
+     "model.class_tokens": 16},
     {"optimizer.clip_norm": 1.0, "time.distribution": "uniform", "model.dtype": "bfloat16", "model.remat": "full"},
     {"gradient_accumulation": 2, "guard.spike_factor": 5.0, "data.max_examples": 9, "data.class_balance": True},
 ])  # fmt: skip
