@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from mpdit_jax.checkpoint import load_config
 from mpdit_jax.config import what_is_read
+from mpdit_jax.data.npz import npz_names
 from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import InputError, MissingExtraError, WeightsError
 from mpdit_jax.evaluation.decoding import find_decode
@@ -160,10 +160,7 @@ def _is_statistics(place: str) -> bool:
 
 def _pictures_beside(path: Path) -> ArrayImages | None:
     """The images of an ADM reference batch; None where a file has statistics alone."""
-    with np.load(path, allow_pickle=False) as archive:
-        if "arr_0" not in archive.files:
-            return None
-    return open_npz(path)
+    return open_npz(path) if "arr_0" in npz_names(path) else None
 
 
 def _find(options: argparse.Namespace) -> FindDecode:
