@@ -25,7 +25,7 @@ from mpdit_jax.training.step import make_draw, make_loss, make_step
 from tests.faults.damage import MUTATIONS, REAL, TUPLE, WHOLE, WORD, bulk
 from tests.tiny import ROOT
 
-RUNS = int(os.environ.get("MPDIT_JAX_RUNS", "6"))
+RUNS = int(os.environ.get("MPDIT_JAX_RUNS", "4"))
 UNOPTIMIZED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 TINY = {
     "steps": 1, "batch_size": 4, "data.split": "all", "sample.every": 0, "model.patch_sizes": (2, 1),
