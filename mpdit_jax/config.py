@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -148,7 +148,7 @@ def resolve(config: ConfigDict) -> FrozenConfigDict:
     """
     check_fields(config, base_config(), "config")
     _expect(config, "model.preset", isinstance(config.model.preset, str | None), "the name of a preset, or None")
-    resolved = ConfigDict(config.to_dict())
+    resolved = ConfigDict(_with_floats(config.to_dict(), base_config().to_dict()))
     fields = {key: value for key, value in resolved.model.items() if key != "preset" and value is not None}
     model = model_config(resolved.model.preset, **fields) if resolved.model.preset else ModelConfig().replace(**fields)
     with resolved.model.ignore_type():  # a size that was given as one number is a tuple now
@@ -323,8 +323,19 @@ def _same_type(path: str, value: Any, default: Any) -> None:
             tuple: "values with commas between them",
         }
         raise ConfigError(f"{path}={value!r}: expected {names[kind]}.")
-    if isinstance(value, float) and not math.isfinite(value):
+    if kind is float and not abs(value) <= sys.float_info.max:  # a whole number may be larger than any float
         raise ConfigError(f"{path}={value!r}: expected a finite number.")
+
+
+def _with_floats(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """With 0.0 where a number that need not be whole was given as 0, as ConfigDict has it where it knows the type."""
+    found = dict(config)
+    for name, default in base.items():
+        if isinstance(default, dict):
+            found[name] = _with_floats(config[name], default)
+        elif isinstance(default, float):
+            found[name] = float(config[name])
+    return found
 
 
 def _completed(stored: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

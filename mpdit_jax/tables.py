@@ -24,10 +24,12 @@ _COLUMNS = (
 )
 _LEGEND = """
 Parameters count the frozen position tables, as PyTorch does. GMACs are multiply-adds of one forward pass of one image:
-"true" are those of every matrix product at the length each block sees; "paper's count" is what it prints as GFLOPs
-(mpdit_jax.model.accounting.paper_macs says how that was worked out). Where the printed figure is ours, rounded or cut
-at its last digit, there is no remark; where not, the remark is ours minus the paper's. "Training" is a forward pass of
-masked training. FID is the paper's claim (80 epochs, unguided, unless remarked), not ours.
+"true" are those of every matrix product at the length each block sees. "Paper's count" is what it prints as GFLOPs, a
+convention worked out from its figures, since the paper does not state it: attention in every block as of 256 tokens,
+and one operation for each element that a norm or GELU puts out (without these last, two of its twelve figures at 256
+pixels differ in their last digit: mpdit_xl_k4 and dit_xl_2). Where the printed figure is ours, rounded or cut at its
+last digit, there is no remark; where not, the remark is ours minus the paper's. "Training" is a forward pass of masked
+training. FID is the paper's claim (80 epochs, unguided, unless remarked), not ours.
 """
 
 

@@ -2,8 +2,8 @@
 
     python -m mpdit_jax.train --config=configs/ablations/dit_xl_2.py --workdir=runs/dit_xl_2
 
-The paper prints 118.66 GFLOPs for it. The paper quotes FID 9.62 for DiT after 1,400 epochs, and 18.04 for SiT after
-80. It has not been trained with this code yet.
+The paper prints 118.66 GFLOPs for it. The paper quotes FID 9.62 for it after 1,400 epochs, with DiT's own objective;
+this code trains by flow matching, which makes it sit_xl_2.py. It has not been trained with this code yet.
 """
 
 from ml_collections import ConfigDict

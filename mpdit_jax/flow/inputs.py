@@ -30,12 +30,17 @@ def check_model(model: object, name: str = "model") -> ClassConditional:
             f"{name}={type(model).__name__}: expected an MPDiT, or an NNX module called as model(x, t, y) that has "
             "input_shape (H, W, C) and num_classes."
         )
+    check_convention(model, name)
+    return cast(ClassConditional, model)
+
+
+def check_convention(model: object, name: str = "model") -> None:
+    """Raise InputError for a model that says its output is something else than our velocity."""
     if isinstance(model, DeclaresConvention) and model.convention != "velocity":
         raise InputError(
             f"{name} says that its convention is {model.convention!r}: expected 'velocity' (noise minus data, with t=0 "
             "at the data and t=1 at the noise); mpdit_jax.as_velocity(model) converts a DiT or SiT."
         )
-    return cast(ClassConditional, model)
 
 
 def check_guide(guide: object, model: ClassConditional) -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mpdit_jax.errors import ConfigError, InputError
-from mpdit_jax.flow.inputs import check_labels
+from mpdit_jax.flow.inputs import check_convention, check_labels
 from mpdit_jax.flow.protocols import ClassConditional, Velocity
 
 
@@ -85,9 +85,10 @@ def flow_matching_loss(
         The loss, a float32 scalar, and per_example (B,), whose mean it is.
 
     Raises:
-        InputError: no key and something to draw, shapes that do not fit each other, or labels the model does not have
-            (unless they are traced).
+        InputError: no key and something to draw, shapes that do not fit each other, labels the model does not have
+            (unless they are traced), or a model whose output is not our velocity.
     """
+    check_convention(model)
     x = jnp.asarray(x, jnp.float32)
     if t is None or noise is None:
         if key is None:

@@ -3,6 +3,7 @@
 import pickle
 import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,9 @@ _PARTS = 5  # pickles in a row at the start of a PyTorch file of the old kind
 def refusal(path: Path, error: Exception) -> WeightsError:
     """The sentence about a file that `torch.load(..., weights_only=True)` has not read, with this error."""
     try:
-        code, names, whole = _inspect(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in texts that are none
+            code, names, whole = _inspect(path)
     except Exception:  # a damaged archive fails its reader in any way it likes
         code, names, whole = False, [], False
     if code:

@@ -56,6 +56,12 @@ def count_parameters(config: ModelConfig) -> int:
     return total + _affine(width, _patch_features(config, -1))
 
 
+def count_trained(config: ModelConfig) -> int:
+    """Parameters that training moves: without the position tables."""
+    tables = sum(_tokens(config, level) for level in range(len(config.depths))) * config.hidden_size
+    return count_parameters(config) - tables
+
+
 def count_macs(config: ModelConfig) -> int:
     """Multiply-adds of every matrix product of one forward pass of one example."""
     return masked_macs(config, mask_ratio=0.0)

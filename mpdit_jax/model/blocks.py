@@ -29,7 +29,6 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 @partial(jax.checkpoint, prevent_cse=False)
-@partial(jax.checkpoint, prevent_cse=False)
 def gelu(x: jax.Array) -> jax.Array:
     """The tanh GELU, which the backward pass computes again from x.
 

@@ -4,12 +4,13 @@ r"""The paper's time embedding: a small Fourier neural operator on a grid shifte
 Parseval, irfft of the product of rfft(x) with complex weights (w, w, modes), whose real and imaginary parts have
 variance s², has in every channel the mean square
 
-    (2 s² / n²) Σ_channels Σ_modes |rfft(x)|²  <=  2 s² w e,
+    (s² / n²) Σ_channels (|X₀|² + 4 Σ_{m ≥ 1} |X_m|²)  <=  2 s² w e,    X = rfft(x),
 
-with equality where the modes that are kept hold everything (the constant mode counts half: its product is cut to its
-real part). With the paper's s = 1 each spectral convolution multiplies the root mean square by up to √(2w), three of
-them by (2w)^1.5: 181 at w = 16, 11,585 at w = 256. Gradients grow as the weights they pass through, and again with
-the features that they are multiplied by.
+for e is (|X₀|² + 2 Σ_{m ≥ 1} |X_m|²) / n² of a channel: rfft gives one of each pair of modes. Equality is where the
+modes that are kept hold everything and there is no constant mode (its product is cut to its real part). With the
+paper's s = 1 each spectral convolution multiplies the root mean square by up to √(2w), three of them by (2w)^1.5: 181
+at w = 16, 11,585 at w = 256. Gradients grow as the weights they pass through, and again with the features that they are
+multiplied by.
 
 **Why no variance repairs both.** Take a linear map of w features h with independent weights of variance s². Its output
 has the size s |h|. A gradient g of the output, independent of the weights, gives the features the gradient s √w |g| and

@@ -1,7 +1,7 @@
 """The rows of the paper's tables: what each changes about the model, and the figures the paper prints for it.
 
 FIDs are the paper's, of ImageNet at 256x256 pixels after 80 epochs without guidance, unless a note says otherwise. The
-file of the same name in configs/ablations/ trains a row.
+file of the same name in configs/ablations/, or in configs/ for 512 pixels, trains a row.
 """
 
 import dataclasses
@@ -47,6 +47,7 @@ DENSE = {**TOKENS, "time_embedding": "fno"}
 
 _LADDER, _TOKENS, _TIME = "ablation ladder", "class tokens", "time embedding"
 _UPSAMPLER, _DEPTH, _REDUCTION = "upsampler", "blocks on fine tokens", "token reduction"
+_LARGE = "512x512 pixels"
 
 ROWS: dict[str, Row] = {
     "dit_b_2": Row(_LADDER, "dit_b_2", {}, "130.0", "23.0"),
@@ -75,6 +76,9 @@ ROWS: dict[str, Row] = {
         for count, fid in ((2, "26.87"), (3, "24.74"), (4, "27.37"))
     },
     "time_fno_width_128": Row(_TIME, "mpdit_b", {"fno_width": 128}, note="unstable in training, says the paper"),
+    "time_fno_width_32_scaled": Row(
+        _TIME, "mpdit_b", {"fno_init": "scaled"}, note="not of the paper: see docs/fno_width.md"
+    ),
     "time_fno_width_128_scaled": Row(
         _TIME, "mpdit_b", {"fno_width": 128, "fno_init": "scaled"}, note="not of the paper: see docs/fno_width.md"
     ),
@@ -90,10 +94,10 @@ ROWS: dict[str, Row] = {
     },
     "dit_xl_2": Row(_REDUCTION, "dit_xl_2", {}, "", "118.66", "9.62", note="FID after 1,400 epochs"),
     "dit_xl_4": Row(_REDUCTION, "dit_xl_4", {}, fid="40", note="FID: about"),
+    "sit_xl_2": Row(_REDUCTION, "dit_xl_2", {}, "", "118.66", "18.04", note="DiT-XL/2's network, flow matching"),
     "dit_xl_2_masked_75": Row(
-        _REDUCTION, "dit_xl_2", {"decoder_depth": 4}, fid="100", mask_ratio=0.75, note="FID: about; MACs of sampling"
+        _REDUCTION, "dit_xl_2", {"decoder_depth": 8}, fid="100", mask_ratio=0.75, note="FID: about; MACs of sampling"
     ),
-    "mpdit3_xl": Row(
-        "three levels, 512x512", "mpdit3_xl_paper", {}, "491", "138.2", "11.77", note="120 epochs, batches of 256"
-    ),
+    "mpdit_xl_512": Row(_LARGE, "mpdit_xl", {"input_size": (64, 64)}, fid="9.24", note="120 epochs, batches of 256"),
+    "mpdit3_xl_512": Row(_LARGE, "mpdit3_xl_paper", {}, "491", "138.2", "11.77", note="120 epochs, batches of 256"),
 }

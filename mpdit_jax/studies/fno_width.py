@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from mpdit_jax.cli import make_parser, run
 from mpdit_jax.config import base_config
+from mpdit_jax.errors import InputError
 from mpdit_jax.files import replacing
 from mpdit_jax.model.config import FNO_INITS, ModelConfig
 from mpdit_jax.model.fno import FNOTime
@@ -44,6 +45,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--plot", default="docs/images/fno_width.png", help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="of each training run (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.steps < _EVERY:
+        raise InputError(f"--steps={options.steps}: expected {_EVERY} or more, over which losses are averaged.")
+    pyplot()  # a missing extra is known before the runs
     records = Records(Path(options.out))
     at_start = [
         # Narrow embeddings differ more from seed to seed.
@@ -86,6 +90,18 @@ def initial_sizes(init: str, width: int, seeds: int, hidden_size: int = 768) -> 
     return np.asarray(jax.jit(lambda keys: jax.lax.map(sizes, keys))(jax.random.split(jax.random.key(0), seeds)))
 
 
+def first_modulation(output_rms: float, hidden_size: int = 768, learning_rate: float = 2e-4) -> float:
+    """How large a modulation may be after Adam's first step, of an embedding of Gaussian entries of that size.
+
+    The modulation is a linear map of SiLU of the embedding and starts at zero. Adam's first step moves every weight by
+    the learning rate, so the sum is at most learning_rate * hidden_size * E|SiLU|.
+    """
+    z = np.linspace(-8, 8, 4001)
+    density = np.exp(-(z**2) / 2) / np.exp(-(z**2) / 2).sum()
+    entries = z * output_rms
+    return float(learning_rate * hidden_size * (density * np.abs(entries / (1 + np.exp(-entries)))).sum())
+
+
 def training_config(init: str, width: int, steps: int) -> ConfigDict:
     """The digits of configs/digits.py with that embedding."""
     config = base_config()
@@ -102,7 +118,7 @@ def training_config(init: str, width: int, steps: int) -> ConfigDict:
 def draw(start: list[Record], trained: list[Record], path: Path) -> None:
     """Three panels: output and gradient at the start over the width, and the loss over the steps."""
     plots = pyplot()
-    figure, (outputs, gradients, losses) = plots.subplots(1, 3, figsize=(13, 4))
+    figure, (outputs, gradients, losses) = plots.subplots(1, 3, figsize=(13, 4.2))
     for init, colour in zip(FNO_INITS, ("tab:red", "tab:blue"), strict=True):
         rows = [record for record in start if record["init"] == init]
         for axes, name in ((outputs, "output_rms"), (gradients, "gradient_norm")):
@@ -121,8 +137,10 @@ def draw(start: list[Record], trained: list[Record], path: Path) -> None:
             losses.fill_between(steps, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.15)
     for axes, title in ((outputs, "output RMS at the start"), (gradients, "gradient norm at the start")):
         axes.set(xscale="log", yscale="log", xlabel="fno_width", title=title)
+        axes.set_xticks(WIDTHS, map(str, WIDTHS))
+        axes.minorticks_off()
         axes.legend()
-    losses.set(yscale="log", xlabel="step", title=f"digits: training loss (mean and range of {SEEDS} seeds)")
+    losses.set(xlabel="step", title=f"digits: training loss\n(mean and range of {SEEDS} seeds)")
     losses.legend()
     figure.tight_layout()
     with replacing(path) as file:
@@ -130,14 +148,15 @@ def draw(start: list[Record], trained: list[Record], path: Path) -> None:
 
 
 def as_tables(start: list[Record], trained: list[Record]) -> str:
-    """Both results as Markdown."""
-    lines = ["| fno_init | fno_width | seeds | output RMS | gradient norm |", "|---|---|---|---|---|"]
+    """Both results as Markdown: mean ± standard deviation over seeds (n - 1); gradient norms are means of ten steps."""
+    lines = ["| fno_init | fno_width | seeds | output RMS | gradient norm | first modulation |"]
+    lines += ["|---|---|---|---|---|---|"]
     lines += [
         f"| {r['init']} | {r['width']} | {r['seeds']} | {r['output_rms']:.2f} ± {r['output_rms_std']:.2f} | "
-        f"{r['gradient_norm']:.2f} ± {r['gradient_norm_std']:.2f} |"
+        f"{r['gradient_norm']:.2f} ± {r['gradient_norm_std']:.2f} | {first_modulation(r['output_rms']):.2f} |"
         for r in start
     ]
-    lines += ["", "| fno_init | fno_width | loss, first steps | loss, last steps | largest gradient norm |"]
+    lines += ["", f"| fno_init | fno_width | loss, first {_EVERY} steps | last {_EVERY} | largest gradient norm |"]
     lines += ["|---|---|---|---|---|"]
     for init in FNO_INITS:
         for width in TRAINED_WIDTHS:

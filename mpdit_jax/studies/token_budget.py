@@ -6,6 +6,7 @@ Results and what they mean: docs/token_budget.md.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +28,7 @@ from mpdit_jax.files import replacing
 from mpdit_jax.flow.objective import flow_matching_loss
 from mpdit_jax.flow.sampler import make_sampler
 from mpdit_jax.images import to_uint8
-from mpdit_jax.model.accounting import count, masked_macs
+from mpdit_jax.model.accounting import count_macs, count_trained, masked_macs
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.parameters import Parameters, merge
 from mpdit_jax.studies.records import Record, Records, pyplot
@@ -43,7 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
 MASK_RATIOS = {"masked_75": 0.75}
 SEEDS = 3
 FRACTIONS = (0.25, 0.5, 1.0)  # of the budget, at which a run is measured
-BATCH_SIZE = 64
+BATCH_SIZE = 32
 _COMMON: dict[str, Any] = {
     "hidden_size": 64,
     "num_heads": 2,
@@ -79,8 +80,15 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError(
             f"--budget={options.budget}, --seeds={options.seeds}, --samples={options.samples}: expected 1 or more."
         )
+    pyplot()  # a missing extra is known before the runs
     runs = [
-        {"model": name, "budget": options.budget, "samples": options.samples, "seed": seed}
+        {
+            "model": name,
+            "budget": options.budget,
+            "samples": options.samples,
+            "recipe": recipe(name, options.budget),
+            "seed": seed,
+        }
         for name in MODELS
         for seed in range(options.seeds)
     ]
@@ -93,12 +101,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def matched_config(name: str) -> ModelConfig:
-    """That model with the MLP width at which its parameters are nearest to those of three levels of MLP ratio 4."""
-    target = count(ModelConfig(**_COMMON, **MODELS["three_level"]))[0]
+    """That model with the MLP width at which it trains as many parameters as three levels of MLP ratio 4, nearly."""
+    target = count_trained(ModelConfig(**_COMMON, **MODELS["three_level"]))
     candidates = [
         ModelConfig(**_COMMON, **MODELS[name], mlp_ratio=size / _COMMON["hidden_size"]) for size in range(192, 512)
     ]
-    return min(candidates, key=lambda config: abs(count(config)[0] - target))
+    return min(candidates, key=lambda config: abs(count_trained(config) - target))
 
 
 def training_macs(name: str) -> int:
@@ -109,14 +117,21 @@ def training_macs(name: str) -> int:
 def training_config(name: str, budget: int, path: str) -> ConfigDict:
     """The run of a model that takes `budget` GMACs."""
     config = base_config()
-    config.batch_size, config.ema_decay = BATCH_SIZE, 0.99
+    # An average over some 20 steps: short beside a quarter of the shortest run, so that no model is measured with what
+    # is left of its start in the average.
+    config.batch_size, config.ema_decay = BATCH_SIZE, 0.95
     config.steps = max(len(FRACTIONS), round(budget * 1e9 / training_macs(name) / BATCH_SIZE))
     config.model.update(dataclasses.asdict(matched_config(name)))
     config.mask_ratio = MASK_RATIOS.get(name, 0.0)
     config.data.name, config.data.path = "fashion_mnist", path
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = min(50, config.steps // 4)
+    config.optimizer.warmup_steps = config.steps // 20  # the same share of every run
     return config
+
+
+def recipe(name: str, budget: int) -> str:
+    """A digest of the run's whole config: results of a config that has changed since are not used again."""
+    return hashlib.sha256(training_config(name, budget, "").to_json(sort_keys=True).encode()).hexdigest()[:12]
 
 
 def measure(settings: Record, path: str) -> Record:
@@ -124,7 +139,7 @@ def measure(settings: Record, path: str) -> Record:
     name, budget = settings["model"], settings["budget"]
     trainer = _trainer(name, budget, path)
     steps = trainer.config.steps
-    at = {max(1, round(fraction * steps)): fraction for fraction in FRACTIONS}
+    at = {max(1, round(fraction * steps)) for fraction in FRACTIONS}
     points = []
     for step, state in enumerate(trainer.states(settings["seed"]), start=1):
         if step in at:
@@ -135,8 +150,8 @@ def measure(settings: Record, path: str) -> Record:
                     "accuracy": accuracy(trainer, state.ema_parameters, settings["samples"], settings["seed"], path),
                 }
             )
-    parameters, macs = count(trainer.model)
-    return {"parameters": parameters, "forward_mmacs": round(macs / 1e6, 2), "steps": steps, "points": points}
+    macs = round(count_macs(trainer.model) / 1e6, 2)
+    return {"parameters": count_trained(trainer.model), "forward_mmacs": macs, "steps": steps, "points": points}
 
 
 def held_out_loss(trainer: Trainer, parameters: Parameters, path: str, examples: int = 1024) -> float:
@@ -176,7 +191,7 @@ def draw(found: list[Record], path: Path) -> None:
             macs, mean, std = _over_seeds(found, name, value)
             axes.errorbar(macs, mean, yerr=std, marker="o", capsize=3, label=name)
     for axes, title in zip(panels, ("loss on test images", "classifier's accuracy on samples"), strict=True):
-        axes.set(xscale="log", xlabel="GMACs of training", title=title)
+        axes.set(xscale="log", xlabel="GMACs of training", title=f"{title} (bars: std of seeds)")
     panels[0].legend()
     figure.tight_layout()
     with replacing(path) as file:
@@ -184,8 +199,8 @@ def draw(found: list[Record], path: Path) -> None:
 
 
 def as_table(found: list[Record]) -> str:
-    """The end of the budget as Markdown: mean and standard deviation over the seeds."""
-    lines = ["| model | parameters | MMACs a forward pass | steps | GMACs of training | loss | accuracy |"]
+    """The end of the budget as Markdown: mean ± standard deviation over the seeds (n - 1)."""
+    lines = ["| model | trained parameters | MMACs a forward pass | steps | GMACs of training | loss | accuracy |"]
     lines.append("|---|---|---|---|---|---|---|")
     for name in dict.fromkeys(record["model"] for record in found):
         first = next(record for record in found if record["model"] == name)

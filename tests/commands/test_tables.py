@@ -23,9 +23,10 @@ PRINTED = {
     "mpdit_xl_k6": ("481.2", "59.3"),
     "mpdit_xl_k8": ("481.2", "65.4"),
     "dit_xl_2": ("", "118.66"),
+    "sit_xl_2": ("", "118.66"),
 }
 # What is not reproduced, in millions of parameters or in GMACs.
-APART = {("dit_b_2", "parameters"): 0.5, ("mpdit3_xl", "gmacs"): -13.52}
+APART = {("dit_b_2", "parameters"): 0.5, ("mpdit3_xl_512", "gmacs"): -13.52}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,9 @@ def test_difference():
 
 def test_masked_training_costs_less_than_sampling(rows):
     masked = rows["dit_xl_2_masked_75"]
-    assert masked["gmacs_training"] < 0.4 * masked["gmacs_true"] == 0.4 * rows["dit_xl_2"]["gmacs_true"]
+    assert masked["gmacs_true"] == rows["dit_xl_2"]["gmacs_true"]
+    # Random and structured reduction at equal compute.
+    assert masked["gmacs_training"] == pytest.approx(rows["mpdit_xl_k6"]["gmacs_training"], rel=0.04)
     assert masked["parameters"] == rows["dit_xl_2"]["parameters"] + 1152  # the mask token
 
 

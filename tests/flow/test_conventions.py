@@ -124,6 +124,8 @@ def test_samplers_take_the_converted_model_and_refuse_the_other(convention):
     sampler = mp.make_sampler(steps=4, guidance_scale=2.0)
     with pytest.raises(InputError, match=rf"convention is '{convention}': expected 'velocity'.*as_velocity"):
         sampler(model, [1, 2], key)
+    with pytest.raises(InputError, match=rf"convention is '{convention}'"):
+        mp.flow_matching_loss(model, np.zeros((2, 8, 8, 4)), np.array([3, 7]), key=key)
     converted = mp.as_velocity(model)
     assert isinstance(converted, Factored)
     assert isinstance(converted, Castable)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpdit_jax.errors import DataError, InputError
-from mpdit_jax.model.accounting import count
+from mpdit_jax.model.accounting import count_trained
 from mpdit_jax.studies import fno_width, token_budget
 from mpdit_jax.studies.records import Records
 
@@ -40,12 +40,14 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 
 def test_models_of_one_size_and_one_budget():
-    parameters = [count(token_budget.matched_config(name))[0] for name in token_budget.MODELS]
+    parameters = [count_trained(token_budget.matched_config(name)) for name in token_budget.MODELS]
     assert max(parameters) / min(parameters) < 1.001
     for name in token_budget.MODELS:
         config = token_budget.training_config(name, 2000, "")
         spent = config.steps * config.batch_size * token_budget.training_macs(name) / 1e9
         assert spent == pytest.approx(2000, rel=0.01)
+    with pytest.raises(InputError, match="--steps=5: expected 10 or more"):
+        fno_width.main(["--steps=5"])
     with pytest.raises(InputError, match="--budget=0"):
         token_budget.main(["--budget=0"])
 

@@ -18,7 +18,7 @@ from mpdit_jax.training.state import abstract_state
 from mpdit_jax.training.step import make_draw, make_loss, make_step
 
 FILES = {path.stem: path for path in sorted((Path(__file__).parents[2] / "configs/ablations").glob("*.py"))}
-ELSEWHERE = {"mpdit3_xl"}  # configs/mpdit3_xl_512.py
+ELSEWHERE = {"mpdit_xl_512", "mpdit3_xl_512"}  # in configs/
 TRACED = set()  # several rows are the base
 
 
