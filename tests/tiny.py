@@ -39,36 +39,32 @@ def train_arguments(workdir, *more):
 # `assert_near` allows, against 140 times as much as is allowed with 1e-8.
 COMPARABLE = "--config.optimizer.eps=1e-4"
 
-# Compiling takes longer than all the steps of a tiny run, so processes of their own do that without optimization.
-UNOPTIMIZED = "--xla_backend_optimization_level=0"
 
-
-def environment(devices=1, optimized=False):
+def environment(devices=1):
     """That of a process with so many virtual CPU devices."""
-    level = "" if optimized else f" {UNOPTIMIZED}"
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}{level}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
 
 
-def start(command, arguments, devices=1, optimized=False, **options):
-    """Start `python -m mpdit_jax.COMMAND` as its own process, with `devices` virtual CPU devices."""
+def start(command, arguments, devices=1, extra=None, **options):
+    """Start `python -m mpdit_jax.COMMAND` as its own process, with `devices` virtual CPU devices, `extra` variables."""
     return subprocess.Popen(
         [sys.executable, "-m", f"mpdit_jax.{command}", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(devices, optimized),
+        env=environment(devices) | (extra or {}),
         **options,
     )
 
 
-def run(command, arguments, devices=1, optimized=False, **options):
+def run(command, arguments, devices=1, **options):
     """Run a command to its end: (status, stdout, stderr)."""
-    process = start(command, arguments, devices, optimized, **options)
+    process = start(command, arguments, devices, **options)
     stdout, stderr = process.communicate(timeout=600)
     return process.returncode, stdout, stderr
 

@@ -157,7 +157,7 @@ def test_training_goes_on_from_the_one_before(finished, tmp_path):
     """Told in one sentence, and the run ends in the same bits as one that lost nothing."""
     copy, newest = copy_of(finished, tmp_path)
     truncate(newest)
-    status, stdout, stderr = run("train", train_arguments(copy), optimized=True)  # as the other, in this process
+    status, stdout, stderr = run("train", train_arguments(copy))
     assert status == 0, stderr
     assert stdout.count("damaged_checkpoints/8, and step 4 is used.") == 1
     assert "continuing at step 4" in stdout

@@ -79,7 +79,7 @@ def test_gradients_reach_every_parameter(name):
         velocity = merge(structure, parameters)(x, jnp.array([0.3, 0.8]), jnp.array([0, 3]))
         return jnp.square(velocity - 1).mean()
 
-    gradients = jax.device_get(gradient(loss)(parameters))
+    gradients = jax.device_get(jax.jit(jax.grad(loss))(parameters))
     untouched = {path for path, leaf in gradients.items() if not np.abs(leaf).max() > 0}
     expected = {"mask_token"} if config.decoder_depth else set()  # masked training has a use for it
     if config.time_embedding == "fno":
@@ -88,11 +88,6 @@ def test_gradients_reach_every_parameter(name):
         expected.add(f"time_embedding.layers.{config.fno_layers - 1}.spectral.imaginary")
     assert untouched == expected
     assert all(np.isfinite(leaf).all() for leaf in gradients.values())
-
-
-def gradient(loss):
-    """Compiled without optimization: one run does not repay it."""
-    return jax.jit(jax.grad(loss), compiler_options={"xla_backend_optimization_level": 0})
 
 
 COUNTED = {

@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -19,14 +18,6 @@ from mpdit_jax.training import loop
 from mpdit_jax.training.evaluation import Evaluator
 from mpdit_jax.training.loop import train
 from mpdit_jax.vae import load_vae
-
-
-@pytest.fixture(autouse=True, scope="module")
-def unoptimized():
-    """Compiling takes longer here than everything that is computed."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

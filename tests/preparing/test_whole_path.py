@@ -61,7 +61,7 @@ def vae_arguments(digits, workdir):
 @pytest.fixture(scope="module")
 def vae(digits, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("vae")
-    status, stdout, stderr = run("train_vae", vae_arguments(digits, workdir), optimized=True)
+    status, stdout, stderr = run("train_vae", vae_arguments(digits, workdir))
     assert status == 0, stderr
     assert str(workdir / "vae") in stdout
     return workdir
@@ -87,7 +87,7 @@ def test_the_vae_learns_to_reconstruct(vae, digits):
 @pytest.mark.slow
 def test_a_stopped_vae_continues_with_the_same_bits(vae, digits, tmp_path, monkeypatch, capsys):
     arguments = vae_arguments(digits, tmp_path)
-    process = start("train_vae", arguments, optimized=True)
+    process = start("train_vae", arguments)
     deadline = time.monotonic() + 120
     while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
         assert process.poll() is None, process.communicate()
@@ -151,7 +151,7 @@ def trained(latents, vae, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     shown = ["--config.sample.every=1000", "--config.sample.steps=2", f"--config.sample.vae={vae / 'vae'}"]
     arguments = [*MODEL, *shown, f"--config.data.path={latents}", f"--workdir={workdir}"]
-    status, stdout, stderr = run("train", arguments, optimized=True)
+    status, stdout, stderr = run("train", arguments)
     assert status == 0, stderr
     assert "--vae=FOLDER" in stdout
     return workdir

@@ -48,11 +48,11 @@ def make_workdir(path, in_channels=1):
 
 
 def start(*arguments, devices=1):
-    """A process, its output readable as it comes; alone, it is compiled as this one, which it is compared with."""
+    """A process, its output readable as it comes."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.Popen(
         command,
-        env=environment(devices, optimized=devices == 1),
+        env=environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

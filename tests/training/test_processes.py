@@ -12,7 +12,6 @@ from mpdit_jax.stored import list_steps
 from tests.tiny import (
     COMPARABLE,
     ROOT,
-    UNOPTIMIZED,
     assert_near,
     free_port,
     join_flags,
@@ -29,7 +28,7 @@ LONG = [f"--config.steps={STEPS}", "--config.checkpoint.every=10", "--config.log
 
 def launch(count, devices, *arguments):
     """`launch/local_multiprocess.sh`, its output and errors together."""
-    settings = {"PYTHON": sys.executable, "DEVICES": str(devices), "PORT": str(free_port()), "XLA_FLAGS": UNOPTIMIZED}
+    settings = {"PYTHON": sys.executable, "DEVICES": str(devices), "PORT": str(free_port())}
     script = ROOT / "launch/local_multiprocess.sh"
     return subprocess.Popen(
         ["bash", str(script), str(count), *arguments],
