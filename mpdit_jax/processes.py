@@ -305,6 +305,14 @@ def first_does(action: Callable[[], T]) -> T | None:
     return result
 
 
+def told_by_first(value: int) -> int:
+    """Process 0's whole number below 2**31, on every process; all must ask at the same point."""
+    if jax.process_count() == 1:
+        return value
+    wait_for_all("the first tells")
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
 def any_process(flag: bool) -> bool:
     """Whether `flag` holds on any process; every process must ask at the same point."""
     if jax.process_count() == 1:
