@@ -199,7 +199,7 @@ def test_a_process_that_is_late_and_slow_to_write_is_waited_for(workdir, tmp_pat
 
 
 MANY_PROCESSES = """
-import sys
+import sys, time
 from pathlib import Path
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
@@ -207,6 +207,8 @@ from mpdit_jax import checkpoint
 from mpdit_jax.sample import main
 newer, load_step = Path(sys.argv.pop(3)), checkpoint.load_step
 def loads_and_then_a_newer_one_comes(workdir, *arguments):
+    while jax.process_index() == 1 and newer.exists():  # the second one looks after it has come
+        time.sleep(0.1)
     found = load_step(workdir, *arguments)
     if jax.process_index() == 0:
         newer.rename(Path(workdir) / "checkpoints" / newer.name)
