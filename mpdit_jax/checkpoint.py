@@ -5,6 +5,7 @@ workdir/checkpoints/STEP/         parameters, ema_parameters, optimizer and prog
 workdir/damaged_checkpoints/STEP/ what was moved out of the way because it could not be read
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
@@ -48,7 +49,7 @@ class Restored(NamedTuple):
 
     step: int
     items: dict[str, Any]
-    notes: list[str]  # a sentence for everything that was not as it should be
+    notes: list[str]  # a sentence for everything that was not as it should be; of what was moved, on the first process
 
 
 class Checkpoints:
@@ -61,6 +62,7 @@ class Checkpoints:
             keep_period=keep_every or None,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
         )
 
     @cached_property
@@ -129,13 +131,7 @@ class Checkpoints:
             except CheckpointError as error:
                 problems[step] = str(error)
                 continue
-            # Older ones that are no checkpoints would be counted by Orbax, and deleted in their turn.
-            for other in sorted(numbered_folders(self._workdir) - {*list_steps(self._workdir), *problems}):
-                problems[other] = incomplete(self._folder / str(other))
-            for damaged, problem in problems.items():
-                place = first_does(partial(self._set_aside, damaged)) or Path(DAMAGED)
-                notes.append(f"{problem}; it is now in {place}" + (f", and step {step} is used" * (damaged > step)))
-            return Restored(step, items, notes)
+            return Restored(step, items, [*notes, *(first_does(partial(self._set_aside, step, problems)) or [])])
         if problems:
             newest = max(problems)
             others = f", and neither can the other {len(problems) - 1}" if len(problems) > 1 else ""
@@ -144,7 +140,20 @@ class Checkpoints:
             )
         return None
 
-    def _set_aside(self, step: int) -> Path:
+    def _set_aside(self, used: int, problems: Mapping[int, str]) -> list[str]:
+        """Move everything that has the name of a checkpoint and is none; a sentence each.
+
+        By one process from the list to the last move: another would look for what has been moved meanwhile.
+        """
+        # Older ones that are no checkpoints would be counted by Orbax, and deleted in their turn.
+        older = sorted(numbered_folders(self._workdir) - {*list_steps(self._workdir), *problems})
+        every = {**problems, **{step: incomplete(self._folder / str(step)) for step in older}}
+        return [
+            f"{problem}; it is now in {self._move(step)}" + (f", and step {used} is used" * (step > used))
+            for step, problem in every.items()
+        ]
+
+    def _move(self, step: int) -> Path:
         folder, count = self._workdir / DAMAGED, 1
         folder.mkdir(exist_ok=True)
         place = folder / str(step)
@@ -168,6 +177,20 @@ class Checkpoints:
             ) from error
 
 
+def _meet(*, key: str, timeout_ms: int) -> None:
+    """Where the threads that write wait for those of the other processes.
+
+    Orbax has a thread come here that has failed as well, and tells of the failure when all others have come: those wait
+    elsewhere, for what it has not written. It leaves instead, and its process ends with the sentence, and then they.
+    """
+    if jax.process_count() == 1:
+        return
+    failure = sys.exc_info()[1]
+    if failure is not None:
+        raise failure
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
     """What writes a checkpoint's items."""
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SMALLEST_PART)
@@ -185,6 +208,11 @@ def load_config(workdir: str | Path) -> FrozenConfigDict:
         CheckpointError: no run there, or its config cannot be read.
     """
     path = Path(workdir) / CONFIG
+    if Path(workdir).is_file():
+        raise CheckpointError(
+            f"{workdir} is a file, and a workdir is a folder: `python -m mpdit_jax.convert --source={workdir} "
+            "--out=FOLDER` makes one of an MPDiT's weights; docs/weights.md shows how to sample a DiT or SiT."
+        )
     if not path.is_file():
         raise CheckpointError(
             f"{workdir} holds no run ({CONFIG} is missing): train one with "

@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 import os
+import shlex
 import signal
 import sys
 import textwrap
@@ -20,12 +21,12 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mpdit_jax.checks import suggest
-from mpdit_jax.config import defaults
+from mpdit_jax.config import defaults, leave_out_idle
 from mpdit_jax.errors import ConfigError, DamageWarning, MPDiTError
 from mpdit_jax.files import REFUSALS
 from mpdit_jax.interrupt import KILLED_BY, Terminated, ending_by_exception, this_command
 from mpdit_jax.model.presets import PRESETS
-from mpdit_jax.peers import leave
+from mpdit_jax.peers import has_peers, leave
 from mpdit_jax.waiting import wait_for_all
 
 _CONFIG_HELP = """
@@ -109,6 +110,13 @@ def parse_with_config(parser: Parser, arguments: Sequence[str]) -> tuple[argpars
     return parsed, config
 
 
+def stopped_line(command: str, arguments: Sequence[str], step: int, steps: int) -> str:
+    """How far a training has come that was asked to stop, and the line that continues it."""
+    again = shlex.join([sys.executable, "-m", f"mpdit_jax.{command}", *arguments])
+    saved = "saved" if step else "with nothing trained yet"
+    return f"stopped at step {step} of {steps}, {saved}; continue with:\n  {again}"
+
+
 def run(main: Callable[[Sequence[str]], int], *, terminated: int = KILLED_BY + signal.SIGTERM) -> NoReturn:
     """Run a command's main with the process's arguments, and end the process.
 
@@ -125,7 +133,19 @@ def run(main: Callable[[Sequence[str]], int], *, terminated: int = KILLED_BY + s
         status = _status_of(main, terminated)
         if status:
             _let_end([thread for thread in threading.enumerate() if thread not in before and not thread.daemon])
-    leave(failed=status != 0)
+    _end(status)
+
+
+def _end(status: int) -> NoReturn:
+    try:
+        together = leave(failed=status != 0)
+    except KeyboardInterrupt:
+        together = False
+    if not together:
+        # Some others are held up by what failed here. JAX would have this process wait for them, then print its stack.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -153,6 +173,11 @@ def _status_of(main: Callable[[Sequence[str]], int], terminated: int) -> int:
             raise
         where = f" {error.filename}" if error.filename else ""
         print(f"error: the system refused to read or write{where} ({error.strerror}).", file=sys.stderr)
+        return 1
+    except Exception as error:  # a fault of ours, for which the other processes must not wait
+        if not has_peers():
+            raise
+        sys.excepthook(type(error), error, error.__traceback__)
         return 1
 
 
@@ -228,12 +253,17 @@ def _thread_in_one_line(error: threading.ExceptHookArgs) -> None:
 
 
 def _let_preset_win(config: ConfigDict, arguments: Sequence[str]) -> None:
-    """A preset named on the command line decides its fields, unless they are named there too; the data decide sizes."""
+    """A preset named on the command line decides its fields, unless they are named there too; the data decide sizes.
+
+    What the config file says of parts that the preset's model does not have is left out.
+    """
     given = {argument.partition("=")[0].removeprefix("--config.model.") for argument in arguments}
     if "preset" in given:
         with config.ignore_type():
             for name in set(PRESETS.get(config.model.preset, {})) - given - {"input_size"}:
                 config.model[name] = None
+        if config.model.preset in PRESETS:
+            leave_out_idle(config.model, keep=given)
 
 
 def _one_word_each(arguments: Sequence[str]) -> list[str]:

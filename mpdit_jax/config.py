@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -16,8 +16,8 @@ from mpdit_jax.errors import ConfigError
 from mpdit_jax.evaluation.settings import check_eval
 from mpdit_jax.files import code_fingerprint
 from mpdit_jax.flow.objective import TIME_DISTRIBUTIONS
-from mpdit_jax.model.config import ModelConfig
-from mpdit_jax.model.presets import model_config
+from mpdit_jax.model.config import ModelConfig, without_idle
+from mpdit_jax.model.presets import PRESETS, model_config
 from mpdit_jax.training.optimizer import check_optimizer
 
 # What a continued run may change. Everything else decides the numbers of the run from its first step.
@@ -148,7 +148,7 @@ def resolve(config: ConfigDict) -> FrozenConfigDict:
     """
     check_fields(config, base_config(), "config")
     _expect(config, "model.preset", isinstance(config.model.preset, str | None), "the name of a preset, or None")
-    resolved = ConfigDict(config.to_dict())
+    resolved = ConfigDict(_with_floats(config.to_dict(), base_config().to_dict()))
     fields = {key: value for key, value in resolved.model.items() if key != "preset" and value is not None}
     model = model_config(resolved.model.preset, **fields) if resolved.model.preset else ModelConfig().replace(**fields)
     with resolved.model.ignore_type():  # a size that was given as one number is a tuple now
@@ -175,7 +175,8 @@ def to_json(config: FrozenConfigDict | ConfigDict) -> str:
 def from_json(text: str) -> FrozenConfigDict:
     """Inverse of `to_json`, checked again. A field that the version which wrote it did not have gets its default.
 
-    So that older runs stay readable, the default of a field that is new must be what the code did without it.
+    So that older runs stay readable, the default of a field that is new must be what the code did without it, and a
+    switch of a part that the model does not have, which could once be set, is left out.
 
     Raises:
         ConfigError: not JSON, or not a config of this version.
@@ -186,7 +187,23 @@ def from_json(text: str) -> FrozenConfigDict:
         raise ConfigError(f"not a JSON config ({error}).") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"expected a JSON object of config fields, got {type(stored).__name__}.")
-    return resolve(ConfigDict(_lists_to_tuples(_completed(stored, base_config().to_dict()))))
+    config = ConfigDict(_lists_to_tuples(_completed(stored, base_config().to_dict())))
+    check_fields(config, base_config(), "config")
+    leave_out_idle(config.model)
+    return resolve(config)
+
+
+def leave_out_idle(model: ConfigDict, keep: Collection[str] = ()) -> None:
+    """Set the fields of `config.model` to None that are of parts which its model does not have, but for those to keep.
+
+    Raises:
+        ConfigError: an impossible model.
+    """
+    preset = PRESETS.get(model.preset, {}) if isinstance(model.preset, str) else {}
+    given = {name: value for name, value in model.items() if name != "preset" and value is not None}
+    needed = without_idle({**preset, **given})
+    with model.ignore_type():
+        model.update({name: None for name in given if name not in needed and name not in keep})
 
 
 def differences(stored: FrozenConfigDict, new: FrozenConfigDict) -> dict[str, tuple[Any, Any]]:
@@ -306,8 +323,19 @@ def _same_type(path: str, value: Any, default: Any) -> None:
             tuple: "values with commas between them",
         }
         raise ConfigError(f"{path}={value!r}: expected {names[kind]}.")
-    if isinstance(value, float) and not math.isfinite(value):
+    if kind is float and not abs(value) <= sys.float_info.max:  # a whole number may be larger than any float
         raise ConfigError(f"{path}={value!r}: expected a finite number.")
+
+
+def _with_floats(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """With 0.0 where a number that need not be whole was given as 0, as ConfigDict has it where it knows the type."""
+    found = dict(config)
+    for name, default in base.items():
+        if isinstance(default, dict):
+            found[name] = _with_floats(config[name], default)
+        elif isinstance(default, float):
+            found[name] = float(config[name])
+    return found
 
 
 def _completed(stored: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

@@ -115,6 +115,7 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.evaluation.settings import choose_metrics
     from mpdit_jax.evaluation.statistics import check_metrics, save_statistics
     from mpdit_jax.files import check_writable
+    from mpdit_jax.processes import first_does
     from mpdit_jax.waiting import wait_for_all
 
     features = command.choose_features(options.features, options.metrics, options.inception)
@@ -124,6 +125,8 @@ def main(arguments: Sequence[str]) -> int:
     extractor = command.prepare_extractor(options, features)
     check_metrics(metrics, extractor)
     scratch = out.with_name(f"{out.name}.unfinished")
+    written = [out, *([Path(options.save_stats)] if options.save_stats else [])]
+    first_does(lambda: command.tidy(scratch, written))
     if options.workdir:
         from mpdit_jax.evaluation.runs import evaluate_run
 

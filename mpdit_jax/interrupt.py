@@ -28,7 +28,7 @@ def this_command() -> str:
 
 def guard_imports() -> None:
     """Libraries take seconds to import: until `ending_by_exception`, a signal ends the process with a sentence."""
-    resumable = "mpdit_jax.train" in sys.orig_argv[:4]
+    resumable = bool({"mpdit_jax.train", "mpdit_jax.train_vae"} & {*sys.orig_argv[:4]})
 
     def end(number: int, frame: FrameType | None) -> None:
         status = 0 if resumable and number == signal.SIGTERM else KILLED_BY + number

@@ -19,6 +19,7 @@ _EVERY = 5.0  # seconds between signs of life
 _SILENCE = 60.0  # seconds without one after which a process counts as lost
 _OWN_END = 20.0  # seconds that a process has to end by itself after another one ended with an error
 _VERDICT = 10.0  # seconds that an error waits for the news that a lost process explains it
+_MARGIN = 5.0  # seconds by which a process that serves the others outlives them, and one that is served ends before
 
 
 class PeerWatch(threading.Thread):
@@ -36,17 +37,29 @@ class PeerWatch(threading.Thread):
         self._index, self._count = index, count
         self._peers = dict(connections)
         self._heard = dict.fromkeys(self._peers, time.monotonic())
-        self._farewell: dict[int, float] = {}  # when a process said that it ended with an error
+        self._farewell: dict[int, float | None] = {}  # who ends by itself, and when it said so if with an error
         self._ending = False
         self._lock = threading.Lock()
         for connection in self._peers.values():
             connection.setblocking(False)
 
-    def leave(self, *, failed: bool) -> None:
-        """Say that this process ends by itself, so that it is not taken for lost."""
+    def leave(self, *, failed: bool) -> bool:
+        """Say that this process ends by itself, so that it is not taken for lost.
+
+        Returns:
+            Whether all others end by themselves too, as far as they have said so in the time that they have; True at
+            once unless `failed`, for JAX lets a process that is done wait for the others.
+        """
         with self._lock:
             self._ending = True
             self._tell(bytes([_FAILED if failed else _DONE]))
+        if not failed:
+            return True
+        others = set(self._heard)
+        end = time.monotonic() + _OWN_END + (_MARGIN if self._index == 0 else -_MARGIN)
+        while not others <= self._farewell.keys() and self._peers and time.monotonic() < end:
+            time.sleep(0.05)
+        return others <= self._farewell.keys()
 
     def wait_for_verdict(self) -> None:
         """Give the thread time to find out that a lost process explains an error; it then ends this process."""
@@ -65,10 +78,10 @@ class PeerWatch(threading.Thread):
                 with self._lock:
                     self._tell(bytes([_ALIVE]))
             for number in list(self._peers):
-                if now - self._heard[number] > _SILENCE:
+                if number not in self._farewell and now - self._heard[number] > _SILENCE:
                     self._lost(number, f"no sign of life for {_SILENCE:g} s")
             for number, when in self._farewell.items():
-                if now - when > _OWN_END:
+                if when is not None and now - when > _OWN_END:
                     self._lost(number, "it ended with an error")
 
     def _hear(self, number: int, connection: socket.socket) -> None:
@@ -88,19 +101,14 @@ class PeerWatch(threading.Thread):
                 self._lost(next(news, 0) | next(news, 0) << 8, "as process 0 says")
             elif what == _FAILED:
                 self._farewell[number] = time.monotonic()
-                self._forget(number)
-                return
             elif what == _DONE:
-                self._forget(number)
-                return
+                self._farewell[number] = None
 
     def _gone(self, number: int) -> None:
-        """The connection has ended without a word."""
-        self._forget(number)
-        self._lost(number, "its connection ended")
-
-    def _forget(self, number: int) -> None:
+        """The connection has ended: without a word, or after one."""
         self._peers.pop(number).close()
+        if number not in self._farewell:
+            self._lost(number, "its connection ended")
 
     def _lost(self, number: int, how: str) -> None:
         if self._ending:
@@ -141,10 +149,14 @@ def await_verdict() -> None:
         watch.wait_for_verdict()
 
 
-def leave(*, failed: bool) -> None:
-    """Tell the others, if there are any, that this process ends by itself."""
-    for watch in _watches():
-        watch.leave(failed=failed)
+def leave(*, failed: bool) -> bool:
+    """Tell the others, if there are any, that this process ends by itself; see `PeerWatch.leave`."""
+    return all(watch.leave(failed=failed) for watch in _watches())
+
+
+def has_peers() -> bool:
+    """Whether this process watches others."""
+    return bool(_watches())
 
 
 def _watches() -> list[PeerWatch]:

@@ -283,7 +283,7 @@ def first_does(action: Callable[[], T]) -> T | None:
     """Run `action` on process 0 alone and wait for it everywhere, however long; its result there, None on the others.
 
     Raises:
-        MPDiTError: what `action` raised; ProcessError with the same sentence on the other processes.
+        MPDiTError, OSError: what `action` raised; ProcessError with the same sentence on the other processes.
     """
     if jax.process_count() == 1:
         return action()
@@ -291,17 +291,13 @@ def first_does(action: Callable[[], T]) -> T | None:
     if jax.process_index() == 0:
         try:
             result = action()
-        except MPDiTError as error:
+        except (MPDiTError, OSError) as error:
             failure = error
-    wait_for_all("the first has done it")
-    sentence = np.zeros(_SENTENCE_LIMIT, np.uint8)
-    text = str(failure).encode()[:_SENTENCE_LIMIT] if failure is not None else b""
-    sentence[: len(text)] = np.frombuffer(text, np.uint8)
-    heard = bytes(multihost_utils.broadcast_one_to_all(sentence)).rstrip(b"\0")
+    heard = first_sentence("" if failure is None else str(failure), "the first has done it")
     if failure is not None:
         raise failure
     if heard:
-        raise ProcessError(heard.decode(errors="replace"))
+        raise ProcessError(heard)
     return result
 
 
@@ -311,6 +307,24 @@ def told_by_first(value: int) -> int:
         return value
     wait_for_all("the first tells")
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def first_sentence(sentence: str, place: str) -> str:
+    """The sentence of the first process that has one, on all of them; "" if none has. Every process must ask.
+
+    Args:
+        sentence: what this process has to say, or "".
+        place: what to call the moment, see `wait_for_all`.
+    """
+    if jax.process_count() == 1:
+        return sentence
+    wait_for_all(place)
+    text = np.zeros(_SENTENCE_LIMIT, np.uint8)
+    encoded = np.frombuffer(sentence.encode()[:_SENTENCE_LIMIT], np.uint8)
+    text[: len(encoded)] = encoded
+    rows = np.asarray(multihost_utils.process_allgather(text)).reshape(-1, _SENTENCE_LIMIT)
+    heard = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+    return next((one for one in heard if one), "")
 
 
 def any_process(flag: bool) -> bool:

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from mpdit_jax import integrity
 from mpdit_jax.errors import CheckpointError
 from mpdit_jax.files import REFUSALS
-from mpdit_jax.processes import any_process
+from mpdit_jax.processes import first_sentence
 
 CHECKPOINTS = "checkpoints"
 DIGESTS, DIGESTS_VERSION = "integrity", 1  # an item of its own
@@ -24,6 +24,12 @@ def list_steps(workdir: str | Path) -> list[int]:
     """Steps of the finished checkpoints in a workdir, ascending; other folders with a number are not counted."""
     folder = Path(workdir) / CHECKPOINTS
     return sorted(step for step in numbered_folders(workdir) if is_complete(folder / str(step)))
+
+
+def newest_in_words(workdir: str | Path) -> str:
+    """What of a run is safe on disk, as in "the checkpoint of step 300"."""
+    steps = list_steps(workdir)
+    return f"the checkpoint of step {steps[-1]}" if steps else "no checkpoint yet"
 
 
 def numbered_folders(workdir: str | Path) -> set[int]:
@@ -55,13 +61,14 @@ def read_together(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, A
     Raises:
         CheckpointError: it cannot be read, or is not what was saved.
     """
-    problem: CheckpointError | None = None
+    problem = ""
     try:
         items, notes, record = _restored(folder, targets)
     except CheckpointError as error:
-        problem = error
-    if any_process(problem is not None):
-        raise problem or CheckpointError(f"the checkpoint {folder} cannot be read by another process (see its log)")
+        problem = str(error)
+    problem = first_sentence(problem, "the checkpoint is read")
+    if problem:
+        raise CheckpointError(problem)
     _verify(folder, items, record)
     return items, notes
 

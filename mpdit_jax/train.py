@@ -2,11 +2,10 @@
 
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpdit_jax.cli import make_parser, parse_with_config, run
+from mpdit_jax.cli import make_parser, parse_with_config, run, stopped_line
 from mpdit_jax.config import facts as config_facts
 from mpdit_jax.errors import DivergedError, InputError
 from mpdit_jax.processes import add_flags, join
@@ -66,9 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     if jax.process_index() > 0:
         return 0
     if int(state.step) < config.steps:
-        again = shlex.join([sys.executable, "-m", "mpdit_jax.train", *arguments])
-        saved = "saved" if int(state.step) else "with nothing trained yet"
-        print(f"stopped at step {int(state.step)} of {config.steps}, {saved}; continue with:\n  {again}")
+        print(stopped_line("train", arguments, int(state.step), config.steps))
     else:
         facts = read_facts(workdir)
         vae = " --vae=FOLDER" if facts is not None and facts.latents is not None else ""

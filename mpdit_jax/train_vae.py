@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpdit_jax.cli import make_parser, parse_with_config, run
+from mpdit_jax.cli import make_parser, parse_with_config, run, stopped_line
 from mpdit_jax.errors import InputError
 
 _EXAMPLES = """\
@@ -29,12 +29,13 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.training.vae import train_vae
 
     workdir = Path(options.workdir)
-    if train_vae(config, workdir):
-        print(f"done: the VAE is {workdir / 'vae'}, and {workdir / 'reconstructions.png'} shows what it can do")
+    step = train_vae(config, workdir)
+    if step < config.steps:
+        print(stopped_line("train_vae", arguments, step, config.steps))
     else:
-        print("stopped; the same command continues")
+        print(f"done: the VAE is {workdir / 'vae'}, and {workdir / 'reconstructions.png'} shows what it can do")
     return 0
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, terminated=0)

@@ -6,12 +6,14 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.lib import format as npy
 
 _SHARE = 0.8  # of the machine's memory that arrays may take
+# In what ways a file can be no zip, or one that Python's reader does not know.
+_UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 
 
 def read_npz(path: str | Path, names: Sequence[str]) -> list[np.ndarray]:
@@ -31,8 +33,38 @@ def read_npz(path: str | Path, names: Sequence[str]) -> list[np.ndarray]:
             if total > _SHARE * _memory():
                 raise ValueError(f"{total / 2**30:,.1f} GiB of arrays do not fit into this machine's memory")
             return [_read(archive, name, sizes[f"{name}.npy"]) for name in names]
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{error or type(error).__name__}") from error
+    except _UNREADABLE as error:
+        raise ValueError(_what(error)) from error
+
+
+def npz_names(path: str | Path) -> set[str]:
+    """The names of the arrays of an `.npz`; raises ValueError if it is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except _UNREADABLE as error:
+        raise ValueError(_what(error)) from error
+
+
+def map_npz(path: str | Path, name: str) -> np.ndarray:
+    """One array of an `.npz`: mapped where zip stored it as it is, else read. Raises ValueError as `read_npz` does."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if f"{name}.npy" not in archive.namelist():
+                raise ValueError(f"no array {name} in it")
+            info = archive.getinfo(f"{name}.npy")
+            with archive.open(info) as file:
+                shape, fortran_order, dtype = _header(file)
+                start = file.tell()
+        if info.compress_type != zipfile.ZIP_STORED or fortran_order or 0 in shape or dtype.hasobject:
+            return read_npz(path, [name])[0]
+        with open(path, "rb") as raw:
+            raw.seek(info.header_offset + 26)  # lengths of name and extra field in the member's own header
+            lengths = np.frombuffer(raw.read(4), "<u2")
+        # Sizes are Python's: the system compares them with the file before anything is mapped.
+        return np.memmap(path, dtype, "r", offset=info.header_offset + 30 + int(lengths.sum()) + start, shape=shape)
+    except (*_UNREADABLE, OverflowError, TypeError) as error:
+        raise ValueError(_what(error)) from error
 
 
 def read_npy(path: str | Path) -> np.ndarray:
@@ -41,7 +73,7 @@ def read_npy(path: str | Path) -> np.ndarray:
         with open(path, "rb") as file:
             return _checked(file, os.fstat(file.fileno()).st_size)
     except (OSError, EOFError) as error:
-        raise ValueError(f"{error or type(error).__name__}") from error
+        raise ValueError(_what(error)) from error
 
 
 def _read(archive: zipfile.ZipFile, name: str, size: int) -> np.ndarray:
@@ -51,13 +83,8 @@ def _read(archive: zipfile.ZipFile, name: str, size: int) -> np.ndarray:
 
 def _checked(file: IO[bytes], size: int) -> np.ndarray:
     """The array of an open file of `size` bytes, its header compared with that before anything is allocated."""
-    try:
-        version = npy.read_magic(file)
-        header = npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
-        shape, fortran_order, dtype = header
-        count = math.prod(shape)
-    except Exception as error:  # the header is a Python literal, and numpy does not say in which ways it can be wrong
-        raise ValueError(f"its header cannot be read ({str(error).splitlines()[0][:100]})") from error
+    shape, fortran_order, dtype = _header(file)
+    count = math.prod(shape)
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are not read")
     content = file.read(count * dtype.itemsize + 1) if 0 <= count * dtype.itemsize <= size else b""
@@ -65,6 +92,24 @@ def _checked(file: IO[bytes], size: int) -> np.ndarray:
         raise ValueError(f"its header says {dtype} {shape}, and its size is another")
     flat = np.frombuffer(content, dtype, count)
     return flat.reshape(shape[::-1]).T if fortran_order else flat.reshape(shape)
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """(shape, whether in Fortran's order, dtype), of which none is negative."""
+    try:
+        version = npy.read_magic(file)
+        shape, fortran_order, dtype = (
+            npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
+        )
+        if min(shape, default=0) < 0:
+            raise ValueError(f"shape {shape}")
+    except Exception as error:  # the header is a Python literal, and numpy does not say in which ways it can be wrong
+        raise ValueError(f"its header cannot be read ({str(error).splitlines()[0][:100]})") from error
+    return shape, fortran_order, dtype
+
+
+def _what(error: Exception) -> str:
+    return f"{error or type(error).__name__}"
 
 
 def _memory() -> int:

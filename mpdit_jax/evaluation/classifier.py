@@ -5,6 +5,7 @@ A file of it is a safetensors of the weights with the architecture as JSON in it
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -109,6 +110,11 @@ def load_classifier(path: str | Path) -> Classifier:
         if isinstance(error, WeightsError):
             raise
         raise WeightsError(f"{path} is not a readable classifier ({error}): train it again.") from error
+    # Compared before it is allocated: a few bytes of metadata could ask for more than any machine has.
+    shapes = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: Classifier(config)), nnx.Param))
+    expected, found = sum(math.prod(leaf.shape) for leaf in shapes), sum(array.size for array in arrays.values())
+    if expected != found:
+        raise WeightsError(f"{path} holds {found:,} numbers and its architecture has {expected:,}: train it again.")
     model = Classifier(config)
     assign(model, arrays, str(path))
     return model

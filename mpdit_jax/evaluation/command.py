@@ -2,15 +2,16 @@
 
 import argparse
 import dataclasses
+import glob
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from mpdit_jax.checkpoint import load_config
 from mpdit_jax.config import what_is_read
+from mpdit_jax.data.npz import npz_names
 from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import InputError, MissingExtraError, WeightsError
 from mpdit_jax.evaluation.decoding import find_decode
@@ -21,6 +22,7 @@ from mpdit_jax.evaluation.report import Result, make_result
 from mpdit_jax.evaluation.sets import ArrayImages, FindDecode, ImageBlocks, SourceImages, limited, open_npz, open_set
 from mpdit_jax.evaluation.settings import ALIASES
 from mpdit_jax.evaluation.statistics import Statistics, holds_statistics, load_statistics
+from mpdit_jax.files import remove_leftovers
 
 _OF_SINGLE_IMAGES = {"precision", "recall", "kid"}
 
@@ -120,9 +122,23 @@ def evaluate_set(
     return statistics, make_result(name, reference, statistics, metrics, options, extractor, {})
 
 
+def tidy(scratch: Path, written: Sequence[Path]) -> None:
+    """Delete what an earlier start left that was killed while it wrote one of these files, or in `clear`."""
+    shutil.rmtree(_cleared(scratch), ignore_errors=True)
+    for path in written:
+        remove_leftovers(path.parent, glob.escape(path.name))
+
+
 def clear(scratch: Path) -> None:
     """Delete what is no longer needed once everything is written."""
-    shutil.rmtree(scratch, ignore_errors=True)
+    tidy(scratch, [])
+    if scratch.is_dir():
+        # Under another name, for a kill may leave some of the samples, and no settings with them.
+        shutil.rmtree(scratch.rename(_cleared(scratch)), ignore_errors=True)
+
+
+def _cleared(scratch: Path) -> Path:
+    return scratch.with_name(f"{scratch.name}.old")
 
 
 def _check_sizes(options: argparse.Namespace, samples: ImageBlocks) -> None:
@@ -144,10 +160,7 @@ def _is_statistics(place: str) -> bool:
 
 def _pictures_beside(path: Path) -> ArrayImages | None:
     """The images of an ADM reference batch; None where a file has statistics alone."""
-    with np.load(path, allow_pickle=False) as archive:
-        if "arr_0" not in archive.files:
-            return None
-    return open_npz(path)
+    return open_npz(path) if "arr_0" in npz_names(path) else None
 
 
 def _find(options: argparse.Namespace) -> FindDecode:

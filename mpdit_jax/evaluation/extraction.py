@@ -4,11 +4,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from zipfile import BadZipFile
 
 import jax
 import numpy as np
 
+from mpdit_jax.data.npz import read_npz
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation.extractors import Extractor, Features
 from mpdit_jax.evaluation.sets import ImageBlocks
@@ -26,7 +26,8 @@ class FeatureFolder:
 
     def __init__(self, root: Path, extractor: Extractor, images: ImageBlocks, outputs: Sequence[str]) -> None:
         """Nothing is made yet."""
-        decides = json.dumps([extractor.fingerprint, images.about, sorted(outputs), _BLOCK], sort_keys=True)
+        self._outputs = sorted(outputs)
+        decides = json.dumps([extractor.fingerprint, images.about, self._outputs, _BLOCK], sort_keys=True)
         self.path = root / hashlib.sha256(decides.encode()).hexdigest()[:16]
 
     def has(self, number: int) -> bool:
@@ -45,9 +46,8 @@ class FeatureFolder:
             InputError: it is missing or damaged.
         """
         try:
-            with np.load(self._file(number), allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        except (OSError, ValueError, BadZipFile, EOFError) as error:
+            return dict(zip(self._outputs, read_npz(self._file(number), self._outputs), strict=True))
+        except ValueError as error:
             raise InputError(
                 f"{self._file(number)} cannot be read ({error}): delete that file and repeat the command."
             ) from error

@@ -2,9 +2,11 @@
 
 import argparse
 import copy
+import glob
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from mpdit_jax.evaluation.extractors import Extractor
 from mpdit_jax.evaluation.looking import look, needed
 from mpdit_jax.evaluation.report import Result, make_result, write_json
 from mpdit_jax.evaluation.statistics import Statistics
+from mpdit_jax.files import remove_leftovers
+from mpdit_jax.processes import first_does
 from mpdit_jax.sampling.blocks import BlockFolder
 from mpdit_jax.sampling.command import Request, parse_labels, run_settings
 from mpdit_jax.sampling.decoding import make_decode
@@ -32,7 +36,7 @@ def evaluate_run(
     A row that is finished is kept in a file beside `scratch`, and read from there when the command is repeated.
 
     Raises:
-        CheckpointError, InputError, ConfigError: no such run or checkpoint, or impossible settings.
+        CheckpointError, InputError, ConfigError: no such run or checkpoint, impossible settings, or a damaged file.
     """
     workdir = Path(options.workdir)
     options.step, model = load_together(workdir, options.step, ema=not options.no_ema)
@@ -52,11 +56,11 @@ def evaluate_run(
         decides = [drawn, extractor.fingerprint, reference.about, sorted(metrics), options.k, options.splits]
         file = scratch.parent / f"{name.replace(', ', '_').replace(' ', '')}_{_digest(decides)}.json"
         if file.is_file():
-            stored = json.loads(file.read_text())
-            results.append(Result(name, stored["metrics"], stored["settings"]))
+            results.append(_read_row(name, file))
             say(f"{name}: done before, in {file}")
             continue
         say(name)
+        first_does(partial(remove_leftovers, file.parent, glob.escape(file.name)))
         folder = BlockFolder(scratch / f"samples_{_digest(drawn)}", settings)
         draw_blocks(
             request.sampler, model, labels, options.seed, folder, options.batch_size, decode=decode, **request.call()
@@ -100,6 +104,14 @@ class DrawnImages:
                 )
             found[rows] = block.images[inside]
         return found
+
+
+def _read_row(name: str, file: Path) -> Result:
+    try:
+        stored = json.loads(file.read_text())
+        return Result(name, dict(stored["metrics"]), dict(stored["settings"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is damaged ({error}): delete that file and repeat the command.") from error
 
 
 def _combinations(options: argparse.Namespace) -> list[argparse.Namespace]:

@@ -2,17 +2,16 @@
 
 import dataclasses
 import io
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.lib import format as npy
 from PIL import Image
 
 from mpdit_jax import images as pictures
 from mpdit_jax.data.latent_store import MANIFEST, LatentStore, read_manifest
+from mpdit_jax.data.npz import map_npz
 from mpdit_jax.data.sources import SOURCES, load_source
 from mpdit_jax.errors import DataError, InputError
 from mpdit_jax.preparing.pictures import to_mode, to_square
@@ -209,10 +208,8 @@ def open_npz(path: Path) -> ArrayImages:
         InputError: no such array, another dtype or shape.
     """
     try:
-        images = _map_array(path, "arr_0.npy")
-    except KeyError as error:
-        raise InputError(f"{path} has no array arr_0: expected images uint8 (N, H, W, 3) under that name.") from error
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        images = map_npz(path, "arr_0")
+    except ValueError as error:
         raise InputError(f"{path} cannot be read ({error}): expected an .npz with images as arr_0.") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
         raise InputError(
@@ -287,25 +284,3 @@ def _decode_file(path: Path, channels: int, cropped: int) -> np.ndarray:
             return array.reshape(*array.shape[:2], channels)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be used ({error}): repair or remove it.") from error
-
-
-def _map_array(path: Path, member: str) -> np.ndarray:
-    """An array of an .npz: mapped where zip stored it as it is, else loaded."""
-    with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo(member)
-        with archive.open(info) as file:
-            version = npy.read_magic(file)
-            reader = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            shape, fortran, dtype = reader(file)
-            header = file.tell()
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects, which are not loaded")
-        if info.compress_type != zipfile.ZIP_STORED or fortran or 0 in shape:
-            with np.load(path, allow_pickle=False) as arrays:
-                array: np.ndarray = arrays[member.removesuffix(".npy")]
-                return array
-        with path.open("rb") as raw:
-            raw.seek(info.header_offset + 26)  # lengths of name and extra field in the member's own header
-            name, extra = np.frombuffer(raw.read(4), "<u2")
-    start = info.header_offset + 30 + int(name) + int(extra) + header
-    return np.memmap(path, dtype, "r", offset=start, shape=shape)

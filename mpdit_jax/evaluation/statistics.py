@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from mpdit_jax import __version__
+from mpdit_jax.data.npz import npz_names, read_npz
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation.extractors import Extractor, Features, metric_label
 from mpdit_jax.evaluation.metrics import (
@@ -116,9 +116,8 @@ def save_statistics(path: str | Path, statistics: Statistics, *, features: bool 
 def holds_statistics(path: Path) -> bool:
     """Whether a file is an .npz with a mean and a covariance."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {"mu", "sigma"} <= set(archive.files)
-    except (OSError, ValueError, BadZipFile, AttributeError, EOFError):
+        return {"mu", "sigma"} <= npz_names(path)
+    except ValueError:
         return False
 
 
@@ -132,17 +131,20 @@ def load_statistics(path: str | Path, extractor: Extractor) -> Statistics:
     """
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            about = json.loads(str(archive[_ABOUT])) if _ABOUT in archive.files else {}
-            gaussians = {
-                name: Gaussian(np.asarray(archive[mean], np.float64), np.asarray(archive[covariance], np.float64))
-                for name, (mean, covariance) in _GAUSSIANS.items()
-                if mean in archive.files and covariance in archive.files
-            }
-            features = archive["features"] if "features" in archive.files else None
+        wanted = sorted(
+            npz_names(path) & {_ABOUT, "features", *(name for pair in _GAUSSIANS.values() for name in pair)}
+        )
+        arrays = dict(zip(wanted, read_npz(path, wanted), strict=True))
+        about = dict(json.loads(str(arrays[_ABOUT]))) if _ABOUT in arrays else {}
+        gaussians = {
+            name: Gaussian(np.asarray(arrays[mean], np.float64), np.asarray(arrays[covariance], np.float64))
+            for name, (mean, covariance) in _GAUSSIANS.items()
+            if mean in arrays and covariance in arrays
+        }
+        features = arrays.get("features")
         name, fingerprint = str(about.get("extractor", "inception")), str(about.get("fingerprint", ""))
-        count = int(about.get("count", 0))
-    except (OSError, ValueError, KeyError, TypeError, BadZipFile, EOFError, AttributeError) as error:
+        count, of_what = int(about.get("count", 0)), dict(about.get("set", {}))
+    except (ValueError, TypeError, OverflowError) as error:
         raise InputError(
             f"{path} cannot be read as statistics ({error}): expected an .npz with mu and sigma."
         ) from error
@@ -162,7 +164,7 @@ def load_statistics(path: str | Path, extractor: Extractor) -> Statistics:
             )
         if not (np.isfinite(gaussian.mean).all() and np.isfinite(gaussian.covariance).all()):
             raise InputError(f"{path}: the statistics of {output} hold NaN or Inf; make or download them again.")
-    return Statistics(name, fingerprint, count, gaussians, features, None, {"path": str(path), **about.get("set", {})})
+    return Statistics(name, fingerprint, count, gaussians, features, None, {"path": str(path), **of_what})
 
 
 def check_metrics(names: Sequence[str], extractor: Extractor) -> None:

@@ -27,7 +27,7 @@ from mpdit_jax.model.accounting import count, training_flops
 from mpdit_jax.model.parameters import Structure, abstract, merge
 from mpdit_jax.processes import StopVote, first_does
 from mpdit_jax.sampling.decoding import Decode, make_decode
-from mpdit_jax.stored import list_steps
+from mpdit_jax.stored import newest_in_words
 from mpdit_jax.training.evaluation import Evaluator
 from mpdit_jax.training.feed import Feed
 from mpdit_jax.training.observe import Report
@@ -76,7 +76,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
     with (
         jax.set_mesh(mesh),
         # Outside Checkpoints: a signal must not cut off the last save.
-        StopRequest(config.checkpoint.grace, partial(_saved, workdir)) as stop,
+        StopRequest(config.checkpoint.grace, partial(newest_in_words, workdir)) as stop,
         claim_workdir(workdir, config) as claim,
         Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every) as checkpoints,
     ):
@@ -93,13 +93,14 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         decode = make_decode(str(workdir), config.sample.vae) if config.sample.vae or in_pixels else None
         evaluator = Evaluator(config, workdir, source, structure, decode, lambda: stop.name is not None)
         unevaluated = evaluator.pending(step)
+        if speaks:
+            for note in (*([claim.note] if claim.note else []), *(restored.notes if restored is not None else [])):
+                print(f"{note}.")
         if step >= config.steps and not unevaluated:
             if speaks:
                 print(f"{workdir} is done: {step} of {config.steps} steps. For more: --config.steps={2 * step}")
             return state
         if speaks:
-            for note in (*([claim.note] if claim.note else []), *(restored.notes if restored is not None else [])):
-                print(f"{note}.")
             _introduce(config, workdir, step, state, len(source), mesh)
 
         plain_step = make_step(
@@ -227,12 +228,6 @@ def _introduce(
         f"{mesh.size} {mesh.devices.flat[0].platform} device(s){several}",
         flush=True,
     )
-
-
-def _saved(workdir: Path) -> str:
-    """What is safe on disk."""
-    steps = list_steps(workdir)
-    return f"the checkpoint of step {steps[-1]}" if steps else "no checkpoint yet"
 
 
 def _check_skips(checkpoints: Checkpoints, step: int, state: TrainState, abort_after: int) -> int:

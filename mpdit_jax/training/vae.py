@@ -17,12 +17,12 @@ from mpdit_jax import images
 from mpdit_jax.checkpoint import Checkpoints
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.errors import CheckpointError, DivergedError
-from mpdit_jax.files import check_writable, replacing, take_lock
+from mpdit_jax.files import check_writable, remove_leftovers, replacing, take_lock
 from mpdit_jax.interrupt import StopRequest
 from mpdit_jax.mesh import batch_sharding, check_batch, make_mesh, replicated
 from mpdit_jax.preparing.decoded import DecodedImages
 from mpdit_jax.preparing.image_sets import open_images
-from mpdit_jax.stored import numbered_folders
+from mpdit_jax.stored import newest_in_words, numbered_folders
 from mpdit_jax.training.observe import Report
 from mpdit_jax.training.stopwatch import Stopwatch
 from mpdit_jax.training.vae_config import autoencoder_config, resolve_vae
@@ -43,7 +43,7 @@ class VAEState(NamedTuple):
     optimizer_state: optax.OptState
 
 
-def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> bool:
+def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
     """Train until `config.steps`, or until asked to stop; continue what the workdir holds.
 
     Args:
@@ -52,12 +52,14 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> bool:
             `reconstructions.png` (images above, what the VAE makes of them below).
 
     Returns:
-        Whether it is done.
+        The steps that are done and saved: `config.steps`, or fewer if it was asked to stop.
 
     Raises:
         ConfigError, DataError, InputError: see each class.
         CheckpointError: the workdir holds a VAE of another config, or is being written to.
         DivergedError: the loss is not finite.
+
+    SIGTERM and SIGINT are heeded as by `mpdit_jax.training.loop.train`.
     """
     config = resolve_vae(config)
     architecture, mesh = autoencoder_config(config), make_mesh()
@@ -69,8 +71,14 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> bool:
     lock = take_lock(workdir / ".lock")
     if isinstance(lock, str):
         raise CheckpointError(f"another training is writing to {workdir} ({lock}): wait for it to end, or use another.")
-    with lock, jax.set_mesh(mesh), StopRequest() as stop, Checkpoints(workdir, keep=2) as checkpoints:
+    with (
+        lock,
+        jax.set_mesh(mesh),
+        StopRequest(config.checkpoint.grace, partial(newest_in_words, workdir)) as stop,
+        Checkpoints(workdir, keep=2) as checkpoints,
+    ):
         _claim(workdir, config, started=bool(numbered_folders(workdir)))
+        stop.nothing_to_save = True
         optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
         create = partial(_initial_state, architecture, optimizer, config.seed)
         target = jax.tree.map(
@@ -91,6 +99,7 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> bool:
                 with watch.of("data_wait"):
                     batch = jax.device_put(next(data)["x"], batch_sharding(mesh))
                 state, metrics = update(state, batch)
+                stop.nothing_to_save = False
                 step += 1
                 watch.step(state)
                 report.advance(step)
@@ -103,21 +112,36 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> bool:
                             "config.learning_rate."
                         )
                     report.metrics(step, values, watch.lap())
-                if step % config.checkpoint.every == 0 or last or stop.name is not None:
+                if step % config.checkpoint.every == 0 or last:
                     checkpoints.save(step, {"vae": state._asdict()})
-            if step < config.steps:
-                report.say(f"{stop.name}: saved step {step}")
-                return False
-        _write(workdir, architecture, state.parameters, source)
-    return True
+            if 0 < step < config.steps:
+                report.say(f"{stop.name}: saving step {step}")
+                checkpoints.save(step, {"vae": state._asdict()})
+        if step == config.steps:
+            _write(workdir, architecture, state.parameters, source)
+    return step
 
 
 def _claim(workdir: Path, config: FrozenConfigDict, *, started: bool) -> None:
+    for folder in (workdir, workdir / "vae"):
+        remove_leftovers(folder)
     path, text = workdir / "config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-    if started and (not path.is_file() or path.read_text() != text):
+    if started and _decisive(path) != _decisive_of(json.loads(text)):
         raise CheckpointError(f"{workdir} holds a training of another config (see {path}): use another --workdir.")
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def _decisive(path: Path) -> dict[str, Any] | None:
+    """The fields of a stored config that change the result; None if it cannot be read."""
+    try:
+        return _decisive_of(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _decisive_of(config: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "checkpoint": {"every": config["checkpoint"]["every"]}}  # its grace may change, or be newer
 
 
 def _initial_state(architecture: AutoencoderConfig, optimizer: optax.GradientTransformation, seed: int) -> VAEState:

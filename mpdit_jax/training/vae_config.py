@@ -1,5 +1,7 @@
 """The base config of a VAE's training, and its checks."""
 
+import math
+
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from mpdit_jax.config import check_fields
@@ -28,7 +30,9 @@ def base_vae_config() -> ConfigDict:
     config.model.latent_channels = 4
     config.model.norm_num_groups = 8
 
-    config.checkpoint = ConfigDict({"every": 250})  # steps
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 250  # steps
+    config.checkpoint.grace = 600.0  # seconds after SIGTERM in which all must be saved; 0 for no limit
     config.log = ConfigDict({"every": 50})  # steps
     return config.lock()
 
@@ -41,15 +45,16 @@ def resolve_vae(config: ConfigDict | FrozenConfigDict) -> FrozenConfigDict:
     """
     check_fields(config, base_vae_config(), "config")
     resolved = ConfigDict(config.to_dict())
-    for path in ("seed", "kl_weight"):
-        if resolved[path] < 0:
-            raise ConfigError(f"config.{path}={resolved[path]}: expected 0 or more.")
+    values = {"seed": resolved.seed, "kl_weight": resolved.kl_weight, "checkpoint.grace": resolved.checkpoint.grace}
+    for path, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"config.{path}={value}: expected 0 or more.")
     for path in ("batch_size", "steps", "data.image_size", "checkpoint.every", "log.every"):
         group, _, name = path.rpartition(".")
         value = (resolved[group] if group else resolved)[name]
         if value < 1:
             raise ConfigError(f"config.{path}={value}: expected 1 or more.")
-    if resolved.learning_rate <= 0:
+    if not 0 < resolved.learning_rate < math.inf:
         raise ConfigError(f"config.learning_rate={resolved.learning_rate}: expected a positive number.")
     if resolved.model.in_channels not in (1, 3):
         raise ConfigError(f"config.model.in_channels={resolved.model.in_channels}: expected 1 (grey) or 3 (RGB).")

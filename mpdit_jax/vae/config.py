@@ -12,6 +12,7 @@ from mpdit_jax.errors import ConfigError
 _DOWN_BLOCK = "DownEncoderBlock2D"
 _UP_BLOCK = "UpDecoderBlock2D"
 _ACTIVATIONS = ("silu", "swish")
+_MOST_CHANNELS, _MOST_LAYERS = 2**16, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +57,15 @@ class AutoencoderConfig:
     force_upcast: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
-            self._expect(name, _is_positive, "a whole number of 1 or more")
-        self._expect("block_out_channels", _all(_is_positive), "whole numbers of 1 or more")
+        # Far beyond any such network, and little enough to be compared with the weights in no time.
+        for name in ("in_channels", "out_channels", "latent_channels", "norm_num_groups"):
+            self._expect(name, _is_at_most(_MOST_CHANNELS), f"a whole number from 1 to {_MOST_CHANNELS}")
+        self._expect("layers_per_block", _is_at_most(_MOST_LAYERS), f"a whole number from 1 to {_MOST_LAYERS}")
+        self._expect(
+            "block_out_channels",
+            lambda value: _all(_is_at_most(_MOST_CHANNELS))(value) and len(value) <= _MOST_LAYERS,
+            f"{_MOST_LAYERS} whole numbers at most, from 1 to {_MOST_CHANNELS}",
+        )
         self._expect("scaling_factor", lambda value: _is_finite(value) and value > 0, "a positive number")
         self._expect("shift_factor", lambda value: value is None or _is_finite(value), "a finite number, or null")
         for name in ("latents_mean", "latents_std"):
@@ -84,6 +91,10 @@ class AutoencoderConfig:
     def downsample_factor(self) -> int:
         """Image pixels per latent pixel, along height and along width."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+
+def _is_at_most(most: int) -> Callable[[Any], bool]:
+    return lambda value: _is_positive(value) and value <= most
 
 
 def _is_positive(value: Any) -> bool:

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from tests.tiny import ROOT, environment
 
-MODULES = ("train", "sample", "prepare")  # what is killed; `evaluate` belongs here as soon as it is resumable
+MODULES = ("train", "train_vae", "sample", "prepare", "evaluate")  # what is killed
 IMPORTED = (
     "mpdit_jax.training.loop", "mpdit_jax.training.replay", "mpdit_jax.sampling.command", "mpdit_jax.preparing.store",
-    "mpdit_jax.sampling.decoding", "mpdit_jax.sampling.options", "mpdit_jax.preparing.image_sets", "sklearn.datasets",
+    "mpdit_jax.sampling.decoding", "mpdit_jax.sampling.options", "mpdit_jax.preparing.image_sets",
+    "mpdit_jax.evaluation.command", "mpdit_jax.evaluation.runs", "mpdit_jax.training.vae", "sklearn.datasets",
 )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """Impossible configs and command lines, in bulk: traced, or refused by our own error.
 
-MPDIT_JAX_MUTATIONS=20000 raises the numbers tried.
+MPDIT_JAX_MUTATIONS=20000 raises the numbers tried, MPDIT_JAX_RUNS=1000 that of the steps run.
 """
 
+import os
 from functools import cache
 
 import jax
@@ -19,15 +20,17 @@ from mpdit_jax.mesh import check_batch, make_mesh
 from mpdit_jax.model.parameters import abstract
 from mpdit_jax.train import main
 from mpdit_jax.training.optimizer import make_optimizer
-from mpdit_jax.training.state import abstract_state
+from mpdit_jax.training.state import abstract_state, create_state
 from mpdit_jax.training.step import make_draw, make_loss, make_step
 from tests.faults.damage import MUTATIONS, REAL, TUPLE, WHOLE, WORD, bulk
 from tests.tiny import ROOT
 
+RUNS = int(os.environ.get("MPDIT_JAX_RUNS", "4"))
+UNOPTIMIZED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 TINY = {
     "steps": 1, "batch_size": 4, "data.split": "all", "sample.every": 0, "model.patch_sizes": (2, 1),
     "model.depths": (1, 1), "model.hidden_size": 16, "model.num_heads": 2, "model.input_size": (8, 8),
-    "model.in_channels": 1, "model.num_classes": 10, "model.class_tokens": 2, "model.fno_width": 4,
+    "model.in_channels": 1, "model.num_classes": 10, "model.class_tokens": 2,
     "model.time_embedding": "sinusoidal",
 }  # fmt: skip
 
@@ -62,10 +65,12 @@ def mutated(changes):
     return ConfigDict(tree)
 
 
-@cache
-def traces(model_config, batch, accumulation, optimizer, time, dropout, decay, spike):
-    """Whether the whole step can be traced: shapes, dtypes and loss, gradient and update of every parameter."""
-    config = mutated({"batch_size": batch})
+REACHED = {}  # what decides a step, of every config that can be traced, to the first such config
+
+
+def step_of(model_config, batch, accumulation, optimizer, time, dropout, decay, spike):
+    """The training step, its optimizer, and the shapes of its examples."""
+    config = mutated({"batch_size": batch, "label_dropout": dropout})
     config.optimizer.update(dict(optimizer))
     config.time.update(dict(time))
     resolved = resolve(config)
@@ -76,6 +81,13 @@ def traces(model_config, batch, accumulation, optimizer, time, dropout, decay, s
     )  # fmt: skip
     shape = (batch, *model_config.input_size, model_config.in_channels)
     examples = {"x": jax.ShapeDtypeStruct(shape, jnp.float32), "y": jax.ShapeDtypeStruct((batch,), jnp.int32)}
+    return step, made, examples
+
+
+@cache
+def traces(model_config, *settings):
+    """Whether the whole step can be traced: shapes, dtypes and loss, gradient and update of every parameter."""
+    step, made, examples = step_of(model_config, *settings)
     state = abstract_state(model_config, made, make_mesh())
     after = jax.eval_shape(step, state, examples)
     assert jax.tree.map(lambda leaf: leaf.shape, after) == jax.tree.map(lambda leaf: leaf.shape, state)
@@ -97,10 +109,12 @@ def try_config(changes):
         if not str(error):
             raise
         return False
-    assert traces(
+    settings = (
         model_config, resolved.batch_size, resolved.gradient_accumulation, tuple(resolved.optimizer.items()),
         tuple(resolved.time.items()), resolved.label_dropout, resolved.ema_decay, resolved.guard.spike_factor,
-    ), changes  # fmt: skip
+    )  # fmt: skip
+    assert traces(*settings), changes
+    REACHED.setdefault(settings, changes)
     return True
 
 
@@ -119,15 +133,25 @@ def test_configs_are_traced_or_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [
-    {"optimizer.name": "muon", "model.modulation": "per_block", "model.condition": "vector"},
-    {"optimizer.clip_norm": 1.0, "time.distribution": "uniform", "model.dtype": "bfloat16", "model.remat": "full"},
-    {"gradient_accumulation": 2, "guard.spike_factor": 5.0, "data.max_examples": 9, "data.class_balance": True},
-])  # fmt: skip
-def test_a_sample_of_them_is_run(tmp_path, changes):
-    """What can be traced can be run: one real step each."""
+def test_what_is_traced_is_run():
+    """One real step of everything that was traced and that decides another program, or of RUNS of them."""
+    if not REACHED:
+        test_configs_are_traced_or_refused()
+    chosen = list(REACHED.items())[:: -(-len(REACHED) // RUNS)]
+    for settings, changes in chosen:
+        step, made, examples = step_of(*settings)
+        state = create_state(settings[0], made, make_mesh(), 0)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), examples)
+        assert int(jax.jit(step, compiler_options=UNOPTIMIZED)(state, zeros).step) == 1, changes
+    print(f"{len(chosen)} of the {len(REACHED)} different steps among them were run")
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_many_changes(tmp_path):
     from mpdit_jax.training.loop import train
 
+    changes = {"gradient_accumulation": 2, "guard.spike_factor": 5.0, "data.max_examples": 9, "optimizer.name": "muon"}
+    changes |= {"data.class_balance": True, "time.distribution": "uniform", "model.dtype": "bfloat16"}
     assert try_config(changes)
     assert int(train(mutated(changes), tmp_path / "run").step) == 1
 

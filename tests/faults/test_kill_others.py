@@ -1,4 +1,4 @@
-"""Large `sample` runs and `prepare`, killed at random moments: the finished output is that of an undisturbed run."""
+"""Large `sample` runs, `prepare` and `evaluate`, killed at random moments: the output is that of an undisturbed run."""
 
 import random
 import time
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mpdit_jax.evaluation.classifier import ClassifierConfig, initialize, save_classifier
 from tests.faults.nursery import Nursery, wait_until
 from tests.preparing.conftest import make_vae
 from tests.sampling.conftest import make_workdir, read_npz
@@ -69,3 +70,65 @@ def test_prepare(nursery, tmp_path):
     for name in names:
         assert (expected / name).read_bytes() == (out / name).read_bytes(), name
     nursery.run("prepare", ["--verify", f"--out={out}"])
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """To look at 8x8 images through; not trained."""
+    path = tmp_path_factory.mktemp("classifier") / "tiny.safetensors"
+    save_classifier(path, initialize(ClassifierConfig(8, 8, 1, num_classes=10, base_channels=4, features=8), seed=0))
+    return path
+
+
+def leave_litter(folder):
+    """As a kill in the middle of the last lines does, which take too short for one to be met."""
+    (folder / "numbers.json.unfinished.old" / "samples_0").mkdir(parents=True)
+    for name in ("numbers.json", "statistics.npz"):
+        (folder / f".{name}.k1ll3d_0.tmp").write_text("half")
+
+
+def test_evaluate_a_run(nursery, classifier, tmp_path):
+    """Settings that were done are not drawn again, nor blocks of the one that was not."""
+    workdir, found = make_workdir(tmp_path / "run"), tmp_path / "found"
+    arguments = [
+        f"--workdir={workdir}", f"--features=classifier:{classifier}", "--metrics=fd,is,precision,recall,kid",
+        "--num_samples=240", "--batch_size=8", "--guidance_scale=1.0,1.5", "--steps=4",
+    ]  # fmt: skip
+    nursery.run("evaluate", [*arguments, f"--out={tmp_path / 'expected' / 'numbers.json'}"])
+    leave_litter(found)
+    (found / ".statistics.npz.k1ll3d_0.tmp").unlink()  # of another command
+    text = kill_and_finish(
+        nursery,
+        "evaluate",
+        [*arguments, f"--out={found / 'numbers.json'}"],
+        # A row is worth more than the blocks that go when it is done.
+        lambda: 100 * len(list(found.glob("*[0-9a-f].json"))) + len(list(found.glob("*.unfinished/*/*[0-9].npz"))),
+    )
+    assert "are there already" in text or "done before" in text
+    assert_same_files(tmp_path / "expected", found)
+
+
+def test_evaluate_images(nursery, classifier, tmp_path):
+    """The statistics that it saves as well."""
+    draw = np.random.default_rng(0)
+    np.savez(tmp_path / "samples.npz", arr_0=draw.integers(0, 255, (20_000, 8, 8, 1), np.uint8))
+    arguments = [
+        f"--samples={tmp_path / 'samples.npz'}", f"--features=classifier:{classifier}", "--reference=data:digits",
+        "--metrics=fd", "--batch_size=512", "--save_features",
+    ]  # fmt: skip
+
+    def into(folder):
+        return [*arguments, f"--out={folder / 'numbers.json'}", f"--save_stats={folder / 'statistics.npz'}"]
+
+    expected, found = tmp_path / "expected", tmp_path / "found"
+    nursery.run("evaluate", into(expected))
+    leave_litter(found)
+    kill_and_finish(nursery, "evaluate", into(found), lambda: len(list(found.glob("*.unfinished/*/*[0-9].npz"))))
+    assert_same_files(expected, found)
+
+
+def assert_same_files(expected, found):
+    """The same names, nothing left over, and the same bytes in each."""
+    assert sorted(path.name for path in expected.iterdir()) == sorted(path.name for path in found.iterdir())
+    for path in expected.iterdir():
+        assert path.read_bytes() == (found / path.name).read_bytes(), path.name

@@ -1,6 +1,8 @@
 """When one of several processes is lost, the others say so and end, and the restarted job goes on."""
 
 import os
+import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,15 +12,37 @@ import time
 import pytest
 
 from mpdit_jax.stored import list_steps
-from tests.tiny import ROOT, free_port, join_flags, start, train_arguments
+from tests.tiny import (
+    ROOT,
+    assert_same_bits,
+    environment,
+    free_port,
+    join_flags,
+    saved_arrays,
+    start,
+    train_arguments,
+)
 
 BOUND = 60  # seconds in which the remaining process must have ended
 LONG = ["--config.steps=100000", "--config.checkpoint.every=20", "--config.log.every=5"]
 
 
-def start_both(workdir, *more):
-    port = free_port()
-    return [start("train", [*train_arguments(workdir, *more), *join_flags(port, 2, index)]) for index in (0, 1)]
+def start_both(workdir, *more, second=(), **options):
+    """Both processes; arguments of the second alone, and options of its start."""
+    port, arguments = free_port(), train_arguments(workdir, *more)
+    return [
+        start("train", [*arguments, *join_flags(port, 2, 0)]),
+        start("train", [*arguments, *second, *join_flags(port, 2, 1)], **options),
+    ]
+
+
+def outputs_of(both, timeout=300):
+    """What both print, stdout and stderr each; they have ended."""
+    try:
+        return [process.communicate(timeout=timeout) for process in both]
+    finally:
+        for process in both:
+            process.kill()
 
 
 def wait_for_step(workdir, process, step):
@@ -52,6 +76,90 @@ def test_the_lost_process_is_named(tmp_path, lost):
     finally:
         for process in both:
             process.kill()
+
+
+SHARED = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.model.hidden_size=64"]  # each writes a half
+
+
+@pytest.mark.slow
+def test_damage_is_agreed_on(tmp_path):
+    """All use the older checkpoint, one tells of it, and they end in the bits of a run that lost nothing."""
+    both = start_both(tmp_path / "whole", *SHARED)
+    assert outputs_of(both)
+    assert [process.returncode for process in both] == [0, 0]
+    copy = shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    part = max((copy / "checkpoints/8/parameters/ocdbt.process_1/d").iterdir(), key=lambda path: path.stat().st_size)
+    part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    (copy / "checkpoints/2").mkdir()  # as a kill in the middle of its deletion leaves it
+    both = start_both(copy, *SHARED)
+    outputs = outputs_of(both)
+    assert [process.returncode for process in both] == [0, 0], outputs
+    text = "".join(text for output in outputs for text in output)
+    assert text.count("damaged_checkpoints/8, and step 4 is used.") == text.count("damaged_checkpoints/2.") == 1
+    assert text.count("continuing at step 4") == 1
+    assert_same_bits(saved_arrays(tmp_path / "whole", 8), saved_arrays(copy, 8))
+    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (copy / "metrics.jsonl").read_bytes()
+    assert {path.name for path in (copy / "damaged_checkpoints").iterdir()} == {"2", "8"}
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one(tmp_path):
+    """The other one would wait 20 minutes for its half of the checkpoint, and then say something else."""
+
+    def little_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    both = start_both(tmp_path / "run", *SHARED, preexec_fn=little_room)
+    (_, first), (_, second) = outputs_of(both)
+    assert [process.returncode for process in both] == [1, 1], (first, second)
+    assert "cannot be written" in second
+    assert "(File too large), and no checkpoint is there yet: make room and repeat the command" in second
+    assert "error: process 1 of 2 was lost (it ended with an error)" in first
+    assert "Traceback" not in first + second
+    assert "***" not in first + second
+    assert list_steps(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("fault", ["an error", "a bug"])
+def test_an_error_of_one_ends_all(fault):
+    """Whoever waits for it hears of it and ends, and it does not wait for them."""
+    script = ALONE.replace("FAULT", "InputError('no such data')" if fault == "an error" else "IndexError('a bug')")
+    port = free_port()
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *join_flags(port, 2, index)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment(),
+        )
+        for index in (0, 1)
+    ]  # fmt: skip
+    (_, first), (_, second) = outputs_of(both, BOUND + 30)
+    assert [process.returncode for process in both] == [1, 1], (first, second)
+    assert "process 1 of 2 was lost (it ended with an error)" in first
+    assert second.strip().splitlines()[-1] == ("error: no such data" if fault == "an error" else "IndexError: a bug")
+    assert "***" not in first + second
+
+
+ALONE = """
+import argparse
+import jax
+from mpdit_jax import cli
+from mpdit_jax.errors import InputError
+from mpdit_jax.processes import add_flags, join
+from mpdit_jax.waiting import wait_for_all
+
+def main(arguments):
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    options = parser.parse_args(arguments)
+    join(options, {})
+    jax.devices()
+    if options.process_id == 1:
+        raise FAULT
+    wait_for_all("a test")
+    return 0
+
+cli.run(main)
+"""
 
 
 WATCH = """

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mpdit_jax.interrupt import Terminated, ending_by_exception
 from mpdit_jax.stored import list_steps
@@ -16,6 +17,12 @@ from tests.faults.nursery import Nursery, wait_until
 from tests.tiny import ROOT, assert_same_bits, environment, saved_arrays, start, train_arguments
 
 LONG = ["--config.steps=100000", "--config.checkpoint.every=100000", "--config.log.every=5"]
+
+VAE = [
+    f"--config={ROOT / 'configs/vae_fashion.py'}", "--config.steps=100000", "--config.checkpoint.every=100000",
+    "--config.batch_size=4", "--config.data.image_size=8", "--config.model.block_out_channels=8,8",
+    "--config.model.norm_num_groups=4",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +84,25 @@ def test_before_the_first_step(nursery, tmp_path):
     assert child.wait() == 0
     assert "continue with:\n  " in child.text()
     assert list_steps(tmp_path / "run") in ([], [1], [2])  # as a rule the signal comes before the first step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_vae_before_its_first_step(nursery, tmp_path, number):
+    """As above; Ctrl-C is noted, and heeded before the first step or after it."""
+    (tmp_path / "images" / "one").mkdir(parents=True)
+    for index in range(8):
+        Image.new("L", (8, 8), 30 * index).save(tmp_path / "images" / "one" / f"{index}.png")
+    workdir = tmp_path / "run"
+    child = nursery.start("train_vae", [*VAE, f"--config.data.images={tmp_path / 'images'}", f"--workdir={workdir}"])
+    wait_until(lambda: (workdir / "config.json").exists(), child)
+    os.kill(child.pid, number)
+    assert child.wait() == 0, child.text()
+    assert "continue with:\n  " in child.text()
+    steps = list_steps(workdir)
+    if steps:
+        assert f"stopped at step {steps[0]} of 100000, saved" in child.text()
+    else:
+        assert "with nothing trained yet" in child.text() or "SIGTERM: no step was done since" in child.text()
 
 
 def test_saved_within_the_grace_period(nursery, tmp_path):

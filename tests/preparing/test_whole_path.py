@@ -96,7 +96,8 @@ def test_a_stopped_vae_continues_with_the_same_bits(vae, digits, tmp_path, monke
     os.kill(process.pid, signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
-    assert "SIGTERM: saved step" in stdout
+    assert "SIGTERM: saving step" in stdout
+    assert "saved; continue with:\n  " in stdout
     assert train_vae.main(arguments) == 0
     weights = [workdir / "vae/diffusion_pytorch_model.safetensors" for workdir in (vae, tmp_path)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
