@@ -23,7 +23,7 @@ from mpdit_jax.errors import CheckpointError, ConfigError, DamageWarning
 from mpdit_jax.mesh import make_mesh, replicated
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import abstract, merge
-from mpdit_jax.processes import first_does
+from mpdit_jax.processes import first_does, told_by_first
 from mpdit_jax.stored import CHECKPOINTS as CHECKPOINTS
 from mpdit_jax.stored import (
     DIGESTS,
@@ -227,6 +227,16 @@ def load_config(workdir: str | Path) -> FrozenConfigDict:
 def load_checkpoint(workdir: str | Path, step: int | None = None, ema: bool = True) -> MPDiT:
     """A trained model from a workdir, replicated over this process's devices; see `load_step`."""
     return load_step(workdir, step, ema)[1]
+
+
+def load_together(workdir: str | Path, step: int | None = None, ema: bool = True) -> tuple[int, MPDiT]:
+    """As `load_step`, by all processes together: which checkpoint is the newest, process 0 alone decides.
+
+    The run may still be training, and its next checkpoint may come while they look.
+    """
+    loaded = first_does(partial(load_step, workdir, step, ema))
+    found = told_by_first(loaded[0] if loaded is not None else 0)
+    return loaded if loaded is not None else load_step(workdir, found, ema)
 
 
 def load_step(workdir: str | Path, step: int | None = None, ema: bool = True) -> tuple[int, MPDiT]:

@@ -1,4 +1,4 @@
-"""What every check of a value needs: is it a whole number, and which known name was meant."""
+"""What every check of a value needs: is it a number, a whole one, and which known name was meant."""
 
 import difflib
 import numbers
@@ -15,3 +15,8 @@ def suggest(name: str, known: Collection[str]) -> str:
 def is_whole(value: Any) -> bool:
     """Whether a value is a whole number, NumPy's included; True and False are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a real number, NumPy's included; True and False are not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -32,20 +32,22 @@ def make_export_parser() -> Parser:
 def main(arguments: Sequence[str]) -> int:
     """Export as the arguments say; exit status."""
     options = make_export_parser().parse_args(arguments)
-    platforms = [platform for platform in options.platforms.split(",") if platform]
+    platforms = list(dict.fromkeys(platform for platform in options.platforms.split(",") if platform))
     if not platforms or not set(platforms) <= {"cpu", "cuda", "rocm", "tpu"}:
         raise InputError(f"--platforms={options.platforms}: expected some of cpu, cuda, rocm and tpu between commas.")
-    if options.batch != "any" and not (options.batch.isdigit() and int(options.batch)):
+    if options.batch != "any" and not (options.batch.isdecimal() and int(options.batch)):
         raise InputError(f"--batch={options.batch}: expected a number of labels, 1 or more, or any.")
     if options.guide:
         raise InputError(f"--guide={options.guide}: a file holds one model; export without autoguidance.")
 
     from mpdit_jax.checkpoint import load_checkpoint
+    from mpdit_jax.data.facts import read_facts
     from mpdit_jax.files import check_writable, replacing
     from mpdit_jax.sampling.exporting import export_sampler
-    from mpdit_jax.sampling.options import sampler_from
+    from mpdit_jax.sampling.options import check_heeded, sampler_from
 
     sampler = sampler_from(options)
+    check_heeded(options)
     check_writable(options.out)
     model = load_checkpoint(options.workdir, options.step, ema=not options.no_ema)
     batch = None if options.batch == "any" else int(options.batch)
@@ -62,6 +64,12 @@ def main(arguments: Sequence[str]) -> int:
         f"  latents = sampler.call(jnp.array({labels}, jnp.int32), jnp.uint32(0){scale})  # labels, seed"
         f"{', guidance scale' if scale else ''}"
     )
+    facts = read_facts(options.workdir)
+    if facts is not None and facts.latents is not None:
+        print(
+            "The latents are normalized, as the run was trained on them; before they are decoded, undo that:\n"
+            f"  latents = latents * jnp.array({list(facts.latents.std)}) + jnp.array({list(facts.latents.mean)})"
+        )
     return 0
 
 

@@ -301,6 +301,14 @@ def first_does(action: Callable[[], T]) -> T | None:
     return result
 
 
+def told_by_first(value: int) -> int:
+    """Process 0's whole number below 2**31, on every process; all must ask at the same point."""
+    if jax.process_count() == 1:
+        return value
+    wait_for_all("the first tells")
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
 def first_sentence(sentence: str, place: str) -> str:
     """The sentence of the first process that has one, on all of them; "" if none has. Every process must ask.
 

@@ -30,7 +30,9 @@ def make_sample_parser() -> Parser:
     )
     add_model_options(parser)
     add_flags(parser)
-    parser.add_argument("--out", required=True, help=".png for a grid; .npz for arr_0 (uint8 NHWC) and labels")
+    parser.add_argument(
+        "--out", required=True, help=".png for a grid of up to 100 classes; .npz for arr_0 (uint8 NHWC) and labels"
+    )
     parser.add_argument(
         "--labels", default="balanced", help="balanced | random | classes, such as 3,5 (default: balanced)"
     )
@@ -44,7 +46,7 @@ def make_sample_parser() -> Parser:
         const="beside",
         default="",
         metavar="FILE.png",
-        help="a contact sheet with class names (default: --out with .png)",
+        help="a contact sheet with class names, 8 images each of up to 100 classes (default: --out with .png)",
     )
     parser.add_argument(
         "--trajectory",
@@ -71,21 +73,22 @@ def main(arguments: Sequence[str]) -> int:
 
     import jax
 
-    from mpdit_jax.checkpoint import load_checkpoint, load_step
+    from mpdit_jax.checkpoint import load_together
     from mpdit_jax.files import check_writable
     from mpdit_jax.sampling import command
     from mpdit_jax.sampling.decoding import make_decode
-    from mpdit_jax.sampling.options import sampler_from
+    from mpdit_jax.sampling.options import check_heeded, sampler_from
 
     sampler = sampler_from(options)
+    check_heeded(options)
     check_writable(out)
     decode = make_decode(options.workdir, options.vae, options.vae_dtype, options.vae_tile)
-    options.step, model = load_step(options.workdir, options.step, ema=not options.no_ema)
+    options.step, model = load_together(options.workdir, options.step, ema=not options.no_ema)
     request = command.Request(
         options=options,
         sampler=sampler,
         model=model,
-        guide=load_checkpoint(options.guide) if options.guide else None,
+        guide=load_together(options.guide)[1] if options.guide else None,
         labels=command.parse_labels(options.labels, options.num_samples, model.num_classes, options.seed),
         decode=decode,
     )

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mpdit_jax.checkpoint import load_checkpoint
+from mpdit_jax.checkpoint import load_together
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation.extractors import Extractor
 from mpdit_jax.evaluation.looking import look, needed
@@ -24,9 +24,8 @@ from mpdit_jax.processes import first_does
 from mpdit_jax.sampling.blocks import BlockFolder
 from mpdit_jax.sampling.command import Request, parse_labels, run_settings
 from mpdit_jax.sampling.decoding import make_decode
-from mpdit_jax.sampling.options import sampler_from
+from mpdit_jax.sampling.options import check_heeded, sampler_from
 from mpdit_jax.sampling.run import draw_blocks
-from mpdit_jax.stored import list_steps
 
 
 def evaluate_run(
@@ -39,21 +38,21 @@ def evaluate_run(
     Raises:
         CheckpointError, InputError, ConfigError: no such run or checkpoint, impossible settings, or a damaged file.
     """
-    workdir, steps = Path(options.workdir), list_steps(options.workdir)
-    model = load_checkpoint(workdir, options.step, ema=not options.no_ema)
+    workdir = Path(options.workdir)
+    options.step, model = load_together(workdir, options.step, ema=not options.no_ema)
     decode = make_decode(options.workdir, options.vae, options.vae_dtype, options.vae_tile)
-    guide = load_checkpoint(options.guide) if options.guide else None
+    guide = load_together(options.guide)[1] if options.guide else None
     labels = parse_labels(options.labels, options.num_samples, model.num_classes, options.seed)
-    step = steps[-1] if options.step is None else options.step
     requests = [
         Request(chosen, sampler_from(chosen), model, guide, labels, decode) for chosen in _combinations(options)
     ]
+    check_heeded(options)
     say: Callable[[str], None] = print if jax.process_index() == 0 else lambda text: None
     results = []
     for request in requests:
         settings = run_settings(request)
         drawn = settings | {"label_scheme": options.labels, "ema": not options.no_ema}
-        name = _name(step, request.options)
+        name = _name(options.step, request.options)
         decides = [drawn, extractor.fingerprint, reference.about, sorted(metrics), options.k, options.splits]
         file = scratch.parent / f"{name.replace(', ', '_').replace(' ', '')}_{_digest(decides)}.json"
         if file.is_file():

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mpdit_jax.checks import is_real
 from mpdit_jax.errors import ConfigError, InputError, MissingExtraError
 from mpdit_jax.flow.fields import Field, Segment
 from mpdit_jax.flow.solvers import Increments, Solution
@@ -43,7 +44,7 @@ class Adaptive:
         if self.method not in _METHODS:
             raise ConfigError(f"method={self.method!r}: expected one of {', '.join(_METHODS)}.")
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
-            if not (value >= 0 and math.isfinite(value)) or self.rtol == self.atol == 0:
+            if not (is_real(value) and value >= 0 and math.isfinite(value)) or self.rtol == self.atol == 0:
                 raise ConfigError(f"{name}={value!r}: expected a small positive number, such as 1e-5.")
 
     def solve(
@@ -96,7 +97,8 @@ class Adaptive:
             return jnp.where(reached, found.ys, jnp.nan), _START + _STAGES * found.stats["num_steps"]
 
         try:
-            path, evaluations = jax.vmap(integrate, out_axes=(1, 0))(z)  # (n, B, H, W, C), (B,)
+            with jax.enable_x64(z.dtype == jnp.float64):  # diffrax takes plain times for JAX's default: the latents'
+                path, evaluations = jax.vmap(integrate, out_axes=(1, 0))(z)  # (n, B, H, W, C), (B,)
         except TypeError as error:
             # diffrax's loops start from constants, which vary over no axis as the states that follow them do.
             if jax.sharding.get_abstract_mesh().manual_axes and "manual axis types" in str(error):

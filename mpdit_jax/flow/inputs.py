@@ -1,7 +1,7 @@
 """Checks of what a sampler is called with. Values are checked unless they are being traced; shapes always."""
 
-from collections.abc import Mapping
-from typing import TypeAlias, cast
+from collections.abc import Mapping, Set
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from flax import nnx
 
 from mpdit_jax.errors import InputError
 from mpdit_jax.flow.protocols import ClassConditional, DeclaresConvention
+from mpdit_jax.flow.randomness import NO_IMAGE
 
 Negatives: TypeAlias = jax.typing.ArrayLike | Mapping[int, int] | None
 
@@ -58,7 +59,8 @@ def check_guide(guide: object, model: ClassConditional) -> None:
 def check_key(key: object) -> None:
     """Raise InputError unless `key` is a JAX random key, of the new kind or the old (uint32 of two numbers)."""
     is_key = isinstance(key, jax.Array) and (
-        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or (key.dtype == jnp.uint32 and key.ndim == 1)
+        (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0)
+        or (key.dtype == jnp.uint32 and key.ndim == 1)
     )
     if not is_key:
         raise InputError(f"key={key!r}: expected a random key, such as jax.random.key(0), also where noise is given.")
@@ -70,10 +72,10 @@ def check_labels(labels: jax.typing.ArrayLike, num_classes: int, name: str = "la
     Raises:
         InputError: not a vector of whole numbers, or a label outside [0, num_classes].
     """
+    values: Any = labels if is_traced(labels) else np.asarray(labels)
+    if values.ndim != 1 or 0 in values.shape or not np.issubdtype(values.dtype, np.integer):
+        raise InputError(f"{name}s of shape {values.shape}, dtype {values.dtype}: expected whole numbers (B,).")
     if not is_traced(labels):
-        values = np.asarray(labels)
-        if values.ndim != 1 or not values.size or not np.issubdtype(values.dtype, np.integer):
-            raise InputError(f"{name}s of shape {values.shape}, dtype {values.dtype}: expected whole numbers (B,).")
         bad = values[(values < 0) | (values > num_classes)]
         if bad.size:
             raise InputError(
@@ -81,6 +83,41 @@ def check_labels(labels: jax.typing.ArrayLike, num_classes: int, name: str = "la
                 f"(and {num_classes}, the null class)."
             )
     return jnp.asarray(labels, jnp.int32)
+
+
+def check_axes(value: object, name: str) -> None:
+    """Raise InputError for an array that is split over mesh axes of type Explicit, over which models do not compute."""
+    if not isinstance(value, jax.Array):
+        return
+    sharding = jax.typeof(value).sharding
+    names = [name for part in sharding.spec for name in (part if isinstance(part, tuple) else (part,))]
+    explicit = [axis for axis in names if axis in sharding.mesh.explicit_axes]
+    if explicit:
+        raise InputError(
+            f"{name} are split over the mesh axis {explicit[0]!r} of type Explicit, JAX's default: make the mesh with "
+            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(sharding.mesh.axis_names)}, or wrap the call in "
+            "jax.sharding.auto_axes or jax.shard_map."
+        )
+
+
+def check_indices(indices: jax.typing.ArrayLike | None, count: int) -> jax.Array:
+    """The images' numbers as integers (B,); 0, 1, … by default.
+
+    Raises:
+        InputError: not one whole number for each of `count` labels, or one outside [0, 2**32 - 2].
+    """
+    if indices is None:
+        return jnp.arange(count, dtype=jnp.uint32)
+    values: Any = indices if is_traced(indices) else np.asarray(indices)
+    if values.shape != (count,) or not np.issubdtype(values.dtype, np.integer):
+        raise InputError(
+            f"indices {values.shape}, dtype {values.dtype}: expected a whole number for each of {count} labels."
+        )
+    if not is_traced(indices):
+        bad = values[(values < 0) | (values >= NO_IMAGE)]
+        if bad.size:
+            raise InputError(f"index {bad[0]}: expected the number of an image, from 0 to {NO_IMAGE - 1}.")
+    return indices if isinstance(indices, jax.Array) else jnp.asarray(values.astype(np.uint32))
 
 
 def check_scale(scale: jax.typing.ArrayLike, batch: int | None = None) -> jax.Array | np.ndarray:
@@ -99,7 +136,8 @@ def check_scale(scale: jax.typing.ArrayLike, batch: int | None = None) -> jax.Ar
             raise InputError(f"guidance_scale={bad.ravel()[0]}: expected 0 or more (1.0 is no guidance).")
     shape = np.shape(scale)
     if len(shape) > 1 or (shape and batch is not None and shape != (batch,)):
-        raise InputError(f"guidance_scale of shape {shape}: expected one number, or one for each label ({batch},).")
+        each = "" if batch is None else f" ({batch},)"
+        raise InputError(f"guidance_scale of shape {shape}: expected one number, or one for each label{each}.")
     return scale if isinstance(scale, np.ndarray) else jnp.asarray(scale, jnp.float32)
 
 
@@ -119,6 +157,8 @@ def check_negatives(negatives: Negatives, labels: jax.Array, num_classes: int, d
         # Classes without an entry keep the default.
         table = jnp.full(num_classes + 1, -1, jnp.int32).at[np.array([*negatives])].set(values)
         return jnp.where(table[labels] < 0, default, table[labels])
+    if isinstance(negatives, Set):
+        raise InputError(f"negative_labels={negatives!r}: expected one for each label, or {{class: negative}}.")
     if np.ndim(negatives) == 0:
         negatives = jnp.broadcast_to(jnp.asarray(negatives), labels.shape)
     checked = check_labels(negatives, num_classes, "negative label")

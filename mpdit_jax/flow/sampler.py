@@ -16,7 +16,9 @@ from mpdit_jax.flow.fields import Field, model_field
 from mpdit_jax.flow.guidance import guided_field
 from mpdit_jax.flow.inputs import (
     Negatives,
+    check_axes,
     check_guide,
+    check_indices,
     check_key,
     check_labels,
     check_model,
@@ -26,9 +28,9 @@ from mpdit_jax.flow.inputs import (
     is_traced,
 )
 from mpdit_jax.flow.protocols import Castable, ClassConditional
-from mpdit_jax.flow.randomness import draw_noise, given_increments, noise_increments
+from mpdit_jax.flow.randomness import GivenIncrements, draw_noise, noise_increments, threefry
 from mpdit_jax.flow.solvers import Solution, Solver
-from mpdit_jax.flow.times import TimeGrid, find_time_grid
+from mpdit_jax.flow.times import TimeGrid, check_times, find_time_grid
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -74,18 +76,21 @@ class Sampler:
         Args:
             model: an MPDiT, or any NNX module with its call signature, `input_shape` and `num_classes`.
             labels: int (B,), each in [0, num_classes].
-            key: a JAX random key. Image i depends on (key, indices[i], labels[i]) and the settings alone, not on B.
+            key: a JAX random key; one of another implementation than Threefry is turned into such. Image i depends on
+                (key, indices[i], labels[i]) and the settings alone, not on B.
             noise: starting noise (B, H, W, C) in place of what `key` gives.
             indices: the images' numbers, int (B,) below 2**32 - 1; default 0, 1, …
             guidance_scale: in place of the sampler's own: one number, or one for each label (B,).
             negative_labels: what to guide away from in place of the null class: one label for each image (B,), one for
-                all, or `{class: negative}`, where a class without an entry keeps the null class.
+                all, or `{class: negative}`, where a class without an entry keeps the null class. Without guidance, at
+                a scale of 1, neither these nor a guide play a part.
             guide: a second, weaker model to guide away from (autoguidance); it is given the same labels, or the
                 negative ones.
             increments: normal noise (steps - 1, B, H, W, C) of a stochastic solver in place of what `key` gives.
 
         Returns:
-            Latents float32 (B, H, W, C).
+            Latents float32 (B, H, W, C), as the model was trained on: of a run on a store of latents they are
+            normalized, and `mean` and `std` are in the run's data.json.
 
         Raises:
             InputError: a label the model does not have, an array of another shape, a negative scale, or a model that a
@@ -120,16 +125,17 @@ class Sampler:
         """As a call, but with the number of velocity evaluations and, with `record`, the latents on the way."""
         target = check_model(model)
         labels = check_labels(labels, target.num_classes)
+        for value, name in ((labels, "labels"), (indices, "indices"), (noise, "noise")):
+            check_axes(value, name)
         check_key(key)
-        count, shape = labels.shape[0], target.input_shape
+        key = threefry(key)
+        count, shape = labels.shape[0], tuple(target.input_shape)
         scale = check_scale(self.guidance_scale if guidance_scale is None else guidance_scale, count)
         default = labels if guide is not None else jnp.full_like(labels, target.num_classes)
         negatives = check_negatives(negative_labels, labels, target.num_classes, default)
         if guide is not None:
             check_guide(guide, target)
-        indices = jnp.arange(count) if indices is None else jnp.asarray(indices)
-        if indices.shape != (count,):
-            raise InputError(f"indices {indices.shape}: expected one for each of {count} labels.")
+        indices = check_indices(indices, count)
         if noise is None:
             noise = draw_noise(key, indices, shape)
         noise = check_shape(noise, (count, *shape), "noise", f"one latent for each of {count} labels")
@@ -168,8 +174,8 @@ def make_sampler(
         **solver_options: fields of the solver, such as rtol and atol of "dopri5" or diffusion of "euler_maruyama".
 
     Raises:
-        ConfigError: an unknown name, steps below 1, a negative guidance scale, or an interval outside [0, 1] or
-            reversed.
+        ConfigError: an unknown name, steps below 1, a negative guidance scale, an interval outside [0, 1] or reversed,
+            or a solver or grid of one's own that breaks its protocol.
     """
     if not is_whole(steps) or steps < 1:
         raise ConfigError(f"steps={steps!r}: expected a whole number of velocity evaluations, 1 or more.")
@@ -180,9 +186,14 @@ def make_sampler(
     except InputError as error:
         raise ConfigError(str(error)) from error
     interval = _check_interval(guidance_interval)
-    settings = Settings(
-        find_solver(solver, **solver_options), int(steps), find_time_grid(time_grid), interval, precision
-    )
+    grid = find_time_grid(time_grid)
+    check_times(grid, int(steps))
+    settings = Settings(find_solver(solver, **solver_options), int(steps), grid, interval, precision)
+    for value in (settings.solver, grid):
+        try:
+            hash(value)
+        except TypeError as error:
+            raise ConfigError(f"{value!r} is not hashable ({error}): make it a frozen dataclass of numbers.") from error
     return Sampler(settings, scale)
 
 
@@ -222,8 +233,12 @@ def _solve(
     field: Field = model_field(model, labels)
     if guided:
         field = guided_field(model, labels, negatives, scale, settings.guidance_interval, guide)
-    drawn = noise_increments(key, indices, noise.shape[1:]) if increments is None else given_increments(increments)
-    return settings.solver.solve(field, noise, settings.time_grid, settings.steps, drawn, record)
+    given = GivenIncrements(increments) if increments is not None else None
+    drawn = noise_increments(key, indices, noise.shape[1:]) if given is None else given
+    solution = settings.solver.solve(field, noise, settings.time_grid, settings.steps, drawn, record)
+    if given is not None and not given.asked:
+        raise InputError(f"increments are given and {settings.solver!r} adds no noise: choose a stochastic solver.")
+    return solution
 
 
 def _in_precision(model: nnx.Module, precision: str | None) -> ClassConditional:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpdit_jax.checks import suggest
+from mpdit_jax.checks import is_real, suggest
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.flow.fields import Field
 from mpdit_jax.flow.solvers import Increments, Solution, march, prepare
@@ -50,6 +50,9 @@ class EulerMaruyama:
                 f"diffusion={self.diffusion!r}{suggest(str(self.diffusion), DIFFUSIONS)}: "
                 f"expected one of {', '.join(DIFFUSIONS)}."
             )
+        for name, value in (("diffusion_norm", self.norm), ("start", self.start), ("end", self.end)):
+            if not is_real(value):
+                raise ConfigError(f"{name}={value!r}: expected a number.")
         if not (self.norm >= 0 and np.isfinite(self.norm)):
             raise ConfigError(f"diffusion_norm={self.norm!r}: expected 0 or more (1.0 is usual).")
         if not 0 < self.end < self.start < 1:

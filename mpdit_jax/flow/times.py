@@ -1,7 +1,7 @@
 """Time grids: where on [1, 0] a fixed-step solver stops."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from mpdit_jax.checks import suggest
 from mpdit_jax.errors import ConfigError
 
 
+@runtime_checkable
 class TimeGrid(Protocol):
     """A way of placing points between noise and data. Hashable, so that it is a static argument of jit."""
 
@@ -61,12 +62,26 @@ def find_time_grid(grid: str | TimeGrid) -> TimeGrid:
     """A grid by name, or the object itself.
 
     Raises:
-        ConfigError: unknown name.
+        ConfigError: unknown name, or an object that is no grid.
     """
     if not isinstance(grid, str):
+        if not isinstance(grid, TimeGrid) or isinstance(grid, type):
+            raise ConfigError(
+                f"time_grid={grid!r}: expected one of {', '.join(TIME_GRIDS)}, or an object with their times()."
+            )
         return grid
     if grid not in TIME_GRIDS:
         raise ConfigError(
             f"unknown time grid {grid!r}{suggest(grid, TIME_GRIDS)}: expected one of {', '.join(TIME_GRIDS)}."
         )
     return TIME_GRIDS[grid]
+
+
+def check_times(grid: TimeGrid, intervals: int) -> None:
+    """Raise ConfigError unless the grid's times fall from 1 to 0 over that many intervals."""
+    times = np.asarray(grid.times(intervals))
+    if times.shape != (intervals + 1,) or times[0] != 1 or times[-1] != 0 or not (np.diff(times) < 0).all():
+        raise ConfigError(
+            f"time_grid={grid!r} gives {times}: expected {intervals + 1} falling times from 1 to 0 for {intervals} "
+            "intervals."
+        )

@@ -1,5 +1,6 @@
 """The folder of finished blocks that a large run keeps beside its output until it is done.
 
+FOLDER/.lock             held by the run that draws; a second one is refused
 FOLDER/settings.json     what decides every pixel; a run with other settings is refused
 FOLDER/00000003.npz      block 3: `images` uint8 (n, H, W, C), `labels`, `indices` and `finite`, each (n,)
 """
@@ -15,10 +16,12 @@ import numpy as np
 
 from mpdit_jax.data.npz import read_npz
 from mpdit_jax.errors import InputError
-from mpdit_jax.files import replacing
-from mpdit_jax.processes import first_does
+from mpdit_jax.files import Lock, check_writable, replacing, take_lock
+from mpdit_jax.processes import compare_facts, first_does
+from mpdit_jax.waiting import wait_for_all
 
-_SETTINGS = "settings.json"
+_LOCK, _SETTINGS = ".lock", "settings.json"
+_PLACES = ("workdir", "png_folder")  # settings that another host may mount under another name
 
 
 class Block(NamedTuple):
@@ -31,19 +34,41 @@ class Block(NamedTuple):
 
 
 class BlockFolder:
-    """Finished blocks on disk. Blocks are written whole or not at all, so whatever is there is finished."""
+    """Finished blocks on disk. Blocks are written whole or not at all, so whatever is there is finished.
+
+    The folder belongs to one run until `remove` or `close`, or until its process ends.
+    """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Claim the folder for a run; every process must.
 
         Raises:
-            InputError: it holds blocks of other settings (the differences are shown), blocks of which no settings are
-                known, or cannot be written.
+            ProcessError: the processes have other settings, as when they read other weights under one name.
+            InputError: another run is drawing into it (which is named), it holds blocks of other settings (the
+                differences are shown), blocks of which no settings are known, or cannot be written.
         """
         self.path, self._old = path, path.with_name(f"{path.name}.old")
-        first_does(partial(self._claim, settings))
+        wait_for_all("the settings are compared")
+        compare_facts({name: str(value) for name, value in settings.items() if name not in _PLACES})
+        self._lock = first_does(partial(self._claim, settings))  # None on all processes but the first
 
-    def _claim(self, settings: Mapping[str, Any]) -> None:
+    def _claim(self, settings: Mapping[str, Any]) -> Lock:
+        check_writable(self.path / _SETTINGS)
+        lock = take_lock(self.path / _LOCK)
+        if isinstance(lock, str):
+            raise InputError(
+                f"another run is drawing into {self.path} ({lock}): wait for it to end, or choose another --out."
+            )
+        try:
+            if not lock.is_in_place():
+                raise InputError(f"another run has just finished with {self.path}: repeat the command.")
+            self._claim_settings(settings)
+        except BaseException:
+            lock.close()
+            raise
+        return lock
+
+    def _claim_settings(self, settings: Mapping[str, Any]) -> None:
         shutil.rmtree(self._old, ignore_errors=True)  # a kill may have cut off its removal
         path, stored = self.path, self.path / _SETTINGS
         text = json.dumps(dict(settings), indent=2, sort_keys=True) + "\n"
@@ -67,6 +92,12 @@ class BlockFolder:
         else:
             with replacing(stored) as file:
                 file.write(text.encode())
+
+    def __enter__(self) -> "BlockFolder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def has(self, number: int) -> bool:
         """Whether that block is finished."""
@@ -99,7 +130,18 @@ class BlockFolder:
         # Under another name, for a kill may leave some of the blocks, and no settings with them.
         shutil.rmtree(self._old, ignore_errors=True)
         self.path.rename(self._old)
-        shutil.rmtree(self._old)
+        shutil.rmtree(self._old, ignore_errors=True)  # the next run may be clearing it away as well
+        self.close()
+
+    @staticmethod
+    def is_begun(path: Path) -> bool:
+        """Whether a run has begun there that can be continued."""
+        return (path / _SETTINGS).is_file()
+
+    def close(self) -> None:
+        """Leave the folder, with what is in it, to another run."""
+        if self._lock is not None:
+            self._lock.close()
 
     def _file(self, number: int) -> Path:
         return self.path / f"{number:08d}.npz"

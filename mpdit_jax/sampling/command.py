@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import glob
 import hashlib
 from collections.abc import Sequence
 from functools import partial
@@ -15,15 +14,16 @@ import numpy as np
 from mpdit_jax import images
 from mpdit_jax.checkpoint import load_config
 from mpdit_jax.errors import DivergedError, InputError
-from mpdit_jax.files import check_writable, remove_leftovers
 from mpdit_jax.flow.inputs import check_labels
+from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import Sampler
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import split
 from mpdit_jax.processes import first_does
 from mpdit_jax.sampling.blocks import Block, BlockFolder
 from mpdit_jax.sampling.names import class_names
-from mpdit_jax.sampling.outputs import SINGLE, first_of_each, save_npz, save_pngs
+from mpdit_jax.sampling.outputs import ROWS, first_of_each, save_npz, save_pngs
+from mpdit_jax.sampling.places import Places, places_of
 from mpdit_jax.sampling.run import Decode, draw_blocks, finish, unfinished_folder
 
 _FILMED = 8  # labels in a film strip
@@ -73,68 +73,43 @@ def parse_labels(text: str, count: int | None, num_classes: int, seed: int) -> n
     return np.resize(chosen, count)
 
 
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """Where the outputs go; None for what is not asked for."""
-
-    out: Path
-    sheet: Path | None
-    film: Path | None  # the GIF; the strip is beside it
-    singles: Path | None  # a folder
-
-    def files(self) -> list[Path]:
-        """Every file that process 0 writes."""
-        films = [self.film, self.film.with_suffix(".png")] if self.film is not None else []
-        return [self.out, *([self.sheet] if self.sheet is not None else []), *films]
-
-
 def draw(request: Request, out: Path) -> np.ndarray:
     """Draw, resume what is half done, write every output; the numbers of images that hold NaN or Inf.
 
     Every process returns when process 0 has written; the numbers are given to that one alone.
 
     Raises:
+        InputError: outputs that cannot be where they are to go, or a folder of blocks that is not this run's.
         DivergedError: every image does.
     """
     options = request.options
-    places = Places(
-        out,
-        _place(options.grid, out.with_suffix(".png")),
-        _place(options.trajectory, out.with_name(f"{out.stem}_trajectory.gif")),
-        Path(options.png_folder) if options.png_folder else None,
-    )
-    for path in (*places.files(), *([places.singles / "_"] if places.singles is not None else [])):
-        check_writable(path)
+    places = places_of(options, out)
+    places.check()
+    _check_rows(out, request.labels)
     names = class_names(options.workdir, load_config(options.workdir), options.class_names)
     _check(request)
-    folder = BlockFolder(unfinished_folder(out), run_settings(request))
-    first_does(partial(_remove_leftovers, places))  # before any process writes single images
+    blocks = unfinished_folder(out)
+    first_does(lambda: None if BlockFolder.is_begun(blocks) else places.check_fresh())
 
     def each(block: Block) -> None:
         if places.singles is not None:
             save_pngs(places.singles, block)
 
-    count = draw_blocks(
-        request.sampler,
-        request.model,
-        request.labels,
-        options.seed,
-        folder,
-        options.batch_size,
-        decode=request.decode,
-        each=each,
-        **request.call(),
-    )
-    missing = first_does(partial(_write, request, places, names, folder, count))
+    with BlockFolder(blocks, run_settings(request)) as folder:
+        first_does(places.remove_leftovers)  # before any process writes single images
+        count = draw_blocks(
+            request.sampler,
+            request.model,
+            request.labels,
+            options.seed,
+            folder,
+            options.batch_size,
+            decode=request.decode,
+            each=each,
+            **request.call(),
+        )
+        missing = first_does(partial(_write, request, places, names, folder, count))
     return np.array([], np.int64) if missing is None else missing
-
-
-def _remove_leftovers(places: Places) -> None:
-    """Of an earlier start that was killed while it wrote."""
-    for path in places.files():
-        remove_leftovers(path.parent, glob.escape(path.name))
-    if places.singles is not None:
-        remove_leftovers(places.singles, SINGLE)
 
 
 def _write(request: Request, places: Places, names: Sequence[str], folder: BlockFolder, count: int) -> np.ndarray:
@@ -156,9 +131,12 @@ def _write(request: Request, places: Places, names: Sequence[str], folder: Block
         rows = first_of_each(folder.read_all(count), request.labels)
         images.save_png(sheet, images.contact_sheet([(names[label], row) for label, row in rows.items()]))
         written.append(str(sheet))
-    if places.film is not None:
-        _save_film(request, places.film)
-        written.extend([str(places.film), str(places.film.with_suffix(".png"))])
+        shown, classes = sum(map(len, rows.values())), len(np.unique(request.labels))
+        if shown < len(request.labels):
+            print(f"{sheet} shows {shown} of {len(request.labels)} images, of {len(rows)} of {classes} classes")
+    if places.film is not None and places.strip is not None:
+        _save_film(request, places.film, places.strip)
+        written.extend([str(places.film), str(places.strip)])
     folder.remove()
     kept = len(request.labels) - len(missing)
     single = f"; single images in {places.singles}" if places.singles is not None else ""
@@ -166,14 +144,19 @@ def _write(request: Request, places: Places, names: Sequence[str], folder: Block
     return missing
 
 
+def _check_rows(out: Path, labels: np.ndarray) -> None:
+    classes = len(np.unique(labels))
+    if out.suffix == ".png" and classes > ROWS:
+        raise InputError(
+            f"--out={out}: a picture has a row for each of up to {ROWS} classes, and there are {classes}: give a name "
+            "that ends in .npz, with --grid for a sheet of the first, or fewer --labels."
+        )
+
+
 def _check(request: Request) -> None:
     """Raise what the first block would raise, before a folder or a progress bar is there: a trace makes every check."""
-    labels, key = request.labels[:1], jax.random.key(0)
+    labels, key = request.labels[:1], seed_key(0)
     jax.eval_shape(lambda: request.sampler(request.model, labels, key, **request.call()))
-
-
-def _place(value: str, beside: Path) -> Path | None:
-    return None if not value else beside if value == "beside" else Path(value)
 
 
 def _plain_grid(rows: list[list[np.ndarray]]) -> np.ndarray:
@@ -183,24 +166,28 @@ def _plain_grid(rows: list[list[np.ndarray]]) -> np.ndarray:
     return images.grid(np.array([tile for row in rows for tile in [*row, *[blank] * (columns - len(row))]]), columns)
 
 
-def _save_film(request: Request, path: Path) -> None:
-    """The first image of each of a few labels, from noise to data: a GIF, and a strip of frames beside it."""
+def _save_film(request: Request, film: Path, strip: Path) -> None:
+    """The first image of each of a few labels, from noise to data: a GIF, and a strip of frames."""
     _, first = np.unique(request.labels, return_index=True)
     rows = np.sort(first)[:_FILMED]
-    key = jax.random.key(request.options.seed)
+    key = seed_key(request.options.seed)
     labels = request.labels[rows]
     solution = request.sampler.solve(request.model, labels, key, indices=rows, record=True, **request.call())
     if solution.path is None or solution.path_times is None:
         raise InputError("this solver records no path: choose another --solver for --trajectory.")
     times, states = np.asarray(solution.path_times), np.asarray(solution.path)  # (n,), (n, B, H, W, C)
-    pictures = states if request.decode is None else [np.asarray(request.decode(state)) for state in states]
-    frames = np.stack([finish(picture, labels, rows).images for picture in pictures])
-    shown = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), _GIF_FRAMES)).round().astype(int))
-    images.save_gif(path, [images.grid(frames[index], len(rows)) for index in shown])
+    moving = np.linspace(0, len(times) - 1, min(len(times), _GIF_FRAMES)).round().astype(int).tolist()
     # Frames as near as there are to times evenly spread.
-    chosen = [int(np.abs(times - t).argmin()) for t in np.linspace(times[0], times[-1], _FRAMES)]
-    strip = images.film_strip(frames[chosen], [f"{times[index]:.2f}" for index in chosen])
-    images.save_png(path.with_suffix(".png"), strip)
+    still = [int(np.abs(times - t).argmin()) for t in np.linspace(times[0], times[-1], _FRAMES)]
+    frames = {}  # only what is shown is decoded and kept: uint8 (B, H, W, C) by number
+    for index in {*moving, *still}:
+        picture = states[index] if request.decode is None else np.asarray(request.decode(states[index]))
+        frames[index] = finish(picture, labels, rows).images
+    images.save_gif(film, [images.grid(frames[index], len(rows)) for index in moving])
+    pictures = images.film_strip(
+        np.stack([frames[index] for index in still]), [f"{times[index]:.2f}" for index in still]
+    )
+    images.save_png(strip, pictures)
 
 
 def run_settings(request: Request) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from jax import export
 from mpdit_jax.errors import InputError
 from mpdit_jax.flow.inputs import check_model
 from mpdit_jax.flow.protocols import Portable
+from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import Sampler
 
 _LIMIT = 2**31 - 1  # bytes that a flatbuffer can hold
@@ -28,8 +29,10 @@ def export_sampler(
 ) -> bytes:
     """The program of (labels int32 (B,), seed uint32 ()) or, if the sampler guides, of those and a scale float32 ().
 
-    Its result are latents float32 (B, H, W, C): those of `sampler(model, labels, jax.random.key(seed))`. Labels out of
-    range come out as NaN. Every platform gets the arithmetic that suits it; the weights are there once.
+    Its result are latents float32 (B, H, W, C): those of `sampler(model, labels, jax.random.key(seed))`. They are what
+    the model was trained on: of a run on a store of latents they are normalized, and have to be multiplied by `std`
+    and added to `mean`, which the run's data.json has under `latents`, before the VAE decodes them. Labels out of range
+    come out as NaN. Every platform gets the arithmetic that suits it; the weights are there once.
 
     Args:
         sampler: what draws.
@@ -39,9 +42,14 @@ def export_sampler(
         negative_labels: what to guide away from, by class.
 
     Raises:
-        InputError: weights of 2 GiB or more.
+        InputError: weights of 2 GiB or more, or a guidance scale for each image.
     """
     check_model(model)
+    if np.ndim(sampler.guidance_scale):
+        raise InputError(
+            f"guidance_scale of shape {np.shape(sampler.guidance_scale)}: a file takes one scale a call; make the "
+            "sampler with one number."
+        )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     if size > _LIMIT:
         raise InputError(
@@ -55,7 +63,7 @@ def export_sampler(
         structure = nnx.graphdef(placed)
 
         def draw(state: nnx.State, labels: jax.Array, seed: jax.Array, scale: jax.Array | None = None) -> jax.Array:
-            key, found = jax.random.key(seed, impl="threefry2x32"), nnx.merge(structure, state)
+            key, found = seed_key(seed), nnx.merge(structure, state)
             return sampler(found, labels, key, guidance_scale=scale, negative_labels=negative_labels)
 
         return draw

@@ -15,6 +15,7 @@ from mpdit_jax.checkpoint import load_checkpoint
 from mpdit_jax.checks import is_whole
 from mpdit_jax.errors import InputError
 from mpdit_jax.flow.inputs import check_labels, check_model, check_scale
+from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import make_sampler
 from mpdit_jax.sampling.decoding import make_decode
 from mpdit_jax.sampling.run import Decode, check_drawable, finish
@@ -81,9 +82,12 @@ def generate(
     check_drawable(target.input_shape, decode)
     if not is_whole(batch_size) or batch_size < 1:
         raise InputError(f"batch_size={batch_size!r}: expected a whole number of images, 1 or more.")
+    if not is_whole(seed) or not 0 <= seed < 2**32:
+        raise InputError(f"seed={seed!r}: expected a whole number from 0 to {2**32 - 1}.")
     sampler = make_sampler(solver, steps, check_scale(guidance_scale, len(values)), **settings)
     scale, width = np.asarray(sampler.guidance_scale), min(batch_size, len(values))
-    negatives = np.asarray(negative_labels) if isinstance(negative_labels, list | tuple) else negative_labels
+    one_each = isinstance(negative_labels, list | tuple | jax.Array)
+    negatives = np.asarray(negative_labels) if one_each else negative_labels
     pictures: list[Image.Image] = []
     for start in range(0, len(values), width):
         rows = np.arange(start, min(start + width, len(values)))
@@ -91,7 +95,7 @@ def generate(
         latents = sampler(
             model,
             values[filled],
-            jax.random.key(seed),
+            seed_key(seed),
             indices=filled,
             guidance_scale=scale[filled] if scale.ndim else None,
             negative_labels=negatives[filled] if isinstance(negatives, np.ndarray) and negatives.ndim else negatives,

@@ -14,7 +14,7 @@ from mpdit_jax.sampling.blocks import Block
 
 SINGLE = "[0-9]*_[0-9]*.png"  # names of single images, as a pattern
 _COLUMNS = 8  # images a class on a contact sheet
-_ROWS = 100  # classes on a contact sheet
+ROWS = 100  # classes on a picture or a contact sheet
 
 
 def save_npz(path: Path, blocks: Callable[[], Iterable[Block]]) -> int:
@@ -54,7 +54,7 @@ def first_of_each(blocks: Iterable[Block], labels: np.ndarray, columns: int = _C
         labels: of the whole run (N,).
         columns: images a class.
     """
-    rows: dict[int, list[np.ndarray]] = {int(label): [] for label in np.unique(labels)[:_ROWS]}
+    rows: dict[int, list[np.ndarray]] = {int(label): [] for label in np.unique(labels)[:ROWS]}
     for block in blocks:
         for image, label in zip(block.images, block.labels, strict=True):
             row = rows.get(int(label))

@@ -10,6 +10,7 @@ import numpy as np
 from mpdit_jax import images
 from mpdit_jax.errors import InputError
 from mpdit_jax.flow.inputs import check_labels, check_model
+from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import Sampler
 from mpdit_jax.mesh import batch_sharding, make_mesh
 from mpdit_jax.progress import WorkBar
@@ -62,7 +63,7 @@ def draw_blocks(
     count = -(-len(labels) // batch_size)
     mine = [number for number in range(count) if number % jax.process_count() == jax.process_index()]
     todo = [number for number in mine if not folder.has(number)]
-    key = jax.random.key(seed)
+    key = seed_key(seed)
     done = sum(len(_rows(number, batch_size, len(labels))) for number in mine if number not in set(todo))
     total = sum(len(_rows(number, batch_size, len(labels))) for number in mine)
     with WorkBar("sampling", "images", total, done) as bar, jax.set_mesh(mesh):

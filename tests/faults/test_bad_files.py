@@ -78,8 +78,9 @@ def test_unfinished_samples(tmp_path):
     folder.write(0, Block(np.zeros((2, 8, 8, 1), np.uint8), numbers, numbers, np.ones(2, bool)))
     path = tmp_path / "blocks" / "00000000.npz"
     survives(path, path.read_bytes(), lambda path: folder.read(0), InputError)
+    folder.close()
     path = tmp_path / "blocks" / "settings.json"
-    survives(path, path.read_bytes(), lambda path: BlockFolder(tmp_path / "blocks", {"seed": 0}), InputError)
+    survives(path, path.read_bytes(), lambda path: BlockFolder(tmp_path / "blocks", {"seed": 0}).close(), InputError)
 
 
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"])

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 
 import mpdit_jax as mp
 from mpdit_jax.errors import ConfigError, InputError
+from mpdit_jax.flow.solvers import Euler
 from tests.conftest import relative_error
 
 SMALL = {
@@ -42,7 +45,31 @@ def test_guidance_one_is_the_conditional_model_and_zero_the_null(model):
     assert relative_error(plain, null) > 1e-3
 
 
+class Rising:
+    def times(self, intervals):
+        return np.linspace(0, 1, intervals + 1)
+
+
+class Short:
+    def times(self, intervals):
+        return np.linspace(1, 0, intervals)
+
+
+@dataclasses.dataclass
+class NotFrozen:
+    def solve(self, *arguments):
+        return Euler().solve(*arguments)
+
+
 @pytest.mark.parametrize(("arguments", "sentence"), [
+    ({"time_grid": None}, "time_grid=None: expected one of uniform, shifted"),
+    ({"time_grid": Rising(), "steps": 2}, "expected 3 falling times from 1 to 0"),
+    ({"time_grid": Short(), "steps": 2}, "expected 3 falling times from 1 to 0"),
+    ({"solver": "dopri5", "rtol": "a"}, "rtol='a': expected a small positive number"),
+    ({"solver": "dopri5", "rtol": True}, "rtol=True"),
+    ({"solver": "euler_maruyama", "norm": "x"}, "diffusion_norm='x': expected a number"),
+    ({"solver": NotFrozen()}, "is not hashable .*: make it a frozen dataclass"),
+    ({"guidance_scale": [[1.0, 2.0]]}, r"shape \(1, 2\): expected one number, or one for each label\.$"),
     ({"steps": 0}, "steps=0"),
     ({"steps": 2.0}, r"steps=2\.0"),
     ({"guidance_scale": -0.5}, r"guidance_scale=-0\.5"),
@@ -76,3 +103,10 @@ def test_a_key_is_a_key(model):
     for key in (None, 0):
         with pytest.raises(InputError, match=f"key={key}: expected a random key"):
             mp.make_sampler(steps=2)(model, [1], key, noise=noise)
+
+
+def test_what_plays_no_part_is_refused(model):
+    with pytest.raises(InputError, match=r"increments are given and Euler\(\) adds no noise"):
+        mp.make_sampler(steps=2)(model, [1], jax.random.key(0), increments=np.zeros((1, 1, *model.input_shape)))
+    with pytest.raises(InputError, match=r"negative_labels=\{3\}: expected one for each label"):
+        mp.make_sampler(steps=2)(model, [1], jax.random.key(0), negative_labels={3})

@@ -10,7 +10,7 @@ import mpdit_jax as mp
 from mpdit_jax.errors import InputError
 from mpdit_jax.flow.sampler import _solve
 from tests.conftest import relative_error
-from tests.flow.toys import tiny_model
+from tests.flow.toys import GaussianModel, tiny_model
 
 KEY = jax.random.key(7)
 LABELS = np.array([3, 1, 4, 1, 5, 9, 2, 6])
@@ -38,6 +38,39 @@ def test_an_image_does_not_depend_on_its_batch(model, solver):
     assert relative_error(np.concatenate(parts), whole) < 1e-5
     # And on what it should depend on, it does.
     assert relative_error(sampler(model, LABELS, jax.random.key(8)), whole) > 0.1
+
+
+def test_a_key_of_another_implementation_gives_noise_that_depends_on_the_image_alone(model):
+    sampler, rows = mp.make_sampler("euler", steps=5, guidance_scale=2.0), np.arange(3, 8)
+    key = jax.random.key(7, impl="rbg")
+    whole = sampler(model, LABELS, key)
+    assert relative_error(sampler(model, LABELS[rows], key, indices=rows), whole[rows]) < 1e-5
+    assert np.array_equal(sampler(model, LABELS, jax.random.key_data(key)), whole)  # the old kind of key
+    assert relative_error(sampler(model, LABELS, jax.random.key(8, impl="rbg")), whole) > 0.1
+    assert np.array_equal(sampler(model, LABELS, jax.random.PRNGKey(7)), sampler(model, LABELS, KEY))
+
+
+def test_in_a_program_of_float64_images_are_the_same():
+    sampler, adaptive = mp.make_sampler("euler_maruyama", steps=4), mp.make_sampler("tsit5", rtol=1e-2, atol=1e-2)
+    expected = sampler(GaussianModel(), [0, 1, 2], KEY)
+    with jax.enable_x64(True):
+        found = sampler(GaussianModel(), [0, 1, 2], KEY)
+        other = adaptive(GaussianModel(), [0, 1, 2], KEY)
+    assert (found.dtype, other.dtype) == (jnp.float32, jnp.float32)
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_indices_are_numbers_of_images(model):
+    sampler = mp.make_sampler(steps=3, guidance_scale=2.0)
+    for indices, sentence in (
+        (np.arange(8) / 2, "dtype float64: expected a whole number"),
+        (np.arange(7), r"indices \(7,\)"),
+        (np.arange(8) - 1, "index -1"),
+        (np.arange(8) + 2**32 - 8, "index 4294967295: expected the number of an image, from 0 to 4294967294"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            sampler(model, LABELS, KEY, indices=indices)
+    sampler(model, LABELS, KEY, indices=np.arange(8) + 2**32 - 9)
 
 
 def test_in_bfloat16_an_image_depends_on_its_batch_by_no_more_than_docs_say():
@@ -93,6 +126,27 @@ def test_inside_a_users_jit(model):
     structure, state = nnx.split(model)
     passed = jax.jit(lambda state, labels: sampler(nnx.merge(structure, state), labels, KEY))
     assert relative_error(passed(state, LABELS), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("labels", "sentence"), [
+    (np.array([1.7, 2.2]), r"labels of shape \(2,\), dtype float32"),
+    (np.array([[1], [2]]), r"labels of shape \(2, 1\), dtype int32"),
+    (np.array([True, False]), "dtype bool"),
+])  # fmt: skip
+def test_shapes_of_traced_labels_are_checked(model, labels, sentence):
+    with pytest.raises(InputError, match=sentence):
+        jax.eval_shape(lambda labels: mp.make_sampler(steps=3)(model, labels, KEY), labels)
+
+
+def test_under_explicit_axes_the_ways_out_are_named_and_lead_out(model):
+    sampler = mp.make_sampler(steps=3, guidance_scale=2.0)
+    mesh = jax.make_mesh((1,), ("d",), devices=jax.devices()[:1])  # of JAX's default type
+    labels = jax.device_put(LABELS, jax.NamedSharding(mesh, PartitionSpec("d")))
+    with pytest.raises(InputError, match=r"labels are split over the mesh axis 'd' of type Explicit.*AxisType\.Auto"):
+        sampler(model, labels, KEY)
+    out = jax.NamedSharding(mesh, PartitionSpec("d"))
+    found = jax.sharding.auto_axes(lambda labels: sampler(model, labels, KEY), out_sharding=out)(labels)
+    assert relative_error(found, sampler(model, LABELS, KEY)) < 1e-5
 
 
 @pytest.mark.parametrize("settings", [

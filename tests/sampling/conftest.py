@@ -18,7 +18,7 @@ def workdir(tmp_path_factory):
     return make_workdir(tmp_path_factory.mktemp("runs") / "digits")
 
 
-def make_workdir(path, in_channels=1):
+def make_workdir(path, in_channels=1, step=1):
     from mpdit_jax.checkpoint import Checkpoints
     from mpdit_jax.config import base_config, model_of, resolve
     from mpdit_jax.model.parameters import abstract
@@ -37,13 +37,13 @@ def make_workdir(path, in_channels=1):
         time_embedding="sinusoidal",
     )
     resolved = resolve(config)
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(step - 1)
     _, shapes = abstract(model_of(resolved))
     weights = {
         name: jax.numpy.asarray(0.1 * random.standard_normal(leaf.shape, np.float32)) for name, leaf in shapes.items()
     }
     with claim_workdir(path, resolved), Checkpoints(path, keep=1) as checkpoints:
-        checkpoints.save(1, {"parameters": weights, "ema_parameters": weights})
+        checkpoints.save(step, {"parameters": weights, "ema_parameters": weights})
     return path
 
 

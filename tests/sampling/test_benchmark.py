@@ -13,6 +13,11 @@ def test_unknown_preset_is_refused():
         main(["sample", "--preset=mpdit_z"])
 
 
+def test_a_solver_that_chooses_its_steps_is_refused():
+    with pytest.raises(mp.MPDiTError, match="--solver=dopri5: it takes as many steps as it needs"):
+        main(["sample", "--solver=dopri5"])
+
+
 @pytest.mark.slow
 def test_benchmark(capsys):
     arguments = ["sample", "--preset=mpdit_b", "--batch=1", "--steps=2", "--guidance_scale=1.5", "--repeats=1"]

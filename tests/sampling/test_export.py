@@ -1,6 +1,7 @@
 """An exported sampler runs where this package is not."""
 
 import importlib.metadata
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from mpdit_jax.model.parameters import split
 from mpdit_jax.sampling.exporting import export_sampler
 from tests.conftest import relative_error
 from tests.flow.toys import tiny_model
+from tests.sampling.conftest import make_workdir
 
 RUN = """
 import importlib.util, sys
@@ -118,8 +120,24 @@ def test_fixed_batch_for_every_platform(workdir, tmp_path, arguments):
     (["--platforms=cpu,gpu"], "--platforms=cpu,gpu: expected some of cpu, cuda, rocm and tpu"),
     (["--batch=0"], "--batch=0: expected a number of labels"),
     (["--batch=many"], "--batch=many"),
+    (["--batch=²"], "--batch=²"),
+    (["--negative_labels=3:8"], "--negative_labels is given and nothing is guided at --guidance_scale=1"),
     (["--guide=runs/other"], "--guide=runs/other: a file holds one model"),
 ])  # fmt: skip
 def test_bad_input_is_refused(workdir, tmp_path, arguments, sentence):
     with pytest.raises(InputError, match=sentence):
         export(workdir, tmp_path / "sampler.bin", *arguments)
+
+
+def test_a_file_takes_one_scale():
+    with pytest.raises(InputError, match=r"guidance_scale of shape \(2,\): a file takes one scale a call"):
+        export_sampler(mp.make_sampler(guidance_scale=[1.5, 2.0]), tiny_model(), ("cpu",))
+
+
+def test_how_latents_become_what_a_vae_decodes_is_told(tmp_path, capsys):
+    workdir = make_workdir(tmp_path / "run")
+    space = {"mean": [0.5], "std": [0.25], "vae_fingerprint": "ab" * 32}
+    (workdir / "data.json").write_text(json.dumps({"class_names": list("0123456789"), "latents": space}))
+    export(workdir, tmp_path / "sampler.bin", "--platforms=cpu,cpu", "--batch=1", steps=["--steps=1"])
+    assert jax.export.deserialize(bytearray((tmp_path / "sampler.bin").read_bytes())).platforms == ("cpu",)
+    assert "latents = latents * jnp.array([0.25]) + jnp.array([0.5])\n" in capsys.readouterr().out

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpdit_jax.errors import InputError
+from mpdit_jax.checkpoint import load_together
+from mpdit_jax.errors import InputError, ProcessError
 from mpdit_jax.sample import main
 from mpdit_jax.sampling.blocks import Block, BlockFolder
-from tests.sampling.conftest import FEW, read_npz, run, start
+from tests.sampling.conftest import FEW, make_workdir, read_npz, run, start
 from tests.tiny import free_port, join_flags
 
 
@@ -61,6 +62,43 @@ def test_blocks_without_settings_are_nobodys(tmp_path, monkeypatch):
         InputError, match=r"a\.npz\.unfinished holds images and no settings\.json.*: delete that folder"
     ):
         BlockFolder(path, {"seed": 1})
+
+
+def test_a_second_run_is_told_who_draws(workdir, tmp_path):
+    path = tmp_path / "a.npz.unfinished"
+    with BlockFolder(path, {"seed": 0}):
+        with pytest.raises(
+            InputError, match=rf"another run is drawing into .*a\.npz\.unfinished \(process {os.getpid()} on"
+        ):
+            run(workdir, f"--out={tmp_path}/a.npz", "--num_samples=4")
+        assert sorted(entry.name for entry in path.iterdir()) == [".lock", "settings.json"]
+    with BlockFolder(path, {"seed": 0}) as folder:  # it has ended
+        folder.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_take_the_checkpoint_that_the_first_has_found(workdir, tmp_path, monkeypatch):
+    """Another one may come while they look."""
+    make_workdir(tmp_path / "run")
+    newer = make_workdir(tmp_path / "newer", step=2)
+    (newer / "checkpoints/2").rename(tmp_path / "run/checkpoints/2")
+    assert load_together(tmp_path / "run")[0] == 2
+    monkeypatch.setattr("mpdit_jax.checkpoint.first_does", lambda action: None)  # as on another process
+    monkeypatch.setattr("mpdit_jax.checkpoint.told_by_first", lambda value: 1)
+    assert load_together(tmp_path / "run")[0] == 1
+
+
+def test_processes_with_other_weights_do_not_draw_together(tmp_path, monkeypatch):
+    """As where a workdir of one name is on every host's own disk."""
+    theirs = np.frombuffer(b'{"model": "b"}', np.uint8)
+
+    def gathered(array):
+        return np.array([array, len(theirs)]) if array.ndim == 0 else np.stack([array, theirs])
+
+    monkeypatch.setattr("mpdit_jax.processes.multihost_utils.process_allgather", gathered)
+    with pytest.raises(ProcessError, match="process 1 was started with model=b instead of a"):
+        BlockFolder(tmp_path / "a", {"model": "a", "workdir": "/here"})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
@@ -161,22 +199,38 @@ def test_a_process_that_is_late_and_slow_to_write_is_waited_for(workdir, tmp_pat
 
 
 MANY_PROCESSES = """
-import sys
+import sys, time
+from pathlib import Path
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from mpdit_jax import checkpoint
 from mpdit_jax.sample import main
+newer, load_step = Path(sys.argv.pop(3)), checkpoint.load_step
+def loads_and_then_a_newer_one_comes(workdir, *arguments):
+    while jax.process_index() == 1 and newer.exists():  # the second one looks after it has come
+        time.sleep(0.1)
+    found = load_step(workdir, *arguments)
+    if jax.process_index() == 0:
+        newer.rename(Path(workdir) / "checkpoints" / newer.name)
+    return found
+checkpoint.load_step = loads_and_then_a_newer_one_comes
 sys.exit(main(sys.argv[3:]))
 """
 
 
 @pytest.mark.slow
-def test_two_processes_draw_the_same(workdir, tmp_path):
+def test_two_processes_draw_the_same(tmp_path):
+    runs = tmp_path / "runs"
+    workdir, newer = make_workdir(runs / "digits"), make_workdir(runs / "newer", step=2) / "checkpoints/2"
     address = f"127.0.0.1:{free_port()}"
     arguments = [f"--workdir={workdir}", "--steps=2", "--batch_size=4", "--num_samples=18"]
-    processes = [start("-c", MANY_PROCESSES, address, i, *arguments, f"--out={tmp_path}/two.npz") for i in range(2)]
+    processes = [
+        start("-c", MANY_PROCESSES, address, i, newer, *arguments, f"--out={tmp_path}/two.npz") for i in range(2)
+    ]
     texts = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], texts
-    main([*arguments, f"--out={tmp_path}/one.npz"])
+    assert not newer.exists()  # it came in between
+    main([*arguments, "--step=1", f"--out={tmp_path}/one.npz"])
     one, two = read_npz(tmp_path / "one.npz"), read_npz(tmp_path / "two.npz")
     assert all(np.array_equal(one[name], two[name]) for name in one)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "two.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "runs", "two.npz"]

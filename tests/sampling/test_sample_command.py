@@ -5,6 +5,7 @@ import re
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,9 +13,11 @@ from PIL import Image
 import mpdit_jax as mp
 from mpdit_jax import images
 from mpdit_jax.errors import DivergedError, InputError
-from mpdit_jax.sample import main
+from mpdit_jax.sample import main, make_sample_parser
+from mpdit_jax.sampling import command
 from mpdit_jax.sampling.blocks import Block
 from mpdit_jax.sampling.command import parse_labels
+from mpdit_jax.sampling.options import check_heeded
 from mpdit_jax.sampling.outputs import first_of_each
 from tests.sampling.conftest import FEW, make_workdir, read_npz, run
 from tests.tiny import refusal
@@ -102,6 +105,67 @@ def test_a_contact_sheet_holds_what_it_shows_alone():
     assert all(image.base is None for row in rows.values() for image in row)  # no view that keeps a block
 
 
+def test_a_picture_has_room_for_so_many_classes(workdir, tmp_path, monkeypatch, capsys):
+    for module in ("command", "outputs"):
+        monkeypatch.setattr(f"mpdit_jax.sampling.{module}.ROWS", 3)
+    with pytest.raises(InputError, match=r"a\.png: a picture has a row for each of up to 3 classes, and there are 4"):
+        run(workdir, f"--out={tmp_path}/a.png", "--labels=0,1,2,4")
+    assert not list(tmp_path.iterdir())
+    assert run(workdir, f"--out={tmp_path}/a.npz", "--labels=0,1,2,4", "--num_samples=8", "--grid") == 0
+    assert f"{tmp_path}/a.png shows 6 of 8 images, of 3 of 4 classes\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--out=q.png", "--trajectory=q.gif"],
+    ["--out=q.npz", "--grid", "--trajectory=q.gif"],
+    ["--out=000001_2.png", "--png_folder=."],
+])  # fmt: skip
+def test_no_output_takes_the_place_of_another(workdir, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"where another output goes|has the name of a single image"):
+        run(workdir, "--labels=1", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_single_images_of_two_runs_do_not_mix(workdir, tmp_path, monkeypatch):
+    singles = tmp_path / "single"
+    arguments = [f"--out={tmp_path}/a.npz", "--labels=1", "--num_samples=6", f"--png_folder={singles}"]
+    with monkeypatch.context() as patched:  # killed between an image and its block
+        patched.setattr("mpdit_jax.sampling.blocks.BlockFolder.write", lambda *_: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(SystemExit):
+            run(workdir, *arguments)
+    assert len(list(singles.iterdir())) == 4
+    assert run(workdir, *arguments) == 0
+    before = {path: path.read_bytes() for path in singles.iterdir()}
+    with pytest.raises(InputError, match=r"single holds single images already, such as 00000\d_1\.png: give an empty"):
+        run(workdir, *arguments, "--num_samples=2")
+    assert {path: path.read_bytes() for path in singles.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "single"]
+
+
+def test_a_film_decodes_what_it_shows(workdir, tmp_path):
+    options = make_sample_parser().parse_args([f"--workdir={workdir}", "--out=a.npz"])
+    decoded = []
+
+    def decode(latents):
+        decoded.append(latents.shape)
+        return latents
+
+    sampler, model = mp.make_sampler(steps=150), mp.load_checkpoint(workdir)
+    request = command.Request(options, sampler, model, None, np.array([1, 2, 1]), decode)
+    command._save_film(request, tmp_path / "a.gif", tmp_path / "a.png")
+    assert set(decoded) == {(2, 8, 8, 1)}
+    assert 60 <= len(decoded) <= 70
+    assert Image.open(tmp_path / "a.gif").n_frames == 60
+
+
+def test_seeds_are_of_one_implementation(workdir, tmp_path):
+    run(workdir, f"--out={tmp_path}/a.npz", "--num_samples=4")
+    with jax.default_prng_impl("rbg"):
+        run(workdir, f"--out={tmp_path}/b.npz", "--num_samples=4")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
 def test_labels():
     assert parse_labels("balanced", 12, 10, 0).tolist() == [*range(10), 0, 1]
     assert parse_labels("balanced", None, 10, 0).tolist() == [*range(10)] * 8
@@ -157,8 +221,11 @@ def test_a_diverged_model(workdir, tmp_path, monkeypatch):
     (["--solver=dopri5"], "--steps=2: dopri5 chooses its own; set --rtol and --atol"),
     (["--rtol=1e-3"], "rtol=0.001 is not an option of solver 'euler'"),
     (["--time_shift=2"], "only --time_grid=shifted"),
-    (["--negative_labels=3:99"], "negative label 99"),
-    (["--guide=nowhere"], "nowhere holds no run"),
+    (["--negative_labels=3:99", "--guidance_scale=2"], "negative label 99"),
+    (["--guide=nowhere", "--guidance_scale=2"], "nowhere holds no run"),
+    (["--guide=nowhere"], "--guide is given and nothing is guided at --guidance_scale=1"),
+    (["--negative_labels=3:8"], "--negative_labels is given and nothing is guided"),
+    (["--guidance_interval=0.2,0.8"], "--guidance_interval is given and nothing is guided"),
     (["--grid=a.jpg"], "--grid=a.jpg: expected a name that ends in .png"),
     (["--trajectory=a.png"], "--trajectory=a.png: expected a name that ends in .gif"),
     (["--precision=float16"], "precision='float16'"),
@@ -168,6 +235,21 @@ def test_bad_input_is_refused(workdir, tmp_path, monkeypatch, capsys, arguments,
     everything = [f"--workdir={workdir}", *FEW, f"--out={tmp_path}/a.npz", *arguments]
     assert re.search(sentence, refusal(main, everything, monkeypatch, capsys))
     assert not list(tmp_path.iterdir())  # no output, and no folder of unfinished blocks
+
+
+def test_a_time_grid_is_of_fixed_steps(workdir, tmp_path, monkeypatch, capsys):
+    arguments = [f"--workdir={workdir}", f"--out={tmp_path}/a.npz", "--solver=dopri5", "--time_grid=shifted"]
+    assert "--time_grid=shifted: dopri5 chooses its own times" in refusal(main, arguments, monkeypatch, capsys)
+
+
+def test_of_several_settings_one_has_to_heed_a_flag():
+    options = make_sample_parser().parse_args(["--workdir=a", "--out=a.npz", "--negative_labels=1:2"])
+    options.time_grid = "shifted"
+    options.guidance_scale, options.solver = [1.0, 1.5], ["dopri5", "euler"]  # as `evaluate` has them
+    check_heeded(options)
+    options.guidance_scale = [1.0, 1.0]
+    with pytest.raises(InputError, match="--negative_labels is given"):
+        check_heeded(options)
 
 
 def test_a_missing_extra_is_told_before_anything_is_written(workdir, tmp_path, monkeypatch, capsys):
@@ -194,6 +276,12 @@ def test_generate(workdir):
     assert np.abs(np.asarray(alone, int) - np.asarray(pictures[0], int)).max() <= 1
     with pytest.raises(InputError, match="label 11 is out of range"):
         mp.generate(model, [11])
+    for seed in (-1, 2**32, 1.5, "x"):
+        with pytest.raises(InputError, match=f"seed={seed!r}: expected a whole number from 0 to 4294967295"):
+            mp.generate(model, [1], seed=seed)
+    negatives, each = [2, 3, 4], {"steps": 4, "guidance_scale": [2.0, 2, 2], "batch_size": 2}
+    first, second = (mp.generate(model, [3, 1, 5], negative_labels=of(negatives), **each) for of in (list, jnp.array))
+    assert np.array_equal(first, second)
 
 
 def test_generate_decodes_what_a_run_was_trained_on(tmp_path):
