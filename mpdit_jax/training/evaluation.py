@@ -233,7 +233,7 @@ class Evaluator:
         if not any_process(earlier is None) and earlier is not None:
             return earlier
         if place:
-            images = open_set(place, find=self._find_decode())
+            images = open_set(place, channels=extractor.channels, find=self._find_decode())
         else:
             images = SourceImages(limited(_Decoded(self._source, self._decode), _MOST_REAL), about)
         size = extractor.batch_size

@@ -9,9 +9,10 @@ from PIL import Image
 from mpdit_jax import evaluate
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation import command, extraction, inception_weights
+from mpdit_jax.evaluation.bias import perfect_distance
 from mpdit_jax.evaluation.extraction import FeatureFolder, extract
 from mpdit_jax.evaluation.sets import open_npz, open_set
-from mpdit_jax.evaluation.statistics import collect, compare, load_statistics, perfect_distance, save_statistics
+from mpdit_jax.evaluation.statistics import collect, compare, load_statistics, save_statistics
 from mpdit_jax.sample import main as sample
 from tests.sampling.conftest import make_workdir
 from tests.tiny import refusal
@@ -68,7 +69,7 @@ def test_the_same_images_in_every_form_give_the_same_number(files, classifier_fi
         assert "warning: 40 samples are fewer than the 64 features" in said
         rows.append(json.loads(out.read_text())["results"][0])
     assert rows[0]["metrics"] == rows[1]["metrics"]
-    assert 0 < rows[0]["settings"]["distance_of_a_perfect_model"] < 20
+    assert 0 < rows[0]["settings"]["distance_of_a_perfect_model"]["FD(classifier)"] < 20
     np.testing.assert_array_equal(open_npz(files / "compressed.npz").images, open_npz(files / "samples.npz").images)
     assert isinstance(open_npz(files / "samples.npz").images, np.memmap)
 
@@ -164,7 +165,8 @@ def test_an_interrupted_look_goes_on_where_it_was(files, tmp_path, extractor, mo
         extract(extractor, Dying(), ["pool"], folder)
     assert [folder.has(number) for number in range(6)] == [True] * 3 + [False] * 3
     seen.clear()
-    again = np.concatenate([part["pool"] for part in extract(extractor, images, ["pool"], folder)])
+    extract(extractor, images, ["pool"], folder)
+    again = np.concatenate([folder.read(number)["pool"] for number in range(6)])
     np.testing.assert_array_equal(again, extractor(np.asarray(images.images))["pool"])
 
 
@@ -219,7 +221,7 @@ def test_bad_arguments_are_one_sentence(files, classifier_file, tmp_path, monkey
         ([reference, features], "give either --samples=SET or --workdir=FOLDER"),
         ([f"--samples={big}", reference, features], "the samples are 16x16 pixels and the reference is 8x8"),
         ([f"--samples={floats}", reference, features], "arr_0 is float32 (9, 8, 8, 1); expected uint8"),
-        ([f"--samples={few}", reference, features], "need 4 images or more in each set: there are 3 fake ones"),
+        ([f"--samples={few}", reference, features], "need 4 images or more in each set: there are 3 samples"),
         ([f"--samples={tmp_path / 'text.npz'}", reference, features], "expected an .npz with images as arr_0"),
         ([f"--samples={tmp_path / 'none.npz'}", reference, features], "no such file or folder"),
         ([f"--samples={mixed}", reference, features], "give --image_size=PIXELS"),
