@@ -233,7 +233,7 @@ def check_count(count: int, metrics: Sequence[str], k: int, whose: str) -> None:
             f"precision and recall with k={k} need {k + 1} images or more in each set: there are {count} {whose}."
         )
     if count < 2:
-        raise InputError(f"{count} {whose}: expected 2 or more, from which a covariance can be taken.")
+        raise InputError(f"a covariance needs 2 images or more in each set: there are {count} {whose}.")
 
 
 def check_same_size(reference: Mapping[str, Any], samples: Mapping[str, Any]) -> None:

@@ -1,15 +1,14 @@
 """`python -m mpdit_jax.evaluate --workdir`: what a row depends on, and what it says of itself."""
 
+import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from mpdit_jax import evaluate
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation import command
-from mpdit_jax.evaluation.classifier import ClassifierConfig, initialize, save_classifier
 from mpdit_jax.evaluation.runs import DrawnImages
 from mpdit_jax.evaluation.statistics import collect, save_statistics
 from mpdit_jax.sampling.blocks import Block, BlockFolder
@@ -70,18 +69,17 @@ def test_statistics_and_batches_of_another_size_are_refused_before_anything_is_d
             evaluate.main([samples, features, f"--reference={stats}", "--metrics=fd", f"--out={tmp_path / 'o.json'}"])
     assert not (tmp_path / "o.json.unfinished").exists()
     # A foreign file says nothing of a size, but the images in it do.
-    monkeypatch.setattr(command, "choose_features", lambda *given: "inception")
+    as_inception(monkeypatch, dataclasses.replace(extractor, name="inception"))
     with np.load(stats) as archive:
         np.savez(stats, mu=archive["mu"], sigma=archive["sigma"], arr_0=np.zeros((9, 16, 16, 3), np.uint8))
-    monkeypatch.setattr(command, "prepare_extractor", lambda *given: jax.tree.map(lambda x: x, named(extractor)))
     with pytest.raises(InputError, match="the samples are 8x8 pixels and the reference is 16x16"):
         evaluate.main([f"--workdir={workdir}", f"--reference={stats}", "--metrics=fid", f"--out={tmp_path / 'o.json'}"])
 
 
-def named(extractor):
-    import dataclasses
-
-    return dataclasses.replace(extractor, name="inception")
+def as_inception(monkeypatch, extractor):
+    """Whatever is asked for."""
+    monkeypatch.setattr(command, "choose_features", lambda *given: "inception")
+    monkeypatch.setattr(command, "prepare_extractor", lambda *given: extractor)
 
 
 def test_of_a_runs_own_data_no_more_than_a_limit_is_looked_at(workdir, monkeypatch):
@@ -92,22 +90,20 @@ def test_of_a_runs_own_data_no_more_than_a_limit_is_looked_at(workdir, monkeypat
     assert images.about["of"] == 898
 
 
-def test_a_run_on_latents_is_decoded_by_its_vae(tmp_path, capsys):
+def test_a_run_on_latents_is_decoded_by_its_vae(tmp_path, capsys, monkeypatch, tiny_inception):
+    as_inception(monkeypatch, tiny_inception)
     vae = make_vae(tmp_path / "vae", seed=0)
     workdir = make_workdir(tmp_path / "run", in_channels=2)
     fingerprint = load_vae(str(vae)).fingerprint
     space = {"mean": [0.0, 0.0], "std": [1.0, 1.0], "vae_fingerprint": fingerprint}
     facts = {"class_names": [str(label) for label in range(10)], "latents": space}
     (workdir / "data.json").write_text(json.dumps(facts))
-    save_classifier(tmp_path / "c.safetensors", initialize(ClassifierConfig(16, 16, 1, 10, base_channels=4), 0))
     np.savez(tmp_path / "real.npz", arr_0=np.random.default_rng(0).integers(0, 256, (70, 16, 16, 1), np.uint8))
-    _, row = evaluated(
-        capsys, tmp_path / "o.json", f"--workdir={workdir}", f"--vae={vae}", f"--reference={tmp_path / 'real.npz'}",
-        f"--features=classifier:{tmp_path / 'c.safetensors'}", "--metrics=fd,precision",
-    )  # fmt: skip
+    arguments = (f"--workdir={workdir}", f"--vae={vae}", f"--reference={tmp_path / 'real.npz'}", "--metrics=fid")
+    _, row = evaluated(capsys, tmp_path / "o.json", *arguments)
     assert row["settings"]["sampler"]["vae_fingerprint"] == fingerprint
     assert row["settings"]["samples"]["shape"] == [16, 16, 1]
-    assert row["metrics"]["FD(classifier)"] > 0
+    assert row["metrics"]["FID"] > 0
 
 
 def test_a_drawn_image_that_is_not_finite_is_named(tmp_path):
