@@ -11,6 +11,7 @@ from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation import command, extraction, inception_weights
 from mpdit_jax.evaluation.bias import perfect_distance, warn_of_bias
 from mpdit_jax.evaluation.extraction import FeatureFolder, extract
+from mpdit_jax.evaluation.report import make_result
 from mpdit_jax.evaluation.sets import open_npz, open_set
 from mpdit_jax.evaluation.statistics import collect, compare, load_statistics, save_statistics
 from mpdit_jax.sample import main as sample
@@ -107,7 +108,11 @@ def test_an_adm_reference_batch_brings_moments_and_images(tmp_path, tiny_incepti
     metrics = ("fd", "sfd", "is", "precision", "recall")
     reference = command.reference_of(options, tiny_inception, metrics, tmp_path / "scratch")
     assert len(reference.features) == 300
+    assert reference.about["shape"] == [8, 8, 1]
+    assert reference.file["extractor_fingerprint"].startswith("unknown")
     fake = collect(tiny_inception, [tiny_inception(images[500:900])], {})
+    noted = make_result("x", reference, fake, metrics, options, tiny_inception, {}).settings["reference"]
+    assert (noted["count"], noted["features_count"], noted["images"]["count"]) == (None, 300, 300)
     found = compare(reference, fake, metrics)
     assert list(found) == ["FID", "sFID", "IS", "IS std", "precision", "recall"]
     expected = compare(whole, fake, ("fd", "sfd"))
