@@ -208,6 +208,11 @@ def load_config(workdir: str | Path) -> FrozenConfigDict:
         CheckpointError: no run there, or its config cannot be read.
     """
     path = Path(workdir) / CONFIG
+    if Path(workdir).is_file():
+        raise CheckpointError(
+            f"{workdir} is a file, and a workdir is a folder: `python -m mpdit_jax.convert --source={workdir} "
+            "--out=FOLDER` makes one of an MPDiT's weights; docs/weights.md shows how to sample a DiT or SiT."
+        )
     if not path.is_file():
         raise CheckpointError(
             f"{workdir} holds no run ({CONFIG} is missing): train one with "

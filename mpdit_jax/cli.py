@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mpdit_jax.checks import suggest
-from mpdit_jax.config import defaults
+from mpdit_jax.config import defaults, leave_out_idle
 from mpdit_jax.errors import ConfigError, DamageWarning, MPDiTError
 from mpdit_jax.files import REFUSALS
 from mpdit_jax.interrupt import KILLED_BY, Terminated, ending_by_exception, this_command
@@ -253,12 +253,17 @@ def _thread_in_one_line(error: threading.ExceptHookArgs) -> None:
 
 
 def _let_preset_win(config: ConfigDict, arguments: Sequence[str]) -> None:
-    """A preset named on the command line decides its fields, unless they are named there too; the data decide sizes."""
+    """A preset named on the command line decides its fields, unless they are named there too; the data decide sizes.
+
+    What the config file says of parts that the preset's model does not have is left out.
+    """
     given = {argument.partition("=")[0].removeprefix("--config.model.") for argument in arguments}
     if "preset" in given:
         with config.ignore_type():
             for name in set(PRESETS.get(config.model.preset, {})) - given - {"input_size"}:
                 config.model[name] = None
+        if config.model.preset in PRESETS:
+            leave_out_idle(config.model, keep=given)
 
 
 def _one_word_each(arguments: Sequence[str]) -> list[str]:

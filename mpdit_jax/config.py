@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -16,8 +16,8 @@ from mpdit_jax.errors import ConfigError
 from mpdit_jax.evaluation.settings import check_eval
 from mpdit_jax.files import code_fingerprint
 from mpdit_jax.flow.objective import TIME_DISTRIBUTIONS
-from mpdit_jax.model.config import ModelConfig
-from mpdit_jax.model.presets import model_config
+from mpdit_jax.model.config import ModelConfig, without_idle
+from mpdit_jax.model.presets import PRESETS, model_config
 from mpdit_jax.training.optimizer import check_optimizer
 
 # What a continued run may change. Everything else decides the numbers of the run from its first step.
@@ -175,7 +175,8 @@ def to_json(config: FrozenConfigDict | ConfigDict) -> str:
 def from_json(text: str) -> FrozenConfigDict:
     """Inverse of `to_json`, checked again. A field that the version which wrote it did not have gets its default.
 
-    So that older runs stay readable, the default of a field that is new must be what the code did without it.
+    So that older runs stay readable, the default of a field that is new must be what the code did without it, and a
+    switch of a part that the model does not have, which could once be set, is left out.
 
     Raises:
         ConfigError: not JSON, or not a config of this version.
@@ -186,7 +187,23 @@ def from_json(text: str) -> FrozenConfigDict:
         raise ConfigError(f"not a JSON config ({error}).") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"expected a JSON object of config fields, got {type(stored).__name__}.")
-    return resolve(ConfigDict(_lists_to_tuples(_completed(stored, base_config().to_dict()))))
+    config = ConfigDict(_lists_to_tuples(_completed(stored, base_config().to_dict())))
+    check_fields(config, base_config(), "config")
+    leave_out_idle(config.model)
+    return resolve(config)
+
+
+def leave_out_idle(model: ConfigDict, keep: Collection[str] = ()) -> None:
+    """Set the fields of `config.model` to None that are of parts which its model does not have, but for those to keep.
+
+    Raises:
+        ConfigError: an impossible model.
+    """
+    preset = PRESETS.get(model.preset, {}) if isinstance(model.preset, str) else {}
+    given = {name: value for name, value in model.items() if name != "preset" and value is not None}
+    needed = without_idle({**preset, **given})
+    with model.ignore_type():
+        model.update({name: None for name in given if name not in needed and name not in keep})
 
 
 def differences(stored: FrozenConfigDict, new: FrozenConfigDict) -> dict[str, tuple[Any, Any]]:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -52,6 +53,20 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A place of the same name, in a folder beside `path`: what is there when the block ends takes `path`'s place.
+
+    Nothing of it stays when the block fails. An empty folder at `path` is replaced, one with anything in it is not.
+    """
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield folder / path.name
+        os.replace(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:

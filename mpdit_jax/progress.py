@@ -15,10 +15,25 @@ _LOG_EVERY = 10  # seconds
 class WorkBar:
     """A context manager around counted work, such as `WorkBar("sampling", "images", total, done)`."""
 
-    def __init__(self, verb: str, unit: str, total: int, done: int = 0, *, quiet: bool = False) -> None:
-        self._verb, self._unit, self._last = verb, unit, -math.inf
+    def __init__(
+        self, verb: str, unit: str, total: int, done: int = 0, *, quiet: bool = False, lines: bool = False
+    ) -> None:
+        """Nothing is shown yet.
+
+        Args:
+            verb: what is done.
+            unit: of what.
+            total: how many of them.
+            done: how many of these before.
+            quiet: show nothing.
+            lines: no bar, where another bar is live: lines, and none for what takes less than 10 seconds.
+        """
+        self._verb, self._unit, self._brief = verb, unit, lines
+        self._last = time.monotonic() if lines else -math.inf
         self._rate, self._left = _Rate(), TimeRemainingColumn()
-        console = Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=quiet)
+        console = Console(
+            file=sys.stdout, highlight=False, soft_wrap=True, quiet=quiet, force_terminal=False if lines else None
+        )
         self._progress = Progress(
             TextColumn(verb),
             BarColumn(bar_width=24),
@@ -49,7 +64,9 @@ class WorkBar:
         """So many more are done. A log gets a line for the first, for the last, and at most one in 10 seconds."""
         self._progress.advance(self._task, count)
         task, now = self._progress.tasks[0], time.monotonic()
-        if not self._progress.console.is_terminal and (now - self._last >= _LOG_EVERY or task.finished):
+        if not self._progress.console.is_terminal and (
+            now - self._last >= _LOG_EVERY or (task.finished and not self._brief)
+        ):
             self._last = now
             rate, left = str(self._rate(task)), str(self._left(task))
             counted = f"{int(task.completed)}/{int(task.total or 0)}"

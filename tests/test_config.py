@@ -21,6 +21,17 @@ def test_a_run_of_a_version_without_some_fields_stays_readable():
     assert model_of(config).convention == "velocity"
 
 
+def test_a_run_of_a_version_that_took_switches_without_effect_stays_readable():
+    config = base_config()
+    config.model.preset = "dit_b_2"
+    stored = json.loads(to_json(resolve(config)))
+    stored["model"].update({"class_tokens": 1, "fno_width": 64, "fno_layers": 5, "skip": False})
+    assert from_json(json.dumps(stored)) == resolve(config)
+    config.model.fno_width = 64
+    with pytest.raises(ConfigError, match=r"model\.fno_width=64 would change nothing"):
+        resolve(config)
+
+
 def test_a_field_of_a_newer_version_is_refused():
     stored = json.loads(to_json(resolve(base_config())))
     stored["model"]["wavelets"] = 3

@@ -1,10 +1,6 @@
 """Reading a model from any of its forms, and writing it in any."""
 
 import dataclasses
-import hashlib
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import jax
@@ -12,24 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mpdit_jax.checkpoint import Checkpoints, load_checkpoint
+from mpdit_jax.checkpoint import Checkpoints, load_step
 from mpdit_jax.config import base_config, model_of, resolve
+from mpdit_jax.converting.checksum import Checksum, checksum
 from mpdit_jax.errors import CheckpointError, ConfigError, InputError, MissingExtraError, WeightsError
-from mpdit_jax.files import check_writable, replacing
-from mpdit_jax.interop.own_files import own_step, save_own
-from mpdit_jax.interop.torch_weights import load_torch, to_torch
+from mpdit_jax.files import check_writable, replacing, staged
+from mpdit_jax.interop.own_files import PUBLISHED, metadata_of, save_own, stored_step
+from mpdit_jax.interop.torch_weights import check_agreement, load_with_metadata, to_torch
 from mpdit_jax.mesh import make_mesh
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import split
-from mpdit_jax.stored import list_steps
 from mpdit_jax.training.optimizer import make_optimizer
 from mpdit_jax.training.state import create_state, to_items
 from mpdit_jax.workdir import claim_workdir
 
 TORCH_SUFFIXES = (".pt", ".pth")
 # How a model is run, which does not change what its parameters are.
-_OF_THE_MACHINE = ("dtype", "remat", "attention")
+_OF_THE_MACHINE = ("dtype", "remat", "attention", "platform")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,81 +44,91 @@ def read(
 
     Args:
         source: the folder or file.
-        num_heads: as `load_torch`.
-        convention: as `load_torch`.
-        step: which checkpoint of a workdir; default the newest.
+        num_heads, convention: as `load_torch`; of a workdir or a file that knows its own, only to agree with them.
+        step: which checkpoint of a workdir; default the newest that is whole.
 
     Raises:
         CheckpointError, WeightsError: nothing there, or nothing that can be read.
+        InputError: a step of a file.
     """
     if source.is_dir():
-        model = load_checkpoint(source, step, ema=True)
-        at = list_steps(source)[-1] if step is None else step
+        at, model = load_step(source, step, ema=True)
+        check_agreement(model.config, num_heads, convention, str(source))
         return Found(model, at, f"{source}: moving average of step {at}")
     if step is not None:
         raise InputError(f"--step={step}: {source} is no workdir and has no steps.")
-    model = load_torch(source, num_heads, convention)
-    kept = own_step(source)
-    kind = "published names" if kept is None else f"mpdit_jax, step {kept}"
+    model, metadata = load_with_metadata(source, num_heads, convention)
+    kept = stored_step(metadata)
+    kind = f"mpdit_jax, step {'unknown' if kept is None else kept}" if metadata else "published names"
     return Found(model, kept or 1, f"{source}: {kind}")
 
 
-def check_target(out: Path) -> None:
+def check_target(out: Path, config: ConfigDict | None) -> None:
     """Raise unless something can be written to `out` without replacing anything.
 
     Raises:
         CheckpointError: a run is there.
-        InputError: anything else is there, an ending that means nothing, or no right to write.
+        InputError: anything else is there, an ending that means nothing, no right to write, or a run's config for a
+            file, which has none.
     """
     if out.is_dir() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty, and a run is never overwritten: choose another --out.")
     if out.is_file():
         raise InputError(f"{out} exists: choose another --out, or move it away.")
-    if out.suffix and out.suffix not in (".safetensors", *TORCH_SUFFIXES) and not out.is_dir():
-        raise InputError(f"--out={out}: expected .safetensors, .pt or .pth, or a name without an ending for a workdir.")
+    to_file = out.suffix in (".safetensors", *TORCH_SUFFIXES) and not out.is_dir()
+    # A number behind a dot, as in runs/v1.0, is no ending.
+    if out.suffix[1:2].isalpha() and not to_file and not out.is_dir():
+        raise InputError(
+            f"--out={out}: expected .safetensors, .pt or .pth, or a name without an ending for a workdir (or make that "
+            "folder first)."
+        )
+    if to_file and config is not None:
+        raise InputError(f"--config is of a run, and --out={out} is a file: leave it out, or write a workdir.")
     check_writable(out / "config.json" if out.is_dir() else out)
 
 
-def write(out: Path, found: Found, config: ConfigDict | None) -> str:
-    """Write the model in the form that `out` names; says what was written.
+def write(out: Path, found: Found, config: ConfigDict | None, expected: Checksum) -> tuple[str, Checksum]:
+    """Write the model in the form that `out` names, read it back and compare; what was written, and its check sum.
 
     Args:
         out: as `check_target` allows.
         found: what to write.
         config: the run's, of a workdir.
+        expected: the model's check sum.
 
     Raises:
         ConfigError: a model that this form cannot hold.
+        WeightsError: what was read back is another model; nothing of it stays.
     """
-    if out.suffix == ".safetensors":
-        save_own(out, found.model, found.step)
-        return f"{out}: {_size(out)}, this project's names, the model's config in the metadata"
-    if out.suffix in TORCH_SUFFIXES:
-        _write_torch(out, found.model)
-        return f'{out}: {_size(out)}, published names under "ema"'
-    _write_workdir(out, found, config)
-    return f"{out}: workdir of step {found.step}, parameters and moving average the same, optimizer new"
+    workdir = out.is_dir() or out.suffix not in (".safetensors", *TORCH_SUFFIXES)
+    with staged(out) as place:
+        if workdir:
+            _write_workdir(place, found, config)
+            kind = f"workdir of step {found.step}, parameters and moving average the same, optimizer new"
+        elif out.suffix == ".safetensors":
+            save_own(place, found.model, found.step)
+            kind = f"{_size(place)}, this project's names, the model's config in the metadata"
+        else:
+            _write_torch(place, found)
+            kind = f'{_size(place)}, published names under "ema", the model\'s config under "metadata"'
+        after = checksum(read(place).model)
+        if after != expected:
+            raise WeightsError(f"{out} would be another model than its source ({after} after {expected}): not written.")
+    return f"{out}: {kind}", after
 
 
-def checksum(model: MPDiT) -> str:
-    """A forward pass of two fixed examples, one of them of the null class: its size and a digest of its bits."""
-    x = jax.random.normal(jax.random.key(0), (2, *model.input_shape))
-    # DiT's times are steps; any number is as good for comparing.
-    velocity = np.asarray(model(x, jnp.array([0.25, 0.75]), jnp.array([0, model.num_classes])))
-    digest = hashlib.sha256(velocity.tobytes()).hexdigest()[:12]
-    return f"{digest} (RMS {float(np.sqrt(np.square(velocity).mean())):.6f})"
-
-
-def _write_torch(out: Path, model: MPDiT) -> None:
-    state = to_torch(model)
+def _write_torch(out: Path, found: Found) -> None:
+    state = to_torch(found.model)
     try:
         import torch
     except ImportError as error:
         raise MissingExtraError(
-            f"{out} is a PyTorch file: install the extra with `pip install 'mpdit_jax[torch]'`, or write .safetensors."
+            f"{out.name} is a PyTorch file: install the extra with `pip install 'mpdit_jax[torch]'`, or write "
+            ".safetensors."
         ) from error
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
     with replacing(out) as file:
-        torch.save({"ema": {name: torch.from_numpy(np.array(array)) for name, array in state.items()}}, file)
+        torch.save({"ema": tensors, "metadata": metadata_of(found.model, found.step) | {"names": PUBLISHED}}, file)
 
 
 def _write_workdir(out: Path, found: Found, config: ConfigDict | None) -> None:
@@ -146,15 +152,8 @@ def _write_workdir(out: Path, found: Found, config: ConfigDict | None) -> None:
         parameters=parameters,
         ema_parameters=jax.tree.map(jnp.copy, parameters),
     )
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
-    try:
-        with claim_workdir(temporary, resolved), Checkpoints(temporary, keep=1) as checkpoints:
-            checkpoints.save(found.step, to_items(state))
-        temporary.chmod(0o755)
-        os.replace(temporary, out)  # an empty folder in its place is replaced, one with anything in it is not
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with claim_workdir(out, resolved), Checkpoints(out, keep=1) as checkpoints:
+        checkpoints.save(found.step, to_items(state))
 
 
 def _run_config(model: ModelConfig, config: ConfigDict | None) -> ConfigDict:
@@ -164,7 +163,7 @@ def _run_config(model: ModelConfig, config: ConfigDict | None) -> ConfigDict:
     if model.convention != "velocity":
         raise ConfigError(
             f"a model that predicts by the convention {model.convention!r} cannot be trained here, and a workdir is of "
-            "a run: write .safetensors or .pt."
+            "a run: write .safetensors or .pt, and sample from Python as docs/weights.md shows."
         )
     if model.decoder_depth:
         raise ConfigError(f"model.decoder_depth={model.decoder_depth}: give the --config of its masked training.")
@@ -175,12 +174,6 @@ def _run_config(model: ModelConfig, config: ConfigDict | None) -> ConfigDict:
 
 def _parameters_of(model: ModelConfig) -> ModelConfig:
     return model.replace(**{name: vars(ModelConfig())[name] for name in _OF_THE_MACHINE})
-
-
-def same_or_raise(before: str, after: str, out: Path) -> None:
-    """Raise WeightsError if what was written computes something else."""
-    if before != after:
-        raise WeightsError(f"{out} computes something else than its source ({after} after {before}): do not use it.")
 
 
 def _size(path: Path) -> str:

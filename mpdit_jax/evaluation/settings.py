@@ -1,5 +1,6 @@
 """Which metrics are asked for, of which extractor; the settings of `config.eval` and their checks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from mpdit_jax.errors import ConfigError, InputError
@@ -36,6 +37,11 @@ def choose_metrics(text: str, features: str) -> tuple[str, ...]:
     return tuple(ALIASES.get(name, name) for name in names)
 
 
+def fewest_images(metrics: Sequence[str], k: int = 3) -> int:
+    """How many images each set must have for these metrics: two for a covariance, a k-th neighbour for precision."""
+    return k + 1 if {"precision", "recall"} & set(metrics) else 2
+
+
 def check_eval(config: Any) -> None:
     """Raise ConfigError for settings of `config.eval` that cannot be."""
     if config.every < 0:
@@ -47,6 +53,11 @@ def check_eval(config: Any) -> None:
     if not scales or not all(isinstance(scale, int | float) and 0 <= scale < 1e6 for scale in scales):
         raise ConfigError(f"config.eval.guidance_scales={scales}: expected numbers of 0 or more, such as 1.0,1.5.")
     try:
-        choose_metrics(config.metrics, config.features)
+        metrics = choose_metrics(config.metrics, config.features)
     except InputError as error:
         raise ConfigError(f"config.eval.{error}") from error
+    if config.num_samples < fewest_images(metrics):
+        raise ConfigError(
+            f"config.eval.num_samples={config.num_samples}: expected {fewest_images(metrics)} or more for "
+            f"config.eval.metrics={config.metrics}."
+        )

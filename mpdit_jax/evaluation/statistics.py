@@ -21,6 +21,7 @@ from mpdit_jax.evaluation.metrics import (
     precision_recall,
 )
 from mpdit_jax.evaluation.sets import open_npz
+from mpdit_jax.evaluation.settings import fewest_images
 from mpdit_jax.files import replacing
 
 OF_SINGLE_IMAGES = {"precision", "recall", "kid"}
@@ -228,12 +229,12 @@ def check_reference(reference: Statistics, metrics: Sequence[str]) -> None:
 
 def check_count(count: int, metrics: Sequence[str], k: int, whose: str) -> None:
     """Raise InputError unless a set of so many images is large enough for metrics."""
-    if {"precision", "recall"} & set(metrics) and count < k + 1:
-        raise InputError(
-            f"precision and recall with k={k} need {k + 1} images or more in each set: there are {count} {whose}."
+    fewest = fewest_images(metrics, k)
+    if count < fewest:
+        what = (
+            f"precision and recall with k={k} need" if {"precision", "recall"} & set(metrics) else "a covariance needs"
         )
-    if count < 2:
-        raise InputError(f"a covariance needs 2 images or more in each set: there are {count} {whose}.")
+        raise InputError(f"{what} {fewest} images or more in each set: there are {count} {whose}.")
 
 
 def check_same_size(reference: Mapping[str, Any], samples: Mapping[str, Any]) -> None:

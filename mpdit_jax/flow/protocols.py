@@ -67,3 +67,12 @@ class DeclaresConvention(Protocol):
 @runtime_checkable
 class Convertible(Factored, Castable, Portable, DeclaresConvention, Protocol):
     """A model that `as_velocity` can convert."""
+
+    @property
+    def config(self) -> Any:
+        """What it was made of, which `mpdit_jax.count` reads."""
+
+    def check(
+        self, x: jax.typing.ArrayLike, t: jax.typing.ArrayLike, y: jax.typing.ArrayLike, /
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The arguments of a call as arrays; raises InputError if they do not fit the model."""

@@ -97,12 +97,13 @@ def _candidates(state: State) -> Iterator[dict[str, Any]]:
         "hidden_size": width,
         "mlp_ratio": mlp / width,
         "num_classes": max(1, sizes.first((table, 0, 2), default=1001) - 1),
-        "class_tokens": 1 if dit else max(1, sizes.first((table, 1, 2), default=16 * width) // width),
         "condition": "vector" if dit else "tokens",
         "modulation": "per_block" if dit else "shared",
         "time_embedding": "fno" if fno else "sinusoidal",
         "skip": not skips or any(name.startswith(skips) for name in state),
     }
+    if not dit:
+        known["class_tokens"] = max(1, sizes.first((table, 1, 2), default=16 * width) // width)
     if fno:
         spectral = r"t_embedder\.conv\d+\.weights_(?:real|imag)"
         known |= {
@@ -112,6 +113,8 @@ def _candidates(state: State) -> Iterator[dict[str, Any]]:
         }
     tables = {level: state[name.positions] for level, name in enumerate(names) if name.positions in state}
     grids = {level: grid for level, array in tables.items() if (grid := _grid(array, width)) is not None}
+    if not grids:  # a table that is not one is better compared with one of its shape
+        grids = {level: shaped[0] for level, array in tables.items() if (shaped := _shaped_grids(array, width))}
     patch_embeds = "|".join(re.escape(f"{name.patches}.proj.weight") for name in names)
     for channels in sizes.all((patch_embeds, 1, 4)) or [4]:
         for patch_sizes in _patch_sizes(sizes, names, grids, width, channels):
@@ -186,12 +189,15 @@ def _count(state: State, pattern: str) -> int:
 
 
 def _grid(table: np.ndarray, width: int) -> tuple[int, int] | None:
-    """The grid whose sin-cos table this is: squares first, then every other rectangle of that many tokens."""
+    """The grid whose sin-cos table this is."""
+    grids = _shaped_grids(table, width)
+    return next((grid for grid in grids if is_table(table[0], sincos_positions(grid, width))), None)
+
+
+def _shaped_grids(table: np.ndarray, width: int) -> list[tuple[int, int]]:
+    """The grids of that many tokens, squares first."""
     if table.ndim != 3 or table.shape[0] != 1 or table.shape[2] != width or not table.shape[1] or width % 4:
-        return None
+        return []
     tokens = table.shape[1]
     grids = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
-    for grid in sorted(grids, key=lambda grid: abs(grid[0] - grid[1])):
-        if is_table(table[0], sincos_positions(grid, width)):
-            return grid
-    return None
+    return sorted(grids, key=lambda grid: abs(grid[0] - grid[1]))

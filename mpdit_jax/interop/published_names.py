@@ -120,6 +120,11 @@ def is_dit(names: Iterable[str]) -> bool:
     return any(name.startswith("blocks.") for name in names)
 
 
+def is_mpdit(names: Iterable[str]) -> bool:
+    """Whether these are an MPDiT's names."""
+    return any(name.startswith("downsample_blocks.") for name in names)
+
+
 def _mpdit_entries(config: ModelConfig) -> Iterator[Entry]:
     width, channels = config.hidden_size, config.in_channels
     for level, names in enumerate(level_names(len(config.depths))):

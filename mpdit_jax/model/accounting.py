@@ -1,25 +1,40 @@
 """What a model costs: parameters and multiply-adds, read off the config alone."""
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
+from mpdit_jax.errors import InputError
 from mpdit_jax.model.config import FNO_GRID, ModelConfig
 from mpdit_jax.model.embeddings import TIME_FEATURES
 from mpdit_jax.model.masking import kept_tokens
-from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.upsample import CONV_KERNEL, TRANSPOSED_KERNEL
 
 PAPER_TOKENS = 256  # at which the paper counts the attention of every block
 
 
-def count(model: MPDiT | ModelConfig) -> tuple[int, int]:
+@runtime_checkable
+class HasConfig(Protocol):
+    """A model, or what `mpdit_jax.as_velocity` makes of one."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """What it was made of."""
+
+
+def count(model: HasConfig | ModelConfig) -> tuple[int, int]:
     """Parameters and multiply-adds of a model.
 
     Returns:
         params: parameters as PyTorch counts them: the frozen position table of every level included.
         macs: true multiply-adds of one forward pass of one example, attention (both products, at the length each block
             really sees) included; norms, activations and FFTs are not multiply-adds of a matrix product and count zero.
+
+    Raises:
+        InputError: neither a model nor a config of one.
     """
-    config = model if isinstance(model, ModelConfig) else model.config
+    config = model.config if isinstance(model, HasConfig) else model
+    if not isinstance(config, ModelConfig):
+        raise InputError(f"model={type(model).__name__}: expected a model or a ModelConfig.")
     return count_parameters(config), count_macs(config)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from mpdit_jax.checks import is_whole, suggest
@@ -20,6 +21,14 @@ ATTENTIONS = ("xla", "cudnn")
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 _LARGEST = 2**24  # of any size: beyond every model, and few enough to multiply
 FNO_GRID = 32  # points of the FNO time embedding's grid
+_ONE_LEVEL = "one level"
+# What a kind of model has no use for, and why.
+_IDLE = {
+    "vector": (("class_tokens",), "condition='vector' has no class tokens"),
+    "sinusoidal": (("fno_width", "fno_modes", "fno_layers", "fno_init"), "time_embedding='sinusoidal' has no FNO"),
+    "fno": (("sinusoidal_layers",), "time_embedding='fno' has no such layers"),
+    _ONE_LEVEL: (("upsampler", "skip"), "patch_sizes={patch_sizes} is one level"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,14 +163,9 @@ class ModelConfig:
 
     def _check_switches(self) -> None:
         """A switch of a part that the model does not have would change nothing: say so."""
-        one_level, fno = len(self.depths) == 1, self.time_embedding == "fno"
-        for name, idle, default, reason in (
-            ("upsampler", one_level, "linear_linear", f"patch_sizes={self.patch_sizes} is one level"),
-            ("fno_init", not fno, "paper", "time_embedding='sinusoidal' has no FNO"),
-            ("sinusoidal_layers", fno, 2, "time_embedding='fno' has no such layers"),
-        ):
-            value = getattr(self, name)
-            if idle and value != default:
+        for name, reason in self.idle_switches().items():
+            value, default = vars(self)[name], vars(ModelConfig)[name]
+            if value != default:
                 raise ConfigError(
                     f"model.{name}={value!r} would change nothing, since {reason}: leave it at {default!r}."
                 )
@@ -179,6 +183,16 @@ class ModelConfig:
             raise ConfigError(
                 f"model.decoder_depth={self.decoder_depth} leaves no block of {self.depths[0]} to the trunk: use fewer."
             )
+
+    def idle_switches(self) -> dict[str, str]:
+        """The fields of parts that this model does not have, which keep their default, and why."""
+        kinds = {self.condition, self.time_embedding, *([_ONE_LEVEL] if len(self.depths) == 1 else [])}
+        return {
+            name: reason.format(patch_sizes=self.patch_sizes)
+            for kind, (names, reason) in _IDLE.items()
+            if kind in kinds
+            for name in names
+        }
 
     @property
     def mlp_size(self) -> int:
@@ -205,6 +219,20 @@ class ModelConfig:
             if name not in known:
                 raise ConfigError(f"unknown model field {name!r}{suggest(name, known)}; fields: {', '.join(known)}.")
         return dataclasses.replace(self, **changes)
+
+
+def without_idle(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a model without those of parts that it does not have.
+
+    Older versions let these be set, and stored them; what a user writes is refused instead.
+
+    Raises:
+        ConfigError: an unknown field, or an impossible value of the others.
+    """
+    switches = {name for names, _ in _IDLE.values() for name in names}
+    rest = {name: value for name, value in fields.items() if name not in switches}
+    idle = ModelConfig().replace(**rest).idle_switches()
+    return {name: value for name, value in fields.items() if name not in idle}
 
 
 def _integers(name: str, value: Any) -> tuple[int, ...]:

@@ -1,19 +1,26 @@
 """python -m mpdit_jax.convert: every form to every other and back, and what it refuses."""
 
+import argparse
 import itertools
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import mpdit_jax as mp
-from mpdit_jax import convert
+from mpdit_jax import convert, export, sample
+from mpdit_jax.errors import CheckpointError, DamageWarning
+from mpdit_jax.evaluation.command import reference_of
 from mpdit_jax.model.parameters import abstract, merge, split
 from mpdit_jax.model.presets import model_config
 from tests.conftest import Golden
-from tests.tiny import refusal, run, saved_arrays, train_arguments
+from tests.tiny import ROOT, refusal, run, saved_arrays, train_arguments
 
+DIT = {"patch_sizes": (2,), "depths": (1,), "time_embedding": "sinusoidal", "class_tokens": 16}
+DIT |= {"condition": "vector", "modulation": "per_block"}
 TINY = {"depths": (1, 1), "hidden_size": 16, "num_heads": 2, "input_size": 8, "num_classes": 3, "class_tokens": 2}
+SIZES = ("hidden_size", "num_heads", "num_classes")
 
 
 def random_model(**fields):
@@ -61,11 +68,10 @@ def test_all_the_way_round(golden, tmp_path, capsys):
 
 def test_variants_keep_their_config(tmp_path, capsys):
     """What has no published names has our own: also the scaled FNO, whose constants are in the config."""
-    from mpdit_jax.interop.own_files import own_step, save_own
+    from mpdit_jax.interop.own_files import save_own
 
     model = random_model(upsampler="linear_mlp", fno_init="scaled", mlp_ratio=3.0)
     save_own(tmp_path / "model.safetensors", model, step=7)
-    assert own_step(tmp_path / "model.safetensors") == 7
     again = mp.load_torch(tmp_path / "model.safetensors")
     assert again.config == model.config
     assert same(again, model)
@@ -167,8 +173,109 @@ def test_a_pickle_that_carries_code_is_refused_by_name(tmp_path):
 def test_a_dit_is_no_run(tmp_path):
     from mpdit_jax.interop.own_files import save_own
 
-    fields = {"patch_sizes": (2,), "depths": (1,), "time_embedding": "sinusoidal"}
-    model = random_model(**fields, condition="vector", modulation="per_block", convention="sit")
-    save_own(tmp_path / "sit.safetensors", model, 1)
-    message = refusal_of(f"--source={tmp_path / 'sit.safetensors'}", f"--out={tmp_path / 'run'}")
+    sit = tmp_path / "sit.safetensors"
+    save_own(sit, random_model(**DIT, convention="sit"), 1)
+    message = refusal_of(f"--source={sit}", f"--out={tmp_path / 'run'}")
     assert "by the convention 'sit' cannot be trained here" in message
+    assert "docs/weights.md" in message
+    refused = pytest.raises(CheckpointError, match=r"sit\.safetensors is a file, and .+docs/weights\.md shows how")
+    with refused:
+        sample.main([f"--workdir={sit}", f"--out={tmp_path / 'out.png'}"])
+    with refused:
+        export.main([f"--workdir={sit}", f"--out={tmp_path / 'out.bin'}"])
+    with refused:
+        reference_of(argparse.Namespace(workdir=str(sit), reference=""), None, (), tmp_path)
+
+
+@pytest.mark.parity
+def test_what_is_predicted_is_never_lost(tmp_path, capsys):
+    """A SiT of heads that no preset has, into a PyTorch file that says both, and on from there without being asked."""
+    pytest.importorskip("torch")
+    import safetensors.numpy
+
+    published, named, own = tmp_path / "sit.safetensors", tmp_path / "sit.pt", tmp_path / "own.safetensors"
+    safetensors.numpy.save_file(mp.to_torch(random_model(**DIT)), published)
+    assert "say which by convention=" in refusal_of(f"--source={published}", f"--out={named}", "--num_heads=4")
+    assert convert.main([f"--source={published}", f"--out={named}", "--convention=sit", "--num_heads=4"]) == 0
+    assert convert.main([f"--source={named}", f"--out={own}"]) == 0
+    assert "sit.pt: mpdit_jax, step 1\n" in capsys.readouterr().out
+    config = mp.load_torch(own).config
+    assert (config.convention, config.num_heads) == ("sit", 4)
+    for file in (named, own):  # what contradicts a file is not ignored
+        assert mp.load_torch(file, num_heads=4, convention="sit").config == config
+        for asked in ("convention='dit'", "num_heads=7"):
+            message = refusal_of(f"--source={file}", f"--out={tmp_path / 'no.pt'}", f"--{asked.replace(chr(39), '')}")
+            assert f"{asked}: {file} says of itself that it is" in message
+        with pytest.raises(mp.MPDiTError, match="convention='nonsense': expected one of velocity, sit, dit"):
+            mp.load_torch(file, convention="nonsense")
+
+
+@pytest.mark.parity
+def test_a_dit_of_ours_becomes_a_run_of_its_config(tmp_path, capsys):
+    """From a PyTorch file that does not say what it is, by the config that trains it; and the run knows what it is."""
+    torch = pytest.importorskip("torch")
+    state = {name: torch.tensor(array) for name, array in mp.to_torch(random_model(**DIT)).items()}
+    torch.save(state, tmp_path / "dit.pt")
+    config = [f"--config={ROOT / 'configs/ablations/dit_b_2.py'}", "--config.model.depths=1"]
+    config += ["--config.model.input_size=8", *(f"--config.model.{name}={TINY[name]}" for name in SIZES)]
+    source, out = f"--source={tmp_path / 'dit.pt'}", f"--out={tmp_path / 'run.v1.0'}"  # .0 is no ending
+    asked = ["--convention=velocity", "--num_heads=2"]
+    assert convert.main([source, out, *asked, *config]) == 0
+    assert "config is of a run, and" in refusal_of(source, f"--out={tmp_path / 'x.pt'}", *asked, *config)
+    capsys.readouterr()
+    run, out = f"--source={tmp_path / 'run.v1.0'}", f"--out={tmp_path / 'x.safetensors'}"
+    assert "num_heads=3: " in refusal_of(run, out, "--num_heads=3")
+    assert "convention='dit': " in refusal_of(run, out, "--convention=dit")
+    # A newest checkpoint that is damaged is not the one that is read.
+    checkpoints = tmp_path / "run.v1.0" / "checkpoints"
+    shutil.copytree(checkpoints / "1", checkpoints / "9")
+    with pytest.warns(DamageWarning, match="step 1 is used"):
+        assert convert.main([run, out]) == 0
+    assert "moving average of step 1\n" in capsys.readouterr().out
+    assert convert.main([f"--source={tmp_path / 'x.safetensors'}", f"--out={tmp_path / 'y.safetensors'}"]) == 0
+    assert "x.safetensors: mpdit_jax, step 1\n" in capsys.readouterr().out
+
+
+def test_a_model_for_another_machine_is_the_same_model(tmp_path, capsys, monkeypatch):
+    """It is verified before it takes its place: nothing stays of what is not the same."""
+    from mpdit_jax.converting import forms
+    from mpdit_jax.interop.own_files import save_own
+
+    save_own(tmp_path / "gpu.safetensors", random_model(platform="gpu", dtype="bfloat16"), 3)
+    source, out = f"--source={tmp_path / 'gpu.safetensors'}", tmp_path / "out.safetensors"
+    assert forms._parameters_of(random_model(platform="gpu").config) == forms._parameters_of(random_model().config)
+    assert convert.main([source, f"--out={out}"]) == 0
+    assert mp.load_torch(out).config.platform == "gpu"
+    out.unlink()
+    monkeypatch.setattr(forms, "save_own", lambda path, model, step: save_own(path, changed(model), step))
+    assert "would be another model than its source" in refusal_of(source, f"--out={out}")
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.safetensors"]
+
+
+def changed(model, name="class_embedding.table"):
+    """That model with one entry of one parameter another, of a class that no check sum's forward pass sees."""
+    structure, parameters = split(model)
+    place = (1,) + (0,) * (parameters[name].ndim - 1)
+    return merge(structure, {**parameters, name: parameters[name].at[place].add(1.0)})
+
+
+def test_a_check_sum_is_of_every_parameter():
+    """Also of the rows of other classes, and of a model that computes nothing yet."""
+    from mpdit_jax.converting.checksum import checksum
+
+    model = random_model()
+    structure, parameters = split(model)
+    dark = [merge(structure, {**parameters, "final.kernel": parameters["final.kernel"] * 0,
+                              "final.bias": parameters["final.bias"] * 0})]  # fmt: skip
+    for one in (model, *dark):
+        before, after = checksum(one), checksum(changed(one))
+        assert before == checksum(one)
+        assert before.forward == after.forward
+        assert before.parameters != after.parameters
+
+
+@pytest.mark.parametrize(("step", "expected"), [("7", 7), ("7²", None), ("", None), ("-1", None), ("9" * 5000, None)])
+def test_a_step_that_is_none(step, expected):
+    from mpdit_jax.interop.own_files import stored_step
+
+    assert stored_step({"step": step}) == expected

@@ -157,6 +157,16 @@ def test_a_preset_on_the_command_line_wins_over_the_file():
     assert (model.patch_sizes, model.input_size, model.num_classes) == ((2, 1), (8, 8), 10)
 
 
+def test_what_the_preset_has_no_use_for_is_left_out_of_the_file():
+    """configs/digits.py says class_tokens=2, which a DiT has not; who asks for it is told so."""
+    from mpdit_jax.config import resolve
+    from mpdit_jax.errors import ConfigError
+
+    assert resolve(parsed("--config.model.preset=dit_s_2")).model.class_tokens == 16
+    with pytest.raises(ConfigError, match=r"model\.class_tokens=4 would change nothing"):
+        resolve(parsed("--config.model.preset=dit_s_2", "--config.model.class_tokens=4"))
+
+
 def test_empty_workdir_is_refused(capsys):
     with pytest.raises(SystemExit):
         train.main([f"--config={ROOT / 'configs/digits.py'}", "--workdir="])

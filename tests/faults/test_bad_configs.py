@@ -25,12 +25,12 @@ from mpdit_jax.training.step import make_draw, make_loss, make_step
 from tests.faults.damage import MUTATIONS, REAL, TUPLE, WHOLE, WORD, bulk
 from tests.tiny import ROOT
 
-RUNS = int(os.environ.get("MPDIT_JAX_RUNS", "6"))
+RUNS = int(os.environ.get("MPDIT_JAX_RUNS", "4"))
 UNOPTIMIZED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 TINY = {
     "steps": 1, "batch_size": 4, "data.split": "all", "sample.every": 0, "model.patch_sizes": (2, 1),
     "model.depths": (1, 1), "model.hidden_size": 16, "model.num_heads": 2, "model.input_size": (8, 8),
-    "model.in_channels": 1, "model.num_classes": 10, "model.class_tokens": 2, "model.fno_width": 4,
+    "model.in_channels": 1, "model.num_classes": 10, "model.class_tokens": 2,
     "model.time_embedding": "sinusoidal",
 }  # fmt: skip
 

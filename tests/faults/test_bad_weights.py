@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from mpdit_jax import load_torch
 from mpdit_jax.errors import ConfigError, InputError, WeightsError
 from mpdit_jax.evaluation.classifier import ClassifierConfig, initialize, load_classifier, save_classifier
 from mpdit_jax.evaluation.extraction import FeatureFolder
 from mpdit_jax.evaluation.extractors import build_classifier
 from mpdit_jax.evaluation.sets import ArrayImages, open_npz
 from mpdit_jax.evaluation.statistics import collect, holds_statistics, load_statistics, save_statistics
-from mpdit_jax.interop.own_files import load_own, own_step, save_own
+from mpdit_jax.interop.own_files import save_own, stored_step
+from mpdit_jax.interop.torch_weights import load_with_metadata
 from mpdit_jax.vae.weights import load_folder
 from tests.faults.damage import MUTATIONS, json_survives, survives
 from tests.flow.toys import tiny_model
@@ -99,7 +99,8 @@ def test_a_model_of_ours(tmp_path):
     save_own(path, tiny_model(), 3)
 
     def read(path):
-        own_step(path)
-        return load_own(path) or load_torch(path, num_heads=2)
+        model, metadata = load_with_metadata(path, num_heads=2)
+        stored_step(metadata)
+        return model
 
     survives(path, path.read_bytes(), read, (WeightsError, ConfigError), count=FEW // 2)

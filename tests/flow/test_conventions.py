@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import mpdit_jax as mp
 from mpdit_jax.errors import ConfigError, InputError
@@ -23,7 +24,7 @@ def test_euler_on_a_dit_is_ddim():
     velocity, labels = mp.as_velocity(model), np.array([3, 7])
     betas = np.linspace(1e-4, 0.02, 1000)
     alpha, sigma = np.sqrt(np.cumprod(1 - betas)), np.sqrt(1 - np.cumprod(1 - betas))
-    steps = [999, 900, 640, 333, 120, 40, 3]
+    steps = [999, 900, 640, 333, 120, 40, 3, 0]
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 4))
     z = x / (alpha[999] + sigma[999])
     for now, then in itertools.pairwise(steps):
@@ -35,11 +36,86 @@ def test_euler_on_a_dit_is_ddim():
         assert relative_error(z * (alpha[then] + sigma[then]), x) < 2e-4
 
 
-def test_a_sit_runs_from_noise_to_data():
+def test_both_ends_of_a_dit_are_its_first_and_last_step():
+    """At t = 1 as of x_999, below the first step's t as of step 0: the velocity is ε − x, x by DiT's own formula."""
+    model, labels = load("dit"), np.array([3, 7])
+    velocity, z = mp.as_velocity(model), np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
+    bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    noise = np.asarray(model(z, np.full(2, 999, np.float32), labels))
+    data = (z - np.sqrt(1 - bars[999]) * noise) / np.sqrt(bars[999])
+    assert relative_error(velocity(z, np.ones(2, np.float32), labels), noise - data) < 1e-4
+    for t in (0.0, 0.004, 0.0095):
+        unit = (z / np.hypot(t, 1 - t)).astype(np.float32)
+        noise = np.asarray(model(unit, np.zeros(2, np.float32), labels))
+        data = (z - t * noise) / (1 - t)
+        assert relative_error(velocity(z, np.full(2, t, np.float32), labels), noise - data) < 1e-5
+
+
+class GaussianDiT(nnx.Module):
+    """The exact ε of data with mean 0 and variance 1: of x_k, whose variance is then 1 too, √(1 − ᾱ_k) x_k."""
+
+    input_shape, num_classes, convention, config = (1, 1, 1), 1, "dit", None
+
+    def check(self, x, t, y):
+        return jnp.asarray(x), jnp.asarray(t), jnp.asarray(y)
+
+    def modulation(self, t):
+        bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+        return jnp.interp(t, np.arange(1000.0), np.sqrt(1 - bars))
+
+    def class_embedding(self, y):
+        return y
+
+    def velocity(self, x, modulation, class_embedding):
+        return modulation[:, None, None, None] * x
+
+    def __call__(self, x, t, y):
+        return self.velocity(x, self.modulation(t), y)
+
+    def astype(self, dtype):
+        return self
+
+    def for_platform(self, platform):
+        return self
+
+
+def test_a_dit_with_the_exact_noise_has_the_exact_velocity():
+    """But for the first hundredth of the path, where its docstring says by how much it is off."""
+    t = np.array([0.0, 0.005, 0.01, 0.1, 0.5, 0.9, 0.99], np.float32)
+    z = np.full((7, 1, 1, 1), 0.7, np.float32)
+    found = np.asarray(mp.as_velocity(GaussianDiT())(z, t, np.zeros(7, int))).reshape(-1)
+    exact = 0.7 * (2 * t - 1) / ((1 - t) ** 2 + t**2)  # E[n − x | z_t = z]
+    error = np.abs(found - exact) / 0.7
+    assert error[2:].max() < 4e-5
+    assert 0.0095 < error[0] < 0.0105
+    assert 0.0045 < error[1] < 0.0055
+
+
+def test_a_sit_is_stepped_in_its_own_direction():
+    """Its time rises from the noise at 0 to the data at 1, and x moves with what it predicts."""
+    model, labels = load("sit"), np.array([4, 10])
+    noise = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
+    x = noise.astype(np.float64)
+    for time in np.arange(6) / 6:
+        x = x + np.asarray(model(x.astype(np.float32), np.full(2, time, np.float32), labels)) / 6
+    sampler = mp.make_sampler(solver="euler", steps=6)
+    assert relative_error(sampler(mp.as_velocity(model), labels, jax.random.key(0), noise=noise), x) < 1e-5
+
+
+def test_a_converted_model_is_a_model():
+    """It checks what it is called with, is a velocity already, and costs what it costs."""
     model = load("sit")
-    velocity, x = mp.as_velocity(model), np.random.default_rng(0).normal(size=(3, 8, 8, 4)).astype(np.float32)
-    t, labels = np.array([0.1, 0.5, 1.0], np.float32), np.array([0, 4, 10])
-    assert relative_error(velocity(x, t, labels), -np.asarray(model(x, 1 - t, labels))) == 0
+    converted, x, t = mp.as_velocity(model), np.zeros((1, 8, 8, 4), np.float32), np.zeros(1, np.float32)
+    with pytest.raises(InputError, match="label 99 is out of range: this model has classes 0 to 9"):
+        converted(x, t, np.array([99]))
+    with pytest.raises(InputError, match=r"this model takes x \(B, 8, 8, 4\)"):
+        converted(x[..., :3], t, np.array([1]))
+    assert mp.as_velocity(converted) is converted
+    assert mp.count(converted) == mp.count(model)
+    with pytest.raises(InputError, match="model=SiTVelocity: expected a model from load_torch or create_model itself"):
+        mp.to_torch(converted)
+    with pytest.raises(InputError, match="model=str: expected a model or a ModelConfig"):
+        mp.count("mpdit_b")
 
 
 @pytest.mark.parametrize("convention", ["dit", "sit"])

@@ -6,6 +6,7 @@ import pytest
 
 import mpdit_jax as mp
 from mpdit_jax.errors import ConfigError, WeightsError
+from mpdit_jax.model.parameters import abstract, merge
 from mpdit_jax.model.presets import model_config
 from tests.conftest import Golden, relative_error
 
@@ -35,7 +36,7 @@ def test_its_shape_is_read_off(state):
 
 
 def test_round_trip(state):
-    """Without the variance the way back is exact, and what was written needs no convention."""
+    """Without the variance the way back is exact; names do not tell what is predicted, and it is asked for again."""
     once = mp.to_torch(mp.load_torch(state, num_heads=4, convention="sit"))
     cut = ("final_layer.linear.weight", "final_layer.linear.bias")
     assert once.keys() == state.keys()
@@ -44,19 +45,49 @@ def test_round_trip(state):
         if name in cut:
             expected = expected.reshape(4, 8, -1)[:, :4].reshape(array.shape)
         assert array.tobytes() == expected.tobytes(), name
-    again = mp.load_torch(once, num_heads=4)
-    assert again.config.convention == "velocity"
+    with pytest.raises(WeightsError, match="say which by convention='dit', 'sit' or 'velocity'"):
+        mp.load_torch(once, num_heads=4)
+    again = mp.load_torch(once, num_heads=4, convention="sit")
+    assert again.config == mp.load_torch(state, num_heads=4, convention="sit").config
     assert all(array.tobytes() == once[name].tobytes() for name, array in mp.to_torch(again).items())
 
 
 def test_the_convention_is_asked_for(state):
-    with pytest.raises(WeightsError, match="say which by convention='dit' or 'sit'"):
+    with pytest.raises(WeightsError, match="say which by convention='dit', 'sit' or 'velocity'"):
         mp.load_torch(state, num_heads=4)
     with pytest.raises(WeightsError, match="convention='ddpm': expected one of velocity, sit, dit"):
         mp.load_torch(state, num_heads=4, convention="ddpm")
     mpdit = Golden("mpdit_two_level_fno").group("state/")
-    with pytest.raises(WeightsError, match="convention='sit': state dict has an MPDiT's names"):
+    with pytest.raises(WeightsError, match="convention='sit': state dict has an MPDiT's names, which is a velocity"):
         mp.load_torch(mpdit, num_heads=4, convention="sit")
+
+
+def test_what_is_no_dit_is_not_called_an_mpdit(state):
+    for other, entries in (({}, "0 entries, such as none"), ({"conv.weight": np.zeros(3)}, "1 entries, such as conv")):
+        with pytest.raises(WeightsError, match=rf"convention='sit': state dict has {entries}.*expected a DiT's names"):
+            mp.load_torch(other, convention="sit")
+    # torch.compile's prefix, also behind DataParallel's, is no other kind of model.
+    wrapped = {f"module._orig_mod.{name}": array for name, array in state.items()}
+    assert mp.load_torch(wrapped, num_heads=4, convention="dit").config.hidden_size == 48
+
+
+def test_the_variance_is_of_weight_and_bias_or_of_neither(state):
+    bias = state["final_layer.linear.bias"].reshape(4, 8)[:, :4].reshape(-1)
+    with pytest.raises(WeightsError, match=r"final_layer\.linear\.weight is \(32, 48\) instead of \(16, 48\)"):
+        mp.load_torch({**state, "final_layer.linear.bias": bias}, num_heads=4, convention="sit")
+
+
+def test_a_table_that_is_not_one_is_called_so(state):
+    with pytest.raises(WeightsError) as error:
+        mp.load_torch({**state, "pos_embed": state["pos_embed"] + 1e-2}, num_heads=4, convention="sit")
+    assert "): not the fixed sin-cos position table: pos_embed. Expected the published DiT names" in str(error.value)
+
+
+def test_what_a_preset_of_ours_writes_is_read_as_its_config():
+    small = {"depths": (1,), "hidden_size": 16, "num_heads": 2, "num_classes": 3, "input_size": 8}
+    structure, shapes = abstract(model_config("dit_b_2", **small))
+    model = merge(structure, {name: jnp.zeros(leaf.shape) for name, leaf in shapes.items()})
+    assert mp.load_torch(mp.to_torch(model), num_heads=2, convention="velocity").config == model.config
 
 
 @pytest.mark.parametrize("damage", [None, lambda array: array[..., None], lambda array: np.concatenate([array] * 4)])

@@ -25,6 +25,8 @@ from mpdit_jax.studies.fno_width import initial_sizes
 
 SMALL = {"hidden_size": 16, "num_heads": 2, "num_classes": 3, "input_size": 8, "depths": (1, 1), "class_tokens": 2}
 ONE_LEVEL = {"patch_sizes": (2,), "depths": (2,)}
+VECTOR = {"condition": "vector", "class_tokens": 16}  # which has none, and leaves their number alone
+SINUSOIDAL = {"time_embedding": "sinusoidal"}
 VARIANTS = {
     **{f"upsampler={name}": {"upsampler": name} for name in UPSAMPLERS},
     "ratio of 4": {"patch_sizes": (4, 1), "upsampler": "conv_transpose"},
@@ -33,9 +35,9 @@ VARIANTS = {
     **{f"fno, {n} layers": {"fno_layers": n, "fno_width": 8, "fno_modes": 4} for n in (2, 4)},
     "fno, scaled": {"fno_init": "scaled", "fno_width": 8},
     **{f"{m} class tokens": {"class_tokens": m} for m in (1, 32)},
-    "vector, shared": {"condition": "vector"},
+    "vector, shared": VECTOR,
     "tokens, per block": {"modulation": "per_block"},
-    "vector, per block": {"condition": "vector", "modulation": "per_block"},
+    "vector, per block": {**VECTOR, "modulation": "per_block"},
     "no skip": {"skip": False},
     "isotropic": ONE_LEVEL,
     "isotropic, decoder": {**ONE_LEVEL, "decoder_depth": 1},
@@ -139,6 +141,11 @@ def test_the_scaled_fno_is_the_same_size_at_every_width():
     ({**ONE_LEVEL, "upsampler": "linear"}, "'linear' would change nothing, since patch_sizes=.2,. is one level"),
     ({"time_embedding": "sinusoidal", "fno_init": "scaled"}, "'scaled' would change nothing, since time_embedding="),
     ({"sinusoidal_layers": 3}, "3 would change nothing, since time_embedding='fno' has no such layers: leave it at 2"),
+    ({**VECTOR, "class_tokens": 3}, "3 would change nothing, since condition='vector' has no class tokens: leave it"),
+    ({**SINUSOIDAL, "fno_width": 64}, "model.fno_width=64 would change nothing, since time_embedding='sinusoidal' has"),
+    ({**SINUSOIDAL, "fno_modes": 8}, "model.fno_modes=8 would change nothing"),
+    ({**SINUSOIDAL, "fno_layers": 5}, "model.fno_layers=5 would change nothing"),
+    ({**ONE_LEVEL, "skip": False}, "model.skip=False would change nothing, since patch_sizes=.2,. is one level"),
     ({"decoder_depth": 1}, "random masking is for isotropic models, of one level"),
     ({**ONE_LEVEL, "decoder_depth": 2}, "leaves no block of 2 to the trunk"),
     ({**ONE_LEVEL, "decoder_depth": -1}, "decoder_depth=-1: expected a whole number, 0 or more"),

@@ -2,14 +2,19 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from ml_collections import FrozenConfigDict
 
-from mpdit_jax.errors import ConfigError
+from mpdit_jax.errors import ConfigError, InputError
+from mpdit_jax.sampling.run import finish
 from mpdit_jax.train import main
-from mpdit_jax.training import evaluation
+from mpdit_jax.training import evaluation, reference
 from tests.tiny import train_arguments
 from tests.training.test_processes import launch
 
@@ -49,7 +54,7 @@ def test_evaluations_have_lines_of_their_own_and_curves(undisturbed):
     events = EventAccumulator(str(undisturbed / "tensorboard"))
     events.Reload()
     assert names <= set(events.Tags()["scalars"])
-    assert (undisturbed / "evaluation/real.npz").is_file()
+    assert len(list((undisturbed / "evaluation").glob("real_*.npz"))) == 1
 
 
 def test_a_run_stopped_within_an_evaluation_makes_up_for_it(undisturbed, tmp_path, monkeypatch):
@@ -70,6 +75,50 @@ def test_a_run_stopped_within_an_evaluation_makes_up_for_it(undisturbed, tmp_pat
     assert (workdir / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
 
 
+def test_a_run_stopped_while_it_looks_at_real_images_makes_up_for_it(undisturbed, tmp_path, monkeypatch):
+    read = reference.SourceImages.read
+
+    def stopped(self, indices):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return read(self, indices)
+
+    monkeypatch.setattr(reference.SourceImages, "read", stopped)
+    assert main(train_arguments(tmp_path / "run", *EVAL)) == 0
+    assert [line["step"] for line in lines(tmp_path / "run")] == [3]
+    assert not list((tmp_path / "run/evaluation").glob("real_*.npz"))
+    monkeypatch.undo()
+    assert main(train_arguments(tmp_path / "run", *EVAL)) == 0
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+def test_another_classifier_looks_at_the_real_images_again(undisturbed, tmp_path):
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    whole = lines(workdir)
+    (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in whole[:-1]))
+    (workdir / "evaluation/classifier.safetensors").unlink()
+    assert main(train_arguments(workdir, *EVAL, "--config.eval.classifier_steps=10")) == 0
+    assert lines(workdir)[-1].keys() == whole[-1].keys()
+    assert lines(workdir)[-1] != whole[-1]
+    (kept,) = (workdir / "evaluation").glob("real_*.npz")
+    assert kept.name not in {path.name for path in (undisturbed / "evaluation").iterdir()}
+
+
+def test_samples_that_are_not_finite_are_counted(undisturbed, tmp_path, monkeypatch):
+    """With too few left for precision and recall there is no number for these, and the run goes on."""
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    whole = lines(workdir)
+    (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in whole[:-1]))
+
+    def broken(pictures, labels, rows):
+        return finish(np.where(rows[:, None, None, None] < 3, pictures, np.nan), labels, rows)
+
+    monkeypatch.setattr(evaluation, "finish", broken)
+    assert main(train_arguments(workdir, *EVAL)) == 0
+    last = lines(workdir)[-1]
+    assert set(last) == {"step"} | {f"eval/{m}/guidance_{w}" for m in ("FD(classifier)", "not_finite") for w in (1, 2)}
+    assert last["eval/not_finite/guidance_1"] == 21
+
+
 def test_a_finished_run_makes_up_for_its_last_evaluation(undisturbed, tmp_path, capsys):
 
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
@@ -88,10 +137,29 @@ def test_a_finished_run_makes_up_for_its_last_evaluation(undisturbed, tmp_path, 
     ("--config.eval.num_samples=0", "config.eval.num_samples=0: expected 1 or more"),
     ("--config.eval.every=-1", "config.eval.every=-1"),
     ("--config.eval.features=vgg", "features='vgg'"),
+    ("--config.eval.num_samples=3", "config.eval.num_samples=3: expected 4 or more for config.eval.metrics=fd,pre"),
+    ("--config.eval.reference=NOTHING", "NOTHING: no such file or folder"),
+    ("--config.eval.reference=FEW", "has 3 image(s), and config.eval.metrics=fd,precision,recall need 4 or more"),
+    ("--config.eval.reference=LARGE", "has images of (16, 16) (height, width) and this run draws (8, 8)"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_refused_before_training(override, sentence, tmp_path):
-    with pytest.raises(ConfigError, match=sentence.replace(".", r"\.")):
+    for name, shape in (("FEW", (3, 8, 8, 1)), ("LARGE", (5, 16, 16, 1))):
+        np.savez(tmp_path / f"{name}.npz", arr_0=np.zeros(shape, np.uint8))
+        override = override.replace(name, str(tmp_path / f"{name}.npz"))
+    with pytest.raises((ConfigError, InputError), match=re.escape(sentence)):
         main(train_arguments(tmp_path / "run", *EVAL, override))
+
+
+def test_too_few_samples_are_warned_of(capsys):
+    """A perfect model's FD of so few is far from zero."""
+    config = FrozenConfigDict({"eval": {"num_samples": 100}})
+    one = evaluation.Evaluator.__new__(evaluation.Evaluator)
+    one._config, one._metrics = config, ("fd",)
+    extractor = SimpleNamespace(name="inception", outputs={"pool": 2048})
+    one._check(extractor)
+    assert "num_samples=100 are fewer than the 2048 features of inception: FID comes out too high" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.slow

@@ -1,0 +1,190 @@
+"""What samples are compared with while a run trains: saved statistics, images, or the run's own data."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from mpdit_jax.config import what_is_read
+from mpdit_jax.data.sources import Source, limited
+from mpdit_jax.errors import ConfigError, InputError
+from mpdit_jax.evaluation.decoding import find_decode
+from mpdit_jax.evaluation.extractors import Extractor
+from mpdit_jax.evaluation.sets import ImageBlocks, SourceImages, open_set
+from mpdit_jax.evaluation.settings import fewest_images
+from mpdit_jax.evaluation.statistics import (
+    OF_SINGLE_IMAGES,
+    Statistics,
+    check_same_size,
+    holds_statistics,
+    load_statistics,
+    save_statistics,
+)
+from mpdit_jax.processes import any_process, first_does
+from mpdit_jax.sampling.decoding import Decode
+from mpdit_jax.training.shares import Shares, shares
+
+_MOST = 50_000  # images of the run's own data that are looked at, evenly spread over it
+
+
+class Reference:
+    """The real images of `config.eval`. They are looked at once; what was seen is kept beside the run."""
+
+    def __init__(
+        self,
+        config: FrozenConfigDict,
+        folder: Path,
+        source: Source,
+        decode: Decode | None,
+        metrics: Sequence[str],
+        stopped: Callable[[], bool],
+    ) -> None:
+        """Nothing is opened yet; see `check`.
+
+        Args:
+            config: of the run, resolved.
+            folder: where the statistics are kept.
+            source: the run's data.
+            decode: from latents to images, for a run on latents.
+            metrics: by our names.
+            stopped: whether this process was asked to stop.
+        """
+        self._config, self._folder = config, folder
+        self._own, self._stopped = _Decoded(source, decode), stopped
+        self._single = bool(OF_SINGLE_IMAGES & set(metrics))
+        self._fewest = fewest_images(metrics)
+
+    def check(self, extractor: Extractor | None) -> None:
+        """Find out before hours of training what cannot be compared with.
+
+        Args:
+            extractor: None where it is made later.
+
+        Raises:
+            ConfigError: too few images, or images of another size than the samples.
+            InputError, DataError: a reference that cannot be read, or is of another extractor.
+        """
+        place = self._config.eval.reference
+        if not place:
+            self._check_count(len(self._own), "the run's data")
+        elif holds_statistics(Path(place)):
+            if extractor is not None:
+                check_same_size(self._load(place, extractor).about, {"shape": self._own.shape})
+        else:
+            images = self._open(place)
+            self._check_count(len(images), f"config.eval.reference={place}")
+            if images.shape[:2] != self._own.shape[:2]:
+                raise ConfigError(
+                    f"config.eval.reference={place} has images of {images.shape[:2]} (height, width) and this run "
+                    f"draws {self._own.shape[:2]}: expected the same size."
+                )
+
+    def statistics(self, extractor: Extractor, mesh: jax.sharding.Mesh) -> Statistics | None:
+        """Of the reference under an extractor, on every process; None if one of them was asked to stop meanwhile.
+
+        Args:
+            extractor: the network.
+            mesh: of this process's devices.
+
+        Raises:
+            InputError, DataError: a reference that cannot be read.
+        """
+        place = self._config.eval.reference
+        if place and holds_statistics(Path(place)):
+            return self._load(place, extractor)
+        with jax.set_mesh(mesh):
+            images: ImageBlocks = self._open(place, extractor.channels) if place else self._own_images()
+        path = self._folder / f"real_{self._digest(extractor, images.about)}.npz"
+        earlier = _read(path, extractor)
+        # Decided together, before the first process can write what the others look for.
+        if not any_process(earlier is None) and earlier is not None:
+            return earlier
+        seen = Shares(extractor)
+        for rows in shares(len(images), extractor.batch_size, "looking at real images:", "images", self._stopped):
+            if rows is None:
+                return None
+            if len(rows):
+                with jax.set_mesh(mesh):
+                    seen.add(images.read(rows), rows)
+        found = seen.together(images.about, single=self._single)
+        if found is None:
+            raise InputError(f"{images.about['path']}: expected two images or more to compare with.")
+        first_does(lambda: self._keep(path, found))
+        return found
+
+    def _load(self, place: str, extractor: Extractor) -> Statistics:
+        stored = load_statistics(place, extractor)
+        if self._single and stored.features is None:
+            raise InputError(
+                f"config.eval.reference={place} has moments only, and config.eval.metrics compare single images: "
+                "give statistics written with --save_features, or images."
+            )
+        return stored
+
+    def _open(self, place: str, channels: int = 3) -> ImageBlocks:
+        # A store is decoded by the VAE of the run: loaded anew, and let go of with what it decodes.
+        find = find_decode(self._config.sample.vae, name="config.sample.vae")
+        return open_set(place, channels=channels, find=find)
+
+    def _own_images(self) -> SourceImages:
+        about = {"path": "the data of the run", "most": _MOST, "data": what_is_read(self._config.data)}
+        return SourceImages(limited(self._own, _MOST), about)
+
+    def _check_count(self, count: int, name: str) -> None:
+        if count < self._fewest:
+            raise ConfigError(
+                f"{name} has {count} image(s), and config.eval.metrics={self._config.eval.metrics} need {self._fewest} "
+                "or more."
+            )
+
+    def _digest(self, extractor: Extractor, about: dict[str, Any]) -> str:
+        """Of everything that decides what is seen: of another classifier or data set there is another file."""
+        decides = json.dumps([extractor.fingerprint, about, self._single], sort_keys=True)
+        return hashlib.sha256(decides.encode()).hexdigest()[:16]
+
+    def _keep(self, path: Path, found: Statistics) -> None:
+        save_statistics(path, found, features=self._single)
+        for other in self._folder.glob(f"real_{'?' * 16}.npz"):
+            if other != path:
+                other.unlink()  # ours, of what was compared with before
+
+
+def _read(path: Path, extractor: Extractor) -> Statistics | None:
+    """What was kept; None where there is nothing, or damaged, for it can be made again."""
+    try:
+        return load_statistics(path, extractor) if path.is_file() else None
+    except InputError:
+        return None
+
+
+class _Decoded:
+    """A source whose examples are images: its own, or what the VAE makes of its latents' means."""
+
+    def __init__(self, source: Source, decode: Decode | None) -> None:
+        self._source, self._decode = source, decode
+        self.class_names, self.labels, self.latents = source.class_names, source.labels, None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of each; of latents by decoding one."""
+        if self._source.latents is None:
+            return self._source.shape
+        height, width, channels = self.batch(np.arange(1))["x"].shape[1:]
+        return height, width, channels
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """`x` float32 (n, H, W, C) in [-1, 1] of the examples at `indices`."""
+        batch, space = self._source.batch(indices), self._source.latents
+        if space is None or self._decode is None:
+            return {"x": batch["x"]}
+        mean, std = np.array(space.mean, np.float32), np.array(space.std, np.float32)
+        latents = (batch["mean"][:, 0].astype(np.float32) - mean) / std  # (n, h, w, C)
+        return {"x": np.clip(np.asarray(self._decode(jax.numpy.asarray(latents))), -1, 1)}
