@@ -5,13 +5,16 @@ import json
 
 import numpy as np
 import pytest
+from ml_collections import FrozenConfigDict
 
 from mpdit_jax import evaluate
+from mpdit_jax.data.sources import load_digits
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation import command
 from mpdit_jax.evaluation.runs import DrawnImages
 from mpdit_jax.evaluation.statistics import collect, save_statistics
 from mpdit_jax.sampling.blocks import Block, BlockFolder
+from mpdit_jax.training.reference import Reference
 from mpdit_jax.vae import load_vae
 from tests.preparing.conftest import make_vae
 from tests.sampling.conftest import make_workdir
@@ -68,6 +71,9 @@ def test_statistics_and_batches_of_another_size_are_refused_before_anything_is_d
         with pytest.raises(InputError, match="the samples are 8x8 pixels and the reference is 16x16"):
             evaluate.main([samples, features, f"--reference={stats}", "--metrics=fd", f"--out={tmp_path / 'o.json'}"])
     assert not (tmp_path / "o.json.unfinished").exists()
+    config = FrozenConfigDict({"eval": {"reference": str(stats), "metrics": "fd"}})
+    with pytest.raises(InputError, match="the samples are 8x8 pixels and the reference is 16x16"):  # as while training
+        Reference(config, tmp_path, load_digits(), None, ["fd"], lambda: False).check(extractor)
     # A foreign file says nothing of a size, but the images in it do.
     as_inception(monkeypatch, dataclasses.replace(extractor, name="inception"))
     with np.load(stats) as archive:
