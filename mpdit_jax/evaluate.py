@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from mpdit_jax.cli import Parser, add_tile_option, make_parser, run
 from mpdit_jax.errors import InputError
+from mpdit_jax.evaluation.settings import choose_metrics, metric_names
 from mpdit_jax.processes import add_flags, join
 
 _EXAMPLES = """\
@@ -38,7 +39,8 @@ def make_evaluate_parser() -> Parser:
         "--reference",
         default="",
         metavar="SET",
-        help="the same, an ADM reference batch, or saved statistics (default with --workdir: what it was trained on)",
+        help="the same, an ADM reference batch, or saved statistics (default with --workdir: what it was trained on, "
+        "50,000 images at most)",
     )
     parser.add_argument("--workdir", default="", help="a run of mpdit_jax.train to draw samples from")
     parser.add_argument(
@@ -47,7 +49,9 @@ def make_evaluate_parser() -> Parser:
     parser.add_argument("--out", default="", metavar="FILE.json", help="numbers and settings (default: beside the set)")
     parser.add_argument("--save_stats", default="", metavar="FILE.npz", help="keep the samples' mean and covariance")
     parser.add_argument("--save_features", action="store_true", help="and their features, for precision and recall")
-    parser.add_argument("--num_samples", type=int, help="how many (default: all there are; of a run, 8 a class)")
+    parser.add_argument(
+        "--num_samples", type=int, help="how many, spread over the set (default: all; of a run, 8 a class)"
+    )
     parser.add_argument("--image_size", type=int, default=0, metavar="PIXELS", help="cut a folder's images to squares")
     parser.add_argument("--seed", type=int, default=0, help="of samples, and of KID's subsets (default: 0)")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")
@@ -70,8 +74,7 @@ def make_evaluate_parser() -> Parser:
     group.add_argument(
         "--preprocessing",
         choices=("tensorflow", "pytorch_fid"),
-        default="tensorflow",
-        help="of Inception: as ADM and torch-fidelity, or as pytorch-fid (default: %(default)s)",
+        help="of Inception: as ADM and torch-fidelity, or as pytorch-fid (default: tensorflow)",
     )
     group.add_argument(
         "--feature_size", type=int, default=0, metavar="PIXELS", help="what efficientnet_lite0 sees (224)"
@@ -112,16 +115,20 @@ def main(arguments: Sequence[str]) -> int:
 
     from mpdit_jax.evaluation import command
     from mpdit_jax.evaluation.report import table, write_json
-    from mpdit_jax.evaluation.settings import choose_metrics
-    from mpdit_jax.evaluation.statistics import check_metrics, save_statistics
+    from mpdit_jax.evaluation.statistics import check_count, check_metrics, save_statistics
     from mpdit_jax.files import check_writable
     from mpdit_jax.processes import first_does
     from mpdit_jax.waiting import wait_for_all
 
     features = command.choose_features(options.features, options.metrics, options.inception)
-    metrics = choose_metrics(options.metrics, features)
+    wanted = options.reference or options.workdir or options.metrics
+    metrics = choose_metrics(options.metrics, features) if wanted else ()
     out = _place(options)
     check_writable(out)
+    if options.save_stats:
+        check_writable(options.save_stats)
+    if options.num_samples is not None:
+        check_count(options.num_samples, metrics, options.k, "samples")
     extractor = command.prepare_extractor(options, features)
     check_metrics(metrics, extractor)
     scratch = out.with_name(f"{out.name}.unfinished")
@@ -151,8 +158,11 @@ def main(arguments: Sequence[str]) -> int:
 def _check(options: argparse.Namespace) -> None:
     if bool(options.samples) == bool(options.workdir):
         raise InputError("give either --samples=SET or --workdir=FOLDER: what is to be evaluated.")
-    if options.samples and not options.reference and not options.save_stats:
+    asked = set(metric_names(options.metrics))
+    if options.samples and not options.reference and asked != {"is"} and (asked or not options.save_stats):
         raise InputError("--reference is missing: expected what to compare with (or --save_stats=FILE.npz alone).")
+    if options.save_features and not options.save_stats:
+        raise InputError("--save_features goes with --save_stats=FILE.npz, the file they are kept in.")
     if options.workdir and options.save_stats:
         raise InputError("--save_stats is of --samples; draw them first with `python -m mpdit_jax.sample`.")
     for name in ("batch_size", "k", "splits"):

@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import glob
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -16,29 +18,39 @@ from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import InputError, MissingExtraError, WeightsError
 from mpdit_jax.evaluation.decoding import find_decode
 from mpdit_jax.evaluation.extractors import Extractor, make_extractor
-from mpdit_jax.evaluation.inception_weights import locate_inception
-from mpdit_jax.evaluation.looking import look, needed
+from mpdit_jax.evaluation.inception_weights import VARIABLE, locate_inception
+from mpdit_jax.evaluation.looking import kept, look, needed
 from mpdit_jax.evaluation.report import Result, make_result
-from mpdit_jax.evaluation.sets import ArrayImages, FindDecode, ImageBlocks, SourceImages, limited, open_npz, open_set
-from mpdit_jax.evaluation.settings import ALIASES
-from mpdit_jax.evaluation.statistics import Statistics, holds_statistics, load_statistics
+from mpdit_jax.evaluation.sets import FindDecode, ImageBlocks, SourceImages, open_npz, open_set
+from mpdit_jax.evaluation.settings import ALIASES, metric_names
+from mpdit_jax.evaluation.statistics import (
+    OF_SINGLE_IMAGES,
+    Statistics,
+    check_count,
+    check_reference,
+    check_same_size,
+    holds_statistics,
+    load_statistics,
+)
+from mpdit_jax.evaluation.subsets import limited
 from mpdit_jax.files import remove_leftovers
 
-_OF_SINGLE_IMAGES = {"precision", "recall", "kid"}
+_MOST_REAL = 50_000  # images of a run's own data that are looked at, unless --reference names them
+_OF_INCEPTION = {*ALIASES, "sfd", "is"}  # metrics that the packaged network does not have
 
 
 def choose_features(features: str, metrics: str, inception: str) -> str:
     """The extractor to use where none is named: Inception if its weights are found, else the packaged network.
 
     Raises:
-        WeightsError: Inception's weights are needed, for a metric that only it has, or given and missing.
+        WeightsError: Inception's weights are needed, for a metric that only it has, or named and missing.
     """
     if features:
         return features
     try:
         locate_inception(inception)
     except WeightsError:
-        if inception or ALIASES.keys() & set(metrics.split(",")):
+        if inception or os.environ.get(VARIABLE) or _OF_INCEPTION & set(metric_names(metrics)):
             raise
         return "efficientnet_lite0"
     return "inception"
@@ -48,13 +60,20 @@ def prepare_extractor(options: argparse.Namespace, features: str) -> Extractor:
     """The extractor; says so where it was chosen for want of Inception's weights.
 
     Raises:
+        InputError: settings of Inception for another one.
         ConfigError, WeightsError, MissingExtraError: see `make_extractor`.
     """
+    for name in ("preprocessing", "inception"):
+        if vars(options)[name] and features != "inception":
+            raise InputError(
+                f"--{name}={vars(options)[name]} is of the Inception network, and this looks through {features}: leave "
+                "it out, or give --features=inception."
+            )
     try:
         extractor = make_extractor(
             features,
             inception_path=options.inception,
-            preprocessing=options.preprocessing,
+            preprocessing=options.preprocessing or "tensorflow",
             image_size=options.feature_size,
             batch_size=options.batch_size,
         )
@@ -68,56 +87,82 @@ def prepare_extractor(options: argparse.Namespace, features: str) -> Extractor:
 
 
 def reference_of(
-    options: argparse.Namespace, extractor: Extractor, metrics: Sequence[str], scratch: Path
+    options: argparse.Namespace,
+    extractor: Extractor,
+    metrics: Sequence[str],
+    scratch: Path,
+    samples: Mapping[str, Any] | None = None,
 ) -> Statistics:
     """The statistics that samples are compared with: saved ones, or of images; of a run by default its own data.
 
+    The Inception Score alone compares with nothing, and nothing is looked at.
+
+    Args:
+        options: of the command.
+        extractor: what looks at images.
+        metrics: what they are for.
+        scratch: where unfinished features go.
+        samples: what is known of the samples, as `Statistics.about`: a reference of another size is not looked at.
+
     Raises:
-        InputError, DataError: see `open_set` and `load_statistics`.
+        InputError, DataError: see `open_set` and `load_statistics`; a reference that these metrics cannot use.
     """
-    outputs = needed([name for name in metrics if name != "is"])
-    if options.reference and _is_statistics(options.reference):
-        path = Path(options.reference).expanduser()
-        stored = load_statistics(path, extractor)
-        images = _pictures_beside(path) if stored.features is None and _OF_SINGLE_IMAGES & set(metrics) else None
-        if images is None:
-            return stored
-        seen = look(extractor, images, ["pool"], scratch, "looking at the reference:")
-        return dataclasses.replace(stored, features=seen.features)
-    return look(extractor, reference_images(options), outputs, scratch, "looking at the reference:")
+    if set(metrics) == {"is"}:
+        return Statistics(extractor.name, extractor.fingerprint, 0, {}, None, None, {})
+    real, verb = [name for name in metrics if name != "is"], "looking at the reference:"
+    single = OF_SINGLE_IMAGES & set(metrics)
+    if not (options.reference and _is_statistics(options.reference)):
+        images = reference_images(options, extractor.channels)
+        check_same_size(images.about, samples or {})
+        check_count(len(images), real, options.k, "in the reference")
+        return look(extractor, images, needed(real), kept(real), scratch, verb)
+    path = Path(options.reference).expanduser()
+    stored = load_statistics(path, extractor)
+    check_same_size(stored.about, samples or {})
+    if single and stored.features is None and "arr_0" in npz_names(path):  # as in ADM's batches
+        images = open_npz(path)
+        check_count(len(images), real, options.k, "in the reference")
+        seen = look(extractor, images, ["pool"], ["pool"], scratch, verb)
+        stored = dataclasses.replace(stored, features=seen.features, about={**stored.about, "images": images.about})
+    check_reference(stored, real)
+    if single:
+        check_count(len(stored.single("single images")), real, options.k, "in the reference")
+    return stored
 
 
-def reference_images(options: argparse.Namespace) -> ImageBlocks:
-    """The images that --reference names, or those that a run was trained on."""
+def reference_images(options: argparse.Namespace, channels: int) -> ImageBlocks:
+    """The images that --reference names, or 50,000 at most of those that a run was trained on."""
     if options.reference:
-        return open_set(options.reference, image_size=options.image_size, find=_find(options))
+        return open_set(options.reference, image_size=options.image_size, channels=channels, find=_find(options))
     config = load_config(options.workdir)
     if config.data.name == "latents":
-        return open_set(config.data.path, find=_find(options))
-    source = load_source(**config.data)
-    about = {"path": f"the data of {options.workdir}", "count": len(source), "data": what_is_read(config.data)}
-    return SourceImages(source, about)
+        images = open_set(config.data.path, find=_find(options))
+    else:
+        source = load_source(**config.data)
+        about = {"path": f"the data of {options.workdir}", "count": len(source), "shape": list(source.shape)}
+        images = SourceImages(source, about | {"data": what_is_read(config.data)})
+    return limited(images, min(_MOST_REAL, len(images)))
 
 
 def evaluate_set(
     options: argparse.Namespace, extractor: Extractor, metrics: Sequence[str], scratch: Path
 ) -> tuple[Statistics, Result | None]:
-    """The samples' statistics, and their metrics where there is a reference.
+    """The samples' statistics, and their metrics where any are asked for.
 
     Raises:
         InputError, DataError: sets that cannot be read, or do not compare.
     """
-    opened = open_set(options.samples, image_size=options.image_size, find=_find(options))
-    samples = limited(opened, options.num_samples)
-    if options.reference:
-        _check_sizes(options, samples)
-    kept = {"spatial"} & extractor.outputs.keys() if options.save_stats else set()
-    outputs = sorted({*needed(metrics), *kept})
-    if not options.reference:
-        return look(extractor, samples, outputs, scratch, "looking at samples:"), None
+    opened = open_set(options.samples, image_size=options.image_size, channels=extractor.channels, find=_find(options))
+    samples, verb = limited(opened, options.num_samples), "looking at samples:"
+    check_count(len(samples), metrics, options.k, "samples")
+    spatial = {"spatial"} & extractor.outputs.keys() if options.save_stats else set()
+    outputs = sorted({*needed(metrics), *spatial})
+    keep = sorted({*kept(metrics), *(["pool"] if options.save_features else [])})
+    if not metrics:
+        return look(extractor, samples, outputs, keep, scratch, verb), None
     # The reference first: what is wrong with it is known before hours of looking at samples.
-    reference = reference_of(options, extractor, metrics, scratch)
-    statistics = look(extractor, samples, outputs, scratch, "looking at samples:")
+    reference = reference_of(options, extractor, metrics, scratch, samples.about)
+    statistics = look(extractor, samples, outputs, keep, scratch, verb)
     name = Path(options.samples).name
     return statistics, make_result(name, reference, statistics, metrics, options, extractor, {})
 
@@ -141,26 +186,9 @@ def _cleared(scratch: Path) -> Path:
     return scratch.with_name(f"{scratch.name}.old")
 
 
-def _check_sizes(options: argparse.Namespace, samples: ImageBlocks) -> None:
-    if _is_statistics(options.reference):
-        reference: ImageBlocks | None = _pictures_beside(Path(options.reference).expanduser())
-    else:
-        reference = reference_images(options)
-    if reference is not None and samples.shape[:2] != reference.shape[:2]:
-        raise InputError(
-            f"the samples are {samples.shape[0]}x{samples.shape[1]} pixels and the reference is "
-            f"{reference.shape[0]}x{reference.shape[1]}: numbers are of one size only; give the reference of that size."
-        )
-
-
 def _is_statistics(place: str) -> bool:
     path = Path(place).expanduser()
     return path.is_file() and holds_statistics(path)
-
-
-def _pictures_beside(path: Path) -> ArrayImages | None:
-    """The images of an ADM reference batch; None where a file has statistics alone."""
-    return open_npz(path) if "arr_0" in npz_names(path) else None
 
 
 def _find(options: argparse.Namespace) -> FindDecode:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -26,9 +26,18 @@ class FeatureFolder:
 
     def __init__(self, root: Path, extractor: Extractor, images: ImageBlocks, outputs: Sequence[str]) -> None:
         """Nothing is made yet."""
+        self.total, self.count = len(images), -(-len(images) // _BLOCK)  # images, blocks
         self._outputs = sorted(outputs)
         decides = json.dumps([extractor.fingerprint, images.about, self._outputs, _BLOCK], sort_keys=True)
         self.path = root / hashlib.sha256(decides.encode()).hexdigest()[:16]
+
+    def is_mine(self, number: int) -> bool:
+        """Whether that block is this process's share: b is of process b modulo the number of processes."""
+        return number % jax.process_count() == jax.process_index()
+
+    def rows(self, number: int) -> np.ndarray:
+        """The images (n,) of that block."""
+        return np.arange(number * _BLOCK, min((number + 1) * _BLOCK, self.total))
 
     def has(self, number: int) -> bool:
         """Whether that block is finished."""
@@ -58,11 +67,10 @@ class FeatureFolder:
 
 def extract(
     extractor: Extractor, images: ImageBlocks, outputs: Sequence[str], folder: FeatureFolder, verb: str = "looking at"
-) -> Iterator[Features]:
-    """The features of all images in order, a block at a time; blocks already in the folder are not computed again.
+) -> None:
+    """Look at all images and keep their features in a folder that all processes see, each process its share of blocks.
 
-    Block b is computed by process b modulo the number of processes, which all see the folder. What the iterator gives
-    is read from there, the same on every process.
+    Blocks that are there already are not computed again.
 
     Args:
         extractor: the network.
@@ -72,27 +80,22 @@ def extract(
         verb: of the progress bar.
 
     Raises:
-        InputError, DataError: images that cannot be looked at; a damaged block.
+        InputError, DataError: images that cannot be looked at.
     """
-    total, count = len(images), -(-len(images) // _BLOCK)
-    mine = [number for number in range(count) if number % jax.process_count() == jax.process_index()]
+    mine = [number for number in range(folder.count) if folder.is_mine(number)]
     todo = [number for number in mine if not folder.has(number)]
-    size = {number: len(_rows(number, total)) for number in mine}
+    size = {number: len(folder.rows(number)) for number in mine}
     done = sum(size[number] for number in mine) - sum(size[number] for number in todo)
     with WorkBar(verb, "images", sum(size.values()), done) as bar:
         if done and todo:
             bar.say(f"{done} of {sum(size.values())} images were looked at already, in {folder.path}")
         for number in todo:
             found: list[Features] = []
-            rows = _rows(number, total)
+            rows = folder.rows(number)
             for start in range(0, len(rows), extractor.batch_size):
                 part = rows[start : start + extractor.batch_size]
-                found.append({name: array for name, array in extractor(images.read(part)).items() if name in outputs})
+                seen = extractor(images.read(part), part)
+                found.append({name: array for name, array in seen.items() if name in outputs})
                 bar.advance(len(part))
             folder.write(number, {name: np.concatenate([part[name] for part in found]) for name in found[0]})
     wait_for_all("every image has been looked at")
-    return (folder.read(number) for number in range(count))
-
-
-def _rows(number: int, total: int) -> np.ndarray:
-    return np.arange(number * _BLOCK, min((number + 1) * _BLOCK, total))

@@ -36,7 +36,8 @@ class Extractor:
     """A network with its input's preparation, on this process's devices.
 
     Attributes:
-        name: of the network; "inception" alone may call its distance FID.
+        name: of the network, with "@64" for efficientnet_lite0 at 64 pixels; "inception" alone may call its distance
+            FID.
         outputs: dimensions by name, see `Features`.
         settings: everything that changes a number.
         fingerprint: SHA-256 of name, settings and weights.
@@ -54,12 +55,21 @@ class Extractor:
     _state: Any
     _apply: Callable[[Any, jax.Array], dict[str, jax.Array]]
 
+    @property
+    def channels(self) -> int:
+        """Of the images that it looks at: 1 for a classifier of grey ones, else 3."""
+        return 3 if self.image_shape is None else self.image_shape[2]
+
     def label(self, metric: str) -> str:
         """What a metric is called in print: FID and its kin for Inception, FD(name) for every other network."""
         return metric_label(metric, self.name)
 
-    def __call__(self, images: np.ndarray) -> Features:
+    def __call__(self, images: np.ndarray, rows: np.ndarray | None = None) -> Features:
         """Features of uint8 images (n, H, W, 1 or 3), n of any size; grey ones count as RGB of equal channels.
+
+        Args:
+            images: what to look at.
+            rows: their numbers (n,) in the set they are of, by which an error names one; from 0 by default.
 
         Raises:
             InputError: another shape or dtype, or features that are not finite.
@@ -78,11 +88,12 @@ class Extractor:
             outputs = self._apply(self._state, jax.device_put(filled, batch_sharding(self._mesh)))
             found.append({name: np.asarray(array)[: len(part)] for name, array in outputs.items()})
         joined = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-        finite = np.isfinite(joined["pool"]).all(axis=1)
+        finite = np.all([np.isfinite(array).all(axis=1) for array in joined.values()], axis=0)  # (n,)
         if not finite.all():
+            bad = int(np.argmin(finite))
             raise InputError(
-                f"{self.name}: the features of image {int(np.argmin(finite))} of {len(images)} hold NaN or Inf; the "
-                "weights are damaged."
+                f"{self.name}: the features of image {bad if rows is None else rows[bad]} hold NaN or Inf; the weights "
+                "are damaged."
             )
         return joined
 
@@ -132,7 +143,8 @@ def make_extractor(
         size = image_size or efficientnet.IMAGE_SIZE
         settings = {"input": f"{size}x{size}, bilinear from pixel centres, (x - 127) / 128", "precision": "float32"}
         outputs = {"pool": efficientnet.FEATURES}
-        return _build(features, efficientnet.load_efficientnet(), partial(_see, size), outputs, settings, batch_size)
+        name = features if size == efficientnet.IMAGE_SIZE else f"{features}@{size}"
+        return _build(name, efficientnet.load_efficientnet(), partial(_see, size), outputs, settings, batch_size)
     if kind == "classifier" and path:
         return build_classifier(load_classifier(path), batch_size=batch_size)
     raise ConfigError(f"features={features!r}: expected one of {', '.join(NAMES)}.")

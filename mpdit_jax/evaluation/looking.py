@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from mpdit_jax.evaluation.extraction import FeatureFolder, extract
 from mpdit_jax.evaluation.extractors import Extractor
+from mpdit_jax.evaluation.moments import Moments, merge_processes
 from mpdit_jax.evaluation.sets import ImageBlocks
-from mpdit_jax.evaluation.statistics import Statistics, collect
+from mpdit_jax.evaluation.statistics import OF_SINGLE_IMAGES, Statistics, from_moments
 
 _NEEDS = {"sfd": "spatial", "is": "probs"}
 
@@ -16,11 +19,47 @@ def needed(metrics: Sequence[str]) -> list[str]:
     return sorted({"pool", *(_NEEDS[name] for name in metrics if name in _NEEDS)})
 
 
-def look(extractor: Extractor, images: ImageBlocks, outputs: Sequence[str], scratch: Path, verb: str) -> Statistics:
+def kept(metrics: Sequence[str]) -> list[str]:
+    """Those of them that metrics need of every single image, which take memory in proportion to the images."""
+    single = ["pool"] if OF_SINGLE_IMAGES & set(metrics) else []
+    return single + (["probs"] if "is" in metrics else [])
+
+
+def look(
+    extractor: Extractor,
+    images: ImageBlocks,
+    outputs: Sequence[str],
+    keep: Sequence[str],
+    scratch: Path,
+    verb: str,
+) -> Statistics:
     """The statistics of a set of images. Interrupted, the same call goes on where it was: `scratch` has the features.
 
+    Every process sums up the blocks that it looked at, and the sums are merged. Only what is kept of single images is
+    read by all: one block is in memory beside it.
+
+    Args:
+        extractor: the network.
+        images: what it looks at.
+        outputs: which of the extractor's to look at, see `needed`.
+        keep: which of them to keep of every image, see `kept`.
+        scratch: a folder that all processes see.
+        verb: of the progress bar.
+
     Raises:
-        InputError, DataError: images that cannot be looked at.
+        InputError, DataError: images that cannot be looked at, or a damaged block.
     """
     folder = FeatureFolder(scratch, extractor, images, outputs)
-    return collect(extractor, extract(extractor, images, outputs, folder, verb), images.about)
+    extract(extractor, images, outputs, folder, verb)
+    moments = {name: Moments.empty(extractor.outputs[name]) for name in ("pool", "spatial") if name in outputs}
+    whole = {name: np.empty((len(images), extractor.outputs[name]), np.float32) for name in keep}
+    for number in range(folder.count):
+        if not (keep or folder.is_mine(number)):
+            continue
+        part = folder.read(number)
+        for name in keep:
+            whole[name][folder.rows(number)] = part[name]
+        if folder.is_mine(number):
+            moments = {name: seen.update(part[name]) for name, seen in moments.items()}
+    merged = {name: merge_processes(seen) for name, seen in moments.items()}
+    return from_moments(extractor, merged, whole.get("pool"), whole.get("probs"), images.about)

@@ -47,7 +47,7 @@ class Moments:
         mean = values.mean(axis=0)
         if not np.isfinite(mean).all():
             bad = int(np.argmin(np.isfinite(values).all(axis=1)))
-            raise InputError(f"the features of image {bad} of {len(values)} hold NaN or Inf: leave that image out.")
+            raise InputError(f"row {bad} of these {len(values)} features holds NaN or Inf: leave that image out.")
         centred = values - mean
         return cls(len(values), mean, centred.T @ centred)
 

@@ -61,12 +61,13 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
             )
         if not np.isfinite(features).all():
             raise InputError(f"the {name} features hold NaN or Inf: leave those images out.")
-    centre = real.mean(axis=0, dtype=np.float64)
     block = _SMALLEST_BLOCK
     while block < min(_BLOCK, max(len(real), len(fake))):
         block *= 2
+    real_radii, fake_radii = _radii(real, k, block), _radii(fake, k, block)
+    centre = real.mean(axis=0, dtype=np.float64)
     reals, fakes = _prepare(real, centre, block), _prepare(fake, centre, block)
-    fakes_covered, reals_covered = _cover(reals, _radii(reals, k), fakes, _radii(fakes, k))
+    fakes_covered, reals_covered = _cover(reals, real_radii, fakes, fake_radii)
     return float(fakes_covered.mean()), float(reals_covered.mean())
 
 
@@ -82,9 +83,11 @@ def _prepare(features: np.ndarray, centre: np.ndarray, block: int) -> _Set:
     return _Set(features, *(array.reshape(blocks, block, *array.shape[1:]) for array in (centred, norms, valid)))
 
 
-def _radii(points: _Set, k: int) -> np.ndarray:
+def _radii(features: np.ndarray, k: int, block: int) -> np.ndarray:
     """Squared distance of each point to its k-th nearest neighbour in the set, float64 (n,)."""
-    count, keep = len(points.exact), min(k + _SPARE, len(points.exact) - 1)
+    # About the set's own mean: far from another's, float32 could tell nothing of a narrow set apart.
+    points = _prepare(features, features.mean(axis=0, dtype=np.float64), block)
+    count, keep = len(features), min(k + _SPARE, len(features) - 1)
     radii = np.empty(count)
     columns = jax.device_put((points.centred, points.norms, points.valid))
     for number, norms in enumerate(points.norms):
@@ -92,16 +95,46 @@ def _radii(points: _Set, k: int) -> np.ndarray:
         lower, found = _nearest(points.centred[number], norms, start, columns, keep)
         rows = np.arange(start, min(start + len(norms), count))
         bounds, candidates = np.asarray(lower)[: len(rows), -1], np.asarray(found)[: len(rows)]
-        for part in np.array_split(np.arange(len(rows)), -(-len(rows) // _EXACT)):
-            exact = _between(points.exact[rows[part], None], points.exact[candidates[part]])  # (part, keep)
-            kth = np.partition(exact, k - 1, axis=1)[:, k - 1]
-            # Nothing that was not kept is nearer than the last bound.
-            open_rows = part[(kth > bounds[part]) & (kth > 0) & (keep < count - 1)]
-            radii[rows[part]] = kth
-            for row in rows[open_rows]:
-                others = np.concatenate([_between(points.exact[row], chunk) for chunk in _chunks(points.exact)])
-                others[row] = np.inf
-                radii[row] = np.partition(others, k - 1)[k - 1]
+        radii[rows], settled = _choose(features, rows, candidates, bounds, k)
+        if not settled.all():
+            radii[rows[~settled]] = _radii_exactly(features, rows[~settled], k, keep)
+    return radii
+
+
+def _choose(
+    features: np.ndarray, rows: np.ndarray, candidates: np.ndarray, bounds: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k-th smallest squared distance of rows (m,) to their candidates (m, keep), and whether it is that to all.
+
+    Nothing that is no candidate is nearer than its row's bound (m,).
+    """
+    kth = np.empty(len(rows))
+    for part in np.array_split(np.arange(len(rows)), -(-len(rows) // _EXACT)):
+        exact = _between(features[rows[part], None], features[candidates[part]])  # (part, keep)
+        kth[part] = np.partition(exact, k - 1, axis=1)[:, k - 1]
+    return kth, (kth <= bounds) | (kth == 0) | (candidates.shape[1] == len(features) - 1)
+
+
+def _radii_exactly(features: np.ndarray, rows: np.ndarray, k: int, keep: int) -> np.ndarray:
+    """Those of a few rows (m,), from float64 products; one by one where even these cannot tell neighbours apart."""
+    origin = features[rows].mean(axis=0, dtype=np.float64)
+    near = features[rows] - origin
+    lower, found = np.full((len(rows), keep), np.inf), np.zeros((len(rows), keep), int)
+    for start, chunk in zip(range(0, len(features), _BLOCK), _chunks(features), strict=True):
+        far = chunk - origin
+        sums = (near**2).sum(axis=1)[:, None] + (far**2).sum(axis=1)[None, :]
+        here = np.arange(start, start + len(chunk))
+        bound = sums - 2 * near @ far.T - sums * (np.finfo(np.float64).eps * (features.shape[1] + 8))
+        bound[rows[:, None] == here[None, :]] = np.inf
+        lower = np.concatenate([lower, bound], axis=1)  # (m, keep + chunk)
+        found = np.concatenate([found, np.broadcast_to(here, bound.shape)], axis=1)
+        best = np.argpartition(lower, keep - 1, axis=1)[:, :keep]
+        lower, found = (np.take_along_axis(array, best, axis=1) for array in (lower, found))
+    radii, settled = _choose(features, rows, found, lower.max(axis=1), k)
+    for index in np.flatnonzero(~settled):
+        others = np.concatenate([_between(features[rows[index]], chunk) for chunk in _chunks(features)])
+        others[rows[index]] = np.inf
+        radii[index] = np.partition(others, k - 1)[k - 1]
     return radii
 
 
@@ -183,11 +216,11 @@ def _squares(
     """Squared distances of two blocks (rows, columns) in float32, and a bound on their error.
 
     A sum of d products is off by at most d half-epsilons of the norms' product (Higham, "Accuracy and Stability of
-    Numerical Algorithms", section 3.1), and 2 |a| |b| is at most |a|² + |b|².
+    Numerical Algorithms", section 3.1): so is each norm of itself, and 2 |a| |b| is at most |a|² + |b|².
     """
     sums = row_norms[:, None] + column_norms[None, :]
     product = jax.lax.dot_general(rows, columns, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
-    return sums - 2 * product, sums * (_EPSILON * (rows.shape[1] / 2 + 8))
+    return sums - 2 * product, sums * (_EPSILON * (rows.shape[1] + 8))
 
 
 def _inside_exactly(points: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:

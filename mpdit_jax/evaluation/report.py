@@ -11,8 +11,9 @@ from typing import Any
 import jax
 
 from mpdit_jax import __version__
+from mpdit_jax.evaluation.bias import warn_of_bias
 from mpdit_jax.evaluation.extractors import Extractor
-from mpdit_jax.evaluation.statistics import Statistics, compare, warn_of_bias
+from mpdit_jax.evaluation.statistics import KID_SUBSETS, Statistics, check_same_size, compare, kid_subset_size
 from mpdit_jax.files import replacing
 
 
@@ -34,32 +35,36 @@ def make_result(
     extractor: Extractor,
     drawn: dict[str, Any],
 ) -> Result:
-    """Compare two sets, warn of too few samples, and note everything that changes a number.
+    """Compare two sets, warn of too few images, and note everything that changes a number; what has no part is null.
 
     Raises:
-        InputError: what a metric needs is not there.
+        InputError: images of two sizes, or what a metric needs is not there.
     """
+    check_same_size(reference.about, statistics.about)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        bias = warn_of_bias(reference, statistics) if "fd" in metrics else None
+        biases = warn_of_bias(reference, statistics, metrics)
     for warning in caught:
         if jax.process_index() == 0:
             print(f"warning: {warning.message}")
     found = compare(reference, statistics, metrics, k=options.k, splits=options.splits, seed=options.seed)
+    asked = set(metrics)
     settings = {
         "extractor": {"name": extractor.name, "fingerprint": extractor.fingerprint, **extractor.settings},
-        "samples": {"count": statistics.count, **statistics.about},
-        "reference": {"count": reference.count, **reference.about},
-        "k": options.k,
-        "splits": options.splits,
-        "kid": "100 subsets of 1000 images, or of half of what there is",
+        "samples": _describe(statistics),
+        "reference": _describe(reference) if asked != {"is"} else None,
+        "k": options.k if asked & {"precision", "recall"} else None,
+        "splits": min(options.splits, statistics.count) if "is" in asked else None,
+        "kid": {"subsets": KID_SUBSETS, "subset_size": kid_subset_size(reference, statistics)}
+        if "kid" in asked
+        else None,
         "seed": options.seed,
         "version": __version__,
         "jax": jax.__version__,
         "platform": jax.devices()[0].platform,
     }
-    if bias is not None:
-        settings["distance_of_a_perfect_model"] = bias
+    if biases:
+        settings["distance_of_a_perfect_model"] = biases
     if drawn:
         settings["sampler"] = drawn
     return Result(name, found, settings)
@@ -77,6 +82,16 @@ def table(results: Sequence[Result]) -> str:
         )
         for row in rows
     )
+
+
+def _describe(statistics: Statistics) -> dict[str, Any]:
+    """A set: what it was, and how many images its moments and its single features are of; null for unknown or none."""
+    described = {
+        **statistics.about,
+        "count": statistics.count or None,
+        "features_count": None if statistics.features is None else len(statistics.features),
+    }
+    return described | ({"file": statistics.file} if statistics.file else {})
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -12,9 +12,9 @@ def bilinear_weights(size: int, target: int, *, half_pixel: bool) -> np.ndarray:
     With `half_pixel` it samples (i + ½) · size / target - ½, as PyTorch and newer TensorFlow do. Beyond the border the
     outermost pixel is repeated.
     """
-    place = np.arange(target, dtype=np.float32) * np.float32(size / target)
-    if half_pixel:
-        place = np.maximum((np.arange(target, dtype=np.float64) + 0.5) * (size / target) - 0.5, 0).astype(np.float32)
+    # In float32 as both compute it: other rounding moves a position by a 10,000th of a pixel.
+    index, scale, half = np.arange(target, dtype=np.float32), np.float32(size / target), np.float32(0.5)
+    place = np.maximum(scale * (index + half) - half, np.float32(0)) if half_pixel else index * scale
     lower = np.floor(place).astype(int)
     upper, share = np.minimum(lower + 1, size - 1), place - lower
     weights = np.zeros((target, size), np.float32)

@@ -14,18 +14,20 @@ import jax
 import numpy as np
 
 from mpdit_jax.checkpoint import load_together
+from mpdit_jax.data.facts import read_facts
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation.extractors import Extractor
-from mpdit_jax.evaluation.looking import look, needed
+from mpdit_jax.evaluation.looking import kept, look, needed
 from mpdit_jax.evaluation.report import Result, make_result, write_json
-from mpdit_jax.evaluation.statistics import Statistics
+from mpdit_jax.evaluation.sets import count_labels
+from mpdit_jax.evaluation.statistics import Statistics, check_count, check_same_size
 from mpdit_jax.files import remove_leftovers
-from mpdit_jax.processes import first_does
+from mpdit_jax.processes import any_process, first_does
 from mpdit_jax.sampling.blocks import BlockFolder
 from mpdit_jax.sampling.command import Request, parse_labels, run_settings
 from mpdit_jax.sampling.decoding import make_decode
 from mpdit_jax.sampling.options import check_heeded, sampler_from
-from mpdit_jax.sampling.run import draw_blocks
+from mpdit_jax.sampling.run import Decode, draw_blocks
 
 
 def evaluate_run(
@@ -33,7 +35,8 @@ def evaluate_run(
 ) -> list[Result]:
     """Draw, decode and compare for every combination of solver, steps and guidance scale: a row each.
 
-    A row that is finished is kept in a file beside `scratch`, and read from there when the command is repeated.
+    A row that is finished is kept in a file beside `scratch`, and read from there when the command is repeated, by
+    process 0 alone.
 
     Raises:
         CheckpointError, InputError, ConfigError: no such run or checkpoint, impossible settings, or a damaged file.
@@ -47,16 +50,31 @@ def evaluate_run(
         Request(chosen, sampler_from(chosen), model, guide, labels, decode) for chosen in _combinations(options)
     ]
     check_heeded(options)
+    check_count(len(labels), metrics, options.k, "samples")
+    shape = _shape((min(options.batch_size, len(labels)), *model.input_shape), decode)
+    check_same_size(reference.about, {"shape": shape})
+    facts = read_facts(workdir)
+    more = {
+        "checkpoint": options.step,
+        "ema": not options.no_ema,
+        "precision": options.precision or model.config.dtype,
+        "vae_fingerprint": facts.latents.vae_fingerprint if facts is not None and facts.latents is not None else None,
+        "label_scheme": options.labels,
+        "label_counts": count_labels(labels),
+    }
     say: Callable[[str], None] = print if jax.process_index() == 0 else lambda text: None
     results = []
     for request in requests:
         settings = run_settings(request)
-        drawn = settings | {"label_scheme": options.labels, "ema": not options.no_ema}
+        drawn = settings | more
         name = _name(options.step, request.options)
-        decides = [drawn, extractor.fingerprint, reference.about, sorted(metrics), options.k, options.splits]
+        known = [reference.about, reference.file]
+        decides = [drawn, extractor.fingerprint, known, sorted(metrics), options.k, options.splits]
         file = scratch.parent / f"{name.replace(', ', '_').replace(' ', '')}_{_digest(decides)}.json"
-        if file.is_file():
-            results.append(_read_row(name, file))
+        # One process decides, for the others may see the file later.
+        if any_process(jax.process_index() == 0 and file.is_file()):
+            row = first_does(partial(_read_row, name, file))
+            results += [] if row is None else [row]
             say(f"{name}: done before, in {file}")
             continue
         say(name)
@@ -65,14 +83,22 @@ def evaluate_run(
         draw_blocks(
             request.sampler, model, labels, options.seed, folder, options.batch_size, decode=decode, **request.call()
         )
-        samples = DrawnImages(folder, options.batch_size, len(labels), {"path": str(workdir), **drawn})
-        statistics = look(extractor, samples, needed(metrics), scratch, "looking at samples:")
+        about = {"path": str(workdir), "shape": list(shape), **drawn}
+        samples = DrawnImages(folder, options.batch_size, len(labels), about)
+        statistics = look(extractor, samples, needed(metrics), kept(metrics), scratch, "looking at samples:")
         result = make_result(name, reference, statistics, metrics, options, extractor, drawn)
         if jax.process_index() == 0:
             write_json(file, {"metrics": result.metrics, "settings": result.settings})
             folder.remove()
         results.append(result)
     return results
+
+
+def _shape(latents: tuple[int, ...], decode: Decode | None) -> tuple[int, int, int]:
+    """(H, W, C) of what is drawn from latents (n, h, w, c): by decoding zeros, as many as later at a time."""
+    drawn = latents if decode is None else decode(jax.numpy.zeros(latents)).shape
+    height, width, channels = drawn[1:]
+    return height, width, channels
 
 
 class DrawnImages:

@@ -1,8 +1,9 @@
 """Images to look at, by what a user calls them: an .npz, a folder, a store of latents, a data set."""
 
 import dataclasses
+import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from mpdit_jax import images as pictures
 from mpdit_jax.data.latent_store import MANIFEST, LatentStore, read_manifest
-from mpdit_jax.data.npz import map_npz
+from mpdit_jax.data.npz import map_npz, npz_names, read_npz
 from mpdit_jax.data.sources import SOURCES, load_source
 from mpdit_jax.errors import DataError, InputError
 from mpdit_jax.preparing.pictures import to_mode, to_square
@@ -46,6 +47,7 @@ class ArrayImages:
 
     images: np.ndarray  # uint8 (N, H, W, C)
     about: dict[str, Any]
+    labels: np.ndarray | None = None  # int (N,), where the file has them
 
     def __len__(self) -> int:
         return len(self.images)
@@ -127,51 +129,14 @@ class SourceImages:
         return pictures.to_uint8(self.source.batch(indices)["x"])
 
 
-@dataclasses.dataclass(frozen=True)
-class FirstImages:
-    """The first `count` images of a set."""
-
-    images: ImageBlocks
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of each."""
-        return self.images.shape
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """That of the whole set, and how many are taken."""
-        return {**self.images.about, "count": self.count, "of": len(self.images)}
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """Those images."""
-        return self.images.read(indices)
-
-
-def limited(images: ImageBlocks, count: int | None) -> ImageBlocks:
-    """The first `count` images; all for None.
-
-    Raises:
-        InputError: there are not so many.
-    """
-    if count is None or count == len(images):
-        return images
-    if not 1 <= count <= len(images):
-        raise InputError(f"--num_samples={count}: expected 1 to {len(images)}, the number of images there are.")
-    return FirstImages(images, count)
-
-
-def open_set(place: str, *, image_size: int = 0, find: FindDecode | None = None) -> ImageBlocks:
+def open_set(place: str, *, image_size: int = 0, channels: int = 3, find: FindDecode | None = None) -> ImageBlocks:
     """The images that a command's argument names.
 
     Args:
         place: an .npz with `arr_0`, a folder of images (with subfolders or not), a store of latents, or
             `data:NAME[:SPLIT]` for a data set of `mpdit_jax.data`, such as data:fashion_mnist:test.
         image_size: cut the images of a folder to central squares of this size; 0 to take them as they are.
+        channels: of a folder's images: 3 for RGB, 1 for grey, see `Extractor.channels`.
         find: for stores of latents; without it they are refused.
 
     Raises:
@@ -182,7 +147,7 @@ def open_set(place: str, *, image_size: int = 0, find: FindDecode | None = None)
         return _open_source(place, rest)
     path = Path(place).expanduser()
     if path.is_dir():
-        return _open_store(path, find) if (path / MANIFEST).is_file() else open_folder(path, image_size)
+        return _open_store(path, find) if (path / MANIFEST).is_file() else open_folder(path, image_size, channels)
     if not path.is_file():
         raise InputError(
             f"{place}: no such file or folder; expected an .npz, a folder of images, or a store of latents."
@@ -202,13 +167,14 @@ def check_store(place: str, find: FindDecode) -> None:
 
 
 def open_npz(path: Path) -> ArrayImages:
-    """`arr_0` uint8 (N, H, W, 1 or 3) of an .npz, mapped and not loaded where it is not compressed.
+    """`arr_0` uint8 (N, H, W, 1 or 3) of an .npz, mapped and not loaded where it is not compressed; and its `labels`.
 
     Raises:
         InputError: no such array, another dtype or shape.
     """
     try:
         images = map_npz(path, "arr_0")
+        labels = read_npz(path, ["labels"])[0] if "labels" in npz_names(path) else None
     except ValueError as error:
         raise InputError(f"{path} cannot be read ({error}): expected an .npz with images as arr_0.") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
@@ -216,11 +182,14 @@ def open_npz(path: Path) -> ArrayImages:
             f"{path}: arr_0 is {images.dtype} {images.shape}; expected uint8 from 0 to 255, (N, height, width, "
             "1 or 3), as `python -m mpdit_jax.sample --out=samples.npz` writes it."
         )
-    return ArrayImages(images, _about(path, len(images), images.shape[1:]))
+    about = _about(path, len(images), images.shape[1:], [path])
+    if labels is None or labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        return ArrayImages(images, about)
+    return ArrayImages(images, about | {"labels": count_labels(labels)}, labels)
 
 
-def open_folder(root: Path, image_size: int = 0) -> FolderImages:
-    """Every image below a folder.
+def open_folder(root: Path, image_size: int = 0, channels: int = 3) -> FolderImages:
+    """Every image below a folder, all as RGB (3 channels) or all as grey (1).
 
     Raises:
         DataError: none, or a first one that cannot be read.
@@ -228,11 +197,16 @@ def open_folder(root: Path, image_size: int = 0) -> FolderImages:
     names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES)
     if not names:
         raise DataError(f"{root}: no images; expected names that end in {', '.join(_SUFFIXES)}.")
-    mode = _mode(root / names[0])
-    first = _decode_file(root / names[0], 1 if mode in ("L", "1", "I;16") else 3, image_size)
-    about = _about(root, len(names), first.shape)
+    first = _decode_file(root / names[0], channels, image_size)
+    about = _about(root, len(names), first.shape, (root / name for name in names))
     about["crop"] = f"central square, {image_size}" if image_size else "none"
     return FolderImages(root, tuple(names), first.shape, image_size, about)
+
+
+def count_labels(labels: np.ndarray) -> dict[str, int]:
+    """How many classes there are among some labels (n,), and how many images the fewest and the most of one."""
+    counts = np.unique(labels, return_counts=True)[1]
+    return {"classes": len(counts), "fewest": int(counts.min()), "most": int(counts.max())}
 
 
 def _open_source(place: str, rest: str) -> SourceImages:
@@ -251,28 +225,29 @@ def _open_store(path: Path, find: FindDecode | None) -> DecodedLatents:
         raise DataError(f"{path}: there are no examples.")
     decode, size = find(path, store.manifest.vae_fingerprint), store.manifest.image_size
     one = np.asarray(decode(store.moments(np.arange(1))[0][:, 0].astype(np.float32)))
-    about = _about(path, len(store), (size, size, one.shape[-1]))
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    about = _about(path, len(store), (size, size, one.shape[-1]), files)
     about |= {"latents": "decoded means of the posteriors", "vae": store.manifest.vae_fingerprint}
     return DecodedLatents(store, (one.shape[1], one.shape[2], one.shape[3]), decode, about)
 
 
-def _about(path: Path, count: int, shape: Sequence[int]) -> dict[str, Any]:
-    known = path.stat()
+def _about(path: Path, count: int, shape: Sequence[int], files: Iterable[Path]) -> dict[str, Any]:
+    """Of images in some files; `files` in it is another when one of them is."""
+    digest, size = hashlib.sha256(), 0
+    for file in files:
+        try:
+            known = file.stat()
+        except OSError as error:
+            raise DataError(f"{file} cannot be read ({error.strerror}): repair or remove it.") from error
+        digest.update(f"{file} {known.st_size} {known.st_mtime_ns}\n".encode())
+        size += known.st_size
     return {
         "path": str(path),
         "count": count,
         "shape": list(shape),
-        "bytes": known.st_size,
-        "modified": known.st_mtime_ns,
+        "bytes": size,
+        "files": digest.hexdigest()[:16],  # names, sizes and times of change
     }
-
-
-def _mode(path: Path) -> str:
-    try:
-        with Image.open(path) as image:
-            return image.mode
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}): repair or remove it.") from error
 
 
 def _decode_file(path: Path, channels: int, cropped: int) -> np.ndarray:

@@ -10,6 +10,11 @@ ALIASES = {"fid": "fd", "sfid": "sfd"}
 """What some are called with Inception, and with no other network."""
 
 
+def metric_names(text: str) -> list[str]:
+    """The names in a list with commas, as they are given."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def choose_metrics(text: str, features: str) -> tuple[str, ...]:
     """The metrics that a list with commas names, by our names; without a text those that the extractor is known for.
 
@@ -18,7 +23,9 @@ def choose_metrics(text: str, features: str) -> tuple[str, ...]:
     """
     if not text:
         return ("fd", "sfd", "is", "precision", "recall") if features == "inception" else ("fd", "precision", "recall")
-    names = [part.strip() for part in text.split(",") if part.strip()]
+    names = metric_names(text)
+    if not names:
+        raise InputError(f"metrics={text}: expected some of {', '.join(METRICS)}; fid and sfid with Inception.")
     for name in names:
         if name not in METRICS and name not in ALIASES:
             raise InputError(f"metrics={name}: expected some of {', '.join(METRICS)}; fid and sfid with Inception.")

@@ -1,9 +1,9 @@
 """What an extractor saw in a set of images: kept in a file, compared with another set's."""
 
 import dataclasses
+import hashlib
 import json
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,18 @@ from mpdit_jax.evaluation.metrics import (
     kernel_distance,
     precision_recall,
 )
+from mpdit_jax.evaluation.sets import open_npz
+from mpdit_jax.evaluation.settings import fewest_images
 from mpdit_jax.files import replacing
 
+OF_SINGLE_IMAGES = {"precision", "recall", "kid"}
+"""Metrics that no moments suffice for."""
+MOMENTS = {"fd": "pool", "sfd": "spatial"}
+"""The outputs whose Gaussians others compare."""
+KID_SUBSETS = 100
 _ABOUT = "mpdit_jax"  # the array that says how a file's statistics were made
 _GAUSSIANS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # as pytorch-fid and ADM call them
-_KID_SUBSET = 1000
+_KID_SUBSET = 1000  # images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +53,8 @@ class Statistics:
         gaussians: by output, "pool" and, of Inception, "spatial".
         features: `pool` of each image (n, d), float32; None where a file has moments only.
         probs: softmax outputs (n, classes), or None.
-        about: what the set was and how it was looked at, for the report.
+        about: what the set was and how it was looked at, for the report; another set says something else.
+        file: of statistics from a file: its path, a digest of what is in it, and the extractor it says it is of.
     """
 
     extractor: str
@@ -56,6 +64,33 @@ class Statistics:
     features: np.ndarray | None
     probs: np.ndarray | None
     about: dict[str, Any]
+    file: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def gaussian(self, output: str) -> Gaussian:
+        """Of an output; raises InputError where there is none."""
+        if output not in self.gaussians:
+            raise InputError(f"{self._say()} has no statistics of the {output} features: give the images themselves.")
+        return self.gaussians[output]
+
+    def single(self, metric: str) -> np.ndarray:
+        """The features (n, d) of every image; raises InputError where they were not kept."""
+        if self.features is None:
+            raise InputError(
+                f"{self._say()} has moments only, and for {metric} single images are compared: give them, or "
+                "statistics saved with --save_features."
+            )
+        return self.features
+
+    def softmax(self) -> np.ndarray:
+        """The probabilities (n, classes) of every image; raises InputError where they were not kept."""
+        if self.probs is None:
+            raise InputError(
+                f"{self._say()} has no class probabilities: the Inception Score needs the samples' images."
+            )
+        return self.probs
+
+    def _say(self) -> str:
+        return str(self.file.get("path") or self.about.get("path") or "the set of images")
 
 
 def collect(extractor: Extractor, parts: Iterable[Features], about: dict[str, Any]) -> Statistics:
@@ -86,7 +121,7 @@ def from_moments(
 
 
 def save_statistics(path: str | Path, statistics: Statistics, *, features: bool = False) -> None:
-    """Write an .npz that `load_statistics` reads, and pytorch-fid and ADM's evaluator as well.
+    """Write an .npz that `load_statistics` reads, and pytorch-fid as well.
 
     Args:
         path: the file.
@@ -125,6 +160,7 @@ def load_statistics(path: str | Path, extractor: Extractor) -> Statistics:
     """The statistics in a file: ours, pytorch-fid's, or an ADM reference batch's.
 
     A file that does not say which extractor it is of is taken for one of FID's Inception, as all published ones are.
+    If there are images in it as well (`arr_0`), their size is noted and nothing else.
 
     Raises:
         InputError: no such file, damaged, or of another extractor, which the message names.
@@ -144,6 +180,9 @@ def load_statistics(path: str | Path, extractor: Extractor) -> Statistics:
         features = arrays.get("features")
         name, fingerprint = str(about.get("extractor", "inception")), str(about.get("fingerprint", ""))
         count, of_what = int(about.get("count", 0)), dict(about.get("set", {}))
+        digest = hashlib.sha256()
+        for array_name in wanted:
+            digest.update(f"{array_name} {arrays[array_name].shape}".encode() + arrays[array_name].tobytes())
     except (ValueError, TypeError, OverflowError) as error:
         raise InputError(
             f"{path} cannot be read as statistics ({error}): expected an .npz with mu and sigma."
@@ -164,7 +203,11 @@ def load_statistics(path: str | Path, extractor: Extractor) -> Statistics:
             )
         if not (np.isfinite(gaussian.mean).all() and np.isfinite(gaussian.covariance).all()):
             raise InputError(f"{path}: the statistics of {output} hold NaN or Inf; make or download them again.")
-    return Statistics(name, fingerprint, count, gaussians, features, None, {"path": str(path), **of_what})
+    if "arr_0" in npz_names(path):
+        of_what |= {"shape": list(open_npz(path).shape)}
+    known = fingerprint or "unknown: the file does not say, and is taken for this one's"
+    file = {"path": str(path), "sha256": digest.hexdigest(), "extractor_fingerprint": known}
+    return Statistics(name, fingerprint, count, gaussians, features, None, of_what, file)
 
 
 def check_metrics(names: Sequence[str], extractor: Extractor) -> None:
@@ -173,6 +216,36 @@ def check_metrics(names: Sequence[str], extractor: Extractor) -> None:
         needed = {"sfd": "spatial", "is": "probs"}.get(name, "pool")
         if needed not in extractor.outputs:
             raise InputError(f"metrics={name}: {extractor.name} has no {needed} output; leave that metric out.")
+
+
+def check_reference(reference: Statistics, metrics: Sequence[str]) -> None:
+    """Raise InputError unless these statistics have what metrics need of the real images."""
+    for name in metrics:
+        if name in MOMENTS:
+            reference.gaussian(MOMENTS[name])
+        if name in OF_SINGLE_IMAGES:
+            reference.single(name)
+
+
+def check_count(count: int, metrics: Sequence[str], k: int, whose: str) -> None:
+    """Raise InputError unless a set of so many images is large enough for metrics."""
+    fewest = fewest_images(metrics, k)
+    if count < fewest:
+        what = (
+            f"precision and recall with k={k} need" if {"precision", "recall"} & set(metrics) else "a covariance needs"
+        )
+        raise InputError(f"{what} {fewest} images or more in each set: there are {count} {whose}.")
+
+
+def check_same_size(reference: Mapping[str, Any], samples: Mapping[str, Any]) -> None:
+    """Raise InputError if two sets are known to be of another height or width, by what `Statistics.about` says."""
+    sizes = [tuple(about.get("shape", ()))[:2] for about in (reference, samples)]
+    if all(sizes) and sizes[0] != sizes[1]:
+        (height, width), (their_height, their_width) = sizes[1], sizes[0]
+        raise InputError(
+            f"the samples are {height}x{width} pixels and the reference is {their_height}x{their_width}: numbers are "
+            "of one size only; give the reference of that size."
+        )
 
 
 def compare(
@@ -184,71 +257,29 @@ def compare(
         InputError: what a metric needs is not there, such as the images behind saved statistics.
     """
     results: dict[str, float] = {}
-    for name, output in (("fd", "pool"), ("sfd", "spatial")):
+    for name, output in MOMENTS.items():
         if name in metrics:
-            first, second = _gaussian(real, output), _gaussian(fake, output)
+            first, second = real.gaussian(output), fake.gaussian(output)
             value = frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
             results[metric_label(name, fake.extractor)] = value
     if "is" in metrics:
-        if fake.probs is None:
-            raise InputError(f"{_say(fake)} has no class probabilities: the Inception Score needs the samples' images.")
-        label = metric_label("is", fake.extractor)
-        results[label], results[f"{label} std"] = inception_score(fake.probs, min(splits, len(fake.probs)))
+        probs, label = fake.softmax(), metric_label("is", fake.extractor)
+        results[label], results[f"{label} std"] = inception_score(probs, min(splits, len(probs)))
     if {"precision", "recall"} & set(metrics):
-        pair = precision_recall(_features(real, "precision and recall"), _features(fake, "precision and recall"), k)
+        pair = precision_recall(real.single("precision and recall"), fake.single("precision and recall"), k)
         for name, value in zip(("precision", "recall"), pair, strict=True):
             if name in metrics:
                 results[metric_label(name, fake.extractor)] = value
     if "kid" in metrics:
-        sets = _features(real, "KID"), _features(fake, "KID")
-        fewest = min(map(len, sets))
-        size = _KID_SUBSET if fewest >= _KID_SUBSET else max(2, fewest // 2)
+        sets, size = (real.single("KID"), fake.single("KID")), kid_subset_size(real, fake)
         label = metric_label("kid", fake.extractor)
-        results[label], results[f"{label} std"] = kernel_distance(*sets, subset_size=size, seed=seed)
+        results[label], results[f"{label} std"] = kernel_distance(
+            *sets, subsets=KID_SUBSETS, subset_size=size, seed=seed
+        )
     return results
 
 
-def perfect_distance(real: Statistics, count: int, output: str = "pool", seed: int = 0) -> float:
-    """The Fréchet distance that `count` draws from the real Gaussian itself have: how far too high so few images score.
-
-    One draw; its spread is a few hundredths of it.
-    """
-    gaussian = _gaussian(real, output)
-    values, vectors = np.linalg.eigh((gaussian.covariance + gaussian.covariance.T) / 2)
-    noise = np.random.default_rng(seed).standard_normal((count, len(values)))
-    drawn = Moments.of(noise * np.sqrt(np.clip(values, 0, None)) @ vectors.T + gaussian.mean)
-    return frechet_distance(gaussian.mean, gaussian.covariance, drawn.mean, drawn.covariance)
-
-
-def warn_of_bias(real: Statistics, fake: Statistics) -> float | None:
-    """Warn where there are fewer samples than features, and tell by how much the distance is too high; else None."""
-    dimension = len(_gaussian(real, "pool").mean)
-    if fake.count >= dimension:
-        return None
-    bias = perfect_distance(real, fake.count)
-    label = metric_label("fd", fake.extractor)
-    warnings.warn(
-        f"{fake.count} samples are fewer than the {dimension} features of {fake.extractor}: {label} comes out too "
-        f"high, and a perfect model would score {bias:.3g} with so few; draw more, and compare equal numbers only.",
-        stacklevel=2,
-    )
-    return bias
-
-
-def _gaussian(statistics: Statistics, output: str) -> Gaussian:
-    if output not in statistics.gaussians:
-        raise InputError(f"{_say(statistics)} has no statistics of the {output} features: give the images themselves.")
-    return statistics.gaussians[output]
-
-
-def _features(statistics: Statistics, metric: str) -> np.ndarray:
-    if statistics.features is None:
-        raise InputError(
-            f"{_say(statistics)} has moments only, and for {metric} single images are compared: give them, or "
-            "statistics saved with --save_features."
-        )
-    return statistics.features
-
-
-def _say(statistics: Statistics) -> str:
-    return str(statistics.about.get("path", "the set of images"))
+def kid_subset_size(real: Statistics, fake: Statistics) -> int:
+    """How many images of each set KID takes at a time: 1,000, or half of what there is of the smaller one."""
+    fewest = min(len(real.single("KID")), len(fake.single("KID")))
+    return _KID_SUBSET if fewest >= _KID_SUBSET else max(2, fewest // 2)

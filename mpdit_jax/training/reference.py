@@ -17,13 +17,19 @@ from mpdit_jax.evaluation.decoding import find_decode
 from mpdit_jax.evaluation.extractors import Extractor
 from mpdit_jax.evaluation.sets import ImageBlocks, SourceImages, open_set
 from mpdit_jax.evaluation.settings import fewest_images
-from mpdit_jax.evaluation.statistics import Statistics, holds_statistics, load_statistics, save_statistics
+from mpdit_jax.evaluation.statistics import (
+    OF_SINGLE_IMAGES,
+    Statistics,
+    check_same_size,
+    holds_statistics,
+    load_statistics,
+    save_statistics,
+)
 from mpdit_jax.processes import any_process, first_does
 from mpdit_jax.sampling.decoding import Decode
 from mpdit_jax.training.shares import Shares, shares
 
 _MOST = 50_000  # images of the run's own data that are looked at, evenly spread over it
-_OF_SINGLE_IMAGES = {"precision", "recall", "kid"}
 
 
 class Reference:
@@ -50,7 +56,7 @@ class Reference:
         """
         self._config, self._folder = config, folder
         self._own, self._stopped = _Decoded(source, decode), stopped
-        self._single = bool(_OF_SINGLE_IMAGES & set(metrics))
+        self._single = bool(OF_SINGLE_IMAGES & set(metrics))
         self._fewest = fewest_images(metrics)
 
     def check(self, extractor: Extractor | None) -> None:
@@ -68,7 +74,7 @@ class Reference:
             self._check_count(len(self._own), "the run's data")
         elif holds_statistics(Path(place)):
             if extractor is not None:
-                self._load(place, extractor)
+                check_same_size(self._load(place, extractor).about, {"shape": self._own.shape})
         else:
             images = self._open(place)
             self._check_count(len(images), f"config.eval.reference={place}")
@@ -92,7 +98,7 @@ class Reference:
         if place and holds_statistics(Path(place)):
             return self._load(place, extractor)
         with jax.set_mesh(mesh):
-            images: ImageBlocks = self._open(place) if place else self._own_images()
+            images: ImageBlocks = self._open(place, extractor.channels) if place else self._own_images()
         path = self._folder / f"real_{self._digest(extractor, images.about)}.npz"
         earlier = _read(path, extractor)
         # Decided together, before the first process can write what the others look for.
@@ -120,9 +126,10 @@ class Reference:
             )
         return stored
 
-    def _open(self, place: str) -> ImageBlocks:
+    def _open(self, place: str, channels: int = 3) -> ImageBlocks:
         # A store is decoded by the VAE of the run: loaded anew, and let go of with what it decodes.
-        return open_set(place, find=find_decode(self._config.sample.vae, name="config.sample.vae"))
+        find = find_decode(self._config.sample.vae, name="config.sample.vae")
+        return open_set(place, channels=channels, find=find)
 
     def _own_images(self) -> SourceImages:
         about = {"path": "the data of the run", "most": _MOST, "data": what_is_read(self._config.data)}

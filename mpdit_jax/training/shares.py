@@ -46,7 +46,7 @@ class Shares:
 
     def add(self, images: np.ndarray, numbers: np.ndarray) -> None:
         """Look at images uint8 (n, H, W, C), which have these numbers in the set."""
-        features = self._extractor(images)
+        features = self._extractor(images, numbers)
         for name, seen in self._moments.items():
             self._moments[name] = seen.update(features[name])
         for name, arrays in self._kept.items():

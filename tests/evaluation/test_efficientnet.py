@@ -37,6 +37,7 @@ def test_parity_on_the_published_weights():
     assert extractor.label("fd") == "FD(efficientnet_lite0)"
     small = make_extractor("efficientnet_lite0", image_size=64, batch_size=2)
     assert small.fingerprint != extractor.fingerprint
+    assert small.label("fd") == "FD(efficientnet_lite0@64)"
     lacking = {name: array for name, array in read_state_dict(path).items() if name != "_blocks.3._bn1.bias"}
     with pytest.raises(WeightsError, match=r"_blocks.3._bn1.bias is missing"):
         efficientnet.from_torch(lacking, "x")

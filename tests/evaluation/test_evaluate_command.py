@@ -9,9 +9,11 @@ from PIL import Image
 from mpdit_jax import evaluate
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation import command, extraction, inception_weights
+from mpdit_jax.evaluation.bias import perfect_distance, warn_of_bias
 from mpdit_jax.evaluation.extraction import FeatureFolder, extract
+from mpdit_jax.evaluation.report import make_result
 from mpdit_jax.evaluation.sets import open_npz, open_set
-from mpdit_jax.evaluation.statistics import collect, compare, load_statistics, perfect_distance, save_statistics
+from mpdit_jax.evaluation.statistics import collect, compare, load_statistics, save_statistics
 from mpdit_jax.sample import main as sample
 from tests.sampling.conftest import make_workdir
 from tests.tiny import refusal
@@ -68,7 +70,7 @@ def test_the_same_images_in_every_form_give_the_same_number(files, classifier_fi
         assert "warning: 40 samples are fewer than the 64 features" in said
         rows.append(json.loads(out.read_text())["results"][0])
     assert rows[0]["metrics"] == rows[1]["metrics"]
-    assert 0 < rows[0]["settings"]["distance_of_a_perfect_model"] < 20
+    assert 0 < rows[0]["settings"]["distance_of_a_perfect_model"]["FD(classifier)"] < 20
     np.testing.assert_array_equal(open_npz(files / "compressed.npz").images, open_npz(files / "samples.npz").images)
     assert isinstance(open_npz(files / "samples.npz").images, np.memmap)
 
@@ -106,7 +108,11 @@ def test_an_adm_reference_batch_brings_moments_and_images(tmp_path, tiny_incepti
     metrics = ("fd", "sfd", "is", "precision", "recall")
     reference = command.reference_of(options, tiny_inception, metrics, tmp_path / "scratch")
     assert len(reference.features) == 300
+    assert reference.about["shape"] == [8, 8, 1]
+    assert reference.file["extractor_fingerprint"].startswith("unknown")
     fake = collect(tiny_inception, [tiny_inception(images[500:900])], {})
+    noted = make_result("x", reference, fake, metrics, options, tiny_inception, {}).settings["reference"]
+    assert (noted["count"], noted["features_count"], noted["images"]["count"]) == (None, 300, 300)
     found = compare(reference, fake, metrics)
     assert list(found) == ["FID", "sFID", "IS", "IS std", "precision", "recall"]
     expected = compare(whole, fake, ("fd", "sfd"))
@@ -164,7 +170,8 @@ def test_an_interrupted_look_goes_on_where_it_was(files, tmp_path, extractor, mo
         extract(extractor, Dying(), ["pool"], folder)
     assert [folder.has(number) for number in range(6)] == [True] * 3 + [False] * 3
     seen.clear()
-    again = np.concatenate([part["pool"] for part in extract(extractor, images, ["pool"], folder)])
+    extract(extractor, images, ["pool"], folder)
+    again = np.concatenate([folder.read(number)["pool"] for number in range(6)])
     np.testing.assert_array_equal(again, extractor(np.asarray(images.images))["pool"])
 
 
@@ -205,7 +212,7 @@ def test_bad_arguments_are_one_sentence(files, classifier_file, tmp_path, monkey
     (tmp_path / "text.npz").write_text("nothing of the kind")
     mixed = tmp_path / "mixed"
     mixed.mkdir()
-    for index, size in enumerate((8, 9)):
+    for index, size in enumerate((8, 9, 9, 9)):
         Image.new("L", (size, size)).save(mixed / f"{index}.png")
     reference = "--reference=data:digits"
     for arguments, sentence in (
@@ -219,22 +226,56 @@ def test_bad_arguments_are_one_sentence(files, classifier_file, tmp_path, monkey
         ([reference, features], "give either --samples=SET or --workdir=FOLDER"),
         ([f"--samples={big}", reference, features], "the samples are 16x16 pixels and the reference is 8x8"),
         ([f"--samples={floats}", reference, features], "arr_0 is float32 (9, 8, 8, 1); expected uint8"),
-        ([f"--samples={few}", reference, features], "need 4 images or more in each set: there are 3 fake ones"),
+        ([f"--samples={few}", reference, features], "need 4 images or more in each set: there are 3 samples"),
         ([f"--samples={tmp_path / 'text.npz'}", reference, features], "expected an .npz with images as arr_0"),
         ([f"--samples={tmp_path / 'none.npz'}", reference, features], "no such file or folder"),
-        ([f"--samples={mixed}", reference, features], "give --image_size=PIXELS"),
         ([samples, "--reference=data:cats", features], "data:NAME[:SPLIT]"),
         ([samples, reference, features, "--num_samples=601"], "expected 1 to 600"),
+        ([samples, reference, features, "--num_samples=3"], "need 4 images or more in each set: there are 3 samples"),
+        ([samples, f"--reference={few}", features], "there are 3 in the reference"),
+        ([samples, reference, features, "--metrics=fd", "--num_samples=1"], "there are 1 samples"),
         ([samples, reference, features, "--k=0"], "--k=0"),
+        ([samples, reference, features, "--metrics=,"], "metrics=,: expected some of fd"),
+        ([samples, features, "--metrics=fd", f"--save_stats={tmp_path / 's.npz'}"], "--reference is missing"),
+        ([samples, features, f"--save_stats={tmp_path / 'text.npz' / 's.npz'}"], "cannot write"),
+        ([samples, reference, features, "--save_features"], "--save_features goes with --save_stats"),
+        ([samples, reference, features, "--preprocessing=pytorch_fid"], "--preprocessing=pytorch_fid is of the Inc"),
+        ([samples, reference, features, "--inception=none.pth"], "--inception=none.pth is of the Inception network"),
+        ([samples, reference, "--metrics= is"], "download pt_inception-2015-12-05-6726825d.pth"),
+        ([samples, reference, "--metrics=fd, fid"], "download pt_inception-2015-12-05-6726825d.pth"),
+        ([samples, reference, "--metrics=sfd"], "download pt_inception-2015-12-05-6726825d.pth"),
         ([samples, reference, features, "--out=x.txt"], "ends in .json"),
         ([samples, reference, features, "--feature_size=64"], "with efficientnet_lite0 alone"),
+        ([f"--samples={mixed}", reference, features], "give --image_size=PIXELS"),
     ):
         monkeypatch.setattr("mpdit_jax.progress.WorkBar.say", lambda *args: None)
         if "--out=x.txt" not in arguments:
             arguments.append(f"--out={tmp_path / 'out.json'}")
+        assert not (tmp_path / "out.json.unfinished").exists(), "something was looked at in vain"
         stderr = last_line(arguments, monkeypatch, capsys)
         assert sentence in stderr, (arguments, stderr)
+    monkeypatch.setenv("MPDIT_JAX_INCEPTION", "typo.pth")
+    stderr = last_line([samples, reference, f"--out={tmp_path / 'out.json'}"], monkeypatch, capsys)
+    assert "MPDIT_JAX_INCEPTION=typo.pth: no such file" in stderr
     assert not (tmp_path / "out.json").exists()
+
+
+def test_the_inception_score_needs_no_reference_and_looks_at_none(files, classifier_file, tmp_path, capsys):
+    out, features = tmp_path / "o.json", f"--features=classifier:{classifier_file}"
+    for more in ([], ["--reference=none.npz"]):
+        run(capsys, f"--samples={files / 'samples.npz'}", features, "--metrics=is", f"--out={out}", *more)
+        (row,) = json.loads(out.read_text())["results"]
+        assert row["metrics"]["IS(classifier)"] > 5
+        assert row["settings"]["reference"] is None
+        assert row["settings"]["samples"]["labels"]["classes"] == 10
+
+
+def test_too_few_images_are_warned_of_for_every_distance_and_either_set(tiny_inception, digits):
+    seen = [collect(tiny_inception, [tiny_inception(digits[0][:count])], {}) for count in (100, 2)]
+    with pytest.warns(UserWarning, match=r"2 samples are fewer than the 3 features of inception: sFID"):
+        assert warn_of_bias(seen[0], seen[1], ["sfd"]).keys() == {"sFID"}
+    with pytest.warns(UserWarning, match="the reference's 2 images are fewer than the 4 features"):
+        assert not warn_of_bias(seen[1], seen[0], ["fd"])
 
 
 def last_line(arguments, monkeypatch, capsys):

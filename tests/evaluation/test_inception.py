@@ -40,6 +40,18 @@ def test_bilinear_from_corners_and_from_pixel_centres():
     np.testing.assert_allclose(resize(x, 12, half_pixel=False)[:, ::2, 0], x[:, :, 0], rtol=1e-6)
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("size", [256, 300])
+def test_pixel_centres_lie_where_pytorch_has_them(size):
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(0).integers(0, 256, (1, size, size, 3)).astype(np.float32)
+    theirs = torch.nn.functional.interpolate(
+        torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), size=(299, 299), mode="bilinear", align_corners=False
+    )
+    found = np.asarray(resize(x, 299, half_pixel=True)).transpose(0, 3, 1, 2)
+    assert np.abs(found - theirs.numpy()).max() < 1e-3  # of 255
+
+
 def test_weights_of_another_network_are_named(inception_state):
     lacking = {name: array for name, array in inception_state.items() if name != "Mixed_6d.branch7x7_2.bn.bias"}
     with pytest.raises(WeightsError, match=r"Mixed_6d.branch7x7_2.bn.bias is missing"):

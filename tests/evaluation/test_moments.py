@@ -64,7 +64,7 @@ def test_rows_come_back_in_order():
 
 @pytest.mark.parametrize(("features", "sentence"), [
     (np.zeros((0, 3)), "expected (images, features)"),
-    (np.array([[1.0, 2.0], [np.nan, 1.0]]), "image 1 of 2 hold NaN"),
+    (np.array([[1.0, 2.0], [np.nan, 1.0]]), "row 1 of these 2 features holds NaN"),
 ])  # fmt: skip
 def test_bad_features_are_named(features, sentence):
     with pytest.raises(InputError) as caught:

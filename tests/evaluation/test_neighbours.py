@@ -53,6 +53,20 @@ def test_what_float32_cannot_tell_apart_is_settled_in_float64(monkeypatch):
     assert precision_recall(real, fake) == brute_force(real, fake, 3)
 
 
+@pytest.mark.parametrize("centres", [[5.0], [5.0, -5.0]], ids=["one", "two"])
+def test_narrow_sets_far_away_are_not_gone_through_row_by_row(monkeypatch, centres):
+    """As those of a model that has collapsed: float32 cannot tell the members of two distant clusters apart."""
+    random, calls, between = np.random.default_rng(0), [], neighbours._between
+    monkeypatch.setattr(neighbours, "_between", lambda *a: calls.append(1) or between(*a))
+    real = random.standard_normal((300, 64)).astype(np.float32)
+    fake = np.resize(centres, 300)[:, None] + 1e-3 * random.standard_normal((300, 64))
+    fake = np.concatenate([fake[:200], real[:100]]).astype(np.float32)
+    found = precision_recall(real, fake)
+    assert len(calls) < 100
+    assert found == brute_force(real, fake, 3)
+    assert found[0] == pytest.approx(1 / 3)
+
+
 def test_copies_lie_within_even_balls_of_no_size():
     real, _ = sets(64, 64, 4)
     many = np.repeat(real[:8], 6, axis=0)  # each five times over: the third neighbour is at distance 0

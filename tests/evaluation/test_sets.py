@@ -1,0 +1,89 @@
+"""Which images a set consists of, what tells it from another, and which of them are looked at."""
+
+import os
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mpdit_jax.errors import InputError
+from mpdit_jax.evaluation import extraction, looking
+from mpdit_jax.evaluation.extraction import FeatureFolder, extract
+from mpdit_jax.evaluation.extractors import _build
+from mpdit_jax.evaluation.looking import look
+from mpdit_jax.evaluation.moments import Moments
+from mpdit_jax.evaluation.sets import ArrayImages, open_npz, open_set
+from mpdit_jax.evaluation.statistics import collect
+from mpdit_jax.evaluation.subsets import limited
+from tests.evaluation.conftest import _Means
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A grey file first, then coloured ones, one of them in a subfolder."""
+    random, root = np.random.default_rng(0), tmp_path / "images"
+    (root / "b").mkdir(parents=True)
+    Image.fromarray(random.integers(0, 256, (8, 8), np.uint8)).save(root / "a.png")
+    for name in ("b/c.png", "d.png"):
+        Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8)).save(root / name)
+    return root
+
+
+def test_a_folder_whose_first_file_is_grey_keeps_its_colours(folder, extractor, tiny_inception):
+    found = open_set(str(folder), channels=tiny_inception.channels).read(np.arange(3))
+    expected = [np.asarray(Image.open(folder / name).convert("RGB")) for name in ("a.png", "b/c.png", "d.png")]
+    np.testing.assert_array_equal(found, expected)
+    assert open_set(str(folder), channels=extractor.channels).shape == (8, 8, 1)  # its classifier is of grey images
+
+
+def test_another_file_in_a_subfolder_makes_another_set(folder):
+    file, before = folder / "b/c.png", open_set(str(folder)).about
+    known = file.stat()
+    assert open_set(str(folder)).about == before
+    os.utime(file, ns=(known.st_atime_ns, known.st_mtime_ns + 1))
+    assert open_set(str(folder)).about != before
+
+
+@pytest.mark.parametrize("order", ["sorted", "round"])
+def test_some_images_are_of_all_classes(tmp_path, order):
+    labels = np.sort(np.arange(1000) % 10) if order == "sorted" else np.arange(1000) % 10
+    images = np.zeros((1000, 2, 2, 1), np.uint8) + labels[:, None, None, None].astype(np.uint8)
+    np.savez(tmp_path / "set.npz", arr_0=images, labels=labels)
+    some = limited(open_npz(tmp_path / "set.npz"), 100)
+    seen = some.read(np.arange(100))[:, 0, 0, 0]
+    assert set(seen) == set(range(10))
+    assert np.bincount(seen).max() < 25
+    counts = np.bincount(seen)
+    assert some.about["labels"] == {"classes": 10, "fewest": counts.min(), "most": counts.max()}
+    assert (some.about["count"], some.about["of"]) == (100, 1000)
+    assert some.about["chosen"] == "one at random of each of 100 parts"
+
+
+def test_only_what_metrics_need_is_kept_and_each_process_sums_its_share(tmp_path, monkeypatch, extractor, digits):
+    images = ArrayImages(digits[0][:300], {"path": "digits"})
+    monkeypatch.setattr(extraction, "_BLOCK", 100)
+    monkeypatch.setattr(extraction, "wait_for_all", lambda what: None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    shares = []
+    monkeypatch.setattr(looking, "merge_processes", lambda moments: shares.append(moments) or moments)
+    for index in (1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        look(extractor, images, ["pool"], [], tmp_path, "looking")
+    assert [share.count for share in shares] == [100, 200]
+    whole = Moments.of(extractor(images.images)["pool"])
+    np.testing.assert_allclose(shares[0].merge(shares[1]).covariance, whole.covariance, rtol=1e-9, atol=1e-12)
+    assert look(extractor, images, ["pool"], [], tmp_path, "looking").features is None
+    kept = look(extractor, images, ["pool"], ["pool"], tmp_path, "looking").features
+    np.testing.assert_array_equal(kept, collect(extractor, [extractor(images.images)], {}).features)
+
+
+def test_an_image_without_features_is_named_by_its_place_in_the_set(tmp_path, monkeypatch):
+    pool = lambda model, images: {"pool": 1 / images.astype(jax.numpy.float32).mean((1, 2))}  # noqa: E731
+    inverse = _build("inverse", _Means(), pool, {"pool": 1}, {}, 8)
+    images = np.ones((50, 2, 2, 1), np.uint8)
+    images[37] = 0
+    monkeypatch.setattr(extraction, "_BLOCK", 20)
+    found = ArrayImages(images, {})
+    with pytest.raises(InputError, match="the features of image 37 hold NaN or Inf"):
+        extract(inverse, found, ["pool"], FeatureFolder(tmp_path, inverse, found, ["pool"]))
