@@ -192,6 +192,8 @@ def draw(found: list[Record], path: Path) -> None:
             axes.errorbar(macs, mean, yerr=std, marker="o", capsize=3, label=name)
     for axes, title in zip(panels, ("loss on test images", "classifier's accuracy on samples"), strict=True):
         axes.set(xscale="log", xlabel="GMACs of training", title=f"{title} (bars: std of seeds)")
+        axes.set_xticks(macs, [f"{value:,.0f}" for value in macs])
+        axes.minorticks_off()
     panels[0].legend()
     figure.tight_layout()
     with replacing(path) as file:
