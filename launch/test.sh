@@ -4,9 +4,9 @@
 #   bash launch/test.sh [--parity] [pytest arguments]
 #
 # Makes or completes .venv with the extra [test] first. --parity adds the extra [parity] (PyTorch, diffusers, TFDS) and runs
-# the tests that compare with them. The tests run in up to four processes (-n 0 for one). Paths in pytest arguments start at
-# the repository's root; -m "not slow" leaves the long tests out. JAX runs on the CPU unless JAX_PLATFORMS says
-# otherwise; PYTHON=... picks the Python (>= 3.11).
+# the tests that compare with them. The tests run in three processes, of which some wait (-n 0 for one). Paths in pytest
+# arguments start at the repository's root; -m "not slow" leaves the long tests out. JAX runs on the CPU unless
+# JAX_PLATFORMS says otherwise; PYTHON=... picks the Python (>= 3.11).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
@@ -50,6 +50,6 @@ run mypy
 status=0
 # Each process begins with a part of its own, for the tests of a file share what they compile.
 # (bash 3.2 calls an empty array unset)
-run pytest -n auto --maxprocesses=4 --dist=worksteal ${pytest_arguments[@]+"${pytest_arguments[@]}"} || status=$?
+run pytest -n 3 --dist=worksteal ${pytest_arguments[@]+"${pytest_arguments[@]}"} || status=$?
 if [ -n "$left_out" ]; then echo "$left_out"; fi
 exit "$status"

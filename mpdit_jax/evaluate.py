@@ -113,6 +113,7 @@ def main(arguments: Sequence[str]) -> int:
 
     import jax
 
+    from mpdit_jax.checkpoint import load_config
     from mpdit_jax.evaluation import command
     from mpdit_jax.evaluation.report import table, write_json
     from mpdit_jax.evaluation.statistics import check_count, check_metrics, save_statistics
@@ -120,6 +121,8 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.processes import first_does
     from mpdit_jax.waiting import wait_for_all
 
+    if options.workdir:
+        load_config(options.workdir)  # before any weights: there may be no run
     features = command.choose_features(options.features, options.metrics, options.inception)
     wanted = options.reference or options.workdir or options.metrics
     metrics = choose_metrics(options.metrics, features) if wanted else ()

@@ -9,6 +9,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes longer than everything that is computed. The processes that tests start inherit it, so that the bits
 # of one can be compared with those of another.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+# Several processes share the cores, where OpenBLAS's threads wait for each other by spinning.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # The processes that tests start compile the same few programs; one session compiles each once.
     CACHE = tempfile.mkdtemp(prefix="mpdit_jax_tests_")

@@ -1,6 +1,5 @@
 """python -m mpdit_jax.convert: every form to every other and back, and what it refuses."""
 
-import argparse
 import itertools
 import shutil
 
@@ -9,9 +8,8 @@ import numpy as np
 import pytest
 
 import mpdit_jax as mp
-from mpdit_jax import convert, export, sample
+from mpdit_jax import convert, evaluate, export, sample
 from mpdit_jax.errors import CheckpointError, DamageWarning
-from mpdit_jax.evaluation.command import reference_of
 from mpdit_jax.model.parameters import abstract, merge, split
 from mpdit_jax.model.presets import model_config
 from tests.conftest import Golden
@@ -184,7 +182,7 @@ def test_a_dit_is_no_run(tmp_path):
     with refused:
         export.main([f"--workdir={sit}", f"--out={tmp_path / 'out.bin'}"])
     with refused:
-        reference_of(argparse.Namespace(workdir=str(sit), reference=""), None, (), tmp_path)
+        evaluate.main([f"--workdir={sit}", f"--out={tmp_path / 'out.json'}"])
 
 
 @pytest.mark.parity

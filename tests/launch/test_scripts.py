@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "launch/slurm.sbatch", ROOT / ".ci/run"]
 LEFT_OUT = "Left out: the tests marked parity"
-PYTEST = ["pytest", "-n", "auto", "--maxprocesses=4", "--dist=worksteal"]
+PYTEST = ["pytest", "-n", "3", "--dist=worksteal"]
 
 
 def commands(checkout):

@@ -92,24 +92,6 @@ def test_stopped_by_a_signal(tmp_path, number):
     assert (other / "metrics.jsonl").read_text() == (workdir / "metrics.jsonl").read_text()
 
 
-def test_killed_run_continues_from_its_newest_checkpoint(undisturbed, tmp_path):
-    """After kill -9, steps logged since the checkpoint are run again and logged once."""
-    workdir, ends = tmp_path / "run", ["--config.log.every=1", "--config.steps=400", "--config.checkpoint.every=100"]
-    process = start("train", train_arguments(workdir, *ends))
-    for line in process.stdout:
-        if "step 150/" in line:
-            break
-    process.kill()
-    process.communicate()
-    assert max(list_steps(workdir)) < 400
-    status, _, stderr = run("train", train_arguments(workdir, *ends))
-    assert status == 0, stderr
-    other = tmp_path / "other"
-    assert run("train", train_arguments(other, *ends))[0] == 0
-    assert_same_bits(saved_arrays(other, 400), saved_arrays(workdir, 400))
-    assert (other / "metrics.jsonl").read_text() == (workdir / "metrics.jsonl").read_text()
-
-
 def test_a_run_killed_before_its_first_checkpoint_says_that_it_begins_again(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed[0], workdir, ignore=shutil.ignore_patterns("4", "8"))
