@@ -1,6 +1,7 @@
 """Images a second through FID's Inception, beside pytorch-fid's when it is installed; precision and recall by size."""
 
 import json
+import resource
 import statistics
 import sys
 import time
@@ -80,7 +81,8 @@ def measure(options: Namespace) -> dict[str, Any]:
             report["jax_over_pytorch_fid"] = report["jax"]["images_per_s"] / report["pytorch_fid"]["images_per_s"]
     if options.neighbours:
         _progress(f"precision and recall of {options.neighbours} by {options.neighbours} images")
-        report["neighbours"] = {"images": options.neighbours, "seconds": time_neighbours(options.neighbours)}
+        seconds = time_neighbours(options.neighbours)
+        report["neighbours"] = {"images": options.neighbours, "seconds": seconds, "peak_bytes": peak_memory()}
     return report
 
 
@@ -93,6 +95,12 @@ def time_neighbours(count: int, dimension: int = 2048) -> float:
     start = time.perf_counter()
     precision_recall(real, fake)
     return time.perf_counter() - start
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had in memory, features included."""
+    unit = 1 if sys.platform == "darwin" else 1024  # as getrusage has it
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def set_up_jax(image_size: int, batch_size: int) -> tuple[dict[str, Callable[[], np.ndarray]], dict[str, Any]]:
@@ -160,7 +168,11 @@ def _as_text(report: Mapping[str, Any]) -> str:
             lines.append("pytorch-fid is not installed; `pip install 'mpdit_jax[parity]'` adds it to compare.")
     if "neighbours" in report:
         count, seconds = report["neighbours"]["images"], report["neighbours"]["seconds"]
-        lines.append(f"precision and recall of {count:,} by {count:,} images, 2048 features: {seconds:.1f} s")
+        peak = report["neighbours"]["peak_bytes"] / 2**30
+        lines.append(
+            f"precision and recall of {count:,} by {count:,} images, 2048 features: {seconds:.1f} s, "
+            f"at most {peak:.2f} GiB in memory"
+        )
     return "\n".join(lines)
 
 

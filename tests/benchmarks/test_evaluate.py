@@ -2,13 +2,15 @@
 
 import pytest
 
-from mpdit_jax.benchmarks.evaluate import _as_text, make_evaluate_parser, measure, time_neighbours
+from mpdit_jax.benchmarks.evaluate import _as_text, make_evaluate_parser, measure, peak_memory, time_neighbours
 from mpdit_jax.errors import InputError
 
 
 def test_neighbours_are_timed_and_told():
     assert time_neighbours(300, dimension=16) > 0
-    assert "300 by 300 images" in _as_text({"neighbours": {"images": 300, "seconds": 1.0}})
+    assert 50 * 2**20 < peak_memory() < 2**37
+    text = _as_text({"neighbours": {"images": 300, "seconds": 1.0, "peak_bytes": 3 * 2**30}})
+    assert text == "precision and recall of 300 by 300 images, 2048 features: 1.0 s, at most 3.00 GiB in memory"
 
 
 def test_the_table_names_both_contestants():
