@@ -5,6 +5,8 @@ import numbers
 from collections.abc import Collection
 from typing import Any
 
+from mpdit_jax.errors import InputError
+
 
 def suggest(name: str, known: Collection[str]) -> str:
     """`" (did you mean 'x'?)"` for the known name nearest to `name`, or nothing."""
@@ -15,6 +17,12 @@ def suggest(name: str, known: Collection[str]) -> str:
 def is_whole(value: Any) -> bool:
     """Whether a value is a whole number, NumPy's included; True and False are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_seed(seed: Any, name: str) -> None:
+    """Raise InputError unless a key can be made of a seed; `name` is what the user calls it."""
+    if not is_whole(seed) or not 0 <= seed < 2**32:
+        raise InputError(f"{name}={seed!r}: expected a whole number from 0 to {2**32 - 1}.")
 
 
 def is_real(value: Any) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from mpdit_jax.checks import check_seed
 from mpdit_jax.cli import Parser, add_tile_option, make_parser, run
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation.settings import choose_metrics, metric_names
@@ -174,8 +175,7 @@ def _check(options: argparse.Namespace) -> None:
     for name, ending in (("out", ".json"), ("save_stats", ".npz")):
         if vars(options)[name] and not vars(options)[name].endswith(ending):
             raise InputError(f"--{name}={vars(options)[name]}: expected a name that ends in {ending}.")
-    if not 0 <= options.seed < 2**32:
-        raise InputError(f"--seed={options.seed}: expected a whole number from 0 to {2**32 - 1}.")
+    check_seed(options.seed, "--seed")
 
 
 def _place(options: argparse.Namespace) -> Path:

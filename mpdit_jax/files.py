@@ -4,6 +4,7 @@ import datetime
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mpdit_jax.errors import InputError
 
@@ -152,6 +153,11 @@ def take_lock(path: Path) -> Lock | str:
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {now:%Y-%m-%d %H:%M:%S} UTC\n")
     file.flush()
     return Lock(path, file)
+
+
+def digest_of(content: Any) -> str:
+    """The first digits of a SHA-256 over plain values, which names the files that belong to them."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def code_fingerprint() -> str:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpdit_jax.checks import check_seed
 from mpdit_jax.cli import Parser, add_tile_option, make_parser, run
 from mpdit_jax.errors import InputError
 from mpdit_jax.processes import add_flags, join
@@ -111,8 +112,7 @@ def _checked_out(options: argparse.Namespace) -> Path:
         raise InputError("--workdir is empty: expected the folder of a run, such as runs/digits.")
     if options.batch_size < 1:
         raise InputError(f"--batch_size={options.batch_size}: expected 1 or more.")
-    if not 0 <= options.seed < 2**32:
-        raise InputError(f"--seed={options.seed}: expected a whole number from 0 to {2**32 - 1}.")
+    check_seed(options.seed, "--seed")
     return Path(options.out)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpdit_jax.checks import check_seed
 from mpdit_jax.cli import make_parser, run
 from mpdit_jax.errors import InputError
 
@@ -40,8 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError(f"--out={options.out}: expected a name that ends in .safetensors.")
     if not options.learning_rate > 0:
         raise InputError(f"--learning_rate={options.learning_rate}: expected a positive number.")
-    if not 0 <= options.seed < 2**32:
-        raise InputError(f"--seed={options.seed}: expected a whole number from 0 to {2**32 - 1}.")
+    check_seed(options.seed, "--seed")
 
     from mpdit_jax.data.sources import SOURCES, Batched, load_source
     from mpdit_jax.evaluation.classifier import save_classifier

@@ -2,8 +2,6 @@
 
 import argparse
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -20,7 +18,7 @@ from mpdit_jax.processes import (
     on_cloud_tpu,
     roll_call,
 )
-from tests.tiny import environment, free_port, join_flags
+from tests.tiny import start_joined
 
 
 def test_alone_unless_something_says_otherwise():
@@ -103,39 +101,16 @@ def test_processes_that_jax_connected_are_compared_too(monkeypatch):
 
 
 WAITING = """
-import argparse, time
-import jax
-from mpdit_jax import cli
-from mpdit_jax.processes import add_flags, join
-from mpdit_jax.waiting import wait_for_all
-
-def main(arguments):
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    options = parser.parse_args(arguments)
-    join(options, {})
-    jax.devices()  # where JAX itself lets the processes wait for each other
-    print("here", flush=True)
-    if options.process_id == 0:
-        time.sleep(600)
-    wait_for_all("a test")
-    return 0
-
-cli.run(main)
+print("here", flush=True)
+if options.process_id == 0:
+    time.sleep(600)
 """
 
 
 @pytest.fixture
 def late_and_waiting():
     """A process that is late, and one that waits for it; both have joined."""
-    port = free_port()
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", WAITING, *join_flags(port, 2, index)],
-            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for index in range(2)
-    ]  # fmt: skip
+    both = start_joined(WAITING)
     for process in both:
         assert process.stdout.readline() == "here\n"
     time.sleep(0.5)  # from there to the wait

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,40 @@ def free_port():
 def join_flags(port, count, index):
     """By which process `index` of `count` finds the others."""
     return [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}"]
+
+
+_JOINED = """
+import argparse, time
+import jax
+from mpdit_jax import cli
+from mpdit_jax.errors import InputError
+from mpdit_jax.processes import add_flags, join
+from mpdit_jax.waiting import wait_for_all
+
+def main(arguments):
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    options = parser.parse_args(arguments)
+    join(options, {})
+    jax.devices()  # where JAX itself lets the processes wait for each other
+BODY
+    wait_for_all("a test")
+    return 0
+
+cli.run(main)
+"""
+
+
+def start_joined(body):
+    """Two processes of one job: each runs `body`, where `options` are its arguments, and then waits for the other."""
+    script, port = _JOINED.replace("BODY", textwrap.indent(body.strip(), "    ")), free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *join_flags(port, 2, index)],
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
 
 
 def saved_arrays(workdir, step):

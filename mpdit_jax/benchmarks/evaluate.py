@@ -1,7 +1,6 @@
 """Images a second through FID's Inception, beside pytorch-fid's when it is installed; precision and recall by size."""
 
 import json
-import resource
 import statistics
 import sys
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mpdit_jax.benchmarks.workers import Worker
+from mpdit_jax.benchmarks.workers import Worker, peak_memory
 from mpdit_jax.cli import Parser, make_parser
 from mpdit_jax.errors import InputError
 
@@ -95,12 +94,6 @@ def time_neighbours(count: int, dimension: int = 2048) -> float:
     start = time.perf_counter()
     precision_recall(real, fake)
     return time.perf_counter() - start
-
-
-def peak_memory() -> int:
-    """The most bytes that this process has had in memory, features included."""
-    unit = 1 if sys.platform == "darwin" else 1024  # as getrusage has it
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def set_up_jax(image_size: int, batch_size: int) -> tuple[dict[str, Callable[[], np.ndarray]], dict[str, Any]]:

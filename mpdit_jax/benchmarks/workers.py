@@ -86,7 +86,7 @@ def _serve(connection: Connection, setup: Setup, arguments: tuple[Any, ...]) -> 
         while True:
             command, task = connection.recv()
             if command == "memory":
-                connection.send(("ok", _peak_memory()))
+                connection.send(("ok", peak_memory()))
                 continue
             start = time.perf_counter()
             result = tasks[task]()
@@ -101,7 +101,8 @@ def _serve(connection: Connection, setup: Setup, arguments: tuple[Any, ...]) -> 
         connection.send(("error", f"{type(error).__name__}: {error}"))
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
+    """Bytes of memory that this process has held at most, libraries included."""
     # ru_maxrss of a child starts at what its parent held, so Linux's own figure comes first.
     status = Path("/proc/self/status")
     if status.exists():

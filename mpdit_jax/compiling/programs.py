@@ -19,6 +19,7 @@ from mpdit_jax.compiling.flops import product_flops
 from mpdit_jax.config import model_of
 from mpdit_jax.data.latents import LatentSpace
 from mpdit_jax.errors import ConfigError, MissingExtraError
+from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import make_sampler
 from mpdit_jax.mesh import batch_sharding, check_batch, replicated
 from mpdit_jax.model.config import ModelConfig
@@ -117,7 +118,7 @@ def compile_sampler(config: FrozenConfigDict, mesh: Mesh, batch_size: int) -> Pr
     everywhere, split = replicated(mesh), batch_sharding(mesh)
 
     def draw(parameters: Any, labels: jax.Array, seed: jax.Array) -> jax.Array:
-        return sampler(merge(structure, parameters), labels, jax.random.key(seed))
+        return sampler(merge(structure, parameters), labels, seed_key(seed))
 
     parameters = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere) for name, leaf in shapes.items()

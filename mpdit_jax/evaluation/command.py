@@ -22,7 +22,7 @@ from mpdit_jax.evaluation.inception_weights import VARIABLE, locate_inception
 from mpdit_jax.evaluation.looking import kept, look, needed
 from mpdit_jax.evaluation.report import Result, make_result
 from mpdit_jax.evaluation.sets import FindDecode, ImageBlocks, SourceImages, open_npz, open_set
-from mpdit_jax.evaluation.settings import ALIASES, metric_names
+from mpdit_jax.evaluation.settings import ALIASES, MOST_REAL, metric_names
 from mpdit_jax.evaluation.statistics import (
     OF_SINGLE_IMAGES,
     Statistics,
@@ -35,7 +35,6 @@ from mpdit_jax.evaluation.statistics import (
 from mpdit_jax.evaluation.subsets import limited
 from mpdit_jax.files import remove_leftovers
 
-_MOST_REAL = 50_000  # images of a run's own data that are looked at, unless --reference names them
 _OF_INCEPTION = {*ALIASES, "sfd", "is"}  # metrics that the packaged network does not have
 
 
@@ -141,7 +140,7 @@ def reference_images(options: argparse.Namespace, channels: int) -> ImageBlocks:
         source = load_source(**config.data)
         about = {"path": f"the data of {options.workdir}", "count": len(source), "shape": list(source.shape)}
         images = SourceImages(source, about | {"data": what_is_read(config.data)})
-    return limited(images, min(_MOST_REAL, len(images)))
+    return limited(images, min(MOST_REAL, len(images)))
 
 
 def evaluate_set(

@@ -1,7 +1,5 @@
 """Features of many images: in blocks that outlive a crash, shared out over processes."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from mpdit_jax.data.npz import read_npz
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation.extractors import Extractor, Features
 from mpdit_jax.evaluation.sets import ImageBlocks
-from mpdit_jax.files import replacing
+from mpdit_jax.files import digest_of, replacing
 from mpdit_jax.progress import WorkBar
 from mpdit_jax.waiting import wait_for_all
 
@@ -28,8 +26,7 @@ class FeatureFolder:
         """Nothing is made yet."""
         self.total, self.count = len(images), -(-len(images) // _BLOCK)  # images, blocks
         self._outputs = sorted(outputs)
-        decides = json.dumps([extractor.fingerprint, images.about, self._outputs, _BLOCK], sort_keys=True)
-        self.path = root / hashlib.sha256(decides.encode()).hexdigest()[:16]
+        self.path = root / digest_of([extractor.fingerprint, images.about, self._outputs, _BLOCK])
 
     def is_mine(self, number: int) -> bool:
         """Whether that block is this process's share: b is of process b modulo the number of processes."""

@@ -3,7 +3,6 @@
 import argparse
 import copy
 import glob
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +20,8 @@ from mpdit_jax.evaluation.looking import kept, look, needed
 from mpdit_jax.evaluation.report import Result, make_result, write_json
 from mpdit_jax.evaluation.sets import count_labels
 from mpdit_jax.evaluation.statistics import Statistics, check_count, check_same_size
-from mpdit_jax.files import remove_leftovers
+from mpdit_jax.files import digest_of, remove_leftovers
+from mpdit_jax.flow.adaptive import METHODS
 from mpdit_jax.processes import any_process, first_does
 from mpdit_jax.sampling.blocks import BlockFolder
 from mpdit_jax.sampling.command import Request, parse_labels, run_settings
@@ -70,7 +70,7 @@ def evaluate_run(
         name = _name(options.step, request.options)
         known = [reference.about, reference.file]
         decides = [drawn, extractor.fingerprint, known, sorted(metrics), options.k, options.splits]
-        file = scratch.parent / f"{name.replace(', ', '_').replace(' ', '')}_{_digest(decides)}.json"
+        file = scratch.parent / f"{name.replace(', ', '_').replace(' ', '')}_{digest_of(decides)}.json"
         # One process decides, for the others may see the file later.
         if any_process(jax.process_index() == 0 and file.is_file()):
             row = first_does(partial(_read_row, name, file))
@@ -79,17 +79,24 @@ def evaluate_run(
             continue
         say(name)
         first_does(partial(remove_leftovers, file.parent, glob.escape(file.name)))
-        folder = BlockFolder(scratch / f"samples_{_digest(drawn)}", settings)
-        draw_blocks(
-            request.sampler, model, labels, options.seed, folder, options.batch_size, decode=decode, **request.call()
-        )
-        about = {"path": str(workdir), "shape": list(shape), **drawn}
-        samples = DrawnImages(folder, options.batch_size, len(labels), about)
-        statistics = look(extractor, samples, needed(metrics), kept(metrics), scratch, "looking at samples:")
-        result = make_result(name, reference, statistics, metrics, options, extractor, drawn)
-        if jax.process_index() == 0:
-            write_json(file, {"metrics": result.metrics, "settings": result.settings})
-            folder.remove()
+        with BlockFolder(scratch / f"samples_{digest_of(drawn)}", settings) as folder:
+            draw_blocks(
+                request.sampler,
+                model,
+                labels,
+                options.seed,
+                folder,
+                options.batch_size,
+                decode=decode,
+                **request.call(),
+            )
+            about = {"path": str(workdir), "shape": list(shape), **drawn}
+            samples = DrawnImages(folder, options.batch_size, len(labels), about)
+            statistics = look(extractor, samples, needed(metrics), kept(metrics), scratch, "looking at samples:")
+            result = make_result(name, reference, statistics, metrics, options, extractor, drawn)
+            if jax.process_index() == 0:
+                write_json(file, {"metrics": result.metrics, "settings": result.settings})
+                folder.remove()
         results.append(result)
     return results
 
@@ -143,7 +150,7 @@ def _read_row(name: str, file: Path) -> Result:
 def _combinations(options: argparse.Namespace) -> list[argparse.Namespace]:
     chosen = []
     for solver in options.solver:
-        adaptive = solver in ("dopri5", "tsit5")  # these choose their steps themselves
+        adaptive = solver in METHODS  # these choose their steps themselves
         for steps in [None] if adaptive else options.steps or [250]:
             for scale in options.guidance_scale:
                 one = copy.copy(options)
@@ -155,7 +162,3 @@ def _combinations(options: argparse.Namespace) -> list[argparse.Namespace]:
 def _name(step: int, options: argparse.Namespace) -> str:
     count = f" {options.steps}" if options.steps else ""
     return f"step {step}, {options.solver}{count}, w={options.guidance_scale:g}"
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

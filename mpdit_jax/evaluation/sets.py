@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from mpdit_jax import images as pictures
-from mpdit_jax.data.latent_store import MANIFEST, LatentStore, read_manifest
+from mpdit_jax.data.latent_store import MANIFEST, LatentStore
 from mpdit_jax.data.npz import map_npz, npz_names, read_npz
 from mpdit_jax.data.sources import SOURCES, load_source
 from mpdit_jax.errors import DataError, InputError
@@ -153,17 +153,6 @@ def open_set(place: str, *, image_size: int = 0, channels: int = 3, find: FindDe
             f"{place}: no such file or folder; expected an .npz, a folder of images, or a store of latents."
         )
     return open_npz(path)
-
-
-def check_store(place: str, find: FindDecode) -> None:
-    """Raise InputError where an argument of `open_set` is a store of latents that `find` has no decoder for.
-
-    Raises:
-        DataError: a damaged manifest.
-    """
-    path = Path(place).expanduser()
-    if place and (path / MANIFEST).is_file():
-        find(path, read_manifest(path).vae_fingerprint)
 
 
 def open_npz(path: Path) -> ArrayImages:

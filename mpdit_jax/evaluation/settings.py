@@ -5,6 +5,8 @@ from typing import Any
 
 from mpdit_jax.errors import ConfigError, InputError
 
+MOST_REAL = 50_000
+"""Images of a run's own data that are looked at, unless a reference is named."""
 METRICS = ("fd", "sfd", "is", "precision", "recall", "kid")
 ALIASES = {"fid": "fd", "sfid": "sfd"}
 """What some are called with Inception, and with no other network."""

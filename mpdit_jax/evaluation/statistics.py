@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from mpdit_jax import __version__
 from mpdit_jax.data.npz import npz_names, read_npz
 from mpdit_jax.errors import InputError
-from mpdit_jax.evaluation.extractors import Extractor, Features, metric_label
+from mpdit_jax.evaluation.extractors import Extractor, metric_label
 from mpdit_jax.evaluation.metrics import (
     Moments,
     frechet_distance,
@@ -93,21 +93,6 @@ class Statistics:
         return str(self.file.get("path") or self.about.get("path") or "the set of images")
 
 
-def collect(extractor: Extractor, parts: Iterable[Features], about: dict[str, Any]) -> Statistics:
-    """The statistics of images whose features come part by part."""
-    moments: dict[str, Moments] = {}
-    kept: dict[str, list[np.ndarray]] = {"pool": [], "probs": []}
-    for part in parts:
-        for name in _GAUSSIANS.keys() & part.keys():
-            seen = moments.get(name, Moments.empty(extractor.outputs[name]))
-            moments[name] = seen.update(part[name])
-        for name, arrays in kept.items():
-            if name in part:
-                arrays.append(part[name])
-    joined = {name: np.concatenate(arrays) for name, arrays in kept.items() if arrays}
-    return from_moments(extractor, moments, joined.get("pool"), joined.get("probs"), about)
-
-
 def from_moments(
     extractor: Extractor,
     moments: dict[str, Moments],
@@ -167,9 +152,8 @@ def load_statistics(path: str | Path, extractor: Extractor) -> Statistics:
     """
     path = Path(path)
     try:
-        wanted = sorted(
-            npz_names(path) & {_ABOUT, "features", *(name for pair in _GAUSSIANS.values() for name in pair)}
-        )
+        names = npz_names(path)
+        wanted = sorted(names & {_ABOUT, "features", *(name for pair in _GAUSSIANS.values() for name in pair)})
         arrays = dict(zip(wanted, read_npz(path, wanted), strict=True))
         about = dict(json.loads(str(arrays[_ABOUT]))) if _ABOUT in arrays else {}
         gaussians = {
@@ -203,7 +187,7 @@ def load_statistics(path: str | Path, extractor: Extractor) -> Statistics:
             )
         if not (np.isfinite(gaussian.mean).all() and np.isfinite(gaussian.covariance).all()):
             raise InputError(f"{path}: the statistics of {output} hold NaN or Inf; make or download them again.")
-    if "arr_0" in npz_names(path):
+    if "arr_0" in names:
         of_what |= {"shape": list(open_npz(path).shape)}
     known = fingerprint or "unknown: the file does not say, and is taken for this one's"
     file = {"path": str(path), "sha256": digest.hexdigest(), "extractor_fingerprint": known}

@@ -14,7 +14,7 @@ from mpdit_jax.flow.fields import Field, Segment
 from mpdit_jax.flow.solvers import Increments, Solution
 from mpdit_jax.flow.times import TimeGrid
 
-_METHODS = {"dopri5": "Dopri5", "tsit5": "Tsit5"}  # ours to diffrax's
+METHODS = {"dopri5": "Dopri5", "tsit5": "Tsit5"}  # ours to diffrax's
 _STAGES = 6  # new evaluations a step: both methods have seven stages, the first of which is the step before's last
 _START = 1  # evaluations before the first step: its first stage
 _FIRST_STEP = 0.01  # of time; the controller takes over from there
@@ -41,8 +41,8 @@ class Adaptive:
     atol: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.method not in _METHODS:
-            raise ConfigError(f"method={self.method!r}: expected one of {', '.join(_METHODS)}.")
+        if self.method not in METHODS:
+            raise ConfigError(f"method={self.method!r}: expected one of {', '.join(METHODS)}.")
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
             if not (is_real(value) and value >= 0 and math.isfinite(value)) or self.rtol == self.atol == 0:
                 raise ConfigError(f"{name}={value!r}: expected a small positive number, such as 1e-5.")
@@ -73,7 +73,7 @@ class Adaptive:
         """Latents at the segment's end, evaluations (B,), and the recorded times and path (the end alone if not)."""
         diffrax = _diffrax()
         terms = diffrax.ODETerm(lambda t, z, field: _one_example(t, z, field))
-        method = vars(diffrax)[_METHODS[self.method]]()
+        method = vars(diffrax)[METHODS[self.method]]()
         controller = diffrax.PIDController(rtol=self.rtol, atol=self.atol)
         times = jnp.linspace(segment.start, segment.end, _FRAMES if record else 2, dtype=z.dtype)[1:]
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mpdit_jax import images
 from mpdit_jax.checkpoint import load_checkpoint
-from mpdit_jax.checks import is_whole
+from mpdit_jax.checks import check_seed, is_whole
 from mpdit_jax.errors import InputError
 from mpdit_jax.flow.inputs import check_labels, check_model, check_scale
 from mpdit_jax.flow.randomness import seed_key
@@ -82,8 +82,7 @@ def generate(
     check_drawable(target.input_shape, decode)
     if not is_whole(batch_size) or batch_size < 1:
         raise InputError(f"batch_size={batch_size!r}: expected a whole number of images, 1 or more.")
-    if not is_whole(seed) or not 0 <= seed < 2**32:
-        raise InputError(f"seed={seed!r}: expected a whole number from 0 to {2**32 - 1}.")
+    check_seed(seed, "seed")
     sampler = make_sampler(solver, steps, check_scale(guidance_scale, len(values)), **settings)
     scale, width = np.asarray(sampler.guidance_scale), min(batch_size, len(values))
     one_each = isinstance(negative_labels, list | tuple | jax.Array)

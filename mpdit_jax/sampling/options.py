@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from mpdit_jax.errors import InputError
+from mpdit_jax.flow.adaptive import METHODS
 from mpdit_jax.flow.sampler import Sampler, make_sampler
 from mpdit_jax.flow.times import ShiftedGrid
 
-_ADAPTIVE = ("dopri5", "tsit5")
 _SOLVER_OPTIONS = {"rtol": "rtol", "atol": "atol", "diffusion": "diffusion", "diffusion_norm": "norm"}
 
 
@@ -64,7 +64,7 @@ def sampler_from(options: argparse.Namespace) -> Sampler:
         ConfigError, InputError: an impossible value, or a flag that the solver does not heed.
     """
     given = {name: vars(options)[flag] for flag, name in _SOLVER_OPTIONS.items() if vars(options)[flag] is not None}
-    if options.solver in _ADAPTIVE and options.steps is not None:
+    if options.solver in METHODS and options.steps is not None:
         raise InputError(f"--steps={options.steps}: {options.solver} chooses its own; set --rtol and --atol instead.")
     if options.time_shift is not None and options.time_grid != "shifted":
         raise InputError(f"--time_shift={options.time_shift}: only --time_grid=shifted has one.")
@@ -91,7 +91,7 @@ def check_heeded(options: argparse.Namespace) -> None:
     for name, is_given in given.items():
         if is_given and (scales == 1).all():
             raise InputError(f"--{name} is given and nothing is guided at --guidance_scale=1: give another scale.")
-    if options.time_grid != "uniform" and np.isin(solvers, _ADAPTIVE).all():
+    if options.time_grid != "uniform" and np.isin(solvers, [*METHODS]).all():
         raise InputError(f"--time_grid={options.time_grid}: {solvers[0]} chooses its own times; leave it out.")
 
 

@@ -21,8 +21,10 @@ from mpdit_jax.errors import ConfigError
 from mpdit_jax.evaluation.classifier import load_classifier, save_classifier
 from mpdit_jax.evaluation.classifier_training import train_classifier
 from mpdit_jax.evaluation.extractors import Extractor, build_classifier, make_extractor, metric_label
+from mpdit_jax.evaluation.looking import kept
 from mpdit_jax.evaluation.settings import choose_metrics, fewest_images
 from mpdit_jax.evaluation.statistics import Statistics, check_metrics, compare
+from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import Sampler, make_sampler
 from mpdit_jax.mesh import batch_sharding, make_mesh
 from mpdit_jax.model.parameters import Parameters, Structure, merge
@@ -136,8 +138,8 @@ class Evaluator:
         labels = balanced_labels(self._config.model.num_classes, settings.num_samples)
         width = -(-settings.batch_size // mesh.size) * mesh.size
         with jax.set_mesh(mesh):
-            key = jax.random.key(self._config.seed)
-        seen = Shares(extractor)
+            key = seed_key(self._config.seed)
+        seen = Shares(extractor, kept(self._metrics))
         for rows in shares(len(labels), width, "drawing samples to evaluate:", "images", self._stopped):
             if rows is None:
                 return None
@@ -151,7 +153,7 @@ class Evaluator:
                 block = finish(pictures, labels[rows], rows)
                 if block.finite.any():
                     seen.add(block.images[block.finite], rows[block.finite])
-        return seen.together({"path": "samples of the run"}, single=True)
+        return seen.together({"path": "samples of the run"})
 
     def _prepared(self) -> tuple[Extractor, Statistics] | None:
         """What both sides of the comparison are seen through, and the real side; None if asked to stop meanwhile."""

@@ -20,6 +20,7 @@ from mpdit_jax.data.facts import claim_data
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.data.sources import check_fits, load_source
 from mpdit_jax.errors import ConfigError, DataError, DivergedError
+from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import make_sampler
 from mpdit_jax.interrupt import StopRequest
 from mpdit_jax.mesh import check_batch, local_rows, make_mesh, place_batch
@@ -204,7 +205,7 @@ def draw_grid(
     labels = np.repeat(np.arange(classes), config.sample.per_class)
     sampler = make_sampler(steps=config.sample.steps, guidance_scale=config.sample.guidance_scale)
     with jax.set_mesh(mesh):
-        latents = sampler(merge(structure, parameters), labels, jax.random.key(config.seed))
+        latents = sampler(merge(structure, parameters), labels, seed_key(config.seed))
     if decode is None:
         pictures = np.asarray(latents)
     else:

@@ -1,10 +1,7 @@
 """What samples are compared with while a run trains: saved statistics, images, or the run's own data."""
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,21 +12,21 @@ from mpdit_jax.data.sources import Source, limited
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.evaluation.decoding import find_decode
 from mpdit_jax.evaluation.extractors import Extractor
+from mpdit_jax.evaluation.looking import kept
 from mpdit_jax.evaluation.sets import ImageBlocks, SourceImages, open_set
-from mpdit_jax.evaluation.settings import fewest_images
+from mpdit_jax.evaluation.settings import MOST_REAL, fewest_images
 from mpdit_jax.evaluation.statistics import (
-    OF_SINGLE_IMAGES,
     Statistics,
+    check_reference,
     check_same_size,
     holds_statistics,
     load_statistics,
     save_statistics,
 )
+from mpdit_jax.files import digest_of
 from mpdit_jax.processes import any_process, first_does
 from mpdit_jax.sampling.decoding import Decode
 from mpdit_jax.training.shares import Shares, shares
-
-_MOST = 50_000  # images of the run's own data that are looked at, evenly spread over it
 
 
 class Reference:
@@ -56,7 +53,8 @@ class Reference:
         """
         self._config, self._folder = config, folder
         self._own, self._stopped = _Decoded(source, decode), stopped
-        self._single = bool(OF_SINGLE_IMAGES & set(metrics))
+        self._real = [name for name in metrics if name != "is"]  # what compares with them
+        self._keep = kept(self._real)
         self._fewest = fewest_images(metrics)
 
     def check(self, extractor: Extractor | None) -> None:
@@ -99,31 +97,29 @@ class Reference:
             return self._load(place, extractor)
         with jax.set_mesh(mesh):
             images: ImageBlocks = self._open(place, extractor.channels) if place else self._own_images()
-        path = self._folder / f"real_{self._digest(extractor, images.about)}.npz"
+        # Named after everything that decides what is seen: of another classifier or data set there is another file.
+        decides = [extractor.fingerprint, images.about, bool(self._keep)]
+        path = self._folder / f"real_{digest_of(decides)}.npz"
         earlier = _read(path, extractor)
         # Decided together, before the first process can write what the others look for.
         if not any_process(earlier is None) and earlier is not None:
             return earlier
-        seen = Shares(extractor)
+        seen = Shares(extractor, self._keep)
         for rows in shares(len(images), extractor.batch_size, "looking at real images:", "images", self._stopped):
             if rows is None:
                 return None
             if len(rows):
                 with jax.set_mesh(mesh):
                     seen.add(images.read(rows), rows)
-        found = seen.together(images.about, single=self._single)
+        found = seen.together(images.about)
         if found is None:
             raise InputError(f"{images.about['path']}: expected two images or more to compare with.")
-        first_does(lambda: self._keep(path, found))
+        first_does(lambda: self._save(path, found))
         return found
 
     def _load(self, place: str, extractor: Extractor) -> Statistics:
         stored = load_statistics(place, extractor)
-        if self._single and stored.features is None:
-            raise InputError(
-                f"config.eval.reference={place} has moments only, and config.eval.metrics compare single images: "
-                "give statistics written with --save_features, or images."
-            )
+        check_reference(stored, self._real)
         return stored
 
     def _open(self, place: str, channels: int = 3) -> ImageBlocks:
@@ -132,8 +128,8 @@ class Reference:
         return open_set(place, channels=channels, find=find)
 
     def _own_images(self) -> SourceImages:
-        about = {"path": "the data of the run", "most": _MOST, "data": what_is_read(self._config.data)}
-        return SourceImages(limited(self._own, _MOST), about)
+        about = {"path": "the data of the run", "most": MOST_REAL, "data": what_is_read(self._config.data)}
+        return SourceImages(limited(self._own, MOST_REAL), about)
 
     def _check_count(self, count: int, name: str) -> None:
         if count < self._fewest:
@@ -142,13 +138,8 @@ class Reference:
                 "or more."
             )
 
-    def _digest(self, extractor: Extractor, about: dict[str, Any]) -> str:
-        """Of everything that decides what is seen: of another classifier or data set there is another file."""
-        decides = json.dumps([extractor.fingerprint, about, self._single], sort_keys=True)
-        return hashlib.sha256(decides.encode()).hexdigest()[:16]
-
-    def _keep(self, path: Path, found: Statistics) -> None:
-        save_statistics(path, found, features=self._single)
+    def _save(self, path: Path, found: Statistics) -> None:
+        save_statistics(path, found, features=bool(self._keep))
         for other in self._folder.glob(f"real_{'?' * 16}.npz"):
             if other != path:
                 other.unlink()  # ours, of what was compared with before

@@ -1,6 +1,6 @@
 """Statistics of images that the processes of a run look at in shares."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,16 +31,19 @@ def shares(total: int, width: int, verb: str, unit: str, stopped: Callable[[], b
 class Shares:
     """What this process has seen of a set, until all of it is put together."""
 
-    def __init__(self, extractor: Extractor) -> None:
-        """Nothing has been seen yet."""
+    def __init__(self, extractor: Extractor, keep: Sequence[str]) -> None:
+        """Nothing has been seen yet.
+
+        Args:
+            extractor: what looks at images.
+            keep: which of its outputs to keep of every single image, see `looking.kept`.
+        """
         self._extractor = extractor
         self._moments = {
             name: Moments.empty(extractor.outputs[name]) for name in ("pool", "spatial") if name in extractor.outputs
         }
         self._kept: dict[str, list[np.ndarray]] = {
-            name: [np.zeros((0, extractor.outputs[name]), np.float32)]
-            for name in ("pool", "probs")
-            if name in extractor.outputs
+            name: [np.zeros((0, extractor.outputs[name]), np.float32)] for name in keep
         }
         self._numbers = [np.zeros(0, int)]
 
@@ -53,17 +56,12 @@ class Shares:
             arrays.append(features[name])
         self._numbers.append(numbers)
 
-    def together(self, about: dict[str, Any], *, single: bool) -> Statistics | None:
-        """The statistics of the whole set, on every process, which must all call it; None of fewer than two images.
-
-        Args:
-            about: what the set was.
-            single: whether features and probabilities of single images are wanted.
-        """
+    def together(self, about: dict[str, Any]) -> Statistics | None:
+        """The statistics of the whole set, on every process, which must all call it; None of fewer than two images."""
         moments = {name: merge_processes(seen) for name, seen in self._moments.items()}
         if moments["pool"].count < 2:
             return None
         order = np.concatenate(self._numbers)
-        whole = {name: gather_rows(np.concatenate(arrays), order) for name, arrays in self._kept.items() if single}
+        whole = {name: gather_rows(np.concatenate(arrays), order) for name, arrays in self._kept.items()}
         about = {**about, "count": moments["pool"].count}
         return from_moments(self._extractor, moments, whole.get("pool"), whole.get("probs"), about)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from mpdit_jax.benchmarks.evaluate import _as_text, make_evaluate_parser, measure, peak_memory, time_neighbours
+from mpdit_jax.benchmarks.evaluate import _as_text, make_evaluate_parser, measure, time_neighbours
+from mpdit_jax.benchmarks.workers import peak_memory
 from mpdit_jax.errors import InputError
 
 

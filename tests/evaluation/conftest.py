@@ -6,7 +6,22 @@ from flax import nnx
 from mpdit_jax.evaluation.classifier import save_classifier
 from mpdit_jax.evaluation.classifier_training import train_classifier
 from mpdit_jax.evaluation.extractors import _build, build_classifier
+from mpdit_jax.evaluation.moments import Moments
+from mpdit_jax.evaluation.statistics import from_moments
 from tests.evaluation.torch_references import random_inception_state
+
+
+def collect(extractor, parts, about):
+    """The statistics of images whose features come part by part, everything kept of single images."""
+    parts = list(parts)
+    moments, joined = {}, {}
+    for name in extractor.outputs:
+        joined[name] = np.concatenate([part[name] for part in parts])
+        if name != "probs":
+            moments[name] = Moments.empty(extractor.outputs[name])
+            for part in parts:
+                moments[name] = moments[name].update(part[name])
+    return from_moments(extractor, moments, joined["pool"], joined.get("probs"), about)
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,9 @@ from mpdit_jax.evaluation.bias import perfect_distance, warn_of_bias
 from mpdit_jax.evaluation.extraction import FeatureFolder, extract
 from mpdit_jax.evaluation.report import make_result
 from mpdit_jax.evaluation.sets import open_npz, open_set
-from mpdit_jax.evaluation.statistics import collect, compare, load_statistics, save_statistics
+from mpdit_jax.evaluation.statistics import compare, load_statistics, save_statistics
 from mpdit_jax.sample import main as sample
+from tests.evaluation.conftest import collect
 from tests.sampling.conftest import make_workdir
 from tests.tiny import refusal
 

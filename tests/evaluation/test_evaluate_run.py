@@ -12,10 +12,11 @@ from mpdit_jax.data.sources import load_digits
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation import command
 from mpdit_jax.evaluation.runs import DrawnImages
-from mpdit_jax.evaluation.statistics import collect, save_statistics
+from mpdit_jax.evaluation.statistics import save_statistics
 from mpdit_jax.sampling.blocks import Block, BlockFolder
 from mpdit_jax.training.reference import Reference
 from mpdit_jax.vae import load_vae
+from tests.evaluation.conftest import collect
 from tests.preparing.conftest import make_vae
 from tests.sampling.conftest import make_workdir
 
@@ -89,7 +90,7 @@ def as_inception(monkeypatch, extractor):
 
 
 def test_of_a_runs_own_data_no_more_than_a_limit_is_looked_at(workdir, monkeypatch):
-    monkeypatch.setattr(command, "_MOST_REAL", 100)
+    monkeypatch.setattr(command, "MOST_REAL", 100)
     options = evaluate.make_evaluate_parser().parse_args([f"--workdir={workdir}"])
     images = command.reference_images(options, 1)
     assert (len(images), images.about["count"], images.about["shape"]) == (100, 100, [8, 8, 1])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from mpdit_jax.evaluation.statistics import collect, compare
+from mpdit_jax.evaluation.statistics import compare
+from tests.evaluation.conftest import collect
 
 ALL = ("fd", "precision", "recall", "kid")
 

@@ -14,9 +14,8 @@ from mpdit_jax.evaluation.extractors import _build
 from mpdit_jax.evaluation.looking import look
 from mpdit_jax.evaluation.moments import Moments
 from mpdit_jax.evaluation.sets import ArrayImages, open_npz, open_set
-from mpdit_jax.evaluation.statistics import collect
 from mpdit_jax.evaluation.subsets import limited
-from tests.evaluation.conftest import _Means
+from tests.evaluation.conftest import _Means, collect
 
 
 @pytest.fixture

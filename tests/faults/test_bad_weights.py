@@ -10,10 +10,11 @@ from mpdit_jax.evaluation.classifier import ClassifierConfig, initialize, load_c
 from mpdit_jax.evaluation.extraction import FeatureFolder
 from mpdit_jax.evaluation.extractors import build_classifier
 from mpdit_jax.evaluation.sets import ArrayImages, open_npz
-from mpdit_jax.evaluation.statistics import collect, holds_statistics, load_statistics, save_statistics
+from mpdit_jax.evaluation.statistics import holds_statistics, load_statistics, save_statistics
 from mpdit_jax.interop.own_files import save_own, stored_step
 from mpdit_jax.interop.torch_weights import load_with_metadata
 from mpdit_jax.vae.weights import load_folder
+from tests.evaluation.conftest import collect
 from tests.faults.damage import MUTATIONS, json_survives, survives
 from tests.flow.toys import tiny_model
 from tests.preparing.conftest import make_vae

@@ -15,11 +15,11 @@ from mpdit_jax.stored import list_steps
 from tests.tiny import (
     ROOT,
     assert_same_bits,
-    environment,
     free_port,
     join_flags,
     saved_arrays,
     start,
+    start_joined,
     train_arguments,
 )
 
@@ -123,43 +123,13 @@ def test_a_disk_that_is_full_for_one(tmp_path):
 @pytest.mark.parametrize("fault", ["an error", "a bug"])
 def test_an_error_of_one_ends_all(fault):
     """Whoever waits for it hears of it and ends, and it does not wait for them."""
-    script = ALONE.replace("FAULT", "InputError('no such data')" if fault == "an error" else "IndexError('a bug')")
-    port = free_port()
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, *join_flags(port, 2, index)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment(),
-        )
-        for index in (0, 1)
-    ]  # fmt: skip
+    raised = "InputError('no such data')" if fault == "an error" else "IndexError('a bug')"
+    both = start_joined(f"if options.process_id == 1:\n    raise {raised}")
     (_, first), (_, second) = outputs_of(both, BOUND + 30)
     assert [process.returncode for process in both] == [1, 1], (first, second)
     assert "process 1 of 2 was lost (it ended with an error)" in first
     assert second.strip().splitlines()[-1] == ("error: no such data" if fault == "an error" else "IndexError: a bug")
     assert "***" not in first + second
-
-
-ALONE = """
-import argparse
-import jax
-from mpdit_jax import cli
-from mpdit_jax.errors import InputError
-from mpdit_jax.processes import add_flags, join
-from mpdit_jax.waiting import wait_for_all
-
-def main(arguments):
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    options = parser.parse_args(arguments)
-    join(options, {})
-    jax.devices()
-    if options.process_id == 1:
-        raise FAULT
-    wait_for_all("a test")
-    return 0
-
-cli.run(main)
-"""
 
 
 WATCH = """
