@@ -95,14 +95,15 @@ def test_an_adaptive_image_does_not_depend_on_its_batch(model):
 def test_nothing_is_compiled_again(model):
     sampler = mp.make_sampler(steps=3, guidance_scale=2.0)
     sampler(model, LABELS, KEY).block_until_ready()
+    other_model, other_key = tiny_model(), jax.random.key(1)  # what making them compiles is not the sampler's
     before, count = _solve._cache_size(), []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: count.append(event) if event.endswith("backend_compile_duration") else None
     )
     try:
-        sampler(model, LABELS[::-1].copy(), jax.random.key(1))
+        sampler(model, LABELS[::-1].copy(), other_key)
         sampler(model, LABELS, KEY, guidance_scale=3.5)
-        sampler(tiny_model(), LABELS, KEY)
+        sampler(other_model, LABELS, KEY)
         mp.make_sampler(steps=3, guidance_scale=1.25)(model, LABELS, KEY)
     finally:
         jax.monitoring.clear_event_listeners()
