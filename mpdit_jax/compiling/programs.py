@@ -66,8 +66,11 @@ def topology_devices(topology: str) -> list[jax.Device]:
         raise MissingExtraError(
             f"--topology={topology} needs libtpu: pip install 'mpdit_jax[tpu]' (no TPU is needed), or give --devices."
         )
+    # On a real v4 the two cores of a chip are one device to JAX; libtpu's description must be told.
+    cores = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **cores)
+        return list(described.devices)
     except Exception as error:  # libtpu has no exceptions of its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"--topology={topology}: libtpu refuses it ({reason[:200]}).") from error

@@ -3,13 +3,14 @@
 import importlib.util
 import json
 import runpy
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from mpdit_jax.chips import CHIPS, chip_of
 from mpdit_jax.compiling.collectives import collective_bytes, ring_bytes
-from mpdit_jax.compiling.programs import Program, _refused, compile_step
+from mpdit_jax.compiling.programs import Program, _refused, compile_step, topology_devices
 from mpdit_jax.compiling.report import as_text, describe, smaller, step_flops
 from mpdit_jax.config import base_config, resolve
 from mpdit_jax.errors import ConfigError
@@ -87,6 +88,19 @@ def test_chips_and_topologies():
     for name, message in (("v7:4x4", "chip of v4, v5e"), ("v5e", "CHIP:SIZE"), ("v5e:4x4x4", "2 dimensions")):
         with pytest.raises(ConfigError, match=message):
             chip_of(name)
+
+
+@pytest.mark.parametrize(("topology", "asked"), [("v4:2x2x4", {"chip_config_name": "megacore"}), ("v5e:4x4", {})])
+def test_both_cores_of_a_v4_are_one_device(monkeypatch, topology, asked):
+    """As on a real v4, where JAX refuses to make a mesh of cores."""
+
+    def described(**arguments):
+        assert arguments == {"platform": "tpu", "topology_name": topology} | asked
+        return SimpleNamespace(devices=["chip"])
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("mpdit_jax.compiling.programs.topologies.get_topology_desc", described)
+    assert topology_devices(topology) == ["chip"]
 
 
 def test_what_does_not_fit_is_said_and_bounded():
