@@ -20,6 +20,8 @@ from mpdit_jax.model.config import ModelConfig, without_idle
 from mpdit_jax.model.presets import PRESETS, model_config
 from mpdit_jax.training.optimizer import check_optimizer
 
+_LARGEST_BATCH = 2**20  # beyond it is a slip, which would otherwise end in want of memory
+
 # What a continued run may change. Everything else decides the numbers of the run from its first step.
 CONTINUABLE = (
     "steps",
@@ -247,6 +249,10 @@ def _check(config: ConfigDict) -> None:
     ):
         _expect(config, path, _get(config, path) >= 0, "0 or more")
     _expect(config, "seed", config.seed < 2**32, "below 2**32")
+    _expect(config, "batch_size", config.batch_size <= _LARGEST_BATCH, f"{_LARGEST_BATCH:,} at most")
+    for path, value in _leaves(config.to_dict()):
+        if isinstance(value, int) and path != "seed":
+            _expect(config, path, value < 2**31, "below 2**31, as far as steps and examples are counted")
     _expect(config, "sample.per_class", config.sample.per_class >= 1, "1 or more")
     for path in ("optimizer.learning_rate", "optimizer.eps"):
         _expect(config, path, _get(config, path) > 0, "a positive number")
