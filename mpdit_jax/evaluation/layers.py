@@ -1,6 +1,7 @@
 """Parts of convolutional networks that only look: batch norm folded into the convolution before it."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,26 @@ def average_pool(x: jax.Array) -> jax.Array:
 
 def max_pool(x: jax.Array, stride: int, padding: str) -> jax.Array:
     """3x3 maxima."""
+    return jax.lax.platform_dependent(
+        x,
+        cpu=partial(_max_of_slices, stride=stride, padding=padding),
+        default=partial(_max_of_windows, stride=stride, padding=padding),
+    )
+
+
+def _max_of_windows(x: jax.Array, stride: int, padding: str) -> jax.Array:
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
+
+
+def _max_of_slices(x: jax.Array, stride: int, padding: str) -> jax.Array:
+    """The same: on CPUs XLA visits windows one number at a time, slices a vector at a time."""
+    for axis in (1, 2):
+        pads = jax.lax.padtype_to_pads((x.shape[axis],), (3,), (stride,), padding)
+        x = jnp.pad(x, [pads[0] if each == axis else (0, 0) for each in range(4)], constant_values=-jnp.inf)
+        last = x.shape[axis] - 2  # where the last window may begin, plus 1
+        taps = [jax.lax.slice_in_dim(x, n, last + n, stride, axis) for n in range(3)]
+        x = reduce(jnp.maximum, taps)
+    return x
 
 
 def fold(

@@ -10,7 +10,7 @@ from mpdit_jax.evaluation import inception_weights
 from mpdit_jax.evaluation.extractors import build_inception
 from mpdit_jax.evaluation.inception import Inception
 from mpdit_jax.evaluation.inception_weights import convert_inception, from_torch, load_inception, locate_inception
-from mpdit_jax.evaluation.layers import average_pool
+from mpdit_jax.evaluation.layers import average_pool, max_pool
 from mpdit_jax.evaluation.resize import bilinear_weights, resize
 from tests.conftest import relative_error
 from tests.evaluation.torch_references import import_torchvision
@@ -30,6 +30,14 @@ def test_average_pool_leaves_the_padding_out():
         for j in range(5):
             expected[:, i, j] = x[:, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].mean(axis=(1, 2))
     np.testing.assert_allclose(average_pool(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, "SAME"), (2, "SAME"), (2, "VALID")])
+@pytest.mark.parametrize("size", [(7, 8), (8, 9)])
+def test_max_pool_is_that_of_windows(size, stride, padding):
+    x = np.random.default_rng(0).standard_normal((2, *size, 3)).astype(np.float32)
+    windows = jax.lax.reduce_window(x, -np.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
+    np.testing.assert_array_equal(max_pool(x, stride, padding), windows)
 
 
 def test_bilinear_from_corners_and_from_pixel_centres():
