@@ -1,4 +1,6 @@
-"""Large `sample` runs, `prepare` and `evaluate`, killed at random moments: the output is that of an undisturbed run."""
+"""Large `sample` runs, `prepare`, `evaluate` and training that evaluates, killed at random moments: the output is that
+of an undisturbed run.
+"""
 
 import random
 import time
@@ -11,6 +13,7 @@ from mpdit_jax.evaluation.classifier import ClassifierConfig, initialize, save_c
 from tests.faults.nursery import Nursery, wait_until
 from tests.preparing.conftest import make_vae
 from tests.sampling.conftest import make_workdir, read_npz
+from tests.tiny import assert_same_bits, saved_arrays, train_arguments
 
 KILLS = 4
 
@@ -125,6 +128,29 @@ def test_evaluate_images(nursery, classifier, tmp_path):
     leave_litter(found)
     kill_and_finish(nursery, "evaluate", into(found), lambda: len(list(found.glob("*.unfinished/*/*[0-9].npz"))))
     assert_same_files(expected, found)
+
+
+@pytest.mark.slow
+def test_train_with_evaluations(nursery, classifier, tmp_path):
+    """Cut off in the middle of an evaluation, training makes up for it: every line of the log, to the byte."""
+    arguments = train_arguments(
+        "", "--config.steps=16", "--config.checkpoint.every=2", "--config.eval.every=2",
+        f"--config.eval.features=classifier:{classifier}", "--config.eval.num_samples=64",
+        "--config.eval.batch_size=8", "--config.eval.steps=4", "--config.eval.guidance_scales=1.0,2.0",
+        "--config.eval.metrics=fd,precision,recall",
+    )  # fmt: skip
+    nursery.run("train", [*arguments, f"--workdir={tmp_path / 'expected'}"])
+    metrics = tmp_path / "found" / "metrics.jsonl"
+    kill_and_finish(
+        nursery,
+        "train",
+        [*arguments, f"--workdir={tmp_path / 'found'}"],
+        lambda: metrics.read_text().count("guidance_2") if metrics.exists() else 0,
+    )
+    lines = metrics.read_text().splitlines()
+    assert sum("guidance_2" in line for line in lines) == 8
+    assert metrics.read_bytes() == (tmp_path / "expected" / "metrics.jsonl").read_bytes()
+    assert_same_bits(saved_arrays(tmp_path / "expected", 16), saved_arrays(tmp_path / "found", 16))
 
 
 def assert_same_files(expected, found):
