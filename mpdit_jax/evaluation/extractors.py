@@ -29,6 +29,7 @@ Features: TypeAlias = dict[str, np.ndarray]
 
 NAMES = ("inception", "efficientnet_lite0", "classifier:FILE")
 PREPROCESSINGS = ("tensorflow", "pytorch_fid")
+_MOST_ON_CPU = 4  # images of 299 pixels: what the layers make of more of them falls out of the caches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,7 +152,10 @@ def make_extractor(
 
 
 def build_inception(model: nnx.Module, *, preprocessing: str = "tensorflow", batch_size: int = 64) -> Extractor:
-    """The extractor of an Inception network with weights."""
+    """The extractor of an Inception network with weights. On CPUs it looks at 4 images at a time at most."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        batch_size = min(batch_size, _MOST_ON_CPU * len(devices))
     resized = {"tensorflow": "bilinear from corners", "pytorch_fid": "bilinear from pixel centres"}[preprocessing]
     scaled = {"tensorflow": "(x - 128) / 128", "pytorch_fid": "2x / 255 - 1"}[preprocessing]
     settings = {"input": f"299x299, {resized}, {scaled}", "preprocessing": preprocessing, "precision": "float32"}
