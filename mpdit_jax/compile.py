@@ -43,7 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     report = measure(options, config)
     if options.format == "json":
         print(json.dumps(report, indent=2))
-    return 0 if report["step"].get("fits", True) else 1
+    fit = (report[program].get("fits", True) for program in ("step", "sampler") if program in report)
+    return 0 if all(fit) else 1
 
 
 def measure(options: argparse.Namespace, config: Any) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def measure(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     from mpdit_jax.compiling.programs import compile_sampler, compile_step, topology_devices
     from mpdit_jax.compiling.report import as_text, describe, sampler_flops, smaller, step_flops
     from mpdit_jax.config import resolve
-    from mpdit_jax.mesh import make_mesh
+    from mpdit_jax.mesh import check_batch, make_mesh
 
     resolved = resolve(config)
     devices = topology_devices(options.topology) if options.topology else jax.devices()
@@ -71,6 +72,8 @@ def measure(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     if resolved.model.attention == "cudnn":
         raise ConfigError("config.model.attention='cudnn' is compiled on an NVIDIA GPU alone: use 'xla'.")
     mesh = make_mesh(**resolved.mesh, devices=devices)
+    sample_batch = options.sample_batch or 8 * mesh.size
+    check_batch(sample_batch, mesh, name="--sample_batch")  # before minutes of compilation
     where = options.topology or f"{options.devices} virtual CPU devices"
     shape = f"data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}"
     report: dict[str, Any] = {"where": where, "chips": mesh.size, "mesh": shape, "batch_size": resolved.batch_size}
@@ -91,10 +94,12 @@ def measure(options: argparse.Namespace, config: Any) -> dict[str, Any]:
         else:
             say("nothing tried fits: take more chips or a smaller batch_size.")
     if not options.no_sampler:
-        batch = options.sample_batch or 8 * mesh.size
-        sampler = describe(compile_sampler(resolved, mesh, batch), sampler_flops(resolved, batch), mesh.size, chip)
-        report["sampler"] = {"batch_size": batch, **sampler}
-        say(as_text(f"sampler of {batch} images, {resolved.sample.steps} steps", sampler))
+        program, flops = compile_sampler(resolved, mesh, sample_batch), sampler_flops(resolved, sample_batch)
+        sampler = describe(program, flops, mesh.size, chip)
+        report["sampler"] = {"batch_size": sample_batch, **sampler}
+        say(as_text(f"sampler of {sample_batch} images, {resolved.sample.steps} steps", sampler))
+        if not sampler.get("fits", True):
+            say(f"give a smaller --sample_batch, a multiple of {mesh.size}.")
     return report
 
 

@@ -16,7 +16,8 @@ from mpdit_jax.errors import ConfigError
 AXES = ("data", "fsdp")
 
 # The first pattern that matches a parameter's dotted path says which dimension `fsdp` splits. Stacked layers carry
-# the layer index first, which a scan must find whole. An array too small to divide stays replicated.
+# the layer index first, which a scan must find whole. Where that dimension does not divide, the last one is
+# split; where neither does, as most of a width of 1,152 over an axis of 256, the array stays replicated.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     ("levels.*.blocks.layers.*.kernel", PartitionSpec(None, "fsdp", None)),  # (layers, in, out)
     ("levels.*.conv.kernel", PartitionSpec(None, None, "fsdp", None)),  # (rows, columns, in, out)
@@ -71,16 +72,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     """Sharding of the parameter at dotted `path`, by the first matching row of `PARAMETER_RULES`."""
     spec = next(spec for pattern, spec in PARAMETER_RULES if fnmatchcase(path, pattern))
-    fits = all(axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=False))
-    return NamedSharding(mesh, spec if fits else PartitionSpec())
+    outputs = PartitionSpec(*[None] * (len(spec) - 1), "fsdp") if len(spec) else spec
+    for candidate in (spec, outputs):
+        if all(axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(candidate, shape, strict=False)):
+            return NamedSharding(mesh, candidate)
+    return replicated(mesh)
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raise ConfigError unless the global batch divides over the mesh's devices."""
-    if batch_size % mesh.size:
+def check_batch(batch_size: int, mesh: Mesh, parts: int = 1, name: str = "batch_size") -> None:
+    """Raise ConfigError unless the global batch, cut into parts, divides over the mesh's devices.
+
+    Args:
+        batch_size: of all devices and parts.
+        mesh: the mesh.
+        parts: `gradient_accumulation`.
+        name: of the setting, for the error.
+    """
+    unit = mesh.size * parts
+    if batch_size % unit:
+        cut = f" in gradient_accumulation={parts} parts" if parts > 1 else ""
         raise ConfigError(
-            f"batch_size={batch_size} does not divide over {mesh.size} devices: "
-            f"use a multiple of {mesh.size}, such as {-(-batch_size // mesh.size) * mesh.size}."
+            f"{name}={batch_size} does not divide over {mesh.size} devices{cut}: "
+            f"use a multiple of {unit}, such as {-(-batch_size // unit) * unit}."
         )
 
 

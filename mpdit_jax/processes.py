@@ -34,6 +34,7 @@ Facts = Mapping[str, str]
 
 _MESSAGE_LIMIT = 1 << 20
 _REPLY_GRACE = 10.0  # seconds; a peer waits this much longer than process 0, to hear from it who is missing
+_LONGEST_SILENCE = 5.0  # seconds in which whoever connects must have said who it is
 _SENTENCE_LIMIT = 4096  # bytes
 _MOST_SHOWN = 5  # facts a process
 T = TypeVar("T")
@@ -91,7 +92,12 @@ def join(options: argparse.Namespace, facts: Facts) -> None:
     # JAX's service would take SIGTERM for itself and leave it at that: a command that is asked to end has to.
     jax.config.update("jax_enable_preemption_service", False)
     if cluster is None and on_cloud_tpu():
-        jax.distributed.initialize(initialization_timeout=int(options.join_timeout) + 1)
+        try:
+            jax.distributed.initialize(initialization_timeout=int(options.join_timeout) + 1)
+        except ValueError as error:
+            if "coordinator_address" not in str(error):
+                raise
+            return  # chips, but no pod of them that JAX finds
         compare_facts(facts)
         return
     if cluster is None or cluster.count == 1:
@@ -211,7 +217,7 @@ def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> tupl
             server.settimeout(left)
             try:
                 peer, _ = server.accept()
-                peer.settimeout(max(left, 0.1))
+                peer.settimeout(min(max(left, 0.1), _LONGEST_SILENCE))  # others wait behind a stranger who says nothing
                 message = json.loads(_read_line(peer))
                 index, theirs = int(message["index"]), dict(message["facts"])
             except TimeoutError:

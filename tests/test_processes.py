@@ -1,7 +1,10 @@
 """How a process learns which cluster it is part of."""
 
 import argparse
+import contextlib
 import signal
+import socket
+import threading
 import time
 
 import numpy as np
@@ -18,7 +21,7 @@ from mpdit_jax.processes import (
     on_cloud_tpu,
     roll_call,
 )
-from tests.tiny import start_joined
+from tests.tiny import free_port, start_joined
 
 
 def test_alone_unless_something_says_otherwise():
@@ -67,6 +70,31 @@ def test_impossible_flags(arguments, sentence):
 def test_nobody_answers():
     with pytest.raises(ProcessError, match=r"process 0 at 127\.0\.0\.1:9 did not answer process 1 within 0\.5 s"):
         roll_call(Cluster("127.0.0.1:9", 2, 1), {}, 0.5)
+
+
+def test_a_stranger_who_says_nothing_keeps_nobody_out(monkeypatch):
+    monkeypatch.setattr("mpdit_jax.processes._LONGEST_SILENCE", 0.5)
+    port, found = free_port(), {}
+
+    def call(index):
+        found[index] = roll_call(Cluster(f"127.0.0.1:{port}", 2, index), {}, 20.0)
+
+    first = threading.Thread(target=call, args=(0,))
+    first.start()
+    for _ in range(100):
+        with contextlib.suppress(OSError):
+            stranger = socket.create_connection(("127.0.0.1", port + 1))
+            break
+        time.sleep(0.05)
+    second = threading.Thread(target=call, args=(1,))
+    second.start()
+    for thread in (first, second):
+        thread.join(15)
+    stranger.close()
+    assert {index: list(connections) for index, connections in found.items()} == {0: [1], 1: [0]}
+    for connections in found.values():
+        for connection in connections.values():
+            connection.close()
 
 
 def test_a_cloud_tpu_has_chips_and_their_library(tmp_path, monkeypatch):

@@ -82,7 +82,7 @@ def compile_step(config: FrozenConfigDict, mesh: Mesh) -> Program:
     Raises:
         ConfigError: a batch that does not divide over the mesh.
     """
-    check_batch(config.batch_size // config.gradient_accumulation, mesh)
+    check_batch(config.batch_size, mesh, config.gradient_accumulation)
     model, optimizer = _model_for(config, mesh), make_optimizer(config.optimizer)
     state = abstract_state(model, optimizer, mesh)
     channels = model.in_channels

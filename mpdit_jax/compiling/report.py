@@ -1,6 +1,7 @@
 """From compiled programs to what a person wants to know before renting a pod."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,12 +62,15 @@ def describe(program: Program, flops: float, chips: int, chip: Chip | None) -> d
 def smaller(config: FrozenConfigDict, chips: int) -> Iterator[tuple[str, FrozenConfigDict]]:
     """Settings that need less memory, the least recomputation first: as flags, and as configs.
 
-    Each way of remat is tried with the state split as it is and over all chips; then the batch is cut into parts.
+    Each way of remat is tried with the state split as it is and over as many chips as the model's width divides over;
+    then the batch is cut into parts.
     """
     later = ("none", "dots", "full")
+    fsdp = chips // config.mesh.data if config.mesh.fsdp == -1 else config.mesh.fsdp
+    most = math.gcd(chips, model_of(config).hidden_size)  # a width that does not divide is not split
     splits = [config.mesh.fsdp]
-    if config.mesh.fsdp not in (-1, chips):
-        splits.append(chips)
+    if most > fsdp:
+        splits.append(most)
     parts = config.gradient_accumulation
     for remat in later[later.index(config.model.remat) :]:
         for fsdp in splits:

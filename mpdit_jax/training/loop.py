@@ -65,7 +65,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
     check_wandb(config.log.wandb_project)
     model_config = model_of(config)
     mesh = make_mesh(**config.mesh)
-    check_batch(config.batch_size // config.gradient_accumulation, mesh)
+    check_batch(config.batch_size, mesh, config.gradient_accumulation)
     source = load_source(**config.data)
     structure, _ = abstract(model_config)
     check_fits(source, (*model_config.input_size, model_config.in_channels), model_config.num_classes)

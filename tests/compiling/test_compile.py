@@ -152,6 +152,11 @@ def test_smaller_settings_recompute_as_little_as_they_can():
         f"{split} --config.model.remat=full --config.gradient_accumulation=2",
         f"{split} --config.model.remat=full --config.gradient_accumulation=4",
     ]
+    config.mesh.data, config.mesh.fsdp = 4, -1  # the state is not split, whatever the -1 says
+    assert next(smaller(resolve(config), 4))[0] == split
+    config.mesh.data, config.mesh.fsdp = -1, 1
+    config.batch_size = 512
+    assert next(smaller(resolve(config), 512))[0].endswith("fsdp=256")  # of a width of 768
     candidates = dict(smaller(resolved, 4))
     plain, dots, full = (step_flops(config) for config in (resolved, *list(candidates.values())[1:4:2]))
     assert plain < dots < 1.05 * plain  # attention's products alone are computed again
@@ -202,6 +207,7 @@ def test_refusals():
     cases = [
         ([config], 2, "give either --topology or --devices"),
         ([config, "--devices=3"], 1, "batch_size=64 does not divide over 3 devices"),
+        ([config, "--devices=2", "--sample_batch=3"], 1, "--sample_batch=3 does not divide over 2 devices"),
         ([config, "--topology=v9:2x2"], 1, "chip of v4, v5e"),
     ]
     if importlib.util.find_spec("libtpu") is None:

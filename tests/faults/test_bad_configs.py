@@ -101,7 +101,7 @@ def try_config(changes):
     try:
         resolved = resolve(config)
         model_config, mesh = model_of(resolved), make_mesh(**resolved.mesh)
-        check_batch(resolved.batch_size // resolved.gradient_accumulation, mesh)
+        check_batch(resolved.batch_size, mesh, resolved.gradient_accumulation)
         source = load_source(**resolved.data)
         check_fits(source, (*model_config.input_size, model_config.in_channels), model_config.num_classes)
     except MPDiTError as error:

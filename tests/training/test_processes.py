@@ -23,7 +23,7 @@ from tests.tiny import (
 )
 
 STEPS = 20
-LONG = [f"--config.steps={STEPS}", "--config.checkpoint.every=10", "--config.log.every=5", COMPARABLE]
+LONG = [f"--config.steps={STEPS}", "--config.checkpoint.every=10", "--config.log.every=1", COMPARABLE]
 
 
 def launch(count, devices, *arguments):

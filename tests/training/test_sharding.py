@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from mpdit_jax.errors import ConfigError
-from mpdit_jax.mesh import check_batch, make_mesh
+from mpdit_jax.mesh import check_batch, make_mesh, parameter_sharding
 from tests.tiny import COMPARABLE, assert_near, environment, losses, run, saved_arrays, train_arguments
 
 STEPS = 20
-LONG = [f"--config.steps={STEPS}", "--config.checkpoint.every=10", "--config.log.every=5", COMPARABLE]
+LONG = [f"--config.steps={STEPS}", "--config.checkpoint.every=10", "--config.log.every=1", COMPARABLE]
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +97,20 @@ def test_impossible_meshes_are_refused():
             make_mesh(**sizes, devices=devices)
 
 
+@pytest.mark.parametrize(("size", "expected"), [
+    (16, (None, "fsdp", None)), (256, (None, None, "fsdp")), (5, ()),
+])  # fmt: skip
+def test_what_does_not_divide_is_split_elsewhere(size, expected):
+    mesh = jax.sharding.AbstractMesh((1, size), ("data", "fsdp"))
+    assert tuple(parameter_sharding(mesh, "levels.0.blocks.layers.mlp.inner.kernel", (22, 1152, 4608)).spec) == expected
+
+
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-    check_batch(7, make_mesh(devices=jax.devices()[:1]))
+    alone = make_mesh(devices=jax.devices()[:1])
+    check_batch(7, alone)
+    check_batch(8, alone, parts=4)
+    with pytest.raises(ConfigError, match=r"batch_size=6 does not divide .* in gradient_accumulation=4 parts: .* as 8"):
+        check_batch(6, alone, parts=4)
     status, _, stderr = run("train", train_arguments(tmp_path / "run", "--config.batch_size=12"), devices=8)
     assert status == 1
     assert "batch_size=12 does not divide over 8 devices: use a multiple of 8, such as 16" in stderr
