@@ -253,6 +253,7 @@ def _check(config: ConfigDict) -> None:
     for path, value in _leaves(config.to_dict()):
         if isinstance(value, int) and path != "seed":
             _expect(config, path, value < 2**31, "below 2**31, as far as steps and examples are counted")
+    _expect(config, "checkpoint.grace", config.checkpoint.grace <= 10**7, "some minutes, in seconds")
     _expect(config, "sample.per_class", config.sample.per_class >= 1, "1 or more")
     for path in ("optimizer.learning_rate", "optimizer.eps"):
         _expect(config, path, _get(config, path) > 0, "a positive number")

@@ -12,6 +12,8 @@ from mpdit_jax.files import replacing
 
 _TILE = 40  # pixels; smaller images are enlarged by a whole factor so that a person can see them
 _GAP = 2  # pixels between tiles
+# What pictures of a data set may be, whatever their names say. Pillow knows more, and has programs read some (EPS).
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 _TEXT = 14  # height of a caption's letters in pixels
 
 
@@ -25,6 +27,15 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     if not finite.all():
         raise InputError(f"image {int(np.argmin(finite))} of {len(images)} holds NaN or Inf; the model has diverged.")
     return np.clip(np.rint((np.asarray(images, np.float64) + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def open_picture(content: bytes) -> Image.Image:
+    """The picture in a file's bytes, not decoded yet; no other program is ever asked to.
+
+    Raises:
+        PIL.UnidentifiedImageError: not a JPEG, PNG, WEBP, BMP, TIFF, PPM or GIF.
+    """
+    return Image.open(io.BytesIO(content), formats=_FORMATS)
 
 
 def grid(images: np.ndarray, columns: int) -> np.ndarray:

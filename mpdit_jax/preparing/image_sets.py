@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import io
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -14,6 +13,7 @@ from PIL import Image
 
 from mpdit_jax.data.idx import read_idx
 from mpdit_jax.errors import DataError, MissingExtraError
+from mpdit_jax.images import open_picture
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -54,7 +54,7 @@ class ImageFolder:
 
     def open(self, index: int) -> tuple[Image.Image, int]:
         """Read the file."""
-        return Image.open(io.BytesIO((self.root / self.keys[index]).read_bytes())), int(self.labels[index])
+        return open_picture((self.root / self.keys[index]).read_bytes()), int(self.labels[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class RandomAccess:
     def open(self, index: int) -> tuple[Image.Image, int]:
         """Read the record."""
         record = self.source[index]
-        return Image.open(io.BytesIO(record["image"])), int(record["label"])
+        return open_picture(record["image"]), int(record["label"])
 
 
 def open_images(images: str, split: str = "train") -> ImageSet:

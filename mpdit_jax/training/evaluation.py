@@ -87,6 +87,7 @@ class Evaluator:
             self._extractor = self._make_extractor()
             self._check(self._extractor)
         if config.eval.every:  # before hours of training
+            make_sampler(config.eval.solver, config.eval.steps)
             with jax.set_mesh(self._mesh):
                 self._reference.check(self._extractor)
 
@@ -201,11 +202,11 @@ class Evaluator:
     def _has_line(self, step: int) -> bool:
         if not self._metrics_file.is_file():
             return False
-        for text in self._metrics_file.read_text().splitlines():
+        for text in self._metrics_file.read_bytes().splitlines():
             try:
                 line: Mapping[str, Any] = json.loads(text)
-            except json.JSONDecodeError:
-                return False  # a line cut short by a crash is the last one
+            except ValueError:
+                continue  # cut short by a crash, or damaged by the disk
             if line.get("step") == step and any(name.startswith(PREFIX) for name in line):
                 return True
         return False

@@ -46,16 +46,11 @@ class MetricsFile:
 
     def __init__(self, path: Path, start: int) -> None:
         """Keep the lines up to step `start`; later ones belong to steps that will be run again."""
-        kept = []
         if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= start:
-                        kept.append(line)
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    break  # a line cut short by a crash is the last one
+            lines = path.read_bytes().splitlines()
+            kept = [line for number, line in enumerate(lines, 1) if _is_kept(line, start, last=number == len(lines))]
             with replacing(path) as file:
-                file.write("".join(f"{line}\n" for line in kept).encode())
+                file.write(b"".join(line + b"\n" for line in kept))
         self._file = path.open("a", buffering=1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -65,6 +60,13 @@ class MetricsFile:
     def close(self) -> None:
         """Flush and close."""
         self._file.close()
+
+
+def _is_kept(line: bytes, start: int, *, last: bool) -> bool:
+    try:
+        return bool(json.loads(line)["step"] <= start)
+    except (ValueError, KeyError, TypeError):
+        return not last  # the last was cut short by a crash; the disk damaged another, which is not ours to throw away
 
 
 class TensorBoard:

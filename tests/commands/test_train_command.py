@@ -53,6 +53,7 @@ def test_wrong_arguments(arguments, sentence, capsys):
     ("--config.label_dropout=2.0", "between 0 and 1"),
     ("--config.batch_size=2000000", r"config\.batch_size=2000000: expected 1,048,576 at most"),
     ("--config.steps=3000000000", r"config\.steps=3000000000: expected below 2\*\*31"),
+    ("--config.checkpoint.grace=1e12", r"grace=1000000000000\.0: expected some minutes, in seconds"),
     ("--config.gradient_accumulation=3", r"gradient_accumulation=3: expected a divisor of batch_size=8"),
     ("--config.optimizer.name=adam", r"optimizer\.name='adam' \(did you mean 'adamw'\?\)"),
     ("--config.optimizer.schedule=cosine", r"decay_steps=0: expected how many steps"),

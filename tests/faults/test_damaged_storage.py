@@ -20,6 +20,7 @@ from mpdit_jax.model.parameters import split
 from mpdit_jax.stored import list_steps
 from mpdit_jax.training.optimizer import make_optimizer
 from mpdit_jax.training.state import abstract_state, to_items
+from mpdit_jax.training.writers import MetricsFile
 from tests.tiny import assert_same_bits, run, saved_arrays, train_arguments
 
 # What Orbax's readers leave behind when a file is damaged.
@@ -252,3 +253,13 @@ def test_what_digests_cost(tmp_path):
     size = sum(leaf.nbytes for leaf in tree.values()) / 2**20
     print(f"digests of {size:.0f} MiB take {share:.0%} of what saving takes, digests included")
     assert share < 0.5
+
+
+def test_a_damaged_line_of_the_log_costs_no_other(tmp_path):
+    """Lines after the checkpoint go, as does a last one that was cut short; what the disk has damaged stays."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [b'{"step": %d, "loss": 1.0}' % step for step in range(1, 7)]
+    lines[1] = b"\xfb" + lines[1][1:]
+    path.write_bytes(b"\n".join([*lines, b'{"step": 3, "lo']))
+    MetricsFile(path, start=5).close()
+    assert path.read_bytes() == b"".join(line + b"\n" for line in lines[:5])

@@ -1,18 +1,22 @@
 """No file that somebody else has made can run code, or write outside the folder that is meant for it."""
 
 import json
+import os
 import pickle
 import re
 import zipfile
 
 import numpy as np
 import pytest
+from PIL import UnidentifiedImageError
 
 import mpdit_jax as mp
 from mpdit_jax.data.latent_store import LatentStore, read_manifest
 from mpdit_jax.data.sources import load_arrays
 from mpdit_jax.errors import ConfigError, DataError, MPDiTError, WeightsError
+from mpdit_jax.evaluation.sets import open_folder
 from mpdit_jax.interop.files import read_state_dict
+from mpdit_jax.preparing.image_sets import open_images
 from mpdit_jax.train import main
 from tests.tiny import ROOT
 
@@ -131,3 +135,19 @@ def test_names_in_an_archive_go_nowhere(tmp_path):
         archive.writestr("/escaped.npy", "out")
     assert len(load_arrays(str(path))) == 2
     assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["in", "mine.npz"]
+
+
+def test_a_picture_is_not_given_to_another_program(trace, tmp_path, monkeypatch):
+    """Pillow would have Ghostscript read what is EPS, whatever its name says."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {trace}\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    picture = tmp_path / "images" / "one" / "a.png"
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
+    with pytest.raises(DataError, match=r"a\.png cannot be used"):
+        open_folder(picture.parent)
+    with pytest.raises(UnidentifiedImageError):  # which `prepare` names the picture for
+        open_images(str(tmp_path / "images")).open(0)[0].load()
