@@ -103,6 +103,7 @@ def make_evaluate_parser() -> Parser:
 def main(arguments: Sequence[str]) -> int:
     """Evaluate as the arguments say; exit status."""
     options = make_evaluate_parser().parse_args(arguments)
+    _check_nothing_is_lost(options)
     if options.save_inception:
         from mpdit_jax.evaluation.inception_weights import convert_inception, locate_inception
 
@@ -176,6 +177,14 @@ def _check(options: argparse.Namespace) -> None:
         if vars(options)[name] and not vars(options)[name].endswith(ending):
             raise InputError(f"--{name}={vars(options)[name]}: expected a name that ends in {ending}.")
     check_seed(options.seed, "--seed")
+
+
+def _check_nothing_is_lost(options: argparse.Namespace) -> None:
+    for written in ("out", "save_stats", "save_inception"):
+        for read in ("samples", "reference", "inception"):
+            to, of = vars(options)[written], vars(options)[read]
+            if to and of and Path(to).resolve() == Path(of).resolve():
+                raise InputError(f"--{written}={to} is what --{read} reads: give another name, or it would be lost.")
 
 
 def _place(options: argparse.Namespace) -> Path:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from mpdit_jax import images as pictures
 from mpdit_jax.data.latent_store import MANIFEST, LatentStore
@@ -246,5 +245,5 @@ def _decode_file(path: Path, channels: int, cropped: int) -> np.ndarray:
                 return to_square(image, cropped, channels)
             array = np.asarray(to_mode(image, channels), np.uint8)
             return array.reshape(*array.shape[:2], channels)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise whatever the damage leads to, TypeError of a TIFF
         raise DataError(f"{path} cannot be used ({error}): repair or remove it.") from error

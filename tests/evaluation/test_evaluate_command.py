@@ -239,6 +239,8 @@ def test_bad_arguments_are_one_sentence(files, classifier_file, tmp_path, monkey
         ([samples, reference, features, "--metrics=,"], "metrics=,: expected some of fd"),
         ([samples, features, "--metrics=fd", f"--save_stats={tmp_path / 's.npz'}"], "--reference is missing"),
         ([samples, features, f"--save_stats={tmp_path / 'text.npz' / 's.npz'}"], "cannot write"),
+        ([samples, features, f"--save_stats={samples.partition('=')[2]}"], "is what --samples reads: give another"),
+        (["--inception=w.pth", "--save_inception=./w.pth"], "is what --inception reads: give another name"),
         ([samples, reference, features, "--save_features"], "--save_features goes with --save_stats"),
         ([samples, reference, features, "--preprocessing=pytorch_fid"], "--preprocessing=pytorch_fid is of the Inc"),
         ([samples, reference, features, "--inception=none.pth"], "--inception=none.pth is of the Inception network"),

@@ -1,5 +1,6 @@
 """Which images a set consists of, what tells it from another, and which of them are looked at."""
 
+import io
 import os
 
 import jax
@@ -7,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mpdit_jax.errors import InputError
+from mpdit_jax.errors import DataError, InputError
 from mpdit_jax.evaluation import extraction, looking
 from mpdit_jax.evaluation.extraction import FeatureFolder, extract
 from mpdit_jax.evaluation.extractors import _build
 from mpdit_jax.evaluation.looking import look
 from mpdit_jax.evaluation.moments import Moments
-from mpdit_jax.evaluation.sets import ArrayImages, open_npz, open_set
+from mpdit_jax.evaluation.sets import ArrayImages, open_folder, open_npz, open_set
 from mpdit_jax.evaluation.subsets import limited
 from tests.evaluation.conftest import _Means, collect
 
@@ -86,3 +87,19 @@ def test_an_image_without_features_is_named_by_its_place_in_the_set(tmp_path, mo
     found = ArrayImages(images, {})
     with pytest.raises(InputError, match="the features of image 37 hold NaN or Inf"):
         extract(inverse, found, ["pool"], FeatureFolder(tmp_path, inverse, found, ["pool"]))
+
+
+def test_a_damaged_picture_is_named_whatever_its_decoder_raises(tmp_path):
+    """Every byte of a TIFF in turn; some make Pillow raise a TypeError."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(108, dtype=np.uint8).reshape(12, 9)).save(buffer, "TIFF")
+    path, refused = tmp_path / "a.tiff", 0
+    for place in range(len(buffer.getvalue()) - 108):
+        content = bytearray(buffer.getvalue())
+        content[place] ^= 1
+        path.write_bytes(content)
+        try:
+            open_folder(tmp_path)
+        except DataError:
+            refused += 1
+    assert refused > 10
