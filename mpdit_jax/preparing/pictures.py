@@ -20,12 +20,6 @@ def to_square(image: Image.Image, size: int, channels: int) -> np.ndarray:
     Raises:
         InputError: several frames, numbers that are no brightness, or a size that no photograph has.
     """
-    short, long = sorted(image.size)
-    if short * long > _MOST_PIXELS or long > _LONGEST * max(short, 1):
-        raise InputError(
-            f"{image.width} x {image.height} pixels; expected {_MOST_PIXELS:,} at most, and a long side of {_LONGEST} "
-            "times the short one at most"
-        )
     return np.asarray(center_crop(to_mode(image, channels), size), np.uint8).reshape(size, size, channels)
 
 
@@ -33,8 +27,14 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     """A picture as RGB (3 channels) or grey (1).
 
     Raises:
-        InputError: several frames, or numbers that are no brightness.
+        InputError: several frames, numbers that are no brightness, or a size that no photograph has.
     """
+    short, long = sorted(image.size)
+    if short * long > _MOST_PIXELS or long > _LONGEST * max(short, 1):
+        raise InputError(
+            f"{image.width} x {image.height} pixels; expected {_MOST_PIXELS:,} at most, and a long side of {_LONGEST} "
+            "times the short one at most"
+        )
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format not in _STILL_FORMATS:
         raise InputError(f"animated or of several pages: {frames} frames; expected one picture")

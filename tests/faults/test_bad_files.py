@@ -25,7 +25,7 @@ from mpdit_jax.data.sources import load_arrays
 from mpdit_jax.errors import CheckpointError, DataError, InputError, MPDiTError, WeightsError
 from mpdit_jax.preparing.claiming import _claim_settings
 from mpdit_jax.preparing.image_sets import open_folder
-from mpdit_jax.preparing.pictures import to_square
+from mpdit_jax.preparing.pictures import to_mode, to_square
 from mpdit_jax.preparing.shards import Work, _read
 from mpdit_jax.sampling.blocks import Block, BlockFolder
 from mpdit_jax.train import main
@@ -134,6 +134,8 @@ def test_picture_bombs(size):
     with pytest.raises((InputError, Image.DecompressionBombError, OSError, SyntaxError)) as caught:
         to_square(Image.open(io.BytesIO(content)), 256, 3)
     assert not isinstance(caught.value, MemoryError)
+    with pytest.raises((InputError, Image.DecompressionBombError, OSError, SyntaxError)):
+        to_mode(Image.open(io.BytesIO(content)), 3)  # nor where it is not cropped
 
 
 TENSORS = {"x_embedder.proj.weight": np.zeros((8, 4, 2, 2), np.float32), "pos_embed": np.zeros((1, 4, 8), np.float32)}
