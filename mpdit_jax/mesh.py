@@ -72,7 +72,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     """Sharding of the parameter at dotted `path`, by the first matching row of `PARAMETER_RULES`."""
     spec = next(spec for pattern, spec in PARAMETER_RULES if fnmatchcase(path, pattern))
-    outputs = PartitionSpec(*[None] * (len(spec) - 1), "fsdp") if len(spec) else spec
+    outputs = PartitionSpec(*[None] * (len(spec) - 1), "fsdp")
     for candidate in (spec, outputs):
         if all(axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(candidate, shape, strict=False)):
             return NamedSharding(mesh, candidate)

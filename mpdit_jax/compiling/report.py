@@ -66,10 +66,10 @@ def smaller(config: FrozenConfigDict, chips: int) -> Iterator[tuple[str, FrozenC
     then the batch is cut into parts.
     """
     later = ("none", "dots", "full")
-    fsdp = chips // config.mesh.data if config.mesh.fsdp == -1 else config.mesh.fsdp
+    now = chips // config.mesh.data if config.mesh.fsdp == -1 else config.mesh.fsdp
     most = math.gcd(chips, model_of(config).hidden_size)  # a width that does not divide is not split
     splits = [config.mesh.fsdp]
-    if most > fsdp:
+    if most > now:
         splits.append(most)
     parts = config.gradient_accumulation
     for remat in later[later.index(config.model.remat) :]:

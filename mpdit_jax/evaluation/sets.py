@@ -13,7 +13,6 @@ from mpdit_jax.data.latent_store import MANIFEST, LatentStore
 from mpdit_jax.data.npz import map_npz, npz_names, read_npz
 from mpdit_jax.data.sources import SOURCES, load_source
 from mpdit_jax.errors import DataError, InputError
-from mpdit_jax.images import open_picture
 from mpdit_jax.preparing.pictures import to_mode, to_square
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -240,7 +239,7 @@ def _about(path: Path, count: int, shape: Sequence[int], files: Iterable[Path]) 
 
 def _decode_file(path: Path, channels: int, cropped: int) -> np.ndarray:
     try:
-        with open_picture(path.read_bytes()) as image:
+        with pictures.open_picture(path.read_bytes()) as image:
             if cropped:
                 return to_square(image, cropped, channels)
             array = np.asarray(to_mode(image, channels), np.uint8)
