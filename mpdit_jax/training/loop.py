@@ -1,6 +1,7 @@
 """The training run, top to bottom."""
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from mpdit_jax.errors import ConfigError, DataError, DivergedError
 from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import make_sampler
 from mpdit_jax.interrupt import StopRequest
+from mpdit_jax.memory import return_freed
 from mpdit_jax.mesh import check_batch, local_rows, make_mesh, place_batch
 from mpdit_jax.model.accounting import count, training_flops
 from mpdit_jax.model.parameters import Structure, abstract, merge
@@ -121,6 +123,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
             lambda batch: place_batch(batch, rows, config.batch_size, mesh),
         )
 
+        check_skips = partial(_check_skips, checkpoints, config.guard.abort_after)
         peak = peak_flops(mesh, model_config.dtype) if speaks else None
         watch, vote = Stopwatch(config.batch_size, training_flops(model_config, config.mask_ratio), peak), StopVote()
         with (
@@ -159,10 +162,11 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                     means = window_means(window) | {"learning_rate": float(learning_rate(accepted))}
                     report.metrics(step, means, watch.lap())
                     report.skipped(skipped_steps(window), int(window["skipped"]))
-                    _check_skips(checkpoints, step, state, config.guard.abort_after)
+                    check_skips(step, window)
                 if step % config.checkpoint.every == 0 or last:
                     # While steps are left out, what broke them may be in the parameters: older states are good.
-                    skipped = _check_skips(checkpoints, step, state, config.guard.abort_after)
+                    window, skipped = jax.device_get((state.window, state.guard["skipped_in_a_row"]))
+                    check_skips(step, window)
                     if last or not skipped:
                         with watch.of("other"):
                             claim.check()
@@ -176,11 +180,12 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                 if evaluator.due(step):  # after the checkpoint, from which it is made up for when it is cut off
                     with watch.of("other"):
                         report.evaluation(step, evaluator(state.ema_parameters))
+                        return_freed()
             if 0 < step < config.steps:
                 stop.begin_grace()
                 report.say(f"{stop.name or 'another process was asked to stop'}: saving step {step}")
                 claim.check()
-                _check_skips(checkpoints, step, state, config.guard.abort_after)
+                check_skips(step, jax.device_get(state.window))
                 checkpoints.save(step, to_items(state))
     return state
 
@@ -231,16 +236,15 @@ def _introduce(
     )
 
 
-def _check_skips(checkpoints: Checkpoints, step: int, state: TrainState, abort_after: int) -> int:
-    """How many of the newest steps were left out; DivergedError from `abort_after` on."""
-    skipped = int(jax.device_get(state.guard["skipped_in_a_row"]))
+def _check_skips(checkpoints: Checkpoints, abort_after: int, step: int, window: Mapping[str, np.ndarray]) -> None:
+    """DivergedError if `abort_after` steps in a row were left out, or more, also where later ones counted again."""
+    skipped = int(window["most_skipped_in_a_row"])
     if skipped >= abort_after:
         checkpoints.wait()
         kept = checkpoints.latest_step()
         newest = "no step" if kept is None else f"step {kept}"
         raise DivergedError(
-            f"the last {skipped} steps up to {step} were left out, since loss, gradient or update was not finite "
-            f"or spiked, and the newest checkpoint is of {newest}: look for broken data, or start again in a new "
-            "--workdir with a lower config.optimizer.learning_rate."
+            f"by step {step}, {skipped} steps in a row were left out, since loss, gradient or update was not finite "
+            f"or spiked, and the newest checkpoint is of {newest}: look for broken data, or start again in a "
+            "new --workdir with a lower config.optimizer.learning_rate."
         )
-    return skipped

@@ -154,14 +154,16 @@ def make_step(
             (parameters, ema_parameters, optimizer_state),
             (state.parameters, state.ema_parameters, state.optimizer_state),
         )
+        guard = accept(state.guard, good, gradient_norm)
+        seen = (metrics, examples.t, per_example, guard["skipped_in_a_row"])
         return TrainState(
             step=state.step + 1,
             seed=state.seed,
             parameters=kept[0],
             ema_parameters=kept[1],
             optimizer_state=kept[2],
-            guard=accept(state.guard, good, gradient_norm),
-            window=add_step(state.window, state.step + 1, good, metrics, examples.t, per_example),
+            guard=guard,
+            window=add_step(state.window, state.step + 1, good, *seen),
         )
 
     return step

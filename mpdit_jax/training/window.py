@@ -25,6 +25,7 @@ def empty_window() -> Window:
     # Zero stands for none: steps are numbered from 1, and checkpoints of older versions are read with zeros here.
     seen = {
         "skipped_steps": jnp.zeros(NAMED_SKIPS, jnp.int32),
+        "most_skipped_in_a_row": jnp.zeros((), jnp.int32),
         "largest_loss": jnp.zeros((), jnp.float32),
         "largest_loss_step": jnp.zeros((), jnp.int32),
     }
@@ -38,6 +39,7 @@ def add_step(
     metrics: Mapping[str, jax.Array],
     t: jax.Array,
     per_example: jax.Array,
+    skipped_in_a_row: jax.Array,
 ) -> Window:
     """The window with one more step; of one that is left out (`good` is False) count, number and loss are kept.
 
@@ -48,6 +50,7 @@ def add_step(
         metrics: a scalar for each of METRICS.
         t: times of the examples (B,).
         per_example: their losses (B,).
+        skipped_in_a_row: steps left out up to this one, without one between them that counted, int32.
     """
     bucket = jnp.clip(jnp.floor(t * TIME_BUCKETS).astype(jnp.int32), 0, TIME_BUCKETS - 1)
     # A product with one-hot rows rather than a scatter: it adds in the same order on every mesh.
@@ -64,6 +67,7 @@ def add_step(
     return sums | {
         "skipped": window["skipped"] + ~good,
         "skipped_steps": jnp.where(next_place & ~good, number, window["skipped_steps"]),
+        "most_skipped_in_a_row": jnp.maximum(window["most_skipped_in_a_row"], skipped_in_a_row),
         "largest_loss": jnp.where(larger, metrics["loss"], window["largest_loss"]),
         "largest_loss_step": jnp.where(larger, number, window["largest_loss_step"]),
     }

@@ -27,10 +27,29 @@ def test_the_last_good_checkpoint_outlives_a_run_that_breaks(tmp_path, monkeypat
 
     monkeypatch.setattr(loop, "batches", broken)
     config = tiny_config(workdir, "--config.steps=40", "--config.guard.abort_after=3", "--config.log.every=1")
-    with pytest.raises(DivergedError, match=r"last 3 steps up to 8 .* newest checkpoint is of step 4"):
+    with pytest.raises(DivergedError, match=r"by step 8, 3 steps in a row .* newest checkpoint is of step 4"):
         loop.train(config, workdir)
     assert list_steps(workdir) == [4]
     assert all(np.isfinite(array).all() for array in saved_arrays(workdir, 4).values())
+
+
+@pytest.mark.parametrize("log_every", [20, 6])  # the run of steps 5 to 7 is seen in one window, or cut by its end
+def test_skips_in_a_row_count_though_later_steps_are_good(tmp_path, monkeypatch, log_every):
+    """Nobody looks between the lines of the log, but what went wrong there ends the run all the same."""
+    batches = loop.batches
+
+    def broken(*arguments, **options):
+        for index, batch in enumerate(batches(*arguments, **options)):
+            yield {**batch, "x": np.full_like(batch["x"], np.nan)} if index in (4, 5, 6) else batch
+
+    monkeypatch.setattr(loop, "batches", broken)
+    more = ["--config.steps=20", f"--config.log.every={log_every}", "--config.checkpoint.every=4"]
+    allowed = tiny_config(tmp_path / "allowed", *more, "--config.guard.abort_after=4")
+    assert loop.train(allowed, tmp_path / "allowed").guard["accepted"] == 17
+    refused = tiny_config(tmp_path / "refused", *more, "--config.guard.abort_after=3")
+    with pytest.raises(DivergedError, match="3 steps in a row were left out"):
+        loop.train(refused, tmp_path / "refused")
+    assert list_steps(tmp_path / "refused") == [4]
 
 
 def test_a_batch_that_was_not_placed_is_refused(tmp_path, monkeypatch):
