@@ -7,6 +7,8 @@ from typing import Any
 
 from mpdit_jax.errors import InputError
 
+LARGEST_SIDE = 4096  # of a square image; a batch of larger ones takes all memory before it says so
+
 
 def suggest(name: str, known: Collection[str]) -> str:
     """`" (did you mean 'x'?)"` for the known name nearest to `name`, or nothing."""
@@ -23,6 +25,12 @@ def check_seed(seed: Any, name: str) -> None:
     """Raise InputError unless a key can be made of a seed; `name` is what the user calls it."""
     if not is_whole(seed) or not 0 <= seed < 2**32:
         raise InputError(f"{name}={seed!r}: expected a whole number from 0 to {2**32 - 1}.")
+
+
+def check_image_size(pixels: Any, name: str, least: int = 1) -> None:
+    """Raise InputError unless images can be cut to squares of so many pixels a side."""
+    if not is_whole(pixels) or not least <= pixels <= LARGEST_SIDE:
+        raise InputError(f"{name}={pixels!r}: expected {least} to {LARGEST_SIDE} pixels.")
 
 
 def is_real(value: Any) -> bool:

@@ -168,6 +168,12 @@ def _status_of(main: Callable[[Sequence[str]], int], terminated: int) -> int:
         # The reader of our output has gone, as with `| head`; keep the interpreter's last flush quiet as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return KILLED_BY + signal.SIGPIPE
+    except MemoryError as error:
+        print(
+            f"error: this machine's memory is too small ({_first_line(error)}): choose a smaller batch or image.",
+            file=sys.stderr,
+        )
+        return 1
     except OSError as error:
         if error.errno not in REFUSALS:
             raise

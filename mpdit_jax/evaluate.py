@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from mpdit_jax.checks import check_seed
+from mpdit_jax.checks import check_image_size, check_seed
 from mpdit_jax.cli import Parser, add_tile_option, make_parser, run
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation.settings import choose_metrics, metric_names
@@ -118,9 +118,9 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.checkpoint import load_config
     from mpdit_jax.evaluation import command
     from mpdit_jax.evaluation.report import table, write_json
+    from mpdit_jax.evaluation.scratch import claimed, clear
     from mpdit_jax.evaluation.statistics import check_count, check_metrics, save_statistics
     from mpdit_jax.files import check_writable
-    from mpdit_jax.processes import first_does
     from mpdit_jax.waiting import wait_for_all
 
     if options.workdir:
@@ -138,25 +138,25 @@ def main(arguments: Sequence[str]) -> int:
     check_metrics(metrics, extractor)
     scratch = out.with_name(f"{out.name}.unfinished")
     written = [out, *([Path(options.save_stats)] if options.save_stats else [])]
-    first_does(lambda: command.tidy(scratch, written))
-    if options.workdir:
-        from mpdit_jax.evaluation.runs import evaluate_run
+    with claimed(scratch, written):
+        if options.workdir:
+            from mpdit_jax.evaluation.runs import evaluate_run
 
-        reference = command.reference_of(options, extractor, metrics, scratch)
-        results = evaluate_run(options, extractor, metrics, reference, scratch)
-    else:
-        statistics, result = command.evaluate_set(options, extractor, metrics, scratch)
-        results = [] if result is None else [result]
-        if options.save_stats and jax.process_index() == 0:
-            save_statistics(options.save_stats, statistics, features=options.save_features)
-            print(f"statistics of {statistics.count} images in {options.save_stats}")
-    wait_for_all("nobody reads what is cleared")
-    if jax.process_index() > 0:
-        return 0
-    if results:
-        write_json(out, {"results": [dataclasses.asdict(row) for row in results]})
-        print(f"{table(results)}\nwith their settings in {out}")
-    command.clear(scratch)
+            reference = command.reference_of(options, extractor, metrics, scratch)
+            results = evaluate_run(options, extractor, metrics, reference, scratch)
+        else:
+            statistics, result = command.evaluate_set(options, extractor, metrics, scratch)
+            results = [] if result is None else [result]
+            if options.save_stats and jax.process_index() == 0:
+                save_statistics(options.save_stats, statistics, features=options.save_features)
+                print(f"statistics of {statistics.count} images in {options.save_stats}")
+        wait_for_all("nobody reads what is cleared")
+        if jax.process_index() > 0:
+            return 0
+        if results:
+            write_json(out, {"results": [dataclasses.asdict(row) for row in results]})
+            print(f"{table(results)}\nwith their settings in {out}")
+        clear(scratch)
     return 0
 
 
@@ -177,6 +177,8 @@ def _check(options: argparse.Namespace) -> None:
         if vars(options)[name] and not vars(options)[name].endswith(ending):
             raise InputError(f"--{name}={vars(options)[name]}: expected a name that ends in {ending}.")
     check_seed(options.seed, "--seed")
+    if options.image_size:
+        check_image_size(options.image_size, "--image_size")
 
 
 def _check_nothing_is_lost(options: argparse.Namespace) -> None:

@@ -100,6 +100,18 @@ def check_place(path: Path, *, folder: bool) -> None:
         raise InputError(f"cannot write {path}: a {wanted} is to go there and a {found} is in its place; move it away.")
 
 
+def expand(path: str | Path) -> Path:
+    """The path, with a `~` at its beginning made the home folder.
+
+    Raises:
+        InputError: of a user that this machine does not know.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: this machine knows no home folder of that user; give the whole path.") from error
+
+
 class Lock:
     """A file that this process alone holds. The system lets go of it when the process ends, however it ends.
 

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpdit_jax.checks import check_image_size
 from mpdit_jax.cli import Parser, add_tile_option, make_parser, run
 from mpdit_jax.errors import InputError
 from mpdit_jax.processes import add_flags, join
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("images", "vae", "image_size"):
         if vars(options)[name] in (None, ""):
             parser.error(f"--{name} is needed")
-    for name in ("image_size", "batch_size", "shard_size", "threads"):
+    check_image_size(options.image_size, "--image_size")
+    for name in ("batch_size", "shard_size", "threads"):
         if vars(options)[name] < 1:
             raise InputError(f"--{name}={vars(options)[name]}: expected 1 or more.")
     return _prepare(options, out)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpdit_jax.checks import check_seed
+from mpdit_jax.checks import check_image_size, check_seed
 from mpdit_jax.cli import make_parser, run
 from mpdit_jax.errors import InputError
 
@@ -64,8 +64,7 @@ def main(arguments: Sequence[str]) -> int:
             raise InputError(
                 f"--images={options.images}: expected a folder or idx:FOLDER, whose labels are known ahead."
             )
-        if options.image_size < 8:
-            raise InputError(f"--image_size={options.image_size}: expected 8 pixels or more, with --images.")
+        check_image_size(options.image_size, "--image_size", least=8)
         pictures = DecodedImages(found, options.image_size, options.channels)
         labels, names = found.labels, found.class_names
     model, accuracy = train_classifier(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mpdit_jax.benchmarks.workers import Worker, peak_memory
+from mpdit_jax.checks import check_image_size
 from mpdit_jax.cli import Parser, make_parser
 from mpdit_jax.errors import InputError
 
@@ -44,7 +45,8 @@ def make_evaluate_parser() -> Parser:
 def main(arguments: Sequence[str]) -> int:
     """Measure as the arguments say and print; exit status."""
     options = make_evaluate_parser().parse_args(arguments)
-    for name, least in (("image_size", 8), ("batch_size", 1), ("repeats", 0), ("neighbours", 0)):
+    check_image_size(options.image_size, "--image_size", least=8)
+    for name, least in (("batch_size", 1), ("repeats", 0), ("neighbours", 0)):
         if vars(options)[name] < least:
             raise InputError(f"--{name}={vars(options)[name]}: expected {least} or more.")
     report = measure(options)

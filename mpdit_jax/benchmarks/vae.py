@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mpdit_jax.benchmarks.workers import Worker
+from mpdit_jax.checks import check_image_size
 from mpdit_jax.cli import Parser, make_parser
 from mpdit_jax.errors import InputError
 
@@ -46,7 +47,8 @@ def make_vae_parser() -> Parser:
 def main(arguments: Sequence[str]) -> int:
     """Measure as the arguments say and print; exit status."""
     options = make_vae_parser().parse_args(arguments)
-    for name in ("image_size", "batch_size", "repeats"):
+    check_image_size(options.image_size, "--image_size")
+    for name in ("batch_size", "repeats"):
         value = vars(options)[name]
         if value < 1:
             raise InputError(f"--{name}={value}: expected 1 or more.")

@@ -2,9 +2,7 @@
 
 import argparse
 import dataclasses
-import glob
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from mpdit_jax.evaluation.statistics import (
     load_statistics,
 )
 from mpdit_jax.evaluation.subsets import limited
-from mpdit_jax.files import remove_leftovers
+from mpdit_jax.files import expand
 
 _OF_INCEPTION = {*ALIASES, "sfd", "is"}  # metrics that the packaged network does not have
 
@@ -115,7 +113,7 @@ def reference_of(
         check_same_size(images.about, samples or {})
         check_count(len(images), real, options.k, "in the reference")
         return look(extractor, images, needed(real), kept(real), scratch, verb)
-    path = Path(options.reference).expanduser()
+    path = expand(options.reference)
     stored = load_statistics(path, extractor)
     check_same_size(stored.about, samples or {})
     if single and stored.features is None and "arr_0" in npz_names(path):  # as in ADM's batches
@@ -166,27 +164,8 @@ def evaluate_set(
     return statistics, make_result(name, reference, statistics, metrics, options, extractor, {})
 
 
-def tidy(scratch: Path, written: Sequence[Path]) -> None:
-    """Delete what an earlier start left that was killed while it wrote one of these files, or in `clear`."""
-    shutil.rmtree(_cleared(scratch), ignore_errors=True)
-    for path in written:
-        remove_leftovers(path.parent, glob.escape(path.name))
-
-
-def clear(scratch: Path) -> None:
-    """Delete what is no longer needed once everything is written."""
-    tidy(scratch, [])
-    if scratch.is_dir():
-        # Under another name, for a kill may leave some of the samples, and no settings with them.
-        shutil.rmtree(scratch.rename(_cleared(scratch)), ignore_errors=True)
-
-
-def _cleared(scratch: Path) -> Path:
-    return scratch.with_name(f"{scratch.name}.old")
-
-
 def _is_statistics(place: str) -> bool:
-    path = Path(place).expanduser()
+    path = expand(place)
     return path.is_file() and holds_statistics(path)
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from mpdit_jax.errors import WeightsError
 from mpdit_jax.evaluation.inception import Inception
 from mpdit_jax.evaluation.layers import assign, entry, fold
-from mpdit_jax.files import replacing
+from mpdit_jax.files import expand, replacing
 from mpdit_jax.interop.files import read_state_dict
 
 VARIABLE = "MPDIT_JAX_INCEPTION"
@@ -43,12 +43,12 @@ def locate_inception(path: str = "") -> Path:
     """
     named = path or os.environ.get(VARIABLE, "")
     if named:
-        found = Path(named).expanduser()
+        found = expand(named)
         if found.is_file():
             return found
         origin = f"--inception={path}" if path else f"{VARIABLE}={named}"
         raise WeightsError(f"{origin}: no such file; {_remedy()}")
-    folder = CACHE.expanduser()
+    folder = expand(CACHE)
     for name in NAMES:
         if (folder / name).is_file():
             return folder / name

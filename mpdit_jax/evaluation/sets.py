@@ -13,6 +13,7 @@ from mpdit_jax.data.latent_store import MANIFEST, LatentStore
 from mpdit_jax.data.npz import map_npz, npz_names, read_npz
 from mpdit_jax.data.sources import SOURCES, load_source
 from mpdit_jax.errors import DataError, InputError
+from mpdit_jax.files import expand
 from mpdit_jax.preparing.pictures import to_mode, to_square
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -143,7 +144,7 @@ def open_set(place: str, *, image_size: int = 0, channels: int = 3, find: FindDe
     kind, colon, rest = place.partition(":")
     if colon and kind == "data":
         return _open_source(place, rest)
-    path = Path(place).expanduser()
+    path = expand(place)
     if path.is_dir():
         return _open_store(path, find) if (path / MANIFEST).is_file() else open_folder(path, image_size, channels)
     if not path.is_file():

@@ -4,6 +4,7 @@ import math
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from mpdit_jax.checks import LARGEST_SIDE
 from mpdit_jax.config import check_fields
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.vae.config import AutoencoderConfig
@@ -49,7 +50,9 @@ def resolve_vae(config: ConfigDict | FrozenConfigDict) -> FrozenConfigDict:
     for path, value in values.items():
         if not 0 <= value < math.inf:
             raise ConfigError(f"config.{path}={value}: expected 0 or more.")
-    for path in ("batch_size", "steps", "data.image_size", "checkpoint.every", "log.every"):
+    if not 1 <= resolved.data.image_size <= LARGEST_SIDE:
+        raise ConfigError(f"config.data.image_size={resolved.data.image_size}: expected 1 to {LARGEST_SIDE} pixels.")
+    for path in ("batch_size", "steps", "checkpoint.every", "log.every"):
         group, _, name = path.rpartition(".")
         value = (resolved[group] if group else resolved)[name]
         if value < 1:

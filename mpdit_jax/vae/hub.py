@@ -4,6 +4,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from mpdit_jax.errors import MissingExtraError, WeightsError
+from mpdit_jax.files import expand
 from mpdit_jax.vae.weights import CONFIG_FILE, WEIGHTS_FILES
 
 # owner/name, and folders inside the repository after it.
@@ -22,7 +23,7 @@ def locate(source: str | Path) -> Path:
         WeightsError: no such folder, or the hub cannot be reached or does not have it.
         MissingExtraError: a hub name without huggingface_hub installed.
     """
-    folder = Path(source).expanduser()
+    folder = expand(source)
     if folder.is_dir():
         return folder
     if folder.exists():

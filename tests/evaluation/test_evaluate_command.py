@@ -1,6 +1,7 @@
 """`python -m mpdit_jax.evaluate` as a user runs it: every kind of set, every kind of bad input."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from mpdit_jax.evaluation import command, extraction, inception_weights
 from mpdit_jax.evaluation.bias import perfect_distance, warn_of_bias
 from mpdit_jax.evaluation.extraction import FeatureFolder, extract
 from mpdit_jax.evaluation.report import make_result
+from mpdit_jax.evaluation.scratch import claimed
 from mpdit_jax.evaluation.sets import open_npz, open_set
 from mpdit_jax.evaluation.statistics import compare, load_statistics, save_statistics
 from mpdit_jax.sample import main as sample
@@ -249,6 +251,10 @@ def test_bad_arguments_are_one_sentence(files, classifier_file, tmp_path, monkey
         ([samples, reference, "--metrics=sfd"], "download pt_inception-2015-12-05-6726825d.pth"),
         ([samples, reference, features, "--out=x.txt"], "ends in .json"),
         ([samples, reference, features, "--feature_size=64"], "with efficientnet_lite0 alone"),
+        ([f"--samples={mixed}", reference, features, "--image_size=-5"], "--image_size=-5: expected 1 to 4096 pixels"),
+        ([f"--samples={mixed}", reference, features, "--image_size=1000000"], "--image_size=1000000: expected 1 to"),
+        (["--samples=~nobody_here/s.npz", reference, features], "~nobody_here/s.npz: this machine knows no home"),
+        ([samples, "--reference=~nobody_here/s.npz", features], "~nobody_here/s.npz: this machine knows no home"),
         ([f"--samples={mixed}", reference, features], "give --image_size=PIXELS"),
     ):
         monkeypatch.setattr("mpdit_jax.progress.WorkBar.say", lambda *args: None)
@@ -261,6 +267,20 @@ def test_bad_arguments_are_one_sentence(files, classifier_file, tmp_path, monkey
     stderr = last_line([samples, reference, f"--out={tmp_path / 'out.json'}"], monkeypatch, capsys)
     assert "MPDIT_JAX_INCEPTION=typo.pth: no such file" in stderr
     assert not (tmp_path / "out.json").exists()
+
+
+def test_two_at_once_do_not_share_an_output(files, classifier_file, tmp_path, monkeypatch, capsys):
+    """The second is refused while the first lives, and the first is none the worse."""
+    out = tmp_path / "out.json"
+    arguments = [f"--samples={files / 'samples.npz'}", f"--features=classifier:{classifier_file}", f"--out={out}"]
+    arguments += ["--reference=data:digits", "--metrics=fd"]
+    with claimed(tmp_path / "out.json.unfinished", [out]):
+        said = last_line(arguments, monkeypatch, capsys)
+        assert re.search(r"another evaluation is using .*out\.json\.unfinished \(process \d+ on ", said)
+        assert not out.exists()
+    assert not list(tmp_path.iterdir())
+    run(capsys, *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
 def test_the_inception_score_needs_no_reference_and_looks_at_none(files, classifier_file, tmp_path, capsys):

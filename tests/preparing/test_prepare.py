@@ -323,6 +323,8 @@ def test_tiles_are_another_setting(copy, folder, vae_folder, tmp_path):
 
 
 def test_sizes_that_do_not_fit_the_vae(folder, vae_folder, tmp_path):
+    with pytest.raises(InputError, match="--image_size=100000: expected 1 to 4096 pixels"):
+        main(arguments(folder, vae_folder, tmp_path / "out", "--image_size=100000"))
     with pytest.raises(InputError, match="--image_size=9: expected a multiple of the VAE's downsample factor 2"):
         main(arguments(folder, vae_folder, tmp_path / "out", "--image_size=9"))
 
