@@ -48,9 +48,10 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     values, vectors = np.linalg.eigh(covariances[0])
     _check_positive(values, "cov1")
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T  # (d, d)
+    # By its own eigenvalues: the product does not show the directions in which the first has no spread.
+    _check_positive(np.linalg.eigvalsh(covariances[1]), "cov2")
     product = root @ covariances[1] @ root
     spectrum = np.linalg.eigvalsh((product + product.T) / 2)
-    _check_positive(spectrum, "cov2")
     trace = np.sqrt(np.clip(spectrum, 0, None)).sum()
     total = difference @ difference + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * trace
     return float(max(total, 0.0))  # of equal Gaussians, rounding may leave -1e-12
@@ -102,11 +103,14 @@ def kernel_distance(
         seed: of the choice of subsets.
 
     Raises:
-        InputError: other shapes, or fewer images than a subset has.
+        InputError: other shapes, values that are not finite, or fewer images than a subset has.
     """
     sets: Sequence[np.ndarray] = [np.asarray(real), np.asarray(fake)]
     if any(x.ndim != 2 for x in sets) or sets[0].shape[1] != sets[1].shape[1]:
         raise InputError(f"features {sets[0].shape} and {sets[1].shape}: expected (N, d) and (M, d).")
+    for name, features in zip(("real", "fake"), sets, strict=True):
+        if not np.isfinite(features).all():
+            raise InputError(f"the {name} features hold NaN or Inf: leave those images out.")
     fewest = min(map(len, sets))
     if subsets < 1 or not 2 <= subset_size <= fewest:
         raise InputError(

@@ -18,6 +18,7 @@ _BLOCK = 2048  # rows and columns of distances at a time, at most: 16 MiB
 _SMALLEST_BLOCK = 256
 _SPARE = 5  # more neighbours than asked for are kept, for float64 to choose from
 _EXACT = 64  # rows settled in float64 at a time
+_RANGE = 40  # binary exponents of features, whose squares and their sums float32 holds
 _EPSILON = float(np.finfo(np.float32).eps)
 
 
@@ -61,6 +62,7 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
             )
         if not np.isfinite(features).all():
             raise InputError(f"the {name} features hold NaN or Inf: leave those images out.")
+    real, fake = _within_float32(real, fake)
     block = _SMALLEST_BLOCK
     while block < min(_BLOCK, max(len(real), len(fake))):
         block *= 2
@@ -69,6 +71,15 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
     reals, fakes = _prepare(real, centre, block), _prepare(fake, centre, block)
     fakes_covered, reals_covered = _cover(reals, real_radii, fakes, fake_radii)
     return float(fakes_covered.mean()), float(reals_covered.mean())
+
+
+def _within_float32(real: np.ndarray, fake: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both by one power of two, which is exact, where squares of the features would leave float32's range."""
+    largest = max(float(np.abs(real).max(initial=0)), float(np.abs(fake).max(initial=0)))
+    if not largest or 2.0**-_RANGE <= largest <= 2.0**_RANGE:
+        return real, fake
+    exponent = -int(np.frexp(largest)[1])
+    return np.ldexp(real.astype(np.float64), exponent), np.ldexp(fake.astype(np.float64), exponent)
 
 
 def _prepare(features: np.ndarray, centre: np.ndarray, block: int) -> _Set:

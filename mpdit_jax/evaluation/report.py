@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 
 from mpdit_jax import __version__
+from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation.bias import warn_of_bias
 from mpdit_jax.evaluation.extractors import Extractor
 from mpdit_jax.evaluation.statistics import KID_SUBSETS, Statistics, check_same_size, compare, kid_subset_size
@@ -38,7 +40,7 @@ def make_result(
     """Compare two sets, warn of too few images, and note everything that changes a number; what has no part is null.
 
     Raises:
-        InputError: images of two sizes, or what a metric needs is not there.
+        InputError: images of two sizes, what a metric needs is not there, or a metric that is no number.
     """
     check_same_size(reference.about, statistics.about)
     with warnings.catch_warnings(record=True) as caught:
@@ -48,6 +50,9 @@ def make_result(
         if jax.process_index() == 0:
             print(f"warning: {warning.message}")
     found = compare(reference, statistics, metrics, k=options.k, splits=options.splits, seed=options.seed)
+    for label, value in found.items():
+        if not math.isfinite(value):
+            raise InputError(f"{label} of {name} is {value}: the features are too large to compare; look at the set.")
     asked = set(metrics)
     settings = {
         "extractor": {"name": extractor.name, "fingerprint": extractor.fingerprint, **extractor.settings},
@@ -97,7 +102,7 @@ def _describe(statistics: Statistics) -> dict[str, Any]:
 def write_json(path: Path, content: Any) -> None:
     """Replace a file by this content."""
     with replacing(path) as file:
-        file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+        file.write((json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
 def _number(name: str, value: float | None) -> str:

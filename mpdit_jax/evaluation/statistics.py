@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from mpdit_jax import __version__
@@ -187,11 +188,38 @@ def load_statistics(path: str | Path, extractor: Extractor) -> Statistics:
             )
         if not (np.isfinite(gaussian.mean).all() and np.isfinite(gaussian.covariance).all()):
             raise InputError(f"{path}: the statistics of {output} hold NaN or Inf; make or download them again.")
+    if features is not None:
+        _check_features(path, features, extractor)
+    if not fingerprint:
+        _warn_of_preprocessing(path, "adm" if "mu_s" in names else "pytorch_fid", extractor)
     if "arr_0" in names:
         of_what |= {"shape": list(open_npz(path).shape)}
     known = fingerprint or "unknown: the file does not say, and is taken for this one's"
     file = {"path": str(path), "sha256": digest.hexdigest(), "extractor_fingerprint": known}
     return Statistics(name, fingerprint, count, gaussians, features, None, of_what, file)
+
+
+def _check_features(path: Path, features: np.ndarray, extractor: Extractor) -> None:
+    dimension = extractor.outputs["pool"]
+    if features.ndim != 2 or features.shape[1] != dimension or features.dtype.kind != "f":
+        raise InputError(
+            f"{path}: features are {features.dtype} {features.shape}; expected floats (images, {dimension}) of "
+            f"{extractor.name}: save them again by --save_stats with --save_features."
+        )
+    if not np.isfinite(features).all():
+        raise InputError(f"{path}: the features hold NaN or Inf; save them again by --save_stats with --save_features.")
+
+
+def _warn_of_preprocessing(path: Path, maker: str, extractor: Extractor) -> None:
+    """Where a file does not say how images were resized: ADM's has spatial moments, pytorch-fid's has none."""
+    usual = {"adm": "tensorflow", "pytorch_fid": "pytorch_fid"}[maker]
+    used = extractor.settings.get("preprocessing", usual)
+    if used != usual and jax.process_index() == 0:
+        print(
+            f"warning: {path} does not say how its images were resized; it looks like a file of "
+            f"{'ADM' if maker == 'adm' else 'pytorch-fid'}, for which --preprocessing={usual} is right and not {used}: "
+            "distances differ in the first decimals."
+        )
 
 
 def check_metrics(names: Sequence[str], extractor: Extractor) -> None:

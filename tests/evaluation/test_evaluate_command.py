@@ -1,5 +1,6 @@
 """`python -m mpdit_jax.evaluate` as a user runs it: every kind of set, every kind of bad input."""
 
+import dataclasses
 import json
 import re
 
@@ -139,6 +140,47 @@ def test_statistics_of_another_extractor_are_refused_by_name(tmp_path, tiny_ince
     stored = load_statistics(path, tiny_inception)
     with pytest.raises(InputError, match="has moments only, and for precision and recall"):
         compare(stored, stored, ("precision",))
+
+
+@pytest.mark.parametrize(("features", "sentence"), [
+    (np.full((5, 4), np.nan, np.float32), "the features hold NaN or Inf"),
+    (np.zeros((5, 3), np.float32), r"features are float32 \(5, 3\); expected floats \(images, 4\)"),
+    (np.zeros((5, 4), np.int64), "features are int64"),
+    (np.zeros(4, np.float32), "features are float32"),
+])  # fmt: skip
+def test_saved_features_that_are_none(tmp_path, tiny_inception, features, sentence):
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(4), sigma=np.eye(4), features=features)
+    with pytest.raises(InputError, match=sentence):
+        load_statistics(tmp_path / "stats.npz", tiny_inception)
+
+
+def test_a_metric_that_is_no_number_is_refused(tmp_path, tiny_inception, digits):
+    """Not written as NaN, which is no JSON."""
+    seen = collect(tiny_inception, [tiny_inception(digits[0][:100])], {})
+    far = dataclasses.replace(seen, features=np.full((100, 4), 3e38) * np.float64(1e80))
+    options = evaluate.make_evaluate_parser().parse_args(["--samples=x"])
+    with np.errstate(all="ignore"), pytest.raises(InputError, match=r"KID of x is .*: the features are too large"):
+        make_result("x", far, seen, ("kid",), options, tiny_inception, {})
+
+
+def test_moments_of_another_preprocessing_are_warned_of(tmp_path, tiny_inception, digits, capsys):
+    """A file of another project does not say, but ADM's have spatial moments and pytorch-fid's have none."""
+    moments = {"mu": np.zeros(4), "sigma": np.eye(4)}
+    np.savez(tmp_path / "pytorch_fid.npz", **moments)
+    np.savez(tmp_path / "adm.npz", **moments, mu_s=np.zeros(3), sigma_s=np.eye(3))
+    assert tiny_inception.settings["preprocessing"] == "tensorflow"
+    load_statistics(tmp_path / "adm.npz", tiny_inception)
+    assert not capsys.readouterr().out
+    load_statistics(tmp_path / "pytorch_fid.npz", tiny_inception)
+    assert "a file of pytorch-fid, for which --preprocessing=pytorch_fid is right" in capsys.readouterr().out
+    other = dataclasses.replace(tiny_inception, settings={**tiny_inception.settings, "preprocessing": "pytorch_fid"})
+    load_statistics(tmp_path / "pytorch_fid.npz", other)
+    assert not capsys.readouterr().out
+    load_statistics(tmp_path / "adm.npz", other)
+    assert "a file of ADM, for which --preprocessing=tensorflow is right" in capsys.readouterr().out
+    save_statistics(tmp_path / "ours.npz", collect(tiny_inception, [tiny_inception(digits[0][:9])], {}))
+    load_statistics(tmp_path / "ours.npz", tiny_inception)
+    assert not capsys.readouterr().out
 
 
 def test_a_perfect_model_with_few_images_scores_what_is_told(extractor, digits):

@@ -67,6 +67,16 @@ def test_narrow_sets_far_away_are_not_gone_through_row_by_row(monkeypatch, centr
     assert found[0] == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-15, 1e15, 1e25])
+def test_features_whose_squares_float32_does_not_hold(size):
+    """Sets of which neither is within the other: a wrong answer would be 0 or 1."""
+    real, fake = sets(200, 150, 8)
+    expected = precision_recall(real, fake)
+    assert 0 < min(expected) < max(expected) < 1
+    real, fake = real * np.float32(size), fake * np.float32(size)
+    assert precision_recall(real, fake) == brute_force(real, fake, 3) == pytest.approx(expected, abs=0.02)
+
+
 def test_copies_lie_within_even_balls_of_no_size():
     real, _ = sets(64, 64, 4)
     many = np.repeat(real[:8], 6, axis=0)  # each five times over: the third neighbour is at distance 0

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ml_collections import ConfigDict
 
 from mpdit_jax.config import defaults, model_of, resolve
 from mpdit_jax.data.sources import check_fits, load_source
@@ -22,18 +21,11 @@ from mpdit_jax.train import main
 from mpdit_jax.training.optimizer import make_optimizer
 from mpdit_jax.training.state import abstract_state, create_state
 from mpdit_jax.training.step import make_draw, make_loss, make_step
+from tests.faults.configs import TINY, mutated
 from tests.faults.damage import MUTATIONS, REAL, TUPLE, WHOLE, WORD, bulk
 from tests.tiny import ROOT
 
 RUNS = int(os.environ.get("MPDIT_JAX_RUNS", "4"))
-TINY = {
-    "steps": 1, "batch_size": 4, "data.split": "all", "sample.every": 0, "model.patch_sizes": (2, 1),
-    "model.depths": (1, 1), "model.hidden_size": 16, "model.num_heads": 2, "model.input_size": (8, 8),
-    "model.in_channels": 1, "model.num_classes": 10, "model.class_tokens": 2,
-    "model.time_embedding": "sinusoidal",
-}  # fmt: skip
-
-
 VALUE = st.one_of(WHOLE, REAL, WORD, TUPLE, st.booleans(), st.none(), st.just({}), st.just([1]))
 FIELD = st.sampled_from([*defaults(), "model.hiden_size", "unknown", "optimizer"])
 # Of the kind that the field has, without which hardly a config would get past the checks of types.
@@ -48,20 +40,6 @@ def value_of(field):
 
 CHANGE = FIELD.flatmap(lambda field: st.tuples(st.just(field), value_of(field)))
 CHANGES = st.lists(CHANGE, min_size=1, max_size=3).map(dict)
-
-
-def mutated(changes):
-    """The tiny config with some fields replaced, as a config file that checks nothing would give it."""
-    tree = {}
-    for path, value in {**defaults(), **TINY, **changes}.items():
-        *groups, field = path.split(".")
-        place = tree
-        for group in groups:
-            place = place.setdefault(group, {})
-            if not isinstance(place, dict):
-                return None
-        place[field] = value
-    return ConfigDict(tree)
 
 
 REACHED = {}  # what decides a step, of every config that can be traced, to the first such config

@@ -1,7 +1,10 @@
 """Large `sample` runs, `prepare`, `evaluate` and training that evaluates, killed at random moments: the output is that
 of an undisturbed run.
+
+MPDIT_JAX_KILL_SEED=N repeats the moments of a run that failed, which prints N first.
 """
 
+import os
 import random
 import time
 
@@ -26,14 +29,15 @@ def nursery(tmp_path_factory):
 
 def kill_and_finish(nursery, command, arguments, progress):
     """Kill a command KILLS times, each time at a random moment after `progress()` has grown; then let it end."""
-    seed = random.SystemRandom().randrange(2**32)
+    seed = int(os.environ.get("MPDIT_JAX_KILL_SEED", random.SystemRandom().randrange(2**32)))
+    print(f"seed {seed}")
     draw, killed = random.Random(seed), 0
     for _ in range(KILLS):
         before, child = progress(), nursery.start(command, arguments)
         wait_until(lambda before=before: progress() > before, child)
         time.sleep(draw.uniform(0, 0.1))
         killed += child.kill() != 0
-    print(f"seed {seed}: killed {killed} times")
+    print(f"killed {killed} times")
     assert killed >= 2, "it is over too soon to be killed"
     return nursery.run(command, arguments)
 
