@@ -1,6 +1,7 @@
 """Accelerators by their makers' published figures, and what a CPU reaches where there are none."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ class Chip:
         hbm_bandwidth: bytes a second.
         ici_bandwidth: bytes a second out of one chip over all its links.
         dimensions: of a topology, such as 2 for 16x16.
+        pod: chips of the largest slice there is.
     """
 
     kind: str
@@ -35,14 +37,15 @@ class Chip:
     hbm_bandwidth: float
     ici_bandwidth: float
     dimensions: int
+    pod: int
 
 
 # https://cloud.google.com/tpu/docs/system-architecture-tpu-vm; of v5e's 16 GiB the runtime keeps a quarter.
 CHIPS = {
-    "v4": Chip("TPU v4", 275e12, int(31.75 * GIB), 1228e9, 300e9, 3),
-    "v5e": Chip("TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, 2),
-    "v5p": Chip("TPU v5", 459e12, int(95.0 * GIB), 2765e9, 600e9, 3),
-    "v6e": Chip("TPU v6 lite", 918e12, int(31.25 * GIB), 1640e9, 448e9, 2),
+    "v4": Chip("TPU v4", 275e12, int(31.75 * GIB), 1228e9, 300e9, 3, 4096),
+    "v5e": Chip("TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, 2, 256),
+    "v5p": Chip("TPU v5", 459e12, int(95.0 * GIB), 2765e9, 600e9, 3, 8960),
+    "v6e": Chip("TPU v6 lite", 918e12, int(31.25 * GIB), 1640e9, 448e9, 2, 256),
 }
 
 # bfloat16 without sparsity, from NVIDIA's data sheets; the first name that a device's kind starts with.
@@ -64,7 +67,7 @@ def chip_of(topology: str) -> Chip:
     """The chip of a topology such as v5e:16x16 or v4:4x4x4.
 
     Raises:
-        ConfigError: not of this form, or an unknown chip.
+        ConfigError: not of this form, an unknown chip, or more of them than there are.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
     known = ", ".join(CHIPS)
@@ -75,6 +78,11 @@ def chip_of(topology: str) -> Chip:
         example = "x".join(["4"] * chip.dimensions)
         raise ConfigError(
             f"--topology={topology}: {match[1]} has {chip.dimensions} dimensions, such as {match[1]}:{example}."
+        )
+    size = math.prod(map(int, match[2].split("x")))
+    if not 0 < size <= chip.pod:
+        raise ConfigError(
+            f"--topology={topology}: {size:,} chips; expected 1 to {chip.pod:,}, a whole pod of {match[1]}."
         )
     return chip
 

@@ -1,57 +1,15 @@
-"""How a process learns which cluster it is part of."""
+"""How processes agree, and what ends their wait for each other."""
 
 import argparse
-import contextlib
 import signal
-import socket
-import threading
 import time
 
 import numpy as np
 import pytest
 
 from mpdit_jax.errors import ConfigError, ProcessError
-from mpdit_jax.processes import (
-    Cluster,
-    add_flags,
-    compare_facts,
-    find_cluster,
-    first_host,
-    join,
-    on_cloud_tpu,
-    roll_call,
-)
-from tests.tiny import free_port, start_joined
-
-
-def test_alone_unless_something_says_otherwise():
-    assert find_cluster({}) is None
-    assert find_cluster({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}) is None  # an allocation without a step
-
-
-def test_slurm():
-    step = {"SLURM_NTASKS": "16", "SLURM_PROCID": "5", "SLURM_STEP_NODELIST": "gpu[03-04]"}
-    assert find_cluster({"SLURM_JOB_ID": "123456", **step}) == Cluster("gpu03:56064", 16, 5)
-
-
-@pytest.mark.parametrize(("nodes", "host"), [
-    ("node1", "node1"),
-    ("node1,node2", "node1"),
-    ("gpu[03-07,11],login", "gpu03"),
-    ("rack[2,9]-n", "rack2-n"),
-])  # fmt: skip
-def test_first_host(nodes, host):
-    assert first_host(nodes) == host
-
-
-def test_variables():
-    assert find_cluster({"TPU_WORKER_HOSTNAMES": "t0,t1,t2,t3", "TPU_WORKER_ID": "2"}) == Cluster("t0:8476", 4, 2)
-    ours = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
-    assert find_cluster(ours) == Cluster("10.0.0.2:1234", 2, 1)
-    with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES=two"):
-        find_cluster(ours | {"JAX_NUM_PROCESSES": "two"})
-    with pytest.raises(ConfigError, match="process_id=2: expected 0 to 1"):
-        find_cluster(ours | {"JAX_PROCESS_ID": "2"})
+from mpdit_jax.processes import add_flags, compare_facts, join
+from tests.tiny import start_joined
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
@@ -67,47 +25,8 @@ def test_impossible_flags(arguments, sentence):
         join(parser.parse_args(arguments), {})
 
 
-def test_nobody_answers():
-    with pytest.raises(ProcessError, match=r"process 0 at 127\.0\.0\.1:9 did not answer process 1 within 0\.5 s"):
-        roll_call(Cluster("127.0.0.1:9", 2, 1), {}, 0.5)
-
-
-def test_a_stranger_who_says_nothing_keeps_nobody_out(monkeypatch):
-    monkeypatch.setattr("mpdit_jax.processes._LONGEST_SILENCE", 0.5)
-    port, found = free_port(), {}
-
-    def call(index):
-        found[index] = roll_call(Cluster(f"127.0.0.1:{port}", 2, index), {}, 20.0)
-
-    first = threading.Thread(target=call, args=(0,))
-    first.start()
-    for _ in range(100):
-        with contextlib.suppress(OSError):
-            stranger = socket.create_connection(("127.0.0.1", port + 1))
-            break
-        time.sleep(0.05)
-    second = threading.Thread(target=call, args=(1,))
-    second.start()
-    for thread in (first, second):
-        thread.join(15)
-    stranger.close()
-    assert {index: list(connections) for index, connections in found.items()} == {0: [1], 1: [0]}
-    for connections in found.values():
-        for connection in connections.values():
-            connection.close()
-
-
-def test_a_cloud_tpu_has_chips_and_their_library(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert not on_cloud_tpu(tmp_path)
-    (tmp_path / "accel0").touch()
-    assert on_cloud_tpu(tmp_path)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not on_cloud_tpu(tmp_path)
-
-
-def test_processes_that_jax_connected_are_compared_too(monkeypatch):
-    """On a TPU pod JAX finds the peers itself, so there is no roll call to compare in; what is known late, neither."""
+def test_facts_that_are_known_late_are_compared_too(monkeypatch):
+    """What is known after the roll call."""
     ours, others = {"config.seed": "0", "version": "1"}, []
     compare_facts(ours)  # alone
 

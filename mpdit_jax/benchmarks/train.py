@@ -56,7 +56,7 @@ def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, rep
     import jax.numpy as jnp
     import numpy as np
 
-    from mpdit_jax.chips import matrix_product
+    from mpdit_jax.chips import matrix_product, published_flops
     from mpdit_jax.config import base_config, model_of, resolve
     from mpdit_jax.errors import ConfigError
     from mpdit_jax.mesh import make_mesh
@@ -98,7 +98,7 @@ def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, rep
 
         seconds, product = _time(repeats, forward, step, peak)
     macs = count_macs(model) * batch
-    peak_rate = operations / 2 / product
+    peak_rate, published = operations / 2 / product, published_flops(device.device_kind)
     return {
         "preset": preset,
         "batch": batch,
@@ -112,6 +112,7 @@ def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, rep
         "peak_macs_per_second": peak_rate,
         "forward_share": macs / seconds["forward"] / peak_rate,
         "step_share": 3 * macs / seconds["step"] / peak_rate,
+        "mfu": None if published is None else 2 * 3 * macs / seconds["step"] / published,
     }
 
 
@@ -146,4 +147,9 @@ def _as_text(result: Mapping[str, Any]) -> str:
         f"  forward pass     {result['seconds_forward']:10.3f} s   {result['forward_share']:6.1%} of that\n"
         f"  training step    {result['seconds_step']:10.3f} s   {result['step_share']:6.1%} of that, "
         f"{result['images_per_second']:.3g} images/s"
+        + (
+            ""
+            if result["mfu"] is None
+            else f"\n  MFU              {result['mfu']:20.1%} of the published bfloat16 peak"
+        )
     )

@@ -7,6 +7,8 @@ _DEFAULTS = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
+    # nor to warn that it finds none; --topology says which chips are meant.
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     # and may be loaded by several processes at once, for none uses any.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }

@@ -209,6 +209,8 @@ def test_refusals():
         ([config, "--devices=3"], 1, "batch_size=64 does not divide over 3 devices"),
         ([config, "--devices=2", "--sample_batch=3"], 1, "--sample_batch=3 does not divide over 2 devices"),
         ([config, "--topology=v9:2x2"], 1, "chip of v4, v5e"),
+        ([config, "--topology=v5e:1024x1024"], 1, "1,048,576 chips; expected 1 to 256, a whole pod of v5e"),
+        ([config, "--topology=v5e:0x4"], 1, "0 chips; expected 1 to 256"),
     ]
     if importlib.util.find_spec("libtpu") is None:
         cases.append(([config, "--topology=v5e:2x2"], 1, "pip install 'mpdit_jax[tpu]'"))

@@ -25,6 +25,19 @@ def test_attention_head_by_head_is_attention(dtype, bound):
     assert relative_error(kernels[1](QKV * 3), kernels[0](QKV * 3)) < bound
 
 
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("tokens", [64, 256])
+@pytest.mark.parametrize("width", [64, 72])
+def test_cudnn_attention_is_xlas(tokens, width):
+    """In bfloat16, which is all that cuDNN's kernels know, with heads of the published models' sizes."""
+    qkv = jax.random.normal(jax.random.key(0), (2, tokens, 3, 4, width), jnp.bfloat16)
+    weights = jnp.cos(jnp.arange(2 * tokens * 4 * width, dtype=jnp.float32).reshape(2, tokens, 4, width))
+    kernels = AllHeads("cudnn"), AllHeads("xla")
+    for seen in (lambda x, k: k(x), jax.grad(lambda x, k: (k(x) * weights).sum())):
+        found, expected = (seen(qkv, kernel).astype(jnp.float32) for kernel in kernels)
+        assert relative_error(found, expected) < 2e-2
+
+
 def test_large_logits_do_not_overflow():
     found, expected = HeadByHead("float32")(QKV * 100), AllHeads("xla")(QKV * 100)
     assert np.isfinite(found).all()

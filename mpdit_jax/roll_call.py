@@ -1,0 +1,137 @@
+"""The roll call that processes hold before JAX connects them, on the port after the coordinator's.
+
+JAX itself ends a process that waits in vain with a stack trace; the roll call ends it with a sentence that names who is
+missing, or who was started with another config or version. Its connections stay open: see `mpdit_jax.peers`.
+"""
+
+import json
+import socket
+import time
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from mpdit_jax.clusters import Cluster
+from mpdit_jax.errors import ProcessError
+
+Facts: TypeAlias = Mapping[str, str]
+"""What all processes must have in common, by name: fields of the config, the version."""
+
+_MESSAGE_LIMIT = 1 << 20
+_REPLY_GRACE = 10.0  # seconds; a peer waits this much longer than process 0, to hear from it who is missing
+_LONGEST_SILENCE = 5.0  # seconds in which whoever connects must have said who it is
+_MOST_SHOWN = 5  # facts a process
+
+
+def roll_call(cluster: Cluster, facts: Facts, timeout: float) -> dict[int, socket.socket]:
+    """Return when every process of the cluster is there with the same facts.
+
+    Returns:
+        Open connections: to every other process on process 0, to process 0 on the others.
+
+    Raises:
+        ProcessError: one is missing after `timeout` seconds, or differs; every process that is there raises it.
+    """
+    host, _, port = cluster.coordinator.rpartition(":")
+    if cluster.index == 0:
+        problem, connections = _hear_all(int(port) + 1, cluster, facts, timeout)
+    else:
+        problem, connections = _answer(host, int(port) + 1, cluster, facts, timeout)
+    if problem:
+        for connection in connections.values():
+            connection.close()
+        raise ProcessError(problem)
+    return connections
+
+
+def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> tuple[str, dict[int, socket.socket]]:
+    deadline, differing = time.monotonic() + timeout, list[str]()
+    present, connections, strangers = {0}, dict[int, socket.socket](), list[socket.socket]()
+    try:
+        server = socket.create_server(("", port))
+    except OSError as error:
+        return (
+            f"process 0 cannot listen on port {port} ({error.strerror}): is another run using it? Choose another port "
+            "for --coordinator_address; the one after it is needed as well."
+        ), {}
+    with server:
+        while len(present) < cluster.count and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            try:
+                peer, _ = server.accept()
+                peer.settimeout(min(max(left, 0.1), _LONGEST_SILENCE))  # others wait behind a stranger who says nothing
+                message = json.loads(_read_line(peer))
+                index, count, theirs = int(message["index"]), int(message["count"]), dict(message["facts"])
+            except TimeoutError:
+                continue
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # not one of ours
+            if count != cluster.count or not 0 < index < cluster.count or index in present:
+                differing.append(
+                    f"process {index} was started as one of {count} and process 0 as one of {cluster.count}"
+                    if count != cluster.count
+                    else f"a second process calls itself number {index}"
+                )
+                strangers.append(peer)
+                continue
+            if sentence := tell_apart(index, theirs, facts):
+                differing.append(sentence)
+            present.add(index)
+            connections[index] = peer
+        missing = [str(index) for index in range(1, cluster.count) if index not in present]
+        if missing and not differing:
+            verb = "process" if len(missing) == 1 else "processes"
+            problem = (
+                f"{verb} {', '.join(missing)} of {cluster.count} did not join within {timeout:g} s: see its log, and "
+                f"whether its host reaches {cluster.coordinator} (and the port after it)."
+            )
+        else:
+            problem = "; ".join(differing)
+        for peer in (*connections.values(), *strangers):
+            try:
+                peer.sendall(json.dumps({"problem": problem}).encode() + b"\n")
+            except OSError:
+                continue  # it will say itself that it lost process 0
+        for peer in strangers:
+            peer.close()
+    return problem, connections
+
+
+def _answer(
+    host: str, port: int, cluster: Cluster, facts: Facts, timeout: float
+) -> tuple[str, dict[int, socket.socket]]:
+    deadline = time.monotonic() + timeout
+    message = json.dumps({"index": cluster.index, "count": cluster.count, "facts": dict(facts)}).encode() + b"\n"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            connection = socket.create_connection((host, port), timeout=left)
+        except OSError:
+            time.sleep(0.2)  # it may not be listening yet
+            continue
+        try:
+            connection.settimeout(left + _REPLY_GRACE)
+            connection.sendall(message)
+            return str(json.loads(_read_line(connection))["problem"]), {0: connection}
+        except (OSError, ValueError, KeyError):
+            connection.close()
+            time.sleep(0.2)
+    return (
+        f"process 0 at {cluster.coordinator} did not answer process {cluster.index} within {timeout:g} s: see its log, "
+        "and whether this host reaches it (and the port after it)."
+    ), {}
+
+
+def _read_line(connection: socket.socket) -> bytes:
+    data = b""
+    while not data.endswith(b"\n"):
+        part = connection.recv(65536)
+        if not part or len(data) > _MESSAGE_LIMIT:
+            raise ConnectionError("the connection ended before the message did")
+        data += part
+    return data
+
+
+def tell_apart(index: int, theirs: Facts, facts: Facts) -> str:
+    """What a process has that process 0 has otherwise, or nothing."""
+    changed = [name for name in sorted({*facts, *theirs}) if facts.get(name) != theirs.get(name)]
+    shown = ", ".join(f"{name}={theirs.get(name)} instead of {facts.get(name)}" for name in changed[:_MOST_SHOWN])
+    return f"process {index} was started with {shown}, unlike process 0" if changed else ""
