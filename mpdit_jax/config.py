@@ -1,26 +1,19 @@
-"""The base config of every experiment, and the checks that turn it into one that can run."""
+"""The base config of every experiment, and how it becomes one that can run."""
 
 import dataclasses
 import json
-import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import placeholder
 
 from mpdit_jax import __version__
-from mpdit_jax.checks import suggest
-from mpdit_jax.data.latents import NORMALIZATIONS
+from mpdit_jax.config_checks import check_fields, check_values, expect, leaves
 from mpdit_jax.errors import ConfigError
-from mpdit_jax.evaluation.settings import check_eval
 from mpdit_jax.files import code_fingerprint
-from mpdit_jax.flow.objective import TIME_DISTRIBUTIONS
 from mpdit_jax.model.config import ModelConfig, without_idle
 from mpdit_jax.model.presets import PRESETS, model_config
-from mpdit_jax.training.optimizer import check_optimizer
-
-_LARGEST_BATCH = 2**20  # beyond it is a slip, which would otherwise end in want of memory
 
 # What a continued run may change. Everything else decides the numbers of the run from its first step.
 CONTINUABLE = (
@@ -133,12 +126,12 @@ def base_config() -> ConfigDict:
 
 def defaults() -> dict[str, Any]:
     """Every field of `base_config` by its path, such as "optimizer.learning_rate", with its default."""
-    return dict(_leaves(base_config().to_dict()))
+    return dict(leaves(base_config().to_dict()))
 
 
 def facts(config: ConfigDict) -> dict[str, str]:
     """What all processes of a run must have in common: every field but where the data are, and the version."""
-    fields = {f"config.{path}": str(value) for path, value in _leaves(config.to_dict()) if path != "data.path"}
+    fields = {f"config.{path}": str(value) for path, value in leaves(config.to_dict()) if path != "data.path"}
     return fields | {"version": __version__, "code": code_fingerprint()}
 
 
@@ -149,13 +142,13 @@ def resolve(config: ConfigDict) -> FrozenConfigDict:
         ConfigError: a field that cannot be; the message names it, its value and what was expected.
     """
     check_fields(config, base_config(), "config")
-    _expect(config, "model.preset", isinstance(config.model.preset, str | None), "the name of a preset, or None")
+    expect(config, "model.preset", isinstance(config.model.preset, str | None), "the name of a preset, or None")
     resolved = ConfigDict(_with_floats(config.to_dict(), base_config().to_dict()))
     fields = {key: value for key, value in resolved.model.items() if key != "preset" and value is not None}
     model = model_config(resolved.model.preset, **fields) if resolved.model.preset else ModelConfig().replace(**fields)
     with resolved.model.ignore_type():  # a size that was given as one number is a tuple now
         resolved.model.update(dataclasses.asdict(model))
-    _check(resolved)
+    check_values(resolved)
     return FrozenConfigDict(resolved)
 
 
@@ -210,128 +203,12 @@ def leave_out_idle(model: ConfigDict, keep: Collection[str] = ()) -> None:
 
 def differences(stored: FrozenConfigDict, new: FrozenConfigDict) -> dict[str, tuple[Any, Any]]:
     """Fields in which two resolved configs differ, `{"model.depths": (stored, new)}`, those of CONTINUABLE left out."""
-    before, after = dict(_leaves(stored.to_dict())), dict(_leaves(new.to_dict()))
+    before, after = dict(leaves(stored.to_dict())), dict(leaves(new.to_dict()))
     return {
         path: (before.get(path), after.get(path))
         for path in sorted({*before, *after})
         if before.get(path) != after.get(path) and not path.startswith(CONTINUABLE) and path != "model.preset"
     }
-
-
-def _check(config: ConfigDict) -> None:
-    for path in (
-        "batch_size",
-        "steps",
-        "gradient_accumulation",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "data.threads",
-        "log.every",
-        "sample.steps",
-        "guard.abort_after",
-    ):
-        _expect(config, path, _get(config, path) >= 1, "1 or more")
-    for path in (
-        "seed",
-        "checkpoint.keep_every",
-        "checkpoint.grace",
-        "sample.every",
-        "sample.guidance_scale",
-        "optimizer.weight_decay",
-        "optimizer.warmup_steps",
-        "optimizer.decay_steps",
-        "optimizer.end_learning_rate",
-        "optimizer.clip_norm",
-        "guard.spike_factor",
-        "data.max_examples",
-        "profile.start",
-        "profile.steps",
-    ):
-        _expect(config, path, _get(config, path) >= 0, "0 or more")
-    _expect(config, "seed", config.seed < 2**32, "below 2**32")
-    _expect(config, "batch_size", config.batch_size <= _LARGEST_BATCH, f"{_LARGEST_BATCH:,} at most")
-    for path, value in _leaves(config.to_dict()):
-        if isinstance(value, int) and path != "seed":
-            _expect(config, path, value < 2**31, "below 2**31, as far as steps and examples are counted")
-    _expect(config, "checkpoint.grace", config.checkpoint.grace <= 10**7, "some minutes, in seconds")
-    _expect(config, "sample.per_class", config.sample.per_class >= 1, "1 or more")
-    for path in ("optimizer.learning_rate", "optimizer.eps"):
-        _expect(config, path, _get(config, path) > 0, "a positive number")
-    for path in ("ema_decay", "optimizer.b1", "optimizer.b2"):
-        _expect(config, path, 0 <= _get(config, path) < 1, "at least 0 and below 1")
-    _expect(config, "label_dropout", 0 <= config.label_dropout <= 1, "between 0 and 1")
-    _expect(
-        config,
-        "gradient_accumulation",
-        config.batch_size % config.gradient_accumulation == 0,
-        f"a divisor of batch_size={config.batch_size}",
-    )
-    factor = config.guard.spike_factor
-    _expect(config, "guard.spike_factor", factor == 0 or factor > 1, "0 (never) or a number above 1, such as 10")
-    check_optimizer(config.optimizer)
-    check_eval(config.eval)
-    if config.time.distribution not in TIME_DISTRIBUTIONS:
-        known = ", ".join(TIME_DISTRIBUTIONS)
-        hint = suggest(config.time.distribution, TIME_DISTRIBUTIONS)
-        raise ConfigError(f"config.time.distribution={config.time.distribution!r}{hint}: expected one of {known}.")
-    _expect(config, "time.std", config.time.std > 0, "a positive number")
-    _expect(config, "mask_ratio", 0 <= config.mask_ratio < 1, "at least 0 and below 1")
-    _expect(config, "mask_loss_weight", config.mask_loss_weight >= 0, "0 or more")
-    if bool(config.mask_ratio) != bool(config.model.decoder_depth):
-        raise ConfigError(
-            f"config.mask_ratio={config.mask_ratio} with config.model.decoder_depth={config.model.decoder_depth}: "
-            "masked training needs both, such as 0.75 and 2 (of one level: patch_sizes=(2,)), and any other neither."
-        )
-    trained = config.model.convention in (None, "velocity")
-    _expect(config, "model.convention", trained, "velocity: what is trained here")
-    named = config.data.normalization in NORMALIZATIONS
-    _expect(config, "data.normalization", named, f"one of {', '.join(NORMALIZATIONS)}")
-
-
-def _expect(config: ConfigDict, path: str, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"config.{path}={_get(config, path)!r}: expected {expected}.")
-
-
-def _get(config: ConfigDict, path: str) -> Any:
-    for part in path.split("."):
-        config = config[part]
-    return config
-
-
-def check_fields(config: ConfigDict, base: ConfigDict, path: str) -> None:
-    """Raise ConfigError for unknown and missing fields and wrong types, which ConfigDict checks on assignment only."""
-    for key in config:
-        if key not in base:
-            raise ConfigError(f"unknown config key {path}.{key}{suggest(key, list(base))}.")
-    for key, default in base.items():
-        if key not in config:
-            raise ConfigError(
-                f"config key {path}.{key} is missing; start the config from mpdit_jax.config.base_config()."
-            )
-        value = config[key]
-        if isinstance(default, ConfigDict):
-            if not isinstance(value, ConfigDict):
-                raise ConfigError(f"{path}.{key}={value!r}: expected a group of fields ({', '.join(default)}).")
-            check_fields(value, default, f"{path}.{key}")
-        elif default is not None:
-            _same_type(f"{path}.{key}", value, default)
-
-
-def _same_type(path: str, value: Any, default: Any) -> None:
-    kind = type(default)
-    fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
-    if not fits or (isinstance(value, bool) and kind is not bool):
-        names = {
-            int: "a whole number",
-            float: "a number",
-            str: "text",
-            bool: "True or False",
-            tuple: "values with commas between them",
-        }
-        raise ConfigError(f"{path}={value!r}: expected {names[kind]}.")
-    if kind is float and not abs(value) <= sys.float_info.max:  # a whole number may be larger than any float
-        raise ConfigError(f"{path}={value!r}: expected a finite number.")
 
 
 def _with_floats(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
@@ -352,14 +229,6 @@ def _completed(stored: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
         if isinstance(default, dict) and isinstance(found[name], dict):
             found[name] = _completed(found[name], default)
     return found
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _lists_to_tuples(value: Any) -> Any:

@@ -5,7 +5,7 @@ import math
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from mpdit_jax.checks import LARGEST_SIDE
-from mpdit_jax.config import check_fields
+from mpdit_jax.config_checks import check_fields
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.vae.config import AutoencoderConfig
 
