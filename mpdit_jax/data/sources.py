@@ -202,6 +202,11 @@ def limited(source: Source, count: int) -> Source:
     return Subset(source, np.arange(count) * len(source) // count)
 
 
+def rows_of(source: Source) -> np.ndarray:
+    """Which examples (n,) of the whole data set a source has, in its order."""
+    return rows_of(source.source)[source.indices] if isinstance(source, Subset) else np.arange(len(source))
+
+
 def balanced(source: Source) -> Source:
     """Every class as often as the largest: the examples of the smaller ones come several times, equally often or once
     more, and which come once more is spread over the class.

@@ -12,7 +12,7 @@ import jax
 from mpdit_jax.checkpoint import load_config
 from mpdit_jax.config import what_is_read
 from mpdit_jax.data.npz import npz_names
-from mpdit_jax.data.sources import load_source
+from mpdit_jax.data.sources import load_source, rows_of
 from mpdit_jax.errors import InputError, MissingExtraError, WeightsError
 from mpdit_jax.evaluation.decoding import find_decode
 from mpdit_jax.evaluation.extractors import Extractor, make_extractor
@@ -30,7 +30,7 @@ from mpdit_jax.evaluation.statistics import (
     holds_statistics,
     load_statistics,
 )
-from mpdit_jax.evaluation.subsets import limited
+from mpdit_jax.evaluation.subsets import SomeImages, limited
 from mpdit_jax.files import expand
 
 _OF_INCEPTION = {*ALIASES, "sfd", "is"}  # metrics that the packaged network does not have
@@ -132,10 +132,12 @@ def reference_images(options: argparse.Namespace, channels: int) -> ImageBlocks:
     if options.reference:
         return open_set(options.reference, image_size=options.image_size, channels=channels, find=_find(options))
     config = load_config(options.workdir)
+    source = load_source(**config.data)
     if config.data.name == "latents":
-        images = open_set(config.data.path, find=_find(options))
+        store = open_set(config.data.path, find=_find(options))
+        about = {**store.about, "count": len(source), "data": what_is_read(config.data)}
+        images: ImageBlocks = SomeImages(store, rows_of(source), about)
     else:
-        source = load_source(**config.data)
         about = {"path": f"the data of {options.workdir}", "count": len(source), "shape": list(source.shape)}
         images = SourceImages(source, about | {"data": what_is_read(config.data)})
     return limited(images, min(MOST_REAL, len(images)))

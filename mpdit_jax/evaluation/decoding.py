@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,13 +23,12 @@ def find_decode(vae: str, dtype: str = "float32", tile: int = 0, *, name: str = 
         name: of the flag or field that gives the VAE, for the sentences.
 
     Returns:
-        A function of a store's folder and its VAE's fingerprint that raises InputError where `vae` is another one, or
-        none is given.
+        See `FindDecode`; it raises InputError where `vae` is another one, or none is given.
     """
     mesh = make_mesh(devices=jax.local_devices())
     load = lru_cache(lambda source: load_vae(source, dtype=dtype, mesh=mesh, tiling=tiles(tile)))
 
-    def find(store: Path, fingerprint: str) -> Decode:
+    def find(store: Path, fingerprint: str) -> tuple[Decode, dict[str, Any]]:
         in_pixels = fingerprint == PIXELS
         if not in_pixels and vae in ("", NO_VAE):
             raise InputError(
@@ -37,6 +37,7 @@ def find_decode(vae: str, dtype: str = "float32", tile: int = 0, *, name: str = 
             )
         loaded = load(None if in_pixels else vae)
         check_made(loaded, fingerprint, f"{name}={vae}", f"{store} holds latents of")
-        return lambda latents: np.asarray(decode_all(loaded, latents))
+        settings = {} if in_pixels else {"vae_dtype": dtype, "vae_tile": tile}
+        return lambda latents: np.asarray(decode_all(loaded, latents)), settings
 
     return find

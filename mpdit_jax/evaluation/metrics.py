@@ -44,16 +44,21 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
             f"features of length {len(means[0])} and {len(means[1])} have no distance: use one extractor for both."
         )
     covariances = [_covariance(cov1, "cov1", len(means[0])), _covariance(cov2, "cov2", len(means[0]))]
+    # By a power of two, which is exact: products of covariances would leave float64's range long before they do.
+    exponent = int(np.frexp(max(np.abs(covariance).max() for covariance in covariances))[1])
+    covariances = [np.ldexp(covariance, -exponent) for covariance in covariances]
     difference = means[0] - means[1]
     values, vectors = np.linalg.eigh(covariances[0])
-    _check_positive(values, "cov1")
+    _check_positive(np.ldexp(values, exponent), "cov1")
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T  # (d, d)
     # By its own eigenvalues: the product does not show the directions in which the first has no spread.
-    _check_positive(np.linalg.eigvalsh(covariances[1]), "cov2")
+    _check_positive(np.ldexp(np.linalg.eigvalsh(covariances[1]), exponent), "cov2")
     product = root @ covariances[1] @ root
     spectrum = np.linalg.eigvalsh((product + product.T) / 2)
     trace = np.sqrt(np.clip(spectrum, 0, None)).sum()
-    total = difference @ difference + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * trace
+    total = difference @ difference + np.ldexp(
+        np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * trace, exponent
+    )
     return float(max(total, 0.0))  # of equal Gaussians, rounding may leave -1e-12
 
 

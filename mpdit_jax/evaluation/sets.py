@@ -19,8 +19,10 @@ from mpdit_jax.preparing.pictures import to_mode, to_square
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 Decode = Callable[[np.ndarray], np.ndarray]
 """Unscaled latents float32 (n, h, w, C) to images (n, H, W, 1 or 3) in [-1, 1]."""
-FindDecode = Callable[[Path, str], Decode]
-"""From a store and the fingerprint of the VAE that encoded it to what decodes it; InputError where there is no such."""
+FindDecode = Callable[[Path, str], tuple[Decode, dict[str, Any]]]
+"""From a store and the fingerprint of the VAE that encoded it to what decodes it, and the settings that change its
+images; InputError where there is no such.
+"""
 
 
 class ImageBlocks(Protocol):
@@ -211,11 +213,11 @@ def _open_store(path: Path, find: FindDecode | None) -> DecodedLatents:
     store = LatentStore(path)
     if not len(store):
         raise DataError(f"{path}: there are no examples.")
-    decode, size = find(path, store.manifest.vae_fingerprint), store.manifest.image_size
+    (decode, settings), size = find(path, store.manifest.vae_fingerprint), store.manifest.image_size
     one = np.asarray(decode(store.moments(np.arange(1))[0][:, 0].astype(np.float32)))
     files = sorted(file for file in path.iterdir() if file.is_file())
     about = _about(path, len(store), (size, size, one.shape[-1]), files)
-    about |= {"latents": "decoded means of the posteriors", "vae": store.manifest.vae_fingerprint}
+    about |= {"latents": "decoded means of the posteriors", "vae": store.manifest.vae_fingerprint, **settings}
     return DecodedLatents(store, (one.shape[1], one.shape[2], one.shape[3]), decode, about)
 
 

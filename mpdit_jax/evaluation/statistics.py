@@ -191,7 +191,7 @@ def load_statistics(path: str | Path, extractor: Extractor) -> Statistics:
     if features is not None:
         _check_features(path, features, extractor)
     if not fingerprint:
-        _warn_of_preprocessing(path, "adm" if "mu_s" in names else "pytorch_fid", extractor)
+        _warn_of_preprocessing(path, "mu_s" in names, extractor)
     if "arr_0" in names:
         of_what |= {"shape": list(open_npz(path).shape)}
     known = fingerprint or "unknown: the file does not say, and is taken for this one's"
@@ -210,15 +210,17 @@ def _check_features(path: Path, features: np.ndarray, extractor: Extractor) -> N
         raise InputError(f"{path}: the features hold NaN or Inf; save them again by --save_stats with --save_features.")
 
 
-def _warn_of_preprocessing(path: Path, maker: str, extractor: Extractor) -> None:
-    """Where a file does not say how images were resized: ADM's has spatial moments, pytorch-fid's has none."""
-    usual = {"adm": "tensorflow", "pytorch_fid": "pytorch_fid"}[maker]
-    used = extractor.settings.get("preprocessing", usual)
-    if used != usual and jax.process_index() == 0:
+def _warn_of_preprocessing(path: Path, from_adm: bool, extractor: Extractor) -> None:
+    """Where a file does not say how its images were resized. ADM's alone have spatial moments."""
+    used = extractor.settings.get("preprocessing")
+    if used is None or jax.process_index() > 0 or from_adm == (used == "tensorflow"):
+        return
+    if from_adm:
+        print(f"warning: {path} looks like one of ADM's, for which --preprocessing=tensorflow is right, not {used}.")
+    elif used == "tensorflow":
         print(
-            f"warning: {path} does not say how its images were resized; it looks like a file of "
-            f"{'ADM' if maker == 'adm' else 'pytorch-fid'}, for which --preprocessing={usual} is right and not {used}: "
-            "distances differ in the first decimals."
+            f"warning: {path} does not say how its images were resized: if pytorch-fid made it, give "
+            "--preprocessing=pytorch_fid; the original FID code, ADM and EDM resize as here."
         )
 
 

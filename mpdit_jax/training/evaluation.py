@@ -18,12 +18,13 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.data.sources import Source
 from mpdit_jax.errors import ConfigError
+from mpdit_jax.evaluation.bias import perfect_distance
 from mpdit_jax.evaluation.classifier import load_classifier, save_classifier
 from mpdit_jax.evaluation.classifier_training import train_classifier
 from mpdit_jax.evaluation.extractors import Extractor, build_classifier, make_extractor, metric_label
 from mpdit_jax.evaluation.looking import kept
 from mpdit_jax.evaluation.settings import choose_metrics, fewest_images
-from mpdit_jax.evaluation.statistics import Statistics, check_metrics, compare
+from mpdit_jax.evaluation.statistics import MOMENTS, Statistics, check_metrics, compare
 from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import Sampler, make_sampler
 from mpdit_jax.mesh import batch_sharding, make_mesh
@@ -103,8 +104,8 @@ class Evaluator:
     def __call__(self, ema_parameters: Parameters) -> dict[str, float]:
         """The metrics of every guidance scale, by names such as "eval/FD(classifier)/guidance_1.5".
 
-        Nothing where the run was asked to stop meanwhile, or where the samples are too broken to compare; samples with
-        NaN or Inf are left out and counted as "eval/not_finite/guidance_1.5".
+        Nothing where the run was asked to stop meanwhile; samples with NaN or Inf are left out and counted as
+        "eval/not_finite/guidance_1.5", and what is left may be too little for some metrics, or for all.
 
         Raises:
             InputError, DataError: a reference that cannot be read.
@@ -121,20 +122,23 @@ class Evaluator:
         found: dict[str, float] = {}
         for scale in self._config.eval.guidance_scales:
             sampler = make_sampler(self._config.eval.solver, self._config.eval.steps, float(scale))
-            fake = self._look(extractor, sampler, model)
-            if fake is None:
+            looked = self._look(extractor, sampler, model)
+            if looked is None:
                 return {}
-            # Of a model that has begun to diverge few samples may be finite.
-            enough = [name for name in self._metrics if fake.count >= fewest_images([name])]
-            with jax.set_mesh(self._mesh):
-                values = compare(real, fake, enough)
-            if left_out := self._config.eval.num_samples - fake.count:
+            fake, count = looked
+            # Of a model that has begun to diverge few samples may be finite, or none.
+            values: dict[str, float] = {}
+            if fake is not None:
+                enough = [name for name in self._metrics if count >= fewest_images([name])]
+                with jax.set_mesh(self._mesh):
+                    values = compare(real, fake, enough)
+            if left_out := self._config.eval.num_samples - count:
                 values["not_finite"] = left_out
             found |= {f"{PREFIX}{name}/guidance_{scale:g}": value for name, value in values.items()}
         return found
 
-    def _look(self, extractor: Extractor, sampler: Sampler, model: Any) -> Statistics | None:
-        """The statistics of fresh samples; None if asked to stop, or if fewer than two of them are finite."""
+    def _look(self, extractor: Extractor, sampler: Sampler, model: Any) -> tuple[Statistics | None, int] | None:
+        """The statistics of fresh samples if two or more are finite, and how many are; None if asked to stop."""
         settings, mesh = self._config.eval, self._mesh
         labels = balanced_labels(self._config.model.num_classes, settings.num_samples)
         width = -(-settings.batch_size // mesh.size) * mesh.size
@@ -154,7 +158,8 @@ class Evaluator:
                 block = finish(pictures, labels[rows], rows)
                 if block.finite.any():
                     seen.add(block.images[block.finite], rows[block.finite])
-        return seen.together({"path": "samples of the run"})
+        statistics = seen.together({"path": "samples of the run"})
+        return statistics, seen.count
 
     def _prepared(self) -> tuple[Extractor, Statistics] | None:
         """What both sides of the comparison are seen through, and the real side; None if asked to stop meanwhile."""
@@ -163,16 +168,30 @@ class Evaluator:
             self._check(self._extractor)
         if self._real is None:
             self._real = self._reference.statistics(self._extractor, self._mesh)
+            if self._real is not None:
+                self._tell_bias(self._real)
         return None if self._real is None else (self._extractor, self._real)
 
     def _check(self, extractor: Extractor) -> None:
         check_metrics(self._metrics, extractor)
-        count, features = self._config.eval.num_samples, extractor.outputs["pool"]
-        if count < features and {"fd", "sfd"} & set(self._metrics) and jax.process_index() == 0:
-            print(
-                f"config.eval.num_samples={count} are fewer than the {features} features of {extractor.name}: "
-                f"{metric_label('fd', extractor.name)} comes out too high; compare it with that of equally many only."
-            )
+        for name, output in MOMENTS.items():
+            count, features = self._config.eval.num_samples, extractor.outputs.get(output, 0)
+            if name in self._metrics and count < features and jax.process_index() == 0:
+                print(
+                    f"config.eval.num_samples={count} are fewer than the {features} features of {extractor.name}: "
+                    f"{metric_label(name, extractor.name)} comes out too high; compare it with that of equally many "
+                    "only."
+                )
+
+    def _tell_bias(self, real: Statistics) -> None:
+        """By how much, once there is something to compare with."""
+        for name, output in MOMENTS.items():
+            count = self._config.eval.num_samples
+            if name in self._metrics and count < len(real.gaussian(output).mean) and jax.process_index() == 0:
+                value = perfect_distance(real, count, output)
+                print(
+                    f"a perfect model would have {metric_label(name, real.extractor)} {value:.3g} with {count} samples"
+                )
 
     def _make_extractor(self) -> Extractor:
         settings = self._config.eval

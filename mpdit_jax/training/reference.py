@@ -1,5 +1,6 @@
 """What samples are compared with while a run trains: saved statistics, images, or the run's own data."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,14 +9,16 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from mpdit_jax.config import what_is_read
-from mpdit_jax.data.sources import Source, limited
+from mpdit_jax.data.npz import npz_names
+from mpdit_jax.data.sources import Source
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.evaluation.decoding import find_decode
 from mpdit_jax.evaluation.extractors import Extractor
 from mpdit_jax.evaluation.looking import kept
-from mpdit_jax.evaluation.sets import ImageBlocks, SourceImages, open_set
+from mpdit_jax.evaluation.sets import ImageBlocks, SourceImages, open_npz, open_set
 from mpdit_jax.evaluation.settings import MOST_REAL, fewest_images
 from mpdit_jax.evaluation.statistics import (
+    OF_SINGLE_IMAGES,
     Statistics,
     check_reference,
     check_same_size,
@@ -23,7 +26,8 @@ from mpdit_jax.evaluation.statistics import (
     load_statistics,
     save_statistics,
 )
-from mpdit_jax.files import digest_of
+from mpdit_jax.evaluation.subsets import limited
+from mpdit_jax.files import digest_of, expand
 from mpdit_jax.processes import any_process, first_does
 from mpdit_jax.sampling.decoding import Decode
 from mpdit_jax.training.shares import Shares, shares
@@ -41,7 +45,7 @@ class Reference:
         metrics: Sequence[str],
         stopped: Callable[[], bool],
     ) -> None:
-        """Nothing is opened yet; see `check`.
+        """Nothing is read yet; see `check`.
 
         Args:
             config: of the run, resolved.
@@ -52,6 +56,9 @@ class Reference:
             stopped: whether this process was asked to stop.
         """
         self._config, self._folder = config, folder
+        place = config.eval.reference
+        self._place = place if not place or place.startswith("data:") else str(expand(place))
+        self._is_statistics = bool(place) and holds_statistics(Path(self._place))
         self._own, self._stopped = _Decoded(source, decode), stopped
         self._real = [name for name in metrics if name != "is"]  # what compares with them
         self._keep = kept(self._real)
@@ -64,23 +71,36 @@ class Reference:
             extractor: None where it is made later.
 
         Raises:
-            ConfigError: too few images, or images of another size than the samples.
+            ConfigError: too few images, images of another size than the samples, or a classifier of another size or of
+            another run.
             InputError, DataError: a reference that cannot be read, or is of another extractor.
         """
-        place = self._config.eval.reference
+        place, shape, classifier = self._place, self._own.shape, self._config.eval.features == "classifier"
         if not place:
             self._check_count(len(self._own), "the run's data")
-        elif holds_statistics(Path(place)):
+        elif self._is_statistics and classifier:
+            raise ConfigError(
+                f"config.eval.reference={place} holds statistics, and config.eval.features='classifier' is trained by "
+                "this run alone: give images, or the classifier:FILE that they are of."
+            )
+        elif self._is_statistics:
             if extractor is not None:
-                check_same_size(self._load(place, extractor).about, {"shape": self._own.shape})
+                check_same_size(self._load(extractor).about, {"shape": shape})
         else:
-            images = self._open(place)
+            images = self._open(shape[2] if extractor is None else extractor.channels)
             self._check_count(len(images), f"config.eval.reference={place}")
-            if images.shape[:2] != self._own.shape[:2]:
+            whole = classifier or (extractor is not None and extractor.image_shape is not None)
+            compared = slice(3 if whole else 2)
+            if images.shape[compared] != shape[compared]:
                 raise ConfigError(
-                    f"config.eval.reference={place} has images of {images.shape[:2]} (height, width) and this run "
-                    f"draws {self._own.shape[:2]}: expected the same size."
+                    f"config.eval.reference={place} has images of {images.shape[compared]} (height, width"
+                    f"{', channels' * whole}) and this run draws {shape[compared]}: expected the same size."
                 )
+        if extractor is not None and extractor.image_shape not in (None, shape):
+            raise ConfigError(
+                f"config.eval.features={self._config.eval.features} was trained on images {extractor.image_shape} "
+                f"(height, width, channels) and this run draws {shape}: train one on images of that size."
+            )
 
     def statistics(self, extractor: Extractor, mesh: jax.sharding.Mesh) -> Statistics | None:
         """Of the reference under an extractor, on every process; None if one of them was asked to stop meanwhile.
@@ -92,11 +112,17 @@ class Reference:
         Raises:
             InputError, DataError: a reference that cannot be read.
         """
-        place = self._config.eval.reference
-        if place and holds_statistics(Path(place)):
-            return self._load(place, extractor)
+        if self._is_statistics:
+            stored = self._load(extractor)
+            if not self._images_are_in_it(stored):
+                return stored
+            seen = self._look(extractor, mesh, open_npz(Path(self._place)))
+            return None if seen is None else dataclasses.replace(stored, features=seen.features)
         with jax.set_mesh(mesh):
-            images: ImageBlocks = self._open(place, extractor.channels) if place else self._own_images()
+            images: ImageBlocks = self._open(extractor.channels) if self._place else self._own_images()
+        return self._look(extractor, mesh, images)
+
+    def _look(self, extractor: Extractor, mesh: jax.sharding.Mesh, images: ImageBlocks) -> Statistics | None:
         # Named after everything that decides what is seen: of another classifier or data set there is another file.
         decides = [extractor.fingerprint, images.about, bool(self._keep)]
         path = self._folder / f"real_{digest_of(decides)}.npz"
@@ -117,19 +143,25 @@ class Reference:
         first_does(lambda: self._save(path, found))
         return found
 
-    def _load(self, place: str, extractor: Extractor) -> Statistics:
-        stored = load_statistics(place, extractor)
-        check_reference(stored, self._real)
+    def _load(self, extractor: Extractor) -> Statistics:
+        stored = load_statistics(self._place, extractor)
+        alone = self._images_are_in_it(stored)  # these metrics then look at the images
+        check_reference(stored, [name for name in self._real if not (alone and name in OF_SINGLE_IMAGES)])
         return stored
 
-    def _open(self, place: str, channels: int = 3) -> ImageBlocks:
+    def _images_are_in_it(self, stored: Statistics) -> bool:
+        """Whether single images are needed that are in the file beside the moments, as in ADM's batches."""
+        return bool(self._keep) and stored.features is None and "arr_0" in npz_names(self._place)
+
+    def _open(self, channels: int) -> ImageBlocks:
         # A store is decoded by the VAE of the run: loaded anew, and let go of with what it decodes.
         find = find_decode(self._config.sample.vae, name="config.sample.vae")
-        return open_set(place, channels=channels, find=find)
+        return open_set(self._place, channels=channels, find=find)
 
-    def _own_images(self) -> SourceImages:
+    def _own_images(self) -> ImageBlocks:
+        """As `evaluate` chooses them."""
         about = {"path": "the data of the run", "most": MOST_REAL, "data": what_is_read(self._config.data)}
-        return SourceImages(limited(self._own, MOST_REAL), about)
+        return limited(SourceImages(self._own, about), min(MOST_REAL, len(self._own)))
 
     def _check_count(self, count: int, name: str) -> None:
         if count < self._fewest:

@@ -46,6 +46,7 @@ class Shares:
             name: [np.zeros((0, extractor.outputs[name]), np.float32)] for name in keep
         }
         self._numbers = [np.zeros(0, int)]
+        self.count = 0  # of the whole set, once it is put together
 
     def add(self, images: np.ndarray, numbers: np.ndarray) -> None:
         """Look at images uint8 (n, H, W, C), which have these numbers in the set."""
@@ -59,9 +60,10 @@ class Shares:
     def together(self, about: dict[str, Any]) -> Statistics | None:
         """The statistics of the whole set, on every process, which must all call it; None of fewer than two images."""
         moments = {name: merge_processes(seen) for name, seen in self._moments.items()}
-        if moments["pool"].count < 2:
+        self.count = moments["pool"].count
+        if self.count < 2:
             return None
         order = np.concatenate(self._numbers)
         whole = {name: gather_rows(np.concatenate(arrays), order) for name, arrays in self._kept.items()}
-        about = {**about, "count": moments["pool"].count}
+        about = {**about, "count": self.count}
         return from_moments(self._extractor, moments, whole.get("pool"), whole.get("probs"), about)

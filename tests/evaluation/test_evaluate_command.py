@@ -168,18 +168,18 @@ def test_moments_of_another_preprocessing_are_warned_of(tmp_path, tiny_inception
     moments = {"mu": np.zeros(4), "sigma": np.eye(4)}
     np.savez(tmp_path / "pytorch_fid.npz", **moments)
     np.savez(tmp_path / "adm.npz", **moments, mu_s=np.zeros(3), sigma_s=np.eye(3))
-    assert tiny_inception.settings["preprocessing"] == "tensorflow"
-    load_statistics(tmp_path / "adm.npz", tiny_inception)
-    assert not capsys.readouterr().out
-    load_statistics(tmp_path / "pytorch_fid.npz", tiny_inception)
-    assert "a file of pytorch-fid, for which --preprocessing=pytorch_fid is right" in capsys.readouterr().out
-    other = dataclasses.replace(tiny_inception, settings={**tiny_inception.settings, "preprocessing": "pytorch_fid"})
+    usual, other = (
+        dataclasses.replace(tiny_inception, settings={"preprocessing": name}) for name in ("tensorflow", "pytorch_fid")
+    )
+    load_statistics(tmp_path / "adm.npz", usual)
     load_statistics(tmp_path / "pytorch_fid.npz", other)
     assert not capsys.readouterr().out
+    load_statistics(tmp_path / "pytorch_fid.npz", usual)
+    assert "if pytorch-fid made it, give --preprocessing=pytorch_fid" in capsys.readouterr().out
     load_statistics(tmp_path / "adm.npz", other)
-    assert "a file of ADM, for which --preprocessing=tensorflow is right" in capsys.readouterr().out
+    assert "one of ADM's, for which --preprocessing=tensorflow is right, not pytorch_fid" in capsys.readouterr().out
     save_statistics(tmp_path / "ours.npz", collect(tiny_inception, [tiny_inception(digits[0][:9])], {}))
-    load_statistics(tmp_path / "ours.npz", tiny_inception)
+    load_statistics(tmp_path / "ours.npz", usual)
     assert not capsys.readouterr().out
 
 

@@ -77,6 +77,13 @@ def test_features_whose_squares_float32_does_not_hold(size):
     assert precision_recall(real, fake) == brute_force(real, fake, 3) == pytest.approx(expected, abs=0.02)
 
 
+def test_a_set_so_small_beside_the_other_that_its_squares_vanish():
+    real, fake = sets(200, 150, 512)
+    real[:100] *= np.float32(1e-20)
+    fake *= np.float32(1e-20)
+    assert precision_recall(real, fake) == brute_force(real, fake, 3)
+
+
 def test_copies_lie_within_even_balls_of_no_size():
     real, _ = sets(64, 64, 4)
     many = np.repeat(real[:8], 6, axis=0)  # each five times over: the third neighbour is at distance 0

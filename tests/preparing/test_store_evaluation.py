@@ -12,7 +12,10 @@ from mpdit_jax.data.latent_store import MANIFEST, LatentStore
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import InputError
+from mpdit_jax.evaluation import command
 from mpdit_jax.evaluation.classifier import ClassifierConfig, initialize, save_classifier
+from mpdit_jax.evaluation.decoding import find_decode
+from mpdit_jax.evaluation.sets import open_set
 from mpdit_jax.prepare import main as prepare
 from mpdit_jax.training import loop
 from mpdit_jax.training.evaluation import Evaluator
@@ -139,6 +142,28 @@ def test_a_reference_of_another_vae_is_refused_before_the_training(stores, featu
     source = load_source(**config.data)
     with pytest.raises(InputError, match=r"config.sample.vae=.* and .*other holds latents of 000000000000…"):
         Evaluator(config, tmp_path, source, None, lambda latents: latents, lambda: False)
+
+
+def test_the_default_reference_of_a_run_is_what_it_was_trained_on(stores, features, vae_folder, tmp_path):
+    """Of a store as of images: `data.max_examples` and `data.class_balance` are heeded."""
+    workdir, config = tmp_path / "run", config_of(stores / "latents", 2, features[1], vae=vae_folder)
+    config.data.max_examples, config.eval.every = 5, 0
+    train(config, workdir)
+    options = evaluate.make_evaluate_parser().parse_args([f"--workdir={workdir}", f"--vae={vae_folder}"])
+    images = command.reference_images(options, 1)
+    whole = open_set(str(stores / "latents"), find=find_decode(str(vae_folder)))
+    assert (len(images), images.about["count"]) == (5, 5)
+    np.testing.assert_array_equal(images.read(np.arange(5)), whole.read(np.arange(5) * len(whole) // 5))
+
+
+def test_the_vaes_precision_and_tiles_are_part_of_what_a_set_is(stores, vae_folder):
+    sets = [
+        open_set(str(stores / "latents"), find=find_decode(str(vae_folder), dtype, tile)).about
+        for dtype, tile in (("float32", 0), ("bfloat16", 0), ("float32", 32))
+    ]
+    assert [(about["vae_dtype"], about["vae_tile"]) for about in sets] == [
+        ("float32", 0), ("bfloat16", 0), ("float32", 32),
+    ]  # fmt: skip
 
 
 def test_a_run_on_pixels_is_evaluated_and_drawn_without_a_vae(stores, features, tmp_path):

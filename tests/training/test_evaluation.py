@@ -5,16 +5,22 @@ import os
 import re
 import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 
+from mpdit_jax.data.sources import ArraySource
 from mpdit_jax.errors import ConfigError, InputError
+from mpdit_jax.evaluation.classifier import ClassifierConfig, initialize, save_classifier
+from mpdit_jax.evaluation.statistics import Gaussian
+from mpdit_jax.mesh import make_mesh
 from mpdit_jax.sampling.run import finish
 from mpdit_jax.train import main
 from mpdit_jax.training import evaluation, reference
+from tests.evaluation.conftest import tiny_inception as tiny_inception
 from tests.tiny import train_arguments
 from tests.training.test_processes import launch
 
@@ -119,6 +125,20 @@ def test_samples_that_are_not_finite_are_counted(undisturbed, tmp_path, monkeypa
     assert last["eval/not_finite/guidance_1"] == 21
 
 
+def test_a_run_whose_samples_are_all_broken_is_done_all_the_same(undisturbed, tmp_path, monkeypatch, capsys):
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    whole = lines(workdir)
+    (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in whole[:-1]))
+    monkeypatch.setattr(
+        evaluation, "finish", lambda pictures, labels, rows: finish(np.full_like(pictures, np.nan), labels, rows)
+    )
+    assert main(train_arguments(workdir, *EVAL)) == 0
+    assert lines(workdir)[-1] == {"step": 8} | {f"eval/not_finite/guidance_{w}": 24 for w in (1, 2)}
+    capsys.readouterr()
+    assert main(train_arguments(workdir, *EVAL)) == 0
+    assert "is done: 8 of 8 steps" in capsys.readouterr().out
+
+
 def test_a_finished_run_makes_up_for_its_last_evaluation(undisturbed, tmp_path, capsys):
 
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
@@ -141,14 +161,53 @@ def test_a_finished_run_makes_up_for_its_last_evaluation(undisturbed, tmp_path, 
     ("--config.eval.num_samples=3", "config.eval.num_samples=3: expected 4 or more for config.eval.metrics=fd,pre"),
     ("--config.eval.reference=NOTHING", "NOTHING: no such file or folder"),
     ("--config.eval.reference=FEW", "has 3 image(s), and config.eval.metrics=fd,precision,recall need 4 or more"),
-    ("--config.eval.reference=LARGE", "has images of (16, 16) (height, width) and this run draws (8, 8)"),
+    ("--config.eval.reference=LARGE", "has images of (16, 16, 1) (height, width, channels) and this run draws (8"),
+    ("--config.eval.reference=COLOURED", "has images of (8, 8, 3) (height, width, channels) and this run draws (8, 8"),
+    ("--config.eval.reference=MOMENTS", "holds statistics, and config.eval.features='classifier' is trained by this"),
+    ("--config.eval.features=classifier:OTHER", "was trained on images (16, 16, 1) (height, width, channels) and this"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_refused_before_training(override, sentence, tmp_path):
-    for name, shape in (("FEW", (3, 8, 8, 1)), ("LARGE", (5, 16, 16, 1))):
+    np.savez(tmp_path / "MOMENTS.npz", mu=np.zeros(4), sigma=np.eye(4))
+    other = ClassifierConfig(16, 16, 1, num_classes=10, base_channels=4, features=8)
+    save_classifier(tmp_path / "OTHER.safetensors", initialize(other, seed=0))
+    override = override.replace("MOMENTS", str(tmp_path / "MOMENTS.npz"))
+    override = override.replace("OTHER", str(tmp_path / "OTHER.safetensors"))
+    for name, shape in (("FEW", (3, 8, 8, 1)), ("LARGE", (5, 16, 16, 1)), ("COLOURED", (5, 8, 8, 3))):
         np.savez(tmp_path / f"{name}.npz", arr_0=np.zeros(shape, np.uint8))
         override = override.replace(name, str(tmp_path / f"{name}.npz"))
     with pytest.raises((ConfigError, InputError), match=re.escape(sentence)):
         main(train_arguments(tmp_path / "run", *EVAL, override))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_adm_batch_brings_single_images_to_a_run_as_well(tmp_path, tiny_inception):
+    """Its moments are what FID compares, its images what precision and recall do; and `~` is the home folder."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+    moments = {"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+    np.savez(tmp_path / "adm.npz", arr_0=images, **moments)
+    place = f"~/{os.path.relpath(tmp_path / 'adm.npz', Path.home())}"
+    settings = {"reference": place, "features": "inception", "metrics": "fid,precision"}
+    config = FrozenConfigDict({"eval": settings, "sample": {"vae": ""}, "data": {}})
+    source = SimpleNamespace(class_names=(), labels=(), latents=None, shape=(8, 8, 1))
+    one = reference.Reference(config, tmp_path / "kept", source, None, ("fd", "precision"), lambda: False)
+    one.check(tiny_inception)
+    for _ in range(2):  # the second time from what was kept
+        found = one.statistics(tiny_inception, make_mesh())
+        assert found.gaussians["pool"].mean.tolist() == [0.0] * 4
+        np.testing.assert_allclose(found.features, tiny_inception(images)["pool"], rtol=1e-6)
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
+def test_a_runs_own_images_are_those_that_evaluate_takes(tmp_path, monkeypatch):
+    """Not every n-th, which may all be of one class."""
+    monkeypatch.setattr(reference, "MOST_REAL", 100)
+    images = np.zeros((1000, 8, 8, 1), np.uint8) + (np.arange(1000) % 10).astype(np.uint8)[:, None, None, None]
+    source = ArraySource(images, np.arange(1000) % 10, tuple("0123456789"))
+    config = FrozenConfigDict({"eval": {"reference": "", "metrics": "fd"}, "sample": {"vae": ""}, "data": {}})
+    one = reference.Reference(config, tmp_path, source, None, ("fd",), lambda: False)
+    own = one._own_images()
+    assert len(own) == 100
+    assert len(np.unique(own.read(np.arange(100))[:, 0, 0, 0])) == 10
 
 
 def test_too_few_samples_are_warned_of(capsys):
@@ -156,11 +215,13 @@ def test_too_few_samples_are_warned_of(capsys):
     config = FrozenConfigDict({"eval": {"num_samples": 100}})
     one = evaluation.Evaluator.__new__(evaluation.Evaluator)
     one._config, one._metrics = config, ("fd",)
-    extractor = SimpleNamespace(name="inception", outputs={"pool": 2048})
+    extractor = SimpleNamespace(name="inception", outputs={"pool": 2048, "spatial": 2023})
     one._check(extractor)
     assert "num_samples=100 are fewer than the 2048 features of inception: FID comes out too high" in (
         capsys.readouterr().out
     )
+    one._tell_bias(SimpleNamespace(extractor="inception", gaussian=lambda output: Gaussian(np.zeros(200), np.eye(200))))
+    assert re.search(r"a perfect model would have FID \d+(\.\d)? with 100 samples", capsys.readouterr().out)
 
 
 @pytest.mark.slow
