@@ -8,18 +8,20 @@ with TPU chips Google Cloud's metadata server. Otherwise a process is alone.
 import dataclasses
 import importlib.util
 import re
+import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from mpdit_jax.errors import ConfigError, MPDiTError
 
+_JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _TPU_PORT = 8482  # JAX's own; libtpu uses others near it
-_METADATA_TIMEOUT = 20.0  # seconds
-_MOST_TRIES, _TRY_AGAIN = 3, 0.5  # seconds; it may be busy
+_METADATA_TIMEOUT = 10.0  # seconds
+_MOST_TRIES, _TRY_AGAIN = 6, 0.5  # seconds; it may be busy
 _SLICES = ("MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS")
 
 
@@ -45,13 +47,16 @@ def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
     """The cluster that environment variables describe, or None.
 
     Raises:
-        ConfigError: variables that contradict each other or cannot be read.
+        ConfigError: variables that contradict each other or cannot be read, or some of JAX's three without the others.
     """
-    for names, make in (
-        (("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"), _from_jax_variables),
+    from_tpu = partial(_from_tpu_variables, slices=environment)
+    known: list[tuple[tuple[str, ...], Callable[..., Cluster]]] = [
+        (_JAX_VARIABLES, _from_jax_variables),
         (("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"), _from_slurm),
-        (("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"), partial(_from_tpu_variables, slices=environment)),
-    ):
+    ]
+    if _uses_tpus(environment):
+        known += [((name, "TPU_WORKER_ID"), from_tpu) for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")]
+    for names, make in known:
         if all(environment.get(name) for name in names):
             values = [environment[name] for name in names]
             try:
@@ -61,13 +66,24 @@ def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
                     raise
                 listed = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
                 raise ConfigError(f"{listed}: these describe no cluster ({error}).") from error
+    given = [name for name in _JAX_VARIABLES if environment.get(name)]
+    if given:
+        missing = [name for name in _JAX_VARIABLES if name not in given]
+        raise ConfigError(f"{', '.join(given)} set without {' and '.join(missing)}: set all three, or none.")
     return None
 
 
-def on_cloud_tpu(devices: Path = Path("/dev")) -> bool:
-    """Whether this machine has TPU chips and the library that drives them."""
+def on_cloud_tpu(environment: Mapping[str, str], devices: Path = Path("/dev")) -> bool:
+    """Whether this machine has TPU chips and the library that drives them, and JAX is not told to leave them alone."""
     chips = [*devices.glob("accel*"), *devices.glob("vfio/[0-9]*")]
-    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+    library = environment.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu") is not None
+    return bool(chips and library) and _uses_tpus(environment)
+
+
+def _uses_tpus(environment: Mapping[str, str]) -> bool:
+    """Whether JAX would: one machine of a pod may well work for itself, on its CPU."""
+    platforms = environment.get("JAX_PLATFORMS", "")
+    return not platforms or "tpu" in platforms
 
 
 def _from_jax_variables(coordinator: str, count: str, index: str) -> Cluster:
@@ -94,7 +110,7 @@ def find_pod(environment: Mapping[str, str]) -> Cluster | None:
     keeps anybody from asking, as they do for JAX.
 
     Raises:
-        ConfigError: its answers describe no cluster.
+        ConfigError: it does not answer, or its answers describe no cluster.
     """
     server = environment.get("GCE_METADATA_IP") or "metadata.google.internal"
     if environment.get("TPU_SKIP_MDS_QUERY"):
@@ -103,8 +119,14 @@ def find_pod(environment: Mapping[str, str]) -> Cluster | None:
         workers, index, more = (
             _ask(server, name) for name in ("worker-network-endpoints", "agent-worker-number", "tpu-env")
         )
-    except OSError:
-        return None
+    except OSError as error:
+        if _nobody_has_that_name(error):
+            return None  # this is not Google's cloud
+        raise ConfigError(
+            f"this machine has TPU chips, and {server} does not say which others belong to it ({error}): repeat the "
+            "command, give --coordinator_address, --num_processes and --process_id, or set TPU_SKIP_MDS_QUERY=1 where "
+            "there are no others."
+        ) from error
     if not workers or not index:
         return None
     try:
@@ -131,13 +153,17 @@ def _ask(server: str, name: str) -> str:
         try:
             with direct.open(request, timeout=_METADATA_TIMEOUT) as reply:
                 return str(reply.read().decode())
-        except urllib.error.HTTPError as error:
-            tries += 1
-            if error.code == 404:
+        except OSError as error:  # refused, timed out, or answered otherwise
+            if isinstance(error, urllib.error.HTTPError) and error.code == 404:
                 return ""
-            if tries == _MOST_TRIES:
+            tries += 1
+            if tries == _MOST_TRIES or _nobody_has_that_name(error):
                 raise
             time.sleep(_TRY_AGAIN)
+
+
+def _nobody_has_that_name(error: OSError) -> bool:
+    return isinstance(error, urllib.error.URLError) and isinstance(error.reason, socket.gaierror)
 
 
 def first_host(nodes: str) -> str:

@@ -57,13 +57,18 @@ def join(options: argparse.Namespace, facts: Facts) -> None:
         cluster = find_cluster(os.environ)
     # JAX's service would take SIGTERM for itself and leave it at that: a command that is asked to end has to.
     jax.config.update("jax_enable_preemption_service", False)
-    if cluster is None and on_cloud_tpu():
+    if cluster is None and on_cloud_tpu(os.environ):
         cluster = find_pod(os.environ)
     if cluster is None or cluster.count == 1:
         return
     start_watch(cluster.index, cluster.count, roll_call(cluster, facts, options.join_timeout))
     jax.distributed.initialize(
-        cluster.coordinator, cluster.count, cluster.index, initialization_timeout=int(options.join_timeout) + 1
+        cluster.coordinator,
+        cluster.count,
+        cluster.index,
+        # It would look for the cluster again, and under SLURM take one GPU a process, however many the node has.
+        cluster_detection_method="deactivate",
+        initialization_timeout=int(options.join_timeout) + 1,
     )
 
 

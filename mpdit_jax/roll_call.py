@@ -46,6 +46,7 @@ def roll_call(cluster: Cluster, facts: Facts, timeout: float) -> dict[int, socke
 def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> tuple[str, dict[int, socket.socket]]:
     deadline, differing = time.monotonic() + timeout, list[str]()
     present, connections, strangers = {0}, dict[int, socket.socket](), list[socket.socket]()
+    named = set[int]()  # that came and cannot be counted
     try:
         server = socket.create_server(("", port))
     except OSError as error:
@@ -54,7 +55,7 @@ def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> tupl
             "for --coordinator_address; the one after it is needed as well."
         ), {}
     with server:
-        while len(present) < cluster.count and (left := deadline - time.monotonic()) > 0:
+        while not present | named >= {*range(cluster.count)} and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
             try:
                 peer, _ = server.accept()
@@ -72,20 +73,20 @@ def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> tupl
                     else f"a second process calls itself number {index}"
                 )
                 strangers.append(peer)
+                named.add(index)
                 continue
             if sentence := tell_apart(index, theirs, facts):
                 differing.append(sentence)
             present.add(index)
             connections[index] = peer
-        missing = [str(index) for index in range(1, cluster.count) if index not in present]
-        if missing and not differing:
+        missing = [str(index) for index in range(1, cluster.count) if index not in present | named]
+        if missing:
             verb = "process" if len(missing) == 1 else "processes"
-            problem = (
+            differing.append(
                 f"{verb} {', '.join(missing)} of {cluster.count} did not join within {timeout:g} s: see its log, and "
                 f"whether its host reaches {cluster.coordinator} (and the port after it)."
             )
-        else:
-            problem = "; ".join(differing)
+        problem = "; ".join(differing)
         for peer in (*connections.values(), *strangers):
             try:
                 peer.sendall(json.dumps({"problem": problem}).encode() + b"\n")
@@ -111,6 +112,12 @@ def _answer(
             connection.settimeout(left + _REPLY_GRACE)
             connection.sendall(message)
             return str(json.loads(_read_line(connection))["problem"]), {0: connection}
+        except TimeoutError:
+            connection.close()
+            return (
+                f"process 0 at {cluster.coordinator} was still waiting for others when process {cluster.index} had "
+                f"waited {timeout:g} s for it: its log names them; start all within --join_timeout of each other."
+            ), {}
         except (OSError, ValueError, KeyError):
             connection.close()
             time.sleep(0.2)

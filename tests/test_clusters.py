@@ -39,13 +39,27 @@ def test_variables():
         find_cluster(ours | {"JAX_PROCESS_ID": "2"})
 
 
+def test_some_of_three_variables_are_refused():
+    with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES set without JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID"):
+        find_cluster({"JAX_NUM_PROCESSES": "2"})
+
+
+def test_one_machine_of_a_pod_may_work_for_itself():
+    pod = {"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": "1"}
+    assert find_cluster(pod | {"JAX_PLATFORMS": "tpu,cpu"}) == Cluster("t0:8482", 2, 1)
+    assert find_cluster(pod | {"JAX_PLATFORMS": "cpu"}) is None
+    assert find_cluster(pod | {"TPU_PROCESS_ADDRESSES": "a:8471,b:8471,c:8471"}) == Cluster("a:8482", 3, 1)
+
+
 def test_a_cloud_tpu_has_chips_and_their_library(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert not on_cloud_tpu(tmp_path)
+    assert not on_cloud_tpu({}, tmp_path)
     (tmp_path / "accel0").touch()
-    assert on_cloud_tpu(tmp_path)
+    assert on_cloud_tpu({}, tmp_path)
+    assert not on_cloud_tpu({"JAX_PLATFORMS": "cpu"}, tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not on_cloud_tpu(tmp_path)
+    assert not on_cloud_tpu({}, tmp_path)
+    assert on_cloud_tpu({"TPU_LIBRARY_PATH": "/opt/libtpu.so"}, tmp_path)
 
 
 def test_several_slices_count_slice_by_slice():
@@ -98,5 +112,8 @@ def test_a_pod_whose_metadata_describe_none(metadata, monkeypatch):
     with pytest.raises(ConfigError, match=r"worker-network-endpoints='t0,t1', agent-worker-number='7': .*expected 0"):
         find_pod(environment)
     answers["agent-worker-number"] = "503"  # it stays busy
-    assert find_pod(environment) is None
-    assert find_pod({"GCE_METADATA_IP": "127.0.0.1:1"}) is None  # no such server
+    with pytest.raises(ConfigError, match=r"does not say which others belong to it \(HTTP Error 503"):
+        find_pod(environment)
+    with pytest.raises(ConfigError, match=r"Connection refused.*set TPU_SKIP_MDS_QUERY=1 where there are no others"):
+        find_pod({"GCE_METADATA_IP": "127.0.0.1:1"})
+    assert find_pod({"GCE_METADATA_IP": "nobody.invalid"}) is None  # not Google's cloud

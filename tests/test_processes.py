@@ -25,6 +25,24 @@ def test_impossible_flags(arguments, sentence):
         join(parser.parse_args(arguments), {})
 
 
+def test_under_slurm_a_process_drives_all_gpus_of_its_node(monkeypatch):
+    """JAX would give each process of a SLURM step one GPU: it may not look for the cluster once more."""
+    step = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-4]"}
+    for name, value in (step | {"SLURM_LOCALID": "0"}).items():
+        monkeypatch.setenv(name, value)
+    asked = []
+    monkeypatch.setattr("mpdit_jax.processes.roll_call", lambda cluster, facts, timeout: {})
+    monkeypatch.setattr("mpdit_jax.processes.start_watch", lambda *arguments: None)
+    monkeypatch.setattr("jax.distributed.initialize", lambda *given, **named: asked.append((given, named)))
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    join(parser.parse_args([]), {})
+    [(given, named)] = asked
+    assert given == ("n1:49166", 4, 1)
+    assert named["cluster_detection_method"] == "deactivate"
+    assert "local_device_ids" not in named
+
+
 def test_facts_that_are_known_late_are_compared_too(monkeypatch):
     """What is known after the roll call."""
     ours, others = {"config.seed": "0", "version": "1"}, []

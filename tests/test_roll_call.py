@@ -44,9 +44,18 @@ def test_a_stranger_who_says_nothing_keeps_nobody_out(monkeypatch):
             connection.close()
 
 
+def test_who_has_heard_nothing_yet_says_so(monkeypatch):
+    """Process 0 came late, and still waits for a third one."""
+    monkeypatch.setattr("mpdit_jax.roll_call._REPLY_GRACE", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(ProcessError, match=r"was still waiting for others when process 1 had waited 0\.5 s for it"):
+            roll_call(Cluster(f"127.0.0.1:{port - 1}", 3, 1), {}, 0.5)
+
+
 @pytest.mark.parametrize(("said", "sentence"), [
     ({"index": 1, "count": 3, "facts": {}}, "process 1 was started as one of 3 and process 0 as one of 2"),
-    ({"index": 0, "count": 2, "facts": {}}, "a second process calls itself number 0"),
+    ({"index": 0, "count": 2, "facts": {}}, "a second process calls itself number 0; process 1 of 2 did not join"),
     ({"index": 1, "facts": {}}, "process 1 of 2 did not join within 2 s"),
     ({"index": 1, "count": "x", "facts": {}}, "process 1 of 2 did not join within 2 s"),
     (["no", "dictionary"], "process 1 of 2 did not join within 2 s"),

@@ -110,6 +110,8 @@ def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, rep
         "seconds_step": seconds["step"],
         "images_per_second": batch / seconds["step"],
         "peak_macs_per_second": peak_rate,
+        "forward_macs_per_second": macs / seconds["forward"],
+        "step_macs_per_second": 3 * macs / seconds["step"],
         "forward_share": macs / seconds["forward"] / peak_rate,
         "step_share": 3 * macs / seconds["step"] / peak_rate,
         "mfu": None if published is None else 2 * 3 * macs / seconds["step"] / published,
@@ -144,8 +146,10 @@ def _as_text(result: Mapping[str, Any]) -> str:
         f"{result['preset']}, batch {result['batch']}, {result['dtype']}, attention {result['attention']}, remat "
         f"{result['remat']}, on {result['device']}:\n"
         f"  matrix product   {result['peak_macs_per_second'] / 1e9:10.1f} GMAC/s\n"
-        f"  forward pass     {result['seconds_forward']:10.3f} s   {result['forward_share']:6.1%} of that\n"
-        f"  training step    {result['seconds_step']:10.3f} s   {result['step_share']:6.1%} of that, "
+        f"  forward pass     {result['forward_macs_per_second'] / 1e9:10.1f} GMAC/s   "
+        f"{result['forward_share']:6.1%} of that, {result['seconds_forward']:.3f} s\n"
+        f"  training step    {result['step_macs_per_second'] / 1e9:10.1f} GMAC/s   "
+        f"{result['step_share']:6.1%} of that, {result['seconds_step']:.3f} s, "
         f"{result['images_per_second']:.3g} images/s"
         + (
             ""
