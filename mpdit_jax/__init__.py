@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from mpdit_jax.interrupt import guard_imports
+from mpdit_jax.memory import keep_few_arenas
 
 if TYPE_CHECKING:
     from mpdit_jax.checkpoint import load_checkpoint as load_checkpoint
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 # `python -m mpdit_jax.COMMAND`, and Python has not come to the command itself yet.
 if sys.argv[:1] == ["-m"] and any(word.startswith("mpdit_jax.") for word in sys.orig_argv[1:4]):
     guard_imports()
+    keep_few_arenas()
 
 _HOME = {
     "MPDiTError": "mpdit_jax.errors",

@@ -23,8 +23,8 @@ from ml_collections import ConfigDict, config_flags
 from mpdit_jax.checks import suggest
 from mpdit_jax.config import defaults, leave_out_idle
 from mpdit_jax.errors import ConfigError, DamageWarning, MPDiTError
-from mpdit_jax.files import REFUSALS
-from mpdit_jax.interrupt import KILLED_BY, Terminated, ending_by_exception, this_command
+from mpdit_jax.files import REFUSALS, expand
+from mpdit_jax.interrupt import KILLED_BY, Terminated, ending_by_exception, stopped_status, this_command
 from mpdit_jax.model.presets import PRESETS
 from mpdit_jax.peers import has_peers, leave
 from mpdit_jax.waiting import wait_for_all
@@ -117,7 +117,7 @@ def stopped_line(command: str, arguments: Sequence[str], step: int, steps: int) 
     return f"stopped at step {step} of {steps}, {saved}; continue with:\n  {again}"
 
 
-def run(main: Callable[[Sequence[str]], int], *, terminated: int = KILLED_BY + signal.SIGTERM) -> NoReturn:
+def run(main: Callable[[Sequence[str]], int], *, resumable: bool = False) -> NoReturn:
     """Run a command's main with the process's arguments, and end the process.
 
     Bad input, and a machine that refuses a file, end with one sentence and the error's `exit_status` (1, or 3 for
@@ -125,12 +125,12 @@ def run(main: Callable[[Sequence[str]], int], *, terminated: int = KILLED_BY + s
 
     Args:
         main: what the command does, from arguments to exit status.
-        terminated: the status after a SIGTERM that `main` does not handle itself.
+        resumable: a training, which ends by a SIGTERM that `main` does not handle itself with `stopped_status`.
     """
     _silence_late_echoes()
     with ending_by_exception(), _quiet():
         before = threading.enumerate()
-        status = _status_of(main, terminated)
+        status = _status_of(main, resumable)
         if status:
             _let_end([thread for thread in threading.enumerate() if thread not in before and not thread.daemon])
     _end(status)
@@ -149,10 +149,10 @@ def _end(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _status_of(main: Callable[[Sequence[str]], int], terminated: int) -> int:
+def _status_of(main: Callable[[Sequence[str]], int], resumable: bool) -> int:
     """Run `main`; whatever it ends by has become a sentence and a status."""
     try:
-        status = main(sys.argv[1:])
+        status = main([_at_home(word) for word in sys.argv[1:]])
         wait_for_all("the end")  # the first one may still be writing
         sys.stdout.flush()
         return status
@@ -163,7 +163,9 @@ def _status_of(main: Callable[[Sequence[str]], int], terminated: int) -> int:
         sigterm = isinstance(request, Terminated)
         name = "SIGTERM" if sigterm else "SIGINT"
         print(f"{name}: stopped; the same command continues:\n  {this_command()}", file=sys.stderr)
-        return terminated if sigterm else KILLED_BY + signal.SIGINT
+        if sigterm and resumable:
+            return stopped_status()
+        return KILLED_BY + (signal.SIGTERM if sigterm else signal.SIGINT)
     except BrokenPipeError:
         # The reader of our output has gone, as with `| head`; keep the interpreter's last flush quiet as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -185,6 +187,12 @@ def _status_of(main: Callable[[Sequence[str]], int], terminated: int) -> int:
             raise
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
+
+
+def _at_home(word: str) -> str:
+    """`--flag=~/x` with the home folder in place of `~`: shells do that for words that begin so, and for no others."""
+    flag, sign, value = word.partition("=")
+    return f"{flag}={expand(value)}" if sign and flag.startswith("--") and value.startswith("~") else word
 
 
 def _silence_late_echoes() -> None:

@@ -71,12 +71,14 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Delete what a killed `replacing` has left in a folder, of files whose name fits a pattern.
+    """Delete what a killed `replacing` or `staged` has left in a folder, of outputs whose name fits a pattern.
 
     Only for those who hold the folder's lock, or to whom alone the files of that name belong.
     """
     for path in folder.glob(f".{name}.????????.tmp"):
-        if _LEFTOVER.fullmatch(path.name):
+        if _LEFTOVER.fullmatch(path.name) and path.is_dir():  # of `staged`
+            shutil.rmtree(path, ignore_errors=True)
+        elif _LEFTOVER.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 

@@ -1,6 +1,7 @@
 """Ending a run politely when asked to. Imports nothing heavy: it is the first thing a command loads."""
 
 import gc
+import io
 import os
 import select
 import shlex
@@ -10,15 +11,35 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
+from typing import NoReturn, TextIO
+
+from mpdit_jax.errors import InputError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KILLED_BY = 128  # plus the signal's number: the status that shells show
 
 
+_STOPPED_STATUS = "MPDIT_JAX_STOPPED_STATUS"
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, where nothing has to be finished first."""
+
+
+def stopped_status() -> int:
+    """The exit status of a training that was stopped and can go on: 0, or what MPDIT_JAX_STOPPED_STATUS says.
+
+    Schedulers that take 0 for the end of the work, as Kubernetes does, need another one to start it again.
+
+    Raises:
+        InputError: that is no status.
+    """
+    text = os.environ.get(_STOPPED_STATUS) or "0"
+    if not text.isdecimal() or int(text) > 255:
+        raise InputError(f"{_STOPPED_STATUS}={text}: expected an exit status from 0 to 255, such as 75.")
+    return int(text)
 
 
 def this_command() -> str:
@@ -31,7 +52,10 @@ def guard_imports() -> None:
     resumable = bool({"mpdit_jax.train", "mpdit_jax.train_vae"} & {*sys.orig_argv[:4]})
 
     def end(number: int, frame: FrameType | None) -> None:
-        status = 0 if resumable and number == signal.SIGTERM else KILLED_BY + number
+        status = KILLED_BY + number
+        if resumable and number == signal.SIGTERM:
+            with suppress(InputError):  # which the command itself will tell
+                status = stopped_status()
         _end(
             status, f"{signal.Signals(number).name}: nothing had begun; the same command starts it:\n  {this_command()}"
         )
@@ -93,9 +117,12 @@ class StopRequest:
     A thread listens for signals: Python itself heeds one only when the main thread is back from what it does in a
     library, and compiling takes minutes. In another thread than the main one, signals are left alone.
 
+    Whoever reads the output may go away, as a lost connection to another machine does: that is a request as well, and
+    what is printed from then on is lost.
+
     Attributes:
-        name: of the signal; None as long as nobody has asked.
-        nothing_to_save: set this to True while SIGTERM may end the process at once, with status 0.
+        name: of the signal, or of what else has asked; None as long as nobody has.
+        nothing_to_save: set this to True while SIGTERM may end the process at once, with `stopped_status`.
     """
 
     def __init__(self, grace: float = 0.0, saved: Callable[[], str] = lambda: "nothing") -> None:
@@ -104,11 +131,15 @@ class StopRequest:
         Args:
             grace: seconds after SIGTERM in which everything must be saved, or the process ends; 0 for no limit.
             saved: says what is safe on disk, such as "the checkpoint of step 300".
+
+        Raises:
+            InputError: see `stopped_status`.
         """
         self.name: str | None = None
         self.nothing_to_save = False
-        self._grace, self._saved = grace, saved
+        self._grace, self._tell_saved = grace, saved
         self._deadline: float | None = None
+        self._stopped_status = stopped_status()
         self._main = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> "StopRequest":
@@ -119,12 +150,15 @@ class StopRequest:
             self._previous = {number: signal.signal(number, _ignore) for number in SIGNALS}
             self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
             self._thread.start()
+            self._streams = sys.stdout, sys.stderr
+            sys.stdout, sys.stderr = (_Outliving(stream, self._lost_reader) for stream in self._streams)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._main:
+            sys.stdout, sys.stderr = self._streams
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._wakeup)
@@ -138,6 +172,16 @@ class StopRequest:
             self._deadline = time.monotonic() + self._grace
             if self._main:
                 self._theirs.send(b"\0")  # wakes the thread, which then knows how long it may sleep
+
+    def _saved(self) -> str:
+        try:
+            return self._tell_saved()
+        except OSError as error:  # nothing may keep this process from ending
+            return f"what the disk has ({error.strerror})"
+
+    def _lost_reader(self) -> None:
+        if self.name is None:
+            self.name = "nobody reads the output any more"
 
     def _listen(self) -> None:
         while True:
@@ -160,17 +204,65 @@ class StopRequest:
         if self.name is not None:
             _end(KILLED_BY + number, f"{number.name} again: ended at once; {self._saved()} is safe.")
         if number == signal.SIGTERM and self.nothing_to_save:
-            _end(0, f"SIGTERM: no step was done since; {self._saved()} is safe; continue with:\n  {this_command()}")
+            _end(
+                self._stopped_status,
+                f"SIGTERM: no step was done since; {self._saved()} is safe; continue with:\n  {this_command()}",
+            )
         self.name = number.name
         if number == signal.SIGTERM and self._grace:
             self._deadline = time.monotonic() + self._grace
+
+
+class _Outliving(io.TextIOBase):
+    """A text stream that goes on, to nowhere, when whoever reads it has gone."""
+
+    def __init__(self, stream: TextIO, lost: Callable[[], None]) -> None:
+        self._stream, self._lost = stream, lost
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # read-only in io as well, if not in its stub
+        """As of the stream; what prints bars asks for it."""
+        return self._stream.encoding
+
+    def fileno(self) -> int:
+        """Of the stream."""
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        """Whether a person may be looking."""
+        return self._stream.isatty()
+
+    def write(self, text: str) -> int:
+        """Print it if somebody reads."""
+        with self._outliving():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what has been written."""
+        with self._outliving():
+            self._stream.flush()
+
+    @contextmanager
+    def _outliving(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            self._lost()
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
     """The thread does everything."""
 
 
-def _end(status: int, sentence: str) -> None:
+def _end(status: int, sentence: str) -> NoReturn:
     """End this process from any thread, whatever the others are doing."""
-    os.write(2, f"{sentence}\n".encode())
+    say_last(sentence)
     os._exit(status)
+
+
+def say_last(sentence: str) -> None:
+    """Print a sentence on stderr, where that can be done at once: nobody may be reading, or only slowly."""
+    with suppress(OSError):
+        if select.select([], [2], [], 1.0)[1]:
+            os.write(2, f"{sentence}\n".encode())

@@ -1,24 +1,37 @@
-"""Memory of the host that is free and not given back."""
+"""Memory of the host that is free and not given back: what glibc does with it, and Linux with no other C library."""
 
 import ctypes
 from functools import cache
 from typing import Any
 
+_ARENA_MAX, _ARENAS = -8, 2  # M_ARENA_MAX of malloc.h
+
+
+def keep_few_arenas() -> None:
+    """Have all threads share two heaps. Without effect once there are more: call it before anything else.
+
+    glibc gives threads heaps of their own, eight for each core. What the threads that save, evaluate and compile leave
+    in each is scattered over it for the rest of a run: without this the digits' run grew by 80 MiB in an hour.
+    """
+    library = _glibc()
+    if library is not None:
+        library.mallopt(_ARENA_MAX, _ARENAS)
+
 
 def return_freed() -> None:
-    """Give back to the system what this process has freed; does nothing where the C library is not glibc.
+    """Give back to the system what this process has freed.
 
-    glibc keeps freed memory for each thread that allocated it. What compilations and evaluations leave there is
-    twice what a small run needs, and grows for hours as it is cut into smaller pieces.
+    glibc keeps it, and what compilations and evaluations leave is as much again as a small run needs.
     """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
 
 
 @cache
-def _malloc_trim() -> Any:
+def _glibc() -> Any:
     try:
-        return ctypes.CDLL(None).malloc_trim
+        library = ctypes.CDLL(None)
+        return library if library.malloc_trim and library.mallopt else None
     except (AttributeError, OSError):
         return None

@@ -14,6 +14,8 @@ import time
 from collections.abc import Mapping
 from types import TracebackType
 
+from mpdit_jax.interrupt import say_last
+
 _ALIVE, _DONE, _FAILED, _LOST = b"aqel"  # what one byte says; the number of the lost process follows the last one
 _EVERY = 5.0  # seconds between signs of life
 _SILENCE = 60.0  # seconds without one after which a process counts as lost
@@ -113,10 +115,9 @@ class PeerWatch(threading.Thread):
     def _lost(self, number: int, how: str) -> None:
         if self._ending:
             return
-        os.write(
-            2,
+        say_last(
             f"error: process {number} of {self._count} was lost ({how}): see its log. This process, {self._index}, "
-            "ends as well; the same command on all machines continues from the newest checkpoint.\n".encode(),
+            "ends as well; the same command on all machines continues from the newest checkpoint."
         )
         with self._lock:
             self._tell(bytes([_LOST, number & 255, number >> 8]))

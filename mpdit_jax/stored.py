@@ -113,6 +113,8 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
     record: dict[str, Any] = json.loads((folder / DIGESTS / _DIGESTS_FILE).read_text())
     if record["version"] > DIGESTS_VERSION:
         raise ValueError(f"its digests are of version {record['version']}, newer than this mpdit_jax")
+    if not isinstance(record["step"], int) or not isinstance(record["items"], dict):
+        raise ValueError("its digests are damaged")
     return record
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from mpdit_jax.cli import make_parser, parse_with_config, run, stopped_line
 from mpdit_jax.config import facts as config_facts
 from mpdit_jax.errors import DivergedError, InputError
+from mpdit_jax.interrupt import stopped_status
 from mpdit_jax.processes import add_flags, join
 
 _CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # whoever sets it has a place for compiled programs already
@@ -62,19 +63,18 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if found.sound else DivergedError.exit_status
 
     state = train(config, workdir)
-    if jax.process_index() > 0:
-        return 0
-    if int(state.step) < config.steps:
+    stopped = int(state.step) < config.steps
+    if jax.process_index() == 0 and stopped:
         print(stopped_line("train", arguments, int(state.step), config.steps))
-    else:
+    elif jax.process_index() == 0:
         facts = read_facts(workdir)
         vae = " --vae=FOLDER" if facts is not None and facts.latents is not None else ""
         print(
             f"done: checkpoints in {workdir / 'checkpoints'}, logs in {workdir / 'tensorboard'}; draw with:\n"
             f"  python -m mpdit_jax.sample --workdir={shlex.quote(options.workdir)}{vae} --out=samples.png"
         )
-    return 0
+    return stopped_status() if stopped else 0
 
 
 if __name__ == "__main__":
-    run(main, terminated=0)
+    run(main, resumable=True)

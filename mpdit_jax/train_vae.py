@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mpdit_jax.cli import make_parser, parse_with_config, run, stopped_line
 from mpdit_jax.errors import InputError
+from mpdit_jax.interrupt import stopped_status
 
 _EXAMPLES = """\
   python -m mpdit_jax.train_vae --config=configs/vae_fashion.py --workdir=runs/vae_fashion
@@ -32,10 +33,10 @@ def main(arguments: Sequence[str]) -> int:
     step = train_vae(config, workdir)
     if step < config.steps:
         print(stopped_line("train_vae", arguments, step, config.steps))
-    else:
-        print(f"done: the VAE is {workdir / 'vae'}, and {workdir / 'reconstructions.png'} shows what it can do")
+        return stopped_status()
+    print(f"done: the VAE is {workdir / 'vae'}, and {workdir / 'reconstructions.png'} shows what it can do")
     return 0
 
 
 if __name__ == "__main__":
-    run(main, terminated=0)
+    run(main, resumable=True)

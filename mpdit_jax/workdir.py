@@ -1,5 +1,6 @@
 """The claim of one run on its workdir: a lock, a config that fits, and a check that the folder is still the same."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +11,14 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.checkpoint import CONFIG, DAMAGED, load_config
 from mpdit_jax.config import differences, to_json
+from mpdit_jax.data.facts import FACTS_FILE
 from mpdit_jax.errors import CheckpointError, MPDiTError
 from mpdit_jax.files import Lock, check_place, check_writable, remove_leftovers, replacing, take_lock
 from mpdit_jax.processes import first_does
 from mpdit_jax.stored import CHECKPOINTS, list_steps, numbered_folders
 
 _LOCK = ".lock"
-_METRICS, _SAMPLES, _TENSORBOARD = "metrics.jsonl", "samples", "tensorboard"
+_METRICS, _SAMPLES, _TENSORBOARD, _EVALUATION = "metrics.jsonl", "samples", "tensorboard", "evaluation"
 _FOLDERS = (CHECKPOINTS, DAMAGED, _SAMPLES, _TENSORBOARD)
 
 
@@ -73,8 +75,9 @@ def _claim(workdir: Path, config: FrozenConfigDict) -> tuple[Lock, str]:
             f"another training is writing to {workdir} ({lock}): wait for it to end, or use another --workdir."
         )
     try:
-        for folder in (workdir, workdir / _SAMPLES):
-            remove_leftovers(folder)
+        for name in (CONFIG, _METRICS, FACTS_FILE):
+            remove_leftovers(workdir, name)
+        remove_leftovers(workdir / _SAMPLES)
         return lock, _claim_config(workdir, config)
     except BaseException:
         lock.close()
@@ -107,6 +110,10 @@ def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
     """Rename what another run whose checkpoints are gone has left, rather than write over it."""
     metrics = workdir / _METRICS
     if not (metrics.exists() and metrics.stat().st_size):
+        if (workdir / CONFIG).exists() and not _is_of_a_run(workdir / CONFIG):
+            raise CheckpointError(
+                f"{workdir / CONFIG} is not of a run of this project, and would be overwritten: use another --workdir."
+            )
         return ""
     try:
         if (workdir / CONFIG).exists() and not differences(load_config(workdir), config):
@@ -114,13 +121,21 @@ def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
     except MPDiTError:
         pass  # not a config of this version
     # The metrics last: as long as they are there, what a kill cuts short here is made up for by the next start.
-    names = (CONFIG, _SAMPLES, _TENSORBOARD, _METRICS)
+    names = (CONFIG, _SAMPLES, _TENSORBOARD, _EVALUATION, _METRICS)
     record = [workdir / name for name in names if (workdir / name).exists()]
     count = 1
     while any(_numbered(path, count).exists() for path in record):
         count += 1
     kept = [path.rename(_numbered(path, count)) for path in record]
     return f"{workdir} holds no checkpoint, but the record of another run, now in {', '.join(map(str, kept))}"
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a file is the config of a run, also of one of another version."""
+    try:
+        return set(json.loads(path.read_text())) >= {"model", "optimizer", "data"}
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _numbered(path: Path, count: int) -> Path:

@@ -12,7 +12,7 @@ from mpdit_jax.data.sources import Source
 from mpdit_jax.errors import CheckpointError
 from mpdit_jax.files import replacing
 
-_FILE = "data.json"
+FACTS_FILE = "data.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def claim_data(workdir: Path, source: Source, *, trained: bool) -> None:
             f"{workdir} was trained on other examples (number and digest of the labels: {stored.labels}) than those of "
             f"config.data.path ({facts.labels}): give the data it was trained on, or use another --workdir."
         )
-    with replacing(workdir / _FILE) as file:
+    with replacing(workdir / FACTS_FILE) as file:
         file.write((json.dumps(dataclasses.asdict(facts), indent=1) + "\n").encode())
 
 
@@ -63,7 +63,7 @@ def read_facts(workdir: str | Path) -> DataFacts | None:
     Raises:
         CheckpointError: the file is damaged.
     """
-    path = Path(workdir) / _FILE
+    path = Path(workdir) / FACTS_FILE
     if not path.is_file():
         return None
     try:

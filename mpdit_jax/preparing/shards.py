@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -88,6 +89,8 @@ def write_shard(path: Path, rows: range, work: Work, pool: Executor, advance: Ca
                 positions += int(np.prod(mean.shape[:-1]))
             advance(count)
         writer.close()
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         shard = Shard(path.name, len(labels), temporary.stat().st_size, sha256(temporary))
         temporary.replace(path)
     finally:

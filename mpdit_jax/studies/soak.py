@@ -76,22 +76,26 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=20_000, help="updates (default: %(default)s)")
     parser.add_argument("--every", type=int, default=200, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument("--interval", type=float, default=2.0, help="seconds between samples (default: %(default)s)")
+    parser.add_argument("--again", action="store_true", help="train nothing: judge what an earlier soak has left")
     parser.usage = f"{parser.prog} --workdir=FOLDER --report=FILE.md [--config.FIELD=VALUE ...]"
     options, fields = parser.parse_known_args(arguments)
     if unknown := [word for word in fields if not word.startswith("--config.")]:
         parser.error(f"unknown argument {unknown[0]!r}")
     workdir, report = Path(options.workdir), Path(options.report)
-    if workdir.exists():
+    if workdir.exists() and not options.again:
         raise InputError(f"--workdir={workdir} exists: a soak begins with a new run; give another folder.")
     if options.steps < 8 * _LOGGED:
         raise InputError(f"--steps={options.steps}: expected {8 * _LOGGED} or more, of which halves can be compared.")
     check_writable(report)
     command = _command(options, fields)
-    samples = watch(command, options.interval, lambda: bool(list_steps(workdir)))
+    if options.again:
+        samples = _read(report.with_suffix(".json"))
+    else:
+        samples = watch(command, options.interval, lambda: bool(list_steps(workdir)))
+        _write(report.with_suffix(".json"), json.dumps([dataclasses.astuple(sample) for sample in samples]) + "\n")
     drifts = judge(samples, step_times(workdir))
     text = describe(arguments, command, samples, drifts, list_steps(workdir))
     _write(report, text)
-    _write(report.with_suffix(".json"), json.dumps([dataclasses.astuple(sample) for sample in samples]) + "\n")
     print(text)
     return 0 if all(drift.passed for drift in drifts) else 1
 
@@ -140,6 +144,13 @@ def watch(command: Sequence[str], interval: float, trains: Callable[[], bool]) -
     return samples
 
 
+def _read(path: Path) -> list[Sample]:
+    try:
+        return [Sample(*row) for row in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): --again needs the samples that a soak has left.") from error
+
+
 def step_times(workdir: Path) -> list[float]:
     """Seconds a step of every window of the log, without checkpoints and pictures, from TensorBoard's files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -151,23 +162,30 @@ def step_times(workdir: Path) -> list[float]:
 
 
 def judge(samples: Sequence[Sample], times: Sequence[float]) -> list[Drift]:
-    """The drifts of memory and files over the last half of the run, and of step times between its halves."""
+    """The drifts of memory and files over the last half of the run, and of step times from half to half.
+
+    Memory goes up and down with every evaluation: a straight line is drawn through the half, and its ends compared.
+
+    Raises:
+        SoakError: the run was over before there was anything to compare.
+    """
     samples = [sample for sample in samples if sample.trains]
-    half, quarter = len(samples) // 2, 3 * len(samples) // 4
-    middle = len(times) // 2
+    last, middle = samples[len(samples) // 2 :], len(times) // 2
+    if len(last) < 4 or middle < 2:
+        raise SoakError("the training was over too soon: give more --steps, fewer between checkpoints, or --interval.")
 
     def of(name: str, unit: str, values: Sequence[float]) -> Drift:
-        before, after = statistics.median(values[half:quarter]), statistics.median(values[quarter:])
-        return Drift(name, unit, before, after, _MOST_GROWTH)
+        at = [sample.seconds for sample in last]
+        slope, start = statistics.linear_regression(at, values)
+        return Drift(name, unit, start + slope * at[0], start + slope * at[-1], _MOST_GROWTH)
 
-    first = times[int(_WARM_UP * len(times)) : middle]
     return [
-        of("resident memory", "MiB", [sample.resident / 2**20 for sample in samples]),
-        of("open files", "", [sample.files for sample in samples]),
+        of("resident memory", "MiB", [sample.resident / 2**20 for sample in last]),
+        of("open files", "", [float(sample.files) for sample in last]),
         Drift(
             "time of a step",
             "ms",
-            1e3 * statistics.median(first),
+            1e3 * statistics.median(times[int(_WARM_UP * len(times)) : middle]),
             1e3 * statistics.median(times[middle:]),
             _MOST_SLOWDOWN,
         ),
@@ -193,13 +211,14 @@ def describe(
         f"`mpdit_jax.train {' '.join(command[3:])}`: {samples[-1].seconds / 60:.1f} minutes on {_machine()}, "
         f"{len(samples):,} samples. Checkpoints kept at the end: {', '.join(map(str, kept))}.",
         "",
-        "| | third quarter | last quarter | drift | allowed | passed |",
+        "| | before | after | drift | allowed | passed |",
         "|---|---|---|---|---|---|",
         *rows,
         "",
-        "Medians; of the time of a step, the two halves of the run, its first tenth left out. Made by",
+        "Of memory and files, the ends of a straight line through the last half of the run; of the time of a step, the",
+        "medians of its two halves, the first tenth left out. Made by",
         "",
-        f"    python -m mpdit_jax.studies.soak {shlex.join(arguments)}",
+        f"    python -m mpdit_jax.studies.soak {shlex.join(word for word in arguments if word != '--again')}",
         "",
     ])  # fmt: skip
 

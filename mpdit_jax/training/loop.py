@@ -141,6 +141,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                         batch = feed.take()
                     except DataError:
                         if step and jax.process_count() == 1:  # saving takes all, and the others do not know
+                            claim.check()
                             checkpoints.save(step, to_items(state))
                         raise
                 with profiler.step(step), jax.transfer_guard("disallow"):
@@ -173,13 +174,18 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                             checkpoints.save(step, to_items(state))
                 if config.sample.every and (step % config.sample.every == 0 or last):
                     with watch.of("other"):
+                        claim.check()
                         picture = draw_grid(config, structure, state, decode)
                         if picture is not None:
                             report.picture(step, picture)
                         wait_for_all("the grid is drawn")  # by the first process alone
                 if evaluator.due(step):  # after the checkpoint, from which it is made up for when it is cut off
                     with watch.of("other"):
-                        report.evaluation(step, evaluator(state.ema_parameters))
+                        claim.check()
+                        found = evaluator(state.ema_parameters)
+                        report.evaluation(step, found)
+                        if not found:
+                            report.say(f"the evaluation of step {step} was cut off: the same command makes up for it")
                         return_freed()
             if 0 < step < config.steps:
                 stop.begin_grace()
@@ -216,6 +222,8 @@ def draw_grid(
     else:
         rows = np.split(np.asarray(latents), classes)  # a row at a time: a VAE takes far more memory
         pictures = np.concatenate([np.asarray(decode(jnp.asarray(row))) for row in rows])
+    # Black where the model has diverged for now: the guard judges steps, and a picture must not end the run.
+    pictures = np.where(np.isfinite(pictures), pictures, -1)
     return images.grid(images.to_uint8(pictures), config.sample.per_class)
 
 

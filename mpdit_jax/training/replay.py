@@ -58,11 +58,13 @@ def replay(config: ConfigDict | FrozenConfigDict, workdir: str | Path, number: i
         DataError: see `load_source`.
     """
     workdir, config = Path(workdir), resolve(config)
-    if number < 1:
-        raise ConfigError(f"replay_step={number}: expected the number of a step, 1 or more.")
+    stored = load_config(workdir)
+    steps = max(stored.steps, config.steps)
+    if not 1 <= number <= steps:
+        raise ConfigError(f"replay_step={number}: expected the number of a step of the run, 1 to {steps}.")
     if jax.process_count() > 1:
         raise ConfigError(f"replay_step={number}: expected a single process; the numbers are the same.")
-    changed = differences(load_config(workdir), config)
+    changed = differences(stored, config)
     if changed:
         named = ", ".join(f"{path}={new!r} instead of {old!r}" for path, (old, new) in changed.items())
         raise CheckpointError(f"{workdir} holds a run of another config ({named}): replay with the run's own.")

@@ -14,7 +14,7 @@ from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from mpdit_jax import images
-from mpdit_jax.checkpoint import Checkpoints
+from mpdit_jax.checkpoint import CONFIG, Checkpoints
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.errors import CheckpointError, DivergedError
 from mpdit_jax.files import check_writable, remove_leftovers, replacing, take_lock
@@ -26,6 +26,7 @@ from mpdit_jax.stored import newest_in_words, numbered_folders
 from mpdit_jax.training.observe import Report
 from mpdit_jax.training.stopwatch import Stopwatch
 from mpdit_jax.training.vae_config import autoencoder_config, resolve_vae
+from mpdit_jax.training.writers import METRICS_FILE
 from mpdit_jax.vae import Autoencoder, AutoencoderConfig, load_vae, save_folder
 from mpdit_jax.vae.autoencoder import mean_and_std
 from mpdit_jax.vae.weights import Parameters, abstract, merge, split
@@ -67,7 +68,7 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
     source = DecodedImages(
         open_images(config.data.images, config.data.split), config.data.image_size, architecture.in_channels
     )
-    check_writable(workdir / "config.json")
+    check_writable(workdir / CONFIG)
     lock = take_lock(workdir / ".lock")
     if isinstance(lock, str):
         raise CheckpointError(f"another training is writing to {workdir} ({lock}): wait for it to end, or use another.")
@@ -104,15 +105,17 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
                 watch.step(state)
                 report.advance(step)
                 last = step == config.steps
-                if step % config.log.every == 0 or last:
+                logs, saves = (step % every == 0 or last for every in (config.log.every, config.checkpoint.every))
+                if logs or saves:
                     values = {name: float(value) for name, value in metrics.items()}
                     if not np.isfinite(values["loss"]):
                         raise DivergedError(
                             f"the loss of step {step} is not finite: start again in a new --workdir with a lower "
                             "config.learning_rate."
                         )
+                if logs:
                     report.metrics(step, values, watch.lap())
-                if step % config.checkpoint.every == 0 or last:
+                if saves:
                     checkpoints.save(step, {"vae": state._asdict()})
             if 0 < step < config.steps:
                 report.say(f"{stop.name}: saving step {step}")
@@ -125,11 +128,23 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
 def _claim(workdir: Path, config: FrozenConfigDict, *, started: bool) -> None:
     for folder in (workdir, workdir / "vae"):
         remove_leftovers(folder)
-    path, text = workdir / "config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-    if started and _decisive(path) != _decisive_of(json.loads(text)):
+    path, text = workdir / CONFIG, json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    changed = path.exists() and _decisive(path) != _decisive_of(json.loads(text))
+    if started and (changed or not path.exists()):
         raise CheckpointError(f"{workdir} holds a training of another config (see {path}): use another --workdir.")
+    if changed and ((workdir / METRICS_FILE).exists() or not _is_of_a_vae(path)):
+        raise CheckpointError(
+            f"{workdir} holds something else (see {path}), which would be overwritten: use another --workdir."
+        )
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def _is_of_a_vae(path: Path) -> bool:
+    try:
+        return set(json.loads(path.read_text())) >= {"kl_weight", "data"}
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _decisive(path: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import secrets
 import time
 from collections.abc import Mapping
@@ -54,8 +55,10 @@ class MetricsFile:
         self._file = path.open("a", buffering=1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line."""
+        """Append one line, on the disk before a checkpoint of the same step is."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close."""

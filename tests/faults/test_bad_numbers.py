@@ -109,7 +109,11 @@ def test_replay_of_a_sound_step(with_skips, bad_data, capsys):
     assert 0 < loss < 10
 
 
-@pytest.mark.parametrize(("step", "sentence"), [(0, "expected the number of a step"), (3, "of another config")])
+@pytest.mark.parametrize(("step", "sentence"), [
+    (0, "expected the number of a step of the run, 1 to "),
+    (1_000_000, "replay_step=1000000: expected the number of a step of the run, 1 to "),
+    (3, "of another config"),
+])  # fmt: skip
 def test_impossible_replays(with_skips, step, sentence):
     more = ["--config.batch_size=16"] if step else []
     with pytest.raises(Exception, match=sentence):

@@ -60,8 +60,8 @@ def test_whole_runs_end_well_or_are_refused(tmp_path):
                 warnings.simplefilter("ignore")  # of few samples
                 state = train(config, workdir)
         except MPDiTError as error:
-            if not str(error):
-                raise
+            if not str(error) or (workdir / "metrics.jsonl").exists():
+                raise  # says nothing, or too late: training had begun
             counts["refused"] += 1
             return
         assert int(state.step) == list_steps(workdir)[-1] == 2, changes

@@ -99,6 +99,17 @@ def forge_a_digest(folder):
     path.write_text(json.dumps(record))
 
 
+def rename_a_digests_key(folder):
+    """As a flipped bit does."""
+    path = folder / "integrity" / "metadata"
+    path.write_text(path.read_text().replace('"step"', '"stap"'))
+
+
+def empty_the_digests(folder):
+    path = folder / "integrity" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "items": 3}))
+
+
 def replace_by_an_older_one(folder):
     """Every array is sound; it is only not of this step."""
     shutil.rmtree(folder)
@@ -106,7 +117,8 @@ def replace_by_an_older_one(folder):
 
 
 DAMAGES = [
-    truncate, half_delete, empty, empty_files, lose_an_item, lose_the_digests, forge_a_digest, replace_by_an_older_one,
+    truncate, half_delete, empty, empty_files, lose_an_item, lose_the_digests, forge_a_digest,
+    rename_a_digests_key, empty_the_digests, replace_by_an_older_one,
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from mpdit_jax.errors import CheckpointError, InputError
 from mpdit_jax.files import take_lock
 from mpdit_jax.stored import list_steps
 from mpdit_jax.train import main
+from mpdit_jax.training.observe import Report
 from tests.faults.nursery import Nursery, wait_until
 from tests.tiny import assert_same_bits, saved_arrays, train_arguments
 
@@ -104,6 +105,25 @@ def test_workdir_deleted_during_the_run(nursery, tmp_path, replaced):
     assert child.wait() == 1
     assert f"{workdir} was deleted, moved or replaced while the run was writing to it" in only_sentence(child.text())
     assert [path.name for path in workdir.glob("*")] == (["notes.txt"] if replaced else [])
+
+
+@pytest.mark.parametrize("written", ["the grid", "an evaluation"])
+def test_what_takes_the_workdirs_place_gets_nothing_of_the_old_run(tmp_path, monkeypatch, written):
+    """Neither where nothing but pictures and evaluations is due."""
+    workdir = tmp_path / "run"
+
+    def replace(step):
+        if step == 2:
+            workdir.rename(tmp_path / "moved")
+            workdir.mkdir()
+
+    advance = Report.advance
+    monkeypatch.setattr(Report, "advance", lambda self, step: (advance(self, step), replace(step)))
+    more = ["--config.log.every=100", "--config.checkpoint.every=100"]
+    more += ["--config.sample.every=2"] if written == "the grid" else ["--config.eval.every=2"]
+    with pytest.raises(CheckpointError, match="was deleted, moved or replaced while the run was writing to it"):
+        main(train_arguments(workdir, *more))
+    assert not list(workdir.iterdir())
 
 
 def test_the_owner_of_a_lock_is_named(nursery, tmp_path):

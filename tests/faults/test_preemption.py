@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mpdit_jax.errors import InputError
 from mpdit_jax.interrupt import Terminated, ending_by_exception
 from mpdit_jax.stored import list_steps
+from mpdit_jax.train import main
 from tests.faults.nursery import Nursery, wait_until
-from tests.tiny import ROOT, assert_same_bits, environment, saved_arrays, start, train_arguments
+from tests.tiny import ROOT, assert_same_bits, environment, run, saved_arrays, start, train_arguments
 
 LONG = ["--config.steps=100000", "--config.checkpoint.every=100000", "--config.log.every=5"]
 
@@ -115,6 +117,43 @@ def test_saved_within_the_grace_period(nursery, tmp_path):
     assert time.monotonic() - since < 60
     (step,) = list_steps(workdir)
     assert f"stopped at step {step} of 100000, saved; continue with:" in child.text()
+
+
+def test_another_status_for_schedulers_to_whom_0_is_the_end(tmp_path):
+    """Kubernetes starts nothing again that ended with 0."""
+    process = start("train", train_arguments(tmp_path / "run", *LONG), extra={"MPDIT_JAX_STOPPED_STATUS": "75"})
+    for line in process.stdout:
+        if "\nstep 5/" in f"\n{line}":
+            break
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert "saved; continue with:" in stdout
+
+
+def test_a_status_that_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MPDIT_JAX_STOPPED_STATUS", "256")
+    with pytest.raises(InputError, match="MPDIT_JAX_STOPPED_STATUS=256: expected an exit status from 0 to 255"):
+        main(train_arguments(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_whoever_reads_the_output_goes_away(tmp_path):
+    """As a lost connection does: the run is saved, and nothing is said about it."""
+    workdir = tmp_path / "run"
+    process = start("train", train_arguments(workdir, *LONG))
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            break
+    process.stdout.close()
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    [step] = list_steps(workdir)
+    assert 5 < step < 100_000
+    status, stdout, _ = run("train", train_arguments(workdir, f"--config.steps={step + 1}"))
+    assert status == 0
+    assert f"continuing at step {step}" in stdout
 
 
 def test_a_grace_period_that_is_too_short(nursery, tmp_path):

@@ -52,6 +52,18 @@ def test_skips_in_a_row_count_though_later_steps_are_good(tmp_path, monkeypatch,
     assert list_steps(tmp_path / "refused") == [4]
 
 
+def test_a_grid_of_a_model_that_diverges_does_not_end_the_run(tmp_path, monkeypatch):
+    """It would end it at the same step after every restart."""
+
+    def diverged(**settings):
+        return lambda model, labels, key: jax.numpy.full((len(labels), 8, 8, 1), np.nan)
+
+    monkeypatch.setattr(loop, "make_sampler", diverged)
+    state = loop.train(tiny_config(tmp_path / "run", "--config.sample.every=2"), tmp_path / "run")
+    assert int(state.step) == 8
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 4
+
+
 def test_a_batch_that_was_not_placed_is_refused(tmp_path, monkeypatch):
     """jax.transfer_guard is on around the step: what is still on the host may not slip onto the devices."""
     monkeypatch.setattr(loop, "place_batch", lambda batch, *_: dict(batch))

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from mpdit_jax.errors import InputError
+from mpdit_jax.errors import CheckpointError, InputError
 from mpdit_jax.stored import list_steps
 from mpdit_jax.train import main
 from tests.tiny import assert_same_bits, environment, run, saved_arrays, start, train_arguments
@@ -128,6 +128,24 @@ def test_something_else_in_the_place_of_an_output(tmp_path, name, folder):
     with pytest.raises(InputError, match=f"cannot write .*{name}: a .* is in its place"):
         main(train_arguments(tmp_path / "run"))
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("text", ['{"_class_name": "AutoencoderKL"}', "mine", "[]"])
+def test_somebody_elses_config_is_not_overwritten(tmp_path, text):
+    """As that of a VAE's folder given as --workdir."""
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json is not of a run of this project.*use another --workdir"):
+        main(train_arguments(tmp_path))
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_a_folder_that_a_killed_conversion_left_is_cleared_or_left_alone(tmp_path):
+    for name in (".model.safetensors.k1ll3d_0.tmp", ".config.json.k1ll3d_0.tmp"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".samples.npz.k1ll3d_0.tmp").write_text("half, of a command that still runs")
+    assert main(train_arguments(tmp_path, "--config.steps=1")) == 0
+    left = {path.name for path in tmp_path.glob(".*.tmp")}
+    assert left == {".model.safetensors.k1ll3d_0.tmp", ".samples.npz.k1ll3d_0.tmp"}
 
 
 def test_another_model_is_refused_with_the_difference(undisturbed):
