@@ -72,7 +72,7 @@ def test_statistics_and_batches_of_another_size_are_refused_before_anything_is_d
         with pytest.raises(InputError, match="the samples are 8x8 pixels and the reference is 16x16"):
             evaluate.main([samples, features, f"--reference={stats}", "--metrics=fd", f"--out={tmp_path / 'o.json'}"])
     assert not (tmp_path / "o.json.unfinished").exists()
-    config = FrozenConfigDict({"eval": {"reference": str(stats), "metrics": "fd"}})
+    config = FrozenConfigDict({"eval": {"reference": str(stats), "metrics": "fd", "features": features[11:]}})
     with pytest.raises(InputError, match="the samples are 8x8 pixels and the reference is 16x16"):  # as while training
         Reference(config, tmp_path, load_digits(), None, ["fd"], lambda: False).check(extractor)
     # A foreign file says nothing of a size, but the images in it do.
