@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -167,6 +167,14 @@ def take_lock(path: Path) -> Lock | str:
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {now:%Y-%m-%d %H:%M:%S} UTC\n")
     file.flush()
     return Lock(path, file)
+
+
+def is_json_with(path: Path, names: Collection[str]) -> bool:
+    """Whether a file is a JSON object that has these fields, by which one of ours is told from somebody else's."""
+    try:
+        return set(json.loads(path.read_text())) >= set(names)
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def digest_of(content: Any) -> str:

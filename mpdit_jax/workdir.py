@@ -1,6 +1,5 @@
 """The claim of one run on its workdir: a lock, a config that fits, and a check that the folder is still the same."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +12,13 @@ from mpdit_jax.checkpoint import CONFIG, DAMAGED, load_config
 from mpdit_jax.config import differences, to_json
 from mpdit_jax.data.facts import FACTS_FILE
 from mpdit_jax.errors import CheckpointError, MPDiTError
-from mpdit_jax.files import Lock, check_place, check_writable, remove_leftovers, replacing, take_lock
+from mpdit_jax.files import Lock, check_place, check_writable, is_json_with, remove_leftovers, replacing, take_lock
 from mpdit_jax.processes import first_does
 from mpdit_jax.stored import CHECKPOINTS, list_steps, numbered_folders
 
 _LOCK = ".lock"
 _METRICS, _SAMPLES, _TENSORBOARD, _EVALUATION = "metrics.jsonl", "samples", "tensorboard", "evaluation"
+_OF_A_RUN = ("model", "optimizer", "data")  # fields of every version's config
 _FOLDERS = (CHECKPOINTS, DAMAGED, _SAMPLES, _TENSORBOARD)
 
 
@@ -110,7 +110,7 @@ def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
     """Rename what another run whose checkpoints are gone has left, rather than write over it."""
     metrics = workdir / _METRICS
     if not (metrics.exists() and metrics.stat().st_size):
-        if (workdir / CONFIG).exists() and not _is_of_a_run(workdir / CONFIG):
+        if (workdir / CONFIG).exists() and not is_json_with(workdir / CONFIG, _OF_A_RUN):
             raise CheckpointError(
                 f"{workdir / CONFIG} is not of a run of this project, and would be overwritten: use another --workdir."
             )
@@ -128,14 +128,6 @@ def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
         count += 1
     kept = [path.rename(_numbered(path, count)) for path in record]
     return f"{workdir} holds no checkpoint, but the record of another run, now in {', '.join(map(str, kept))}"
-
-
-def _is_of_a_run(path: Path) -> bool:
-    """Whether a file is the config of a run, also of one of another version."""
-    try:
-        return set(json.loads(path.read_text())) >= {"model", "optimizer", "data"}
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def _numbered(path: Path, count: int) -> Path:

@@ -14,6 +14,15 @@ from mpdit_jax.roll_call import roll_call
 from tests.tiny import free_port
 
 
+def connected(port):
+    """A connection to whoever is about to listen there."""
+    for _ in range(100):
+        with contextlib.suppress(OSError):
+            return socket.create_connection(("127.0.0.1", port))
+        time.sleep(0.05)
+    raise TimeoutError(port)
+
+
 def test_nobody_answers():
     with pytest.raises(ProcessError, match=r"process 0 at 127\.0\.0\.1:9 did not answer process 1 within 0\.5 s"):
         roll_call(Cluster("127.0.0.1:9", 2, 1), {}, 0.5)
@@ -28,11 +37,7 @@ def test_a_stranger_who_says_nothing_keeps_nobody_out(monkeypatch):
 
     first = threading.Thread(target=call, args=(0,))
     first.start()
-    for _ in range(100):
-        with contextlib.suppress(OSError):
-            stranger = socket.create_connection(("127.0.0.1", port + 1))
-            break
-        time.sleep(0.05)
+    stranger = connected(port + 1)
     second = threading.Thread(target=call, args=(1,))
     second.start()
     for thread in (first, second):
@@ -71,12 +76,7 @@ def test_whoever_is_not_expected_is_named(said, sentence):
 
     first = threading.Thread(target=call)
     first.start()
-    for _ in range(100):
-        with contextlib.suppress(OSError):
-            other = socket.create_connection(("127.0.0.1", port + 1))
-            break
-        time.sleep(0.01)
-    with other:
+    with connected(port + 1) as other:
         other.sendall(json.dumps(said).encode() + b"\n")
         first.join(15)
     [problem] = found

@@ -155,7 +155,6 @@ def make_step(
             (state.parameters, state.ema_parameters, state.optimizer_state),
         )
         guard = accept(state.guard, good, gradient_norm)
-        seen = (metrics, examples.t, per_example, guard["skipped_in_a_row"])
         return TrainState(
             step=state.step + 1,
             seed=state.seed,
@@ -163,7 +162,15 @@ def make_step(
             ema_parameters=kept[1],
             optimizer_state=kept[2],
             guard=guard,
-            window=add_step(state.window, state.step + 1, good, *seen),
+            window=add_step(
+                state.window,
+                state.step + 1,
+                good,
+                metrics,
+                examples.t,
+                per_example,
+                guard["skipped_in_a_row"],
+            ),
         )
 
     return step

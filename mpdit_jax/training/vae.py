@@ -17,7 +17,7 @@ from mpdit_jax import images
 from mpdit_jax.checkpoint import CONFIG, Checkpoints
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.errors import CheckpointError, DivergedError
-from mpdit_jax.files import check_writable, remove_leftovers, replacing, take_lock
+from mpdit_jax.files import check_writable, is_json_with, remove_leftovers, replacing, take_lock
 from mpdit_jax.interrupt import StopRequest
 from mpdit_jax.mesh import batch_sharding, check_batch, make_mesh, replicated
 from mpdit_jax.preparing.decoded import DecodedImages
@@ -132,19 +132,12 @@ def _claim(workdir: Path, config: FrozenConfigDict, *, started: bool) -> None:
     changed = path.exists() and _decisive(path) != _decisive_of(json.loads(text))
     if started and (changed or not path.exists()):
         raise CheckpointError(f"{workdir} holds a training of another config (see {path}): use another --workdir.")
-    if changed and ((workdir / METRICS_FILE).exists() or not _is_of_a_vae(path)):
+    if changed and ((workdir / METRICS_FILE).exists() or not is_json_with(path, ("kl_weight", "data"))):
         raise CheckpointError(
             f"{workdir} holds something else (see {path}), which would be overwritten: use another --workdir."
         )
     with replacing(path) as file:
         file.write(text.encode())
-
-
-def _is_of_a_vae(path: Path) -> bool:
-    try:
-        return set(json.loads(path.read_text())) >= {"kl_weight", "data"}
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def _decisive(path: Path) -> dict[str, Any] | None:

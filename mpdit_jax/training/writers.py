@@ -57,7 +57,6 @@ class MetricsFile:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line, on the disk before a checkpoint of the same step is."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
