@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mpdit_jax.cli import make_parser, parse_with_config, run
+from mpdit_jax.cli import make_parser, run
 from mpdit_jax.compiling.environment import prepare
+from mpdit_jax.config_arguments import parse_with_config
 from mpdit_jax.errors import ConfigError, InputError
 
 _EXAMPLES = """\

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpdit_jax.cli import make_parser, parse_with_config, run
+from mpdit_jax.cli import make_parser, run
+from mpdit_jax.config_arguments import parse_with_config
 
 _EXAMPLES = """\
   python -m mpdit_jax.convert --source=runs/digits --out=digits.safetensors

@@ -47,3 +47,11 @@ class ProcessError(MPDiTError, RuntimeError):
 
 class DamageWarning(UserWarning):
     """A checkpoint could not be used, or not be checked, and another or an unchecked one was."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says first, for a sentence of ours; its class where it says nothing."""
+    lines = [line for line in str(error.args[0] if error.args else "").splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -5,8 +5,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpdit_jax.cli import make_parser, parse_with_config, run, stopped_line
+from mpdit_jax.cli import make_parser, run, stopped_line
 from mpdit_jax.config import facts as config_facts
+from mpdit_jax.config_arguments import parse_with_config
 from mpdit_jax.errors import DivergedError, InputError
 from mpdit_jax.interrupt import stopped_status
 from mpdit_jax.processes import add_flags, join

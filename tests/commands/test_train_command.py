@@ -138,7 +138,8 @@ def test_a_diverged_run_ends_with_a_sentence(tmp_path):
 
 def parsed(*arguments):
     """The config a command line makes, as `train` reads it."""
-    from mpdit_jax.cli import make_parser, parse_with_config
+    from mpdit_jax.cli import make_parser
+    from mpdit_jax.config_arguments import parse_with_config
 
     return parse_with_config(make_parser("train", "", ""), [f"--config={ROOT / 'configs/digits.py'}", *arguments])[1]
 

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from mpdit_jax.cli import make_parser, parse_with_config
+from mpdit_jax.cli import make_parser
+from mpdit_jax.config_arguments import parse_with_config
 from mpdit_jax.errors import DivergedError
 from mpdit_jax.stored import list_steps
 from mpdit_jax.training import loop
