@@ -103,11 +103,13 @@ def make_evaluate_parser() -> Parser:
 def main(arguments: Sequence[str]) -> int:
     """Evaluate as the arguments say; exit status."""
     options = make_evaluate_parser().parse_args(arguments)
-    _check_nothing_is_lost(options)
+    _check_files(options)
     if options.save_inception:
         from mpdit_jax.evaluation.inception_weights import convert_inception, locate_inception
 
-        convert_inception(locate_inception(options.inception), options.save_inception)
+        source = locate_inception(options.inception)
+        _check_other("save_inception", options.save_inception, "inception", str(source))
+        convert_inception(source, options.save_inception)
         print(f"Inception's weights in {options.save_inception}")
         return 0
     _check(options)
@@ -125,7 +127,7 @@ def main(arguments: Sequence[str]) -> int:
 
     if options.workdir:
         load_config(options.workdir)  # before any weights: there may be no run
-    features = command.choose_features(options.features, options.metrics, options.inception)
+    features = command.choose_features(options.features, options.metrics, options.inception, options.reference)
     wanted = options.reference or options.workdir or options.metrics
     metrics = choose_metrics(options.metrics, features) if wanted else ()
     out = _place(options)
@@ -140,10 +142,11 @@ def main(arguments: Sequence[str]) -> int:
     written = [out, *([Path(options.save_stats)] if options.save_stats else [])]
     with claimed(scratch, written):
         if options.workdir:
-            from mpdit_jax.evaluation.runs import evaluate_run
+            from mpdit_jax.evaluation.runs import evaluate_run, prepare_run
 
-            reference = command.reference_of(options, extractor, metrics, scratch)
-            results = evaluate_run(options, extractor, metrics, reference, scratch)
+            drawing = prepare_run(options, extractor, metrics)
+            reference = command.reference_of(options, extractor, metrics, scratch, {"shape": drawing.shape})
+            results = evaluate_run(options, drawing, extractor, metrics, reference, scratch)
         else:
             statistics, result = command.evaluate_set(options, extractor, metrics, scratch)
             results = [] if result is None else [result]
@@ -173,20 +176,24 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("batch_size", "k", "splits"):
         if vars(options)[name] < 1:
             raise InputError(f"--{name}={vars(options)[name]}: expected 1 or more.")
-    for name, ending in (("out", ".json"), ("save_stats", ".npz")):
-        if vars(options)[name] and not vars(options)[name].endswith(ending):
-            raise InputError(f"--{name}={vars(options)[name]}: expected a name that ends in {ending}.")
     check_seed(options.seed, "--seed")
     if options.image_size:
         check_image_size(options.image_size, "--image_size")
 
 
-def _check_nothing_is_lost(options: argparse.Namespace) -> None:
-    for written in ("out", "save_stats", "save_inception"):
+def _check_files(options: argparse.Namespace) -> None:
+    for written, ending in (("out", ".json"), ("save_stats", ".npz"), ("save_inception", ".safetensors")):
+        to = vars(options)[written]
+        if to and not to.endswith(ending):
+            raise InputError(f"--{written}={to}: expected a name that ends in {ending}.")
         for read in ("samples", "reference", "inception"):
-            to, of = vars(options)[written], vars(options)[read]
-            if to and of and Path(to).resolve() == Path(of).resolve():
-                raise InputError(f"--{written}={to} is what --{read} reads: give another name, or it would be lost.")
+            _check_other(written, to, read, vars(options)[read])
+
+
+def _check_other(written: str, to: str, read: str, of: str) -> None:
+    """Raise InputError if what is written would replace what is read."""
+    if to and of and Path(to).resolve() == Path(of).resolve():
+        raise InputError(f"--{written}={to} is what --{read} reads: give another name, or it would be lost.")
 
 
 def _place(options: argparse.Namespace) -> Path:

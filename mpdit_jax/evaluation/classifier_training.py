@@ -47,10 +47,7 @@ def train_classifier(
         InputError: fewer than 20 images, or one class only.
         DivergedError: the loss is not finite.
     """
-    if len(labels) < 2 * _HELD_OUT or num_classes < 2:
-        raise InputError(
-            f"{len(labels)} images of {num_classes} class(es): a classifier needs 20 or more, of 2 or more."
-        )
+    check_trainable(len(labels), num_classes)
     if steps < 1 or batch_size < 1:
         raise InputError(f"steps={steps}, batch_size={batch_size}: expected 1 or more of each.")
     random = np.random.default_rng(seed)
@@ -88,6 +85,12 @@ def train_classifier(
     parts = [held_out[start : start + 500] for start in range(0, len(held_out), 500)]
     right = sum(int((np.asarray(classify(trained, read(part))) == labels[part]).sum()) for part in parts)
     return trained, right / len(held_out)
+
+
+def check_trainable(count: int, num_classes: int) -> None:
+    """Raise InputError unless a classifier can be trained on so many images of so many classes."""
+    if count < 2 * _HELD_OUT or num_classes < 2:
+        raise InputError(f"{count} images of {num_classes} class(es): a classifier needs 20 or more, of 2 or more.")
 
 
 def _shifted(x: np.ndarray, random: np.random.Generator) -> np.ndarray:

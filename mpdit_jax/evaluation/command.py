@@ -29,6 +29,8 @@ from mpdit_jax.evaluation.statistics import (
     check_same_size,
     holds_statistics,
     load_statistics,
+    nothing_seen,
+    statistics_of,
 )
 from mpdit_jax.evaluation.subsets import SomeImages, limited
 from mpdit_jax.files import expand
@@ -36,18 +38,20 @@ from mpdit_jax.files import expand
 _OF_INCEPTION = {*ALIASES, "sfd", "is"}  # metrics that the packaged network does not have
 
 
-def choose_features(features: str, metrics: str, inception: str) -> str:
+def choose_features(features: str, metrics: str, inception: str, reference: str) -> str:
     """The extractor to use where none is named: Inception if its weights are found, else the packaged network.
 
     Raises:
-        WeightsError: Inception's weights are needed, for a metric that only it has, or named and missing.
+        WeightsError: Inception's weights are needed, for a metric that only it has or a reference that is of it, or
+            named and missing.
     """
     if features:
         return features
     try:
         locate_inception(inception)
     except WeightsError:
-        if inception or os.environ.get(VARIABLE) or _OF_INCEPTION & set(metric_names(metrics)):
+        named = inception or os.environ.get(VARIABLE)
+        if named or _OF_INCEPTION & set(metric_names(metrics)) or _statistics_of(reference) == "inception":
             raise
         return "efficientnet_lite0"
     return "inception"
@@ -105,10 +109,10 @@ def reference_of(
         InputError, DataError: see `open_set` and `load_statistics`; a reference that these metrics cannot use.
     """
     if set(metrics) == {"is"}:
-        return Statistics(extractor.name, extractor.fingerprint, 0, {}, None, None, {})
+        return nothing_seen(extractor)
     real, verb = [name for name in metrics if name != "is"], "looking at the reference:"
     single = OF_SINGLE_IMAGES & set(metrics)
-    if not (options.reference and _is_statistics(options.reference)):
+    if not _is_statistics(options.reference, extractor.name):
         images = reference_images(options, extractor.channels)
         check_same_size(images.about, samples or {})
         check_count(len(images), real, options.k, "in the reference")
@@ -166,9 +170,14 @@ def evaluate_set(
     return statistics, make_result(name, reference, statistics, metrics, options, extractor, {})
 
 
-def _is_statistics(place: str) -> bool:
+def _is_statistics(place: str, extractor: str) -> bool:
     path = expand(place)
-    return path.is_file() and holds_statistics(path)
+    return path.is_file() and holds_statistics(path, extractor)
+
+
+def _statistics_of(place: str) -> str | None:
+    path = expand(place)
+    return statistics_of(path) if path.is_file() else None
 
 
 def _find(options: argparse.Namespace) -> FindDecode:

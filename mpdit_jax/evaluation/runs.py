@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import dataclasses
 import glob
 import json
 from collections.abc import Callable, Sequence
@@ -15,11 +16,11 @@ import numpy as np
 from mpdit_jax.checkpoint import load_together
 from mpdit_jax.data.facts import read_facts
 from mpdit_jax.errors import InputError
-from mpdit_jax.evaluation.extractors import Extractor
+from mpdit_jax.evaluation.extractors import Extractor, check_images
 from mpdit_jax.evaluation.looking import kept, look, needed
 from mpdit_jax.evaluation.report import Result, make_result, write_json
 from mpdit_jax.evaluation.sets import count_labels
-from mpdit_jax.evaluation.statistics import Statistics, check_count, check_same_size
+from mpdit_jax.evaluation.statistics import Statistics, check_count
 from mpdit_jax.files import digest_of, remove_leftovers
 from mpdit_jax.flow.adaptive import METHODS
 from mpdit_jax.processes import any_process, first_does
@@ -30,19 +31,25 @@ from mpdit_jax.sampling.options import check_heeded, sampler_from
 from mpdit_jax.sampling.run import Decode, draw_blocks
 
 
-def evaluate_run(
-    options: argparse.Namespace, extractor: Extractor, metrics: Sequence[str], reference: Statistics, scratch: Path
-) -> list[Result]:
-    """Draw, decode and compare for every combination of solver, steps and guidance scale: a row each.
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """What is drawn from a run, checked and ready."""
 
-    A row that is finished is kept in a file beside `scratch`, and read from there when the command is repeated, by
-    process 0 alone.
+    requests: list[Request]  # one for every combination of solver, steps and guidance scale
+    model: Any
+    labels: np.ndarray  # int (n,), of each sample
+    decode: Decode | None
+    shape: tuple[int, int, int]  # (H, W, C) of each
+
+
+def prepare_run(options: argparse.Namespace, extractor: Extractor, metrics: Sequence[str]) -> Drawing:
+    """Load a run and check all that is asked of it: before hours of looking at a reference.
 
     Raises:
-        CheckpointError, InputError, ConfigError: no such run or checkpoint, impossible settings, or a damaged file.
+        CheckpointError, InputError, ConfigError: no such run or checkpoint, impossible settings, or images that the
+            extractor cannot look at.
     """
-    workdir = Path(options.workdir)
-    options.step, model = load_together(workdir, options.step, ema=not options.no_ema)
+    options.step, model = load_together(Path(options.workdir), options.step, ema=not options.no_ema)
     decode = make_decode(options.workdir, options.vae, options.vae_dtype, options.vae_tile)
     guide = load_together(options.guide)[1] if options.guide else None
     labels = parse_labels(options.labels, options.num_samples, model.num_classes, options.seed)
@@ -52,7 +59,32 @@ def evaluate_run(
     check_heeded(options)
     check_count(len(labels), metrics, options.k, "samples")
     shape = _shape((min(options.batch_size, len(labels)), *model.input_shape), decode)
-    check_same_size(reference.about, {"shape": shape})
+    check_images(np.zeros((1, *shape), np.uint8))
+    if extractor.image_shape not in (None, shape):
+        raise InputError(
+            f"the run draws images {shape} and this classifier was trained on {extractor.image_shape} (height, width, "
+            "channels): train one on images of that size."
+        )
+    return Drawing(requests, model, labels, decode, shape)
+
+
+def evaluate_run(
+    options: argparse.Namespace,
+    drawing: Drawing,
+    extractor: Extractor,
+    metrics: Sequence[str],
+    reference: Statistics,
+    scratch: Path,
+) -> list[Result]:
+    """Draw, decode and compare for every combination of solver, steps and guidance scale: a row each.
+
+    A row that is finished is kept in a file beside `scratch`, and read from there when the command is repeated, by
+    process 0 alone.
+
+    Raises:
+        InputError: the model gives NaN or Inf, or a damaged file.
+    """
+    workdir, model, labels = Path(options.workdir), drawing.model, drawing.labels
     facts = read_facts(workdir)
     more = {
         "checkpoint": options.step,
@@ -64,7 +96,7 @@ def evaluate_run(
     }
     say: Callable[[str], None] = print if jax.process_index() == 0 else lambda text: None
     results = []
-    for request in requests:
+    for request in drawing.requests:
         settings = run_settings(request)
         drawn = settings | more
         name = _name(options.step, request.options)
@@ -87,10 +119,10 @@ def evaluate_run(
                 options.seed,
                 folder,
                 options.batch_size,
-                decode=decode,
+                decode=drawing.decode,
                 **request.call(),
             )
-            about = {"path": str(workdir), "shape": list(shape), **drawn}
+            about = {"path": str(workdir), "shape": list(drawing.shape), **drawn}
             samples = DrawnImages(folder, options.batch_size, len(labels), about)
             statistics = look(extractor, samples, needed(metrics), kept(metrics), scratch, "looking at samples:")
             result = make_result(name, reference, statistics, metrics, options, extractor, drawn)

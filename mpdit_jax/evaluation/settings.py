@@ -58,6 +58,11 @@ def check_eval(config: Any) -> None:
         metrics = choose_metrics(config.metrics, config.features)
     except InputError as error:
         raise ConfigError(f"config.eval.{error}") from error
+    if "sfd" in metrics and config.features != "inception":
+        raise ConfigError(
+            f"config.eval.metrics={config.metrics}: sfd is of the spatial features that Inception has, and "
+            f"config.eval.features={config.features} has none; leave sfd out."
+        )
     if config.num_samples < fewest_images(metrics):
         raise ConfigError(
             f"config.eval.num_samples={config.num_samples}: expected {fewest_images(metrics)} or more for "

@@ -134,12 +134,31 @@ def save_statistics(path: str | Path, statistics: Statistics, *, features: bool 
         np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the names for allow_pickle
 
 
-def holds_statistics(path: Path) -> bool:
-    """Whether a file is an .npz with a mean and a covariance."""
+def nothing_seen(extractor: Extractor) -> Statistics:
+    """What the Inception Score compares with."""
+    return Statistics(extractor.name, extractor.fingerprint, 0, {}, None, None, {})
+
+
+def holds_statistics(path: Path, extractor: str) -> bool:
+    """Whether a file is an .npz with a mean and a covariance that an extractor of that name is to use.
+
+    Those of another extractor, which `load_statistics` refuses, count unless there are images beside them: an ADM
+    reference batch is a set of images to every network but Inception.
+    """
+    found = statistics_of(path)
+    return found is not None and (found == extractor or "arr_0" not in npz_names(path))
+
+
+def statistics_of(path: Path) -> str | None:
+    """The extractor that the statistics in an .npz are of, Inception where it does not say; None if there are none."""
     try:
-        return {"mu", "sigma"} <= npz_names(path)
+        names = npz_names(path)
+        if not {"mu", "sigma"} <= names:
+            return None
+        about = json.loads(str(read_npz(path, [_ABOUT])[0])) if _ABOUT in names else {}
     except ValueError:
-        return False
+        return None
+    return str(about.get("extractor", "inception")) if isinstance(about, dict) else "inception"
 
 
 def load_statistics(path: str | Path, extractor: Extractor) -> Statistics:

@@ -16,15 +16,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import FrozenConfigDict
 
+from mpdit_jax.config import what_is_read
 from mpdit_jax.data.sources import Source
-from mpdit_jax.errors import ConfigError
+from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.evaluation.bias import perfect_distance
 from mpdit_jax.evaluation.classifier import load_classifier, save_classifier
-from mpdit_jax.evaluation.classifier_training import train_classifier
+from mpdit_jax.evaluation.classifier_training import check_trainable, train_classifier
 from mpdit_jax.evaluation.extractors import Extractor, build_classifier, make_extractor, metric_label
-from mpdit_jax.evaluation.looking import kept
 from mpdit_jax.evaluation.settings import choose_metrics, fewest_images
 from mpdit_jax.evaluation.statistics import MOMENTS, Statistics, check_metrics, compare
+from mpdit_jax.files import digest_of
 from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import Sampler, make_sampler
 from mpdit_jax.mesh import batch_sharding, make_mesh
@@ -83,6 +84,11 @@ class Evaluator:
                 )
             if config.eval.features == "classifier":
                 raise ConfigError("config.eval.features='classifier' is of images: give classifier:FILE, or another.")
+        if config.eval.every and config.eval.features == "classifier":
+            try:
+                check_trainable(len(source.labels), len(source.class_names))
+            except InputError as error:
+                raise ConfigError(f"config.eval.features='classifier': {error}") from error
         self._reference = Reference(config, self._folder, source, decode, self._metrics, stopped)
         if config.eval.every and config.eval.features != "classifier":
             self._extractor = self._make_extractor()
@@ -144,7 +150,7 @@ class Evaluator:
         width = -(-settings.batch_size // mesh.size) * mesh.size
         with jax.set_mesh(mesh):
             key = seed_key(self._config.seed)
-        seen = Shares(extractor, kept(self._metrics))
+        seen = Shares(extractor, self._metrics)
         for rows in shares(len(labels), width, "drawing samples to evaluate:", "images", self._stopped):
             if rows is None:
                 return None
@@ -184,18 +190,26 @@ class Evaluator:
                 )
 
     def _tell_bias(self, real: Statistics) -> None:
-        """By how much, once there is something to compare with."""
+        """By how much, once there is something to compare with; and of a reference that is itself too small."""
         for name, output in MOMENTS.items():
-            count = self._config.eval.num_samples
-            if name in self._metrics and count < len(real.gaussian(output).mean) and jax.process_index() == 0:
-                value = perfect_distance(real, count, output)
+            if name not in self._metrics or jax.process_index() > 0:
+                continue
+            count, features = self._config.eval.num_samples, len(real.gaussian(output).mean)
+            label = metric_label(name, real.extractor)
+            if 0 < real.count < features:
                 print(
-                    f"a perfect model would have {metric_label(name, real.extractor)} {value:.3g} with {count} samples"
+                    f"the {real.count} real images are fewer than the {features} features of {real.extractor}: {label} "
+                    "comes out too high; give more of them by config.eval.reference."
                 )
+            if count < features:
+                value = perfect_distance(real, count, output)
+                print(f"a perfect model would have {label} {value:.3g} with {count} samples")
 
     def _make_extractor(self) -> Extractor:
         settings = self._config.eval
-        path, size = self._folder / "classifier.safetensors", settings.batch_size
+        # Named after what it is trained by, so that other settings train another.
+        decides = [what_is_read(self._config.data), settings.classifier_steps, self._config.seed]
+        path, size = self._folder / f"classifier_{digest_of(decides)}.safetensors", settings.batch_size
         if settings.features == "classifier":
             first_does(partial(self._train_classifier, path))
         with jax.set_mesh(self._mesh):

@@ -14,7 +14,7 @@ from mpdit_jax.data.sources import Source
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.evaluation.decoding import find_decode
 from mpdit_jax.evaluation.extractors import Extractor
-from mpdit_jax.evaluation.looking import kept
+from mpdit_jax.evaluation.looking import kept, needed
 from mpdit_jax.evaluation.sets import ImageBlocks, SourceImages, open_npz, open_set
 from mpdit_jax.evaluation.settings import MOST_REAL, fewest_images
 from mpdit_jax.evaluation.statistics import (
@@ -24,6 +24,7 @@ from mpdit_jax.evaluation.statistics import (
     check_same_size,
     holds_statistics,
     load_statistics,
+    nothing_seen,
     save_statistics,
 )
 from mpdit_jax.evaluation.subsets import limited
@@ -58,11 +59,12 @@ class Reference:
         self._config, self._folder = config, folder
         place = config.eval.reference
         self._place = place if not place or place.startswith("data:") else str(expand(place))
-        self._is_statistics = bool(place) and holds_statistics(Path(self._place))
+        extractor = config.eval.features.partition(":")[0]
+        self._is_statistics = bool(place) and holds_statistics(Path(self._place), extractor)
         self._own, self._stopped = _Decoded(source, decode), stopped
         self._real = [name for name in metrics if name != "is"]  # what compares with them
         self._keep = kept(self._real)
-        self._fewest = fewest_images(metrics)
+        self._fewest = fewest_images(self._real)
 
     def check(self, extractor: Extractor | None) -> None:
         """Find out before hours of training what cannot be compared with.
@@ -75,32 +77,47 @@ class Reference:
             another run.
             InputError, DataError: a reference that cannot be read, or is of another extractor.
         """
-        place, shape, classifier = self._place, self._own.shape, self._config.eval.features == "classifier"
+        shape, features = self._own.shape, self._config.eval.features
+        if shape[2] not in (1, 3):
+            raise ConfigError(
+                f"config.eval.every={self._config.eval.every}: this run draws images of {shape[2]} channels, and "
+                f"{features} looks at those of 1 or 3; set config.eval.every=0."
+            )
+        if extractor is not None and extractor.image_shape not in (None, shape):
+            raise ConfigError(
+                f"config.eval.features={features} was trained on images {extractor.image_shape} "
+                f"(height, width, channels) and this run draws {shape}: train one on images of that size."
+            )
+        if self._real:
+            self._check_real(extractor, shape)
+
+    def _check_real(self, extractor: Extractor | None, shape: tuple[int, int, int]) -> None:
+        place, classifier = self._place, self._config.eval.features == "classifier"
+        name = f"config.eval.reference={place}"
         if not place:
             self._check_count(len(self._own), "the run's data")
         elif self._is_statistics and classifier:
             raise ConfigError(
-                f"config.eval.reference={place} holds statistics, and config.eval.features='classifier' is trained by "
+                f"{name} holds statistics, and config.eval.features='classifier' is trained by "
                 "this run alone: give images, or the classifier:FILE that they are of."
             )
         elif self._is_statistics:
             if extractor is not None:
-                check_same_size(self._load(extractor).about, {"shape": shape})
+                stored = self._load(extractor)
+                check_same_size(stored.about, {"shape": shape})
+                if self._keep:
+                    alone = stored.features is None
+                    self._check_count(len(open_npz(Path(place)) if alone else stored.single("them")), name)
         else:
             images = self._open(shape[2] if extractor is None else extractor.channels)
-            self._check_count(len(images), f"config.eval.reference={place}")
+            self._check_count(len(images), name)
             whole = classifier or (extractor is not None and extractor.image_shape is not None)
             compared = slice(3 if whole else 2)
             if images.shape[compared] != shape[compared]:
                 raise ConfigError(
-                    f"config.eval.reference={place} has images of {images.shape[compared]} (height, width"
+                    f"{name} has images of {images.shape[compared]} (height, width"
                     f"{', channels' * whole}) and this run draws {shape[compared]}: expected the same size."
                 )
-        if extractor is not None and extractor.image_shape not in (None, shape):
-            raise ConfigError(
-                f"config.eval.features={self._config.eval.features} was trained on images {extractor.image_shape} "
-                f"(height, width, channels) and this run draws {shape}: train one on images of that size."
-            )
 
     def statistics(self, extractor: Extractor, mesh: jax.sharding.Mesh) -> Statistics | None:
         """Of the reference under an extractor, on every process; None if one of them was asked to stop meanwhile.
@@ -112,6 +129,8 @@ class Reference:
         Raises:
             InputError, DataError: a reference that cannot be read.
         """
+        if not self._real:
+            return nothing_seen(extractor)
         if self._is_statistics:
             stored = self._load(extractor)
             if not self._images_are_in_it(stored):
@@ -124,14 +143,16 @@ class Reference:
 
     def _look(self, extractor: Extractor, mesh: jax.sharding.Mesh, images: ImageBlocks) -> Statistics | None:
         # Named after everything that decides what is seen: of another classifier or data set there is another file.
-        decides = [extractor.fingerprint, images.about, bool(self._keep)]
+        decides = [extractor.fingerprint, images.about, needed(self._real), bool(self._keep)]
         path = self._folder / f"real_{digest_of(decides)}.npz"
         earlier = _read(path, extractor)
         # Decided together, before the first process can write what the others look for.
         if not any_process(earlier is None) and earlier is not None:
             return earlier
-        seen = Shares(extractor, self._keep)
-        for rows in shares(len(images), extractor.batch_size, "looking at real images:", "images", self._stopped):
+        seen = Shares(extractor, self._real)
+        # The extractor may split these again: to merge the moments of every few images would take as long as to look.
+        width = max(extractor.batch_size, self._config.eval.batch_size)
+        for rows in shares(len(images), width, "looking at real images:", "images", self._stopped):
             if rows is None:
                 return None
             if len(rows):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from mpdit_jax.evaluation.extractors import Extractor
+from mpdit_jax.evaluation.looking import kept, needed
 from mpdit_jax.evaluation.moments import Moments, gather_rows, merge_processes
 from mpdit_jax.evaluation.statistics import Statistics, from_moments
 from mpdit_jax.processes import any_process
@@ -31,16 +32,17 @@ def shares(total: int, width: int, verb: str, unit: str, stopped: Callable[[], b
 class Shares:
     """What this process has seen of a set, until all of it is put together."""
 
-    def __init__(self, extractor: Extractor, keep: Sequence[str]) -> None:
+    def __init__(self, extractor: Extractor, metrics: Sequence[str]) -> None:
         """Nothing has been seen yet.
 
         Args:
             extractor: what looks at images.
-            keep: which of its outputs to keep of every single image, see `looking.kept`.
+            metrics: what they are for.
         """
         self._extractor = extractor
-        self._moments = {
-            name: Moments.empty(extractor.outputs[name]) for name in ("pool", "spatial") if name in extractor.outputs
+        outputs, keep = needed(metrics), kept(metrics)
+        self._moments: dict[str, Moments] = {
+            name: Moments.empty(extractor.outputs[name]) for name in ("pool", "spatial") if name in outputs
         }
         self._kept: dict[str, list[np.ndarray]] = {
             name: [np.zeros((0, extractor.outputs[name]), np.float32)] for name in keep

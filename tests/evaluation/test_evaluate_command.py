@@ -12,6 +12,7 @@ from mpdit_jax import evaluate
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation import command, extraction, inception_weights
 from mpdit_jax.evaluation.bias import perfect_distance, warn_of_bias
+from mpdit_jax.evaluation.classifier import ClassifierConfig, initialize, save_classifier
 from mpdit_jax.evaluation.extraction import FeatureFolder, extract
 from mpdit_jax.evaluation.report import make_result
 from mpdit_jax.evaluation.scratch import claimed
@@ -154,6 +155,48 @@ def test_saved_features_that_are_none(tmp_path, tiny_inception, features, senten
         load_statistics(tmp_path / "stats.npz", tiny_inception)
 
 
+def test_an_adm_batch_is_a_set_of_images_to_another_network(
+    files, tmp_path, extractor, classifier_file, digits, monkeypatch, capsys
+):
+    """Its moments are Inception's; without weights the sentence says what to download."""
+    batch, images = tmp_path / "VIRTUAL_digits.npz", digits[0][:300]
+    np.savez(batch, arr_0=images, mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
+    options = evaluate.make_evaluate_parser().parse_args([f"--reference={batch}"])
+    reference = command.reference_of(options, extractor, ("fd", "precision"), tmp_path / "scratch")
+    expected = collect(extractor, [extractor(images)], {})
+    np.testing.assert_allclose(reference.gaussian("pool").mean, expected.gaussian("pool").mean, rtol=1e-5)
+    np.testing.assert_array_equal(reference.features, expected.features)
+    monkeypatch.setattr(inception_weights, "CACHE", tmp_path / "nothing")
+    monkeypatch.delenv("MPDIT_JAX_INCEPTION", raising=False)
+    said = last_line([f"--samples={files / 'samples.npz'}", f"--reference={batch}"], monkeypatch, capsys)
+    assert "download pt_inception-2015-12-05-6726825d.pth" in said
+
+
+def test_a_run_is_checked_before_its_reference_is_looked_at(tmp_path, classifier_file, monkeypatch, capsys):
+    workdir = make_workdir(tmp_path / "run")
+    other = ClassifierConfig(16, 16, 1, num_classes=10, base_channels=4, features=8)
+    save_classifier(tmp_path / "other.safetensors", initialize(other, seed=0))
+
+    def look(*arguments):
+        raise AssertionError("something was looked at in vain")
+
+    monkeypatch.setattr(command, "look", look)
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((9, 16, 16, 1), np.uint8))
+    for arguments, sentence in (
+        (["--solver=eulr"], "eulr"),
+        (["--steps=0"], "steps=0"),
+        (["--labels=5000"], "5000"),
+        (["--guidance_scale=-1"], "guidance_scale=-1"),
+        (["--step=77"], "77"),
+        (["--guide=nowhere"], "nowhere"),
+        ([f"--reference={tmp_path / 'large.npz'}"], "the samples are 8x8 pixels and the reference is 16x16"),
+        ([f"--features=classifier:{tmp_path / 'other.safetensors'}"], "was trained on (16, 16, 1)"),
+    ):
+        given = [f"--workdir={workdir}", "--reference=data:digits", f"--features=classifier:{classifier_file}"]
+        said = last_line([*given, "--num_samples=20", *arguments], monkeypatch, capsys)
+        assert sentence in said, (arguments, said)
+
+
 def test_a_metric_that_is_no_number_is_refused(tmp_path, tiny_inception, digits):
     """Not written as NaN, which is no JSON."""
     seen = collect(tiny_inception, [tiny_inception(digits[0][:100])], {})
@@ -284,7 +327,8 @@ def test_bad_arguments_are_one_sentence(files, classifier_file, tmp_path, monkey
         ([samples, features, "--metrics=fd", f"--save_stats={tmp_path / 's.npz'}"], "--reference is missing"),
         ([samples, features, f"--save_stats={tmp_path / 'text.npz' / 's.npz'}"], "cannot write"),
         ([samples, features, f"--save_stats={samples.partition('=')[2]}"], "is what --samples reads: give another"),
-        (["--inception=w.pth", "--save_inception=./w.pth"], "is what --inception reads: give another name"),
+        (["--inception=w.safetensors", "--save_inception=./w.safetensors"], "is what --inception reads: give another"),
+        (["--inception=w.pth", "--save_inception=w.npz"], "expected a name that ends in .safetensors"),
         ([samples, reference, features, "--save_features"], "--save_features goes with --save_stats"),
         ([samples, reference, features, "--preprocessing=pytorch_fid"], "--preprocessing=pytorch_fid is of the Inc"),
         ([samples, reference, features, "--inception=none.pth"], "--inception=none.pth is of the Inception network"),

@@ -44,7 +44,7 @@ def test_statistics(tmp_path, extractor, images):
     save_statistics(path, collect(extractor, [extractor(images.images)], {}), features=True)
 
     def read(path):
-        holds_statistics(path)
+        holds_statistics(path, extractor.name)
         return load_statistics(path, extractor)
 
     survives(path, path.read_bytes(), read, InputError, count=FEW)
