@@ -33,8 +33,8 @@ fi
 logs=$(mktemp -d)
 processes=()
 forward() { kill "-$1" "${processes[@]}" 2>/dev/null || true; }
-trap 'forward TERM' TERM
-trap 'forward INT' INT
+# Not SIGINT for SIGINT: bash has what it starts in the background ignore that, and the processes respect it.
+trap 'forward TERM' TERM INT
 trap 'rm -rf "$logs"' EXIT
 
 for ((index = 0; index < count; index++)); do
@@ -59,7 +59,7 @@ while [ ${#running[@]} -gt 0 ] && [ "$status" -eq 0 ]; do
     fi
   done
   running=(${left[@]+"${left[@]}"})
-  [ ${#running[@]} -eq 0 ] || sleep 0.2
+  [ ${#running[@]} -eq 0 ] || sleep 0.2 || true # which Ctrl-C ends as well
 done
 if [ "$status" -ne 0 ]; then
   sleep 2 # the others may be about to say the same

@@ -8,10 +8,8 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import placeholder
 
-from mpdit_jax import __version__
 from mpdit_jax.config_checks import check_fields, check_values, expect, leaves
 from mpdit_jax.errors import ConfigError
-from mpdit_jax.files import code_fingerprint
 from mpdit_jax.model.config import ModelConfig, without_idle
 from mpdit_jax.model.presets import PRESETS, model_config
 
@@ -130,9 +128,8 @@ def defaults() -> dict[str, Any]:
 
 
 def facts(config: ConfigDict) -> dict[str, str]:
-    """What all processes of a run must have in common: every field but where the data are, and the version."""
-    fields = {f"config.{path}": str(value) for path, value in leaves(config.to_dict()) if path != "data.path"}
-    return fields | {"version": __version__, "code": code_fingerprint()}
+    """What all processes of a run must have alike: every field but where the data are; `processes.join` adds more."""
+    return {f"config.{path}": str(value) for path, value in leaves(config.to_dict()) if path != "data.path"}
 
 
 def resolve(config: ConfigDict) -> FrozenConfigDict:

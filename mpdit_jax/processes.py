@@ -14,14 +14,19 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mpdit_jax import __version__
 from mpdit_jax.clusters import Cluster, find_cluster, find_pod, on_cloud_tpu
 from mpdit_jax.errors import ConfigError, MPDiTError, ProcessError
+from mpdit_jax.files import code_fingerprint
 from mpdit_jax.peers import start_watch
 from mpdit_jax.roll_call import Facts, roll_call, tell_apart
 from mpdit_jax.waiting import wait_for_all
 
 _SENTENCE_LIMIT = 4096  # bytes
 T = TypeVar("T")
+
+
+_LONGEST = 10**6  # seconds to wait for others
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,14 +45,14 @@ def join(options: argparse.Namespace, facts: Facts) -> None:
 
     Args:
         options: parsed flags, see `add_flags`.
-        facts: what every process must have in common with process 0.
+        facts: what every process must have in common with process 0, beside the version of this package.
 
     Raises:
         ConfigError: flags or variables that describe no cluster.
         ProcessError: a process is missing, or has other facts; the message names it.
     """
-    if options.join_timeout <= 0:
-        raise ConfigError(f"join_timeout={options.join_timeout}: expected a positive number of seconds.")
+    if not 0 < options.join_timeout <= _LONGEST:
+        raise ConfigError(f"join_timeout={options.join_timeout}: expected seconds, more than 0 and at most {_LONGEST}.")
     given = (options.coordinator_address, options.num_processes, options.process_id)
     if any(value not in ("", None) for value in given):
         if any(value in ("", None) for value in given):
@@ -61,6 +66,7 @@ def join(options: argparse.Namespace, facts: Facts) -> None:
         cluster = find_pod(os.environ)
     if cluster is None or cluster.count == 1:
         return
+    facts = {**facts, "version": __version__, "code": code_fingerprint()}
     start_watch(cluster.index, cluster.count, roll_call(cluster, facts, options.join_timeout))
     jax.distributed.initialize(
         cluster.coordinator,

@@ -7,7 +7,9 @@ import time
 import numpy as np
 import pytest
 
+import mpdit_jax
 from mpdit_jax.errors import ConfigError, ProcessError
+from mpdit_jax.files import code_fingerprint
 from mpdit_jax.processes import add_flags, compare_facts, join
 from tests.tiny import start_joined
 
@@ -17,6 +19,9 @@ from tests.tiny import start_joined
     (["--coordinator_address=host", "--num_processes=2", "--process_id=0"], "expected host:port"),
     (["--coordinator_address=h:1", "--num_processes=2", "--process_id=2"], "process_id=2: expected 0 to 1"),
     (["--join_timeout=0"], "join_timeout=0.0"),
+    (["--join_timeout=inf"], "join_timeout=inf"),
+    (["--join_timeout=nan"], "join_timeout=nan"),
+    (["--join_timeout=1e10"], "join_timeout=10000000000.0"),
 ])  # fmt: skip
 def test_impossible_flags(arguments, sentence):
     parser = argparse.ArgumentParser()
@@ -31,13 +36,15 @@ def test_under_slurm_a_process_drives_all_gpus_of_its_node(monkeypatch):
     for name, value in (step | {"SLURM_LOCALID": "0"}).items():
         monkeypatch.setenv(name, value)
     asked = []
-    monkeypatch.setattr("mpdit_jax.processes.roll_call", lambda cluster, facts, timeout: {})
+    monkeypatch.setattr("mpdit_jax.processes.roll_call", lambda cluster, facts, timeout: asked.append(facts) or {})
     monkeypatch.setattr("mpdit_jax.processes.start_watch", lambda *arguments: None)
     monkeypatch.setattr("jax.distributed.initialize", lambda *given, **named: asked.append((given, named)))
     parser = argparse.ArgumentParser()
     add_flags(parser)
     join(parser.parse_args([]), {})
-    [(given, named)] = asked
+    facts, (given, named) = asked
+    # Of every command: two installations would mix what they write.
+    assert facts == {"version": mpdit_jax.__version__, "code": code_fingerprint()}
     assert given == ("n1:49166", 4, 1)
     assert named["cluster_detection_method"] == "deactivate"
     assert "local_device_ids" not in named

@@ -2,6 +2,8 @@
 
 import os
 
+import jax
+
 _DEFAULTS = {
     # libtpu is not to look for chips,
     "TPU_SKIP_MDS_QUERY": "1",
@@ -17,6 +19,7 @@ _DEFAULTS = {
 def prepare(devices: int = 0) -> None:
     """Keep JAX on the CPU, with so many virtual devices if any, and let libtpu compile without chips."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")  # it has read the variable when it was imported
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     if devices:

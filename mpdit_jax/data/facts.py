@@ -13,6 +13,8 @@ from mpdit_jax.errors import CheckpointError
 from mpdit_jax.files import replacing
 
 FACTS_FILE = "data.json"
+FACTS = ("class_names", "latents")
+"""Fields of every version's file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,11 @@ def claim_data(workdir: Path, source: Source, *, trained: bool) -> None:
         file.write((json.dumps(dataclasses.asdict(facts), indent=1) + "\n").encode())
 
 
+def identity(source: Source) -> dict[str, str]:
+    """What must be the same of a source wherever it is read, in words."""
+    return {"data": _identify(source.labels), "latents": _say(source.latents)}
+
+
 def read_facts(workdir: str | Path) -> DataFacts | None:
     """The facts of a run; None if it has none, as when its folder was put together by hand.
 
@@ -75,7 +82,9 @@ def read_facts(workdir: str | Path) -> DataFacts | None:
             )
         return DataFacts(tuple(map(str, stored["class_names"])), latents, stored.get("labels"))
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); continue the training once to write it anew.") from error
+        raise CheckpointError(
+            f"{path} is damaged ({error}); delete it and repeat the training command, which writes it anew."
+        ) from error
 
 
 def _identify(labels: np.ndarray) -> str:

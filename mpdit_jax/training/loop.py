@@ -17,7 +17,7 @@ from mpdit_jax import images
 from mpdit_jax.checkpoint import Checkpoints
 from mpdit_jax.chips import peak_flops
 from mpdit_jax.config import model_of, resolve, to_json
-from mpdit_jax.data.facts import claim_data
+from mpdit_jax.data.facts import claim_data, identity
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.data.sources import check_fits, load_source
 from mpdit_jax.errors import ConfigError, DataError, DivergedError
@@ -28,7 +28,7 @@ from mpdit_jax.memory import return_freed
 from mpdit_jax.mesh import check_batch, local_rows, make_mesh, place_batch
 from mpdit_jax.model.accounting import count, training_flops
 from mpdit_jax.model.parameters import Structure, abstract, merge
-from mpdit_jax.processes import StopVote, first_does
+from mpdit_jax.processes import StopVote, compare_facts, first_does
 from mpdit_jax.sampling.decoding import Decode, make_decode
 from mpdit_jax.stored import newest_in_words
 from mpdit_jax.training.evaluation import Evaluator
@@ -71,6 +71,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
     source = load_source(**config.data)
     structure, _ = abstract(model_config)
     check_fits(source, (*model_config.input_size, model_config.in_channels), model_config.num_classes)
+    compare_facts(identity(source))  # each process reads what lies at its own config.data.path
     optimizer = make_optimizer(config.optimizer)
     platform = jax.devices()[0].platform
     if model_config.attention == "cudnn" and platform != "gpu":

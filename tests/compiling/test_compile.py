@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import os
 import runpy
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -219,3 +222,16 @@ def test_refusals():
         assert status == expected, stderr
         assert message in stderr
         assert "Traceback" not in stderr
+
+
+def test_virtual_devices_are_those_of_the_cpu_whatever_else_there_is():
+    """JAX has been imported by then, and on a machine with GPUs would have taken these."""
+    program = (
+        "from mpdit_jax.compiling.environment import prepare; import jax; prepare(8); print(jax.config.jax_platforms)"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}; print(len(jax.devices()))"],
+        env=clean | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["cpu", "8"]

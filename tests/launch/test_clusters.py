@@ -35,12 +35,13 @@ def test_slurm_starts_the_command_on_every_node(command, tmp_path):
     stub(tmp_path / "bin", "srun", 'printf "%s\\n" "$@"; printf "%s\\n" "$XLA_FLAGS"')
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[1-2]", "SLURM_JOB_NUM_NODES": "2", "COMMAND": command}
+    job["SLURM_CPUS_PER_TASK"] = "12"
     done = run("slurm.sbatch", *ARGUMENTS, PATH=path, PYTHON="/opt/python", XLA_FLAGS="--xla_dump_to=", **job)
     assert done.returncode == 0, done.stderr
     first, *started, flags = done.stdout.splitlines()
     module = f"mpdit_jax.{command or 'train'}"
     assert first == "7: 2 node(s) gpu[1-2]"
-    assert started == ["--kill-on-bad-exit=1", "/opt/python", "-u", "-m", module, *ARGUMENTS]
+    assert started == ["--kill-on-bad-exit=1", "--cpus-per-task=12", "/opt/python", "-u", "-m", module, *ARGUMENTS]
     if command:
         return
     assert flags.startswith("--xla_dump_to= --xla_gpu_enable_latency_hiding_scheduler=true")

@@ -26,13 +26,13 @@ STEPS = 20
 LONG = [f"--config.steps={STEPS}", "--config.checkpoint.every=10", "--config.log.every=1", COMPARABLE]
 
 
-def launch(count, devices, *arguments):
+def launch(count, devices, *arguments, **options):
     """`launch/local_multiprocess.sh`, its output and errors together."""
     settings = {"PYTHON": sys.executable, "DEVICES": str(devices), "PORT": str(free_port())}
     script = ROOT / "launch/local_multiprocess.sh"
     return subprocess.Popen(
         ["bash", str(script), str(count), *arguments],
-        env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
     )  # fmt: skip
 
 
@@ -62,16 +62,60 @@ def test_several_processes_give_the_same_run(one_process, tmp_path, processes, d
 
 @pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path):
+    """Also with another status than 0, which the others do not take for a failure."""
+    workdir, port = tmp_path / "run", free_port()
+    more = ["--config.steps=4000", "--config.checkpoint.every=100000", "--config.log.every=10"]
+    first, second = (
+        start(
+            "train",
+            [*train_arguments(workdir, *more), *join_flags(port, 2, index)],
+            extra={"MPDIT_JAX_STOPPED_STATUS": "75"},
+        )
+        for index in range(2)
+    )
+    for line in first.stdout:
+        if "images/s" in line:
+            break
+    second.send_signal(signal.SIGTERM)
+    (output, errors), (_, others) = (process.communicate(timeout=300) for process in (first, second))
+    assert (first.returncode, second.returncode) == (75, 75), errors + others
+    (stopped,) = list_steps(workdir)
+    assert f"stopped at step {stopped} of 4000, saved; continue with:" in output
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_terminal_of_several_processes(tmp_path):
+    """It goes to the script and to what it has started."""
     workdir, more = tmp_path / "run", ["--config.steps=4000", "--config.checkpoint.every=100000"]
-    process = launch(2, 1, "train", *train_arguments(workdir, *more, "--config.log.every=10"))
+    process = launch(2, 1, "train", *train_arguments(workdir, *more, "--config.log.every=10"), process_group=0)
     for line in process.stdout:
         if "images/s" in line:
             break
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     (stopped,) = list_steps(workdir)
     assert f"stopped at step {stopped} of 4000, saved; continue with:" in output
+
+
+@pytest.mark.slow
+def test_processes_with_other_data_are_told_apart(tmp_path):
+    """A stale copy on one of the machines, by the same path."""
+    port, pair = free_port(), []
+    for index in range(2):
+        np.savez(
+            tmp_path / f"{index}.npz",
+            images=np.zeros((20 + index, 8, 8, 1), np.uint8),
+            labels=np.zeros(20 + index, int),
+        )
+        data = ["--config.data.name=arrays", f"--config.data.path={tmp_path / f'{index}.npz'}"]
+        pair.append(start("train", [*train_arguments(tmp_path / "run", *data), *join_flags(port, 2, index)]))
+    for process in pair:
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "process 1 was started with data=21 " in stderr
+        assert "Traceback" not in stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_process_that_never_joins_is_named(tmp_path):
