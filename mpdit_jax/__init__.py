@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # `python -m mpdit_jax.COMMAND`, and Python has not come to the command itself yet.
-if sys.argv[:1] == ["-m"] and any(word.startswith("mpdit_jax.") for word in sys.orig_argv[1:4]):
+if sys.argv[:1] == ["-m"] and "mpdit_jax." in sys.orig_argv[-len(sys.argv)]:
     guard_imports()
     keep_few_arenas()
 

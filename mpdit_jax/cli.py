@@ -18,7 +18,7 @@ from typing import NoReturn, TextIO
 from mpdit_jax.config import defaults
 from mpdit_jax.errors import DamageWarning, MPDiTError, first_line
 from mpdit_jax.files import REFUSALS, expand
-from mpdit_jax.interrupt import KILLED_BY, Terminated, ending_by_exception, stopped_status, this_command
+from mpdit_jax.interrupt import KILLED_BY, LOST, Terminated, ending_by_exception, stopped_status, this_command
 from mpdit_jax.peers import has_peers, leave
 from mpdit_jax.waiting import wait_for_all
 
@@ -93,15 +93,15 @@ def run(main: Callable[[Sequence[str]], int], *, resumable: bool = False) -> NoR
     _silence_late_echoes()
     with ending_by_exception(), _quiet():
         before = threading.enumerate()
-        status = _status_of(main, resumable)
+        status, failed = _status_of(main, resumable)
         if status:
             _let_end([thread for thread in threading.enumerate() if thread not in before and not thread.daemon])
-    _end(status)
+    _end(status, failed)
 
 
-def _end(status: int) -> NoReturn:
+def _end(status: int, failed: bool) -> NoReturn:
     try:
-        together = leave(failed=status != 0)
+        together = leave(failed=failed)
     except KeyboardInterrupt:
         together = False
     if not together:
@@ -112,44 +112,54 @@ def _end(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _status_of(main: Callable[[Sequence[str]], int], resumable: bool) -> int:
-    """Run `main`; whatever it ends by has become a sentence and a status."""
+def _status_of(main: Callable[[Sequence[str]], int], resumable: bool) -> tuple[int, bool]:
+    """Run `main`; whatever it ends by has become a sentence and a status, and whether others need not wait for it."""
     try:
         status = main([_at_home(word) for word in sys.argv[1:]])
         wait_for_all("the end")  # the first one may still be writing
         sys.stdout.flush()
-        return status
+        return status, False
     except MPDiTError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+        return error.exit_status, True
     except KeyboardInterrupt as request:
         sigterm = isinstance(request, Terminated)
         name = "SIGTERM" if sigterm else "SIGINT"
         print(f"{name}: stopped; the same command continues:\n  {this_command()}", file=sys.stderr)
         if sigterm and resumable:
-            return stopped_status()
-        return KILLED_BY + (signal.SIGTERM if sigterm else signal.SIGINT)
-    except BrokenPipeError:
-        # The reader of our output has gone, as with `| head`; keep the interpreter's last flush quiet as well.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return KILLED_BY + signal.SIGPIPE
+            return stopped_status(), True
+        return KILLED_BY + (signal.SIGTERM if sigterm else signal.SIGINT), True
     except MemoryError as error:
         print(
             f"error: this machine's memory is too small ({first_line(error)}): choose a smaller batch or image.",
             file=sys.stderr,
         )
-        return 1
+        return 1, True
     except OSError as error:
+        if isinstance(error, BrokenPipeError) or not _somebody_reads(sys.stdout):
+            # As with `| head`, or a terminal that was closed; keep the interpreter's last flush quiet as well.
+            for stream in (sys.stdout, *([] if _somebody_reads(sys.stderr) else [sys.stderr])):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            return KILLED_BY + signal.SIGPIPE, True
         if error.errno not in REFUSALS:
             raise
         where = f" {error.filename}" if error.filename else ""
         print(f"error: the system refused to read or write{where} ({error.strerror}).", file=sys.stderr)
-        return 1
+        return 1, True
     except Exception as error:  # a fault of ours, for which the other processes must not wait
         if not has_peers():
             raise
         sys.excepthook(type(error), error, error.__traceback__)
-        return 1
+        return 1, True
+
+
+def _somebody_reads(stream: TextIO) -> bool:
+    """Whether a stream is no terminal that was closed."""
+    try:
+        os.write(stream.fileno(), b"")
+    except OSError as error:
+        return error.errno not in LOST
+    return True
 
 
 def _at_home(word: str) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import os
+import sys
 from collections.abc import Sequence
 from operator import getitem
 
@@ -79,6 +80,7 @@ def _one_word_each(arguments: Sequence[str]) -> list[str]:
 def _load_config(arguments: Sequence[str]) -> ConfigDict:
     argv = ["", *arguments]
     values = flags.FlagValues()
+    sys.modules.pop("config_config", None)  # or the file would be run inside what an earlier one has left
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
         values(argv)

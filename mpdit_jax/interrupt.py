@@ -1,5 +1,6 @@
 """Ending a run politely when asked to. Imports nothing heavy: it is the first thing a command loads."""
 
+import errno
 import gc
 import io
 import os
@@ -18,7 +19,11 @@ from typing import NoReturn, TextIO
 from mpdit_jax.errors import InputError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LOST = (errno.EPIPE, errno.EIO)
+"""What writing to a pipe without a reader, or to a terminal that was closed, fails with."""
 KILLED_BY = 128  # plus the signal's number: the status that shells show
+_REQUESTS = (*SIGNALS, signal.SIGHUP)  # the last when a terminal is closed
+_SAME_REQUEST = 0.1  # seconds: to a process and again to its group, as `timeout` and some launchers send it
 
 
 _STOPPED_STATUS = "MPDIT_JAX_STOPPED_STATUS"
@@ -72,13 +77,17 @@ def ending_by_exception() -> Iterator[None]:
         yield
         return
     waiting: list[int] = []
+    collecting: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        collecting[:] = [phase] if phase == "start" else []
 
     def end(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGALRM:
             if not waiting:  # somebody else's
                 return
             number = waiting.pop()
-        if _would_be_lost(frame):
+        if collecting or _would_be_lost(frame):
             waiting.append(number)
             signal.setitimer(signal.ITIMER_REAL, 0.01)
         elif number == signal.SIGTERM:
@@ -90,6 +99,7 @@ def ending_by_exception() -> Iterator[None]:
     for number, previous in before.items():
         if previous != signal.SIG_IGN or number == signal.SIGALRM:
             signal.signal(number, end)
+    gc.callbacks.append(note)
     try:
         yield
     finally:
@@ -97,12 +107,16 @@ def ending_by_exception() -> Iterator[None]:
         # What guarded the imports has done its work; `end` stays in its place, and then needs its alarm.
         restored = (signal.SIG_DFL, signal.default_int_handler, signal.SIG_IGN)
         if all(before[number] in restored for number in SIGNALS):
+            gc.callbacks.remove(note)
             for number, previous in before.items():
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
 
 def _would_be_lost(frame: FrameType | None) -> bool:
-    """Whether Python would print an exception raised here and go on: the garbage collector calls (JAX has it do so)."""
+    """Whether Python would print an exception raised here and go on: the garbage collector calls, as JAX has it do.
+
+    Callbacks of weak references, of which frames say nothing, are told by `ending_by_exception` itself.
+    """
     called = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
         if frame.f_code in called or frame.f_code.co_name == "__del__":
@@ -112,10 +126,11 @@ def _would_be_lost(frame: FrameType | None) -> bool:
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is noted in `name` and the next one ends the process at once.
+    """While entered, the first SIGINT, SIGTERM or SIGHUP is noted in `name`; the next one ends the process at once.
 
     A thread listens for signals: Python itself heeds one only when the main thread is back from what it does in a
-    library, and compiling takes minutes. In another thread than the main one, signals are left alone.
+    library, and compiling takes minutes. In another thread than the main one, signals are left alone, and so are those
+    that whoever started this process has it ignore.
 
     Whoever reads the output may go away, as a lost connection to another machine does: that is a request as well, and
     what is printed from then on is lost.
@@ -139,6 +154,7 @@ class StopRequest:
         self.nothing_to_save = False
         self._grace, self._tell_saved = grace, saved
         self._deadline: float | None = None
+        self._signalled: float | None = None  # when
         self._stopped_status = stopped_status()
         self._main = threading.current_thread() is threading.main_thread()
 
@@ -147,7 +163,8 @@ class StopRequest:
             self._ours, self._theirs = socket.socketpair()
             self._theirs.setblocking(False)
             self._wakeup = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
-            self._previous = {number: signal.signal(number, _ignore) for number in SIGNALS}
+            heeded = [number for number in _REQUESTS if signal.getsignal(number) != signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, _ignore) for number in heeded}
             self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
             self._thread.start()
             self._streams = sys.stdout, sys.stderr
@@ -197,12 +214,15 @@ class StopRequest:
             if not received:
                 return
             for number in received:
-                if number in SIGNALS:
+                if number in _REQUESTS:
                     self._note(signal.Signals(number))
 
     def _note(self, number: signal.Signals) -> None:
-        if self.name is not None:
+        if self._signalled is not None:
+            if time.monotonic() - self._signalled < _SAME_REQUEST:
+                return
             _end(KILLED_BY + number, f"{number.name} again: ended at once; {self._saved()} is safe.")
+        self._signalled = time.monotonic()
         if number == signal.SIGTERM and self.nothing_to_save:
             _end(
                 self._stopped_status,
@@ -247,7 +267,9 @@ class _Outliving(io.TextIOBase):
     def _outliving(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in LOST:
+                raise
             self._lost()
 
 

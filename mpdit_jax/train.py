@@ -55,14 +55,13 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.training.loop import train
     from mpdit_jax.training.replay import replay
 
-    if _CACHE_VARIABLE not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
-
     if options.replay_step is not None:
         found = replay(config, workdir, options.replay_step)
         print("\n".join(found.lines))
         return 0 if found.sound else DivergedError.exit_status
 
+    if _CACHE_VARIABLE not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
     state = train(config, workdir)
     stopped = int(state.step) < config.steps
     if jax.process_index() == 0 and stopped:

@@ -10,7 +10,7 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.checkpoint import CONFIG, DAMAGED, load_config
 from mpdit_jax.config import differences, to_json
-from mpdit_jax.data.facts import FACTS_FILE
+from mpdit_jax.data.facts import FACTS, FACTS_FILE
 from mpdit_jax.errors import CheckpointError, MPDiTError
 from mpdit_jax.files import Lock, check_place, check_writable, is_json_with, remove_leftovers, replacing, take_lock
 from mpdit_jax.processes import first_does
@@ -110,10 +110,12 @@ def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
     """Rename what another run whose checkpoints are gone has left, rather than write over it."""
     metrics = workdir / _METRICS
     if not (metrics.exists() and metrics.stat().st_size):
-        if (workdir / CONFIG).exists() and not is_json_with(workdir / CONFIG, _OF_A_RUN):
-            raise CheckpointError(
-                f"{workdir / CONFIG} is not of a run of this project, and would be overwritten: use another --workdir."
-            )
+        for name, fields in ((CONFIG, _OF_A_RUN), (FACTS_FILE, FACTS)):
+            if (workdir / name).exists() and not is_json_with(workdir / name, fields):
+                raise CheckpointError(
+                    f"{workdir / name} is not of a run of this project, and would be overwritten: use another "
+                    "--workdir."
+                )
         return ""
     try:
         if (workdir / CONFIG).exists() and not differences(load_config(workdir), config):
@@ -121,7 +123,7 @@ def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
     except MPDiTError:
         pass  # not a config of this version
     # The metrics last: as long as they are there, what a kill cuts short here is made up for by the next start.
-    names = (CONFIG, _SAMPLES, _TENSORBOARD, _EVALUATION, _METRICS)
+    names = (CONFIG, FACTS_FILE, _SAMPLES, _TENSORBOARD, _EVALUATION, _METRICS)
     record = [workdir / name for name in names if (workdir / name).exists()]
     count = 1
     while any(_numbered(path, count).exists() for path in record):

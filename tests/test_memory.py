@@ -29,7 +29,41 @@ print((before - resident()) // 2**20)
 """
 
 
-@pytest.mark.skipif("glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="another C library")
+# Eight threads with something in memory at the same time.
+_THREADS = """
+import ctypes, threading
+from mpdit_jax.memory import keep_few_arenas
+
+assert keep_few_arenas()
+libc, meeting = ctypes.CDLL(None), threading.Barrier(9)
+libc.malloc.restype = ctypes.c_void_p
+
+def work():
+    libc.malloc(5000)
+    meeting.wait()
+    meeting.wait()
+
+for _ in range(8):
+    threading.Thread(target=work).start()
+meeting.wait()
+libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+libc.fflush(None)
+meeting.wait()
+"""
+
+glibc_alone = pytest.mark.skipif("glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="another C library")
+
+
+@glibc_alone
+def test_threads_share_two_heaps():
+    root = Path(__file__).parents[1]
+    for change, heaps in ((("", ""), {1, 2}), (("assert keep_few_arenas()", ""), {9})):
+        command = [sys.executable, "-c", _THREADS.replace(*change)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+        assert done.stdout.count("<heap nr=") in heaps
+
+
+@glibc_alone
 def test_return_freed():
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=True, cwd=root)

@@ -130,6 +130,8 @@ def watch(command: Sequence[str], interval: float, trains: Callable[[], bool]) -
                 files = len(list((folder / "fd").iterdir()))
             except (OSError, IndexError, ValueError):
                 continue  # it has just ended
+            if not resident:
+                continue  # it is about to
             samples.append(Sample(time.monotonic() - begun, resident, files, trains()))
     finally:
         if process.poll() is None:
@@ -164,7 +166,8 @@ def step_times(workdir: Path) -> list[float]:
 def judge(samples: Sequence[Sample], times: Sequence[float]) -> list[Drift]:
     """The drifts of memory and files over the last half of the run, and of step times from half to half.
 
-    Memory goes up and down with every evaluation: a straight line is drawn through the half, and its ends compared.
+    Memory goes up and down with every evaluation: a straight line is drawn through the half, and its ends compared. Of
+    files, whose number jumps for the moment of a save, the medians of the half's halves.
 
     Raises:
         SoakError: the run was over before there was anything to compare.
@@ -174,14 +177,17 @@ def judge(samples: Sequence[Sample], times: Sequence[float]) -> list[Drift]:
     if len(last) < 4 or middle < 2:
         raise SoakError("the training was over too soon: give more --steps, fewer between checkpoints, or --interval.")
 
-    def of(name: str, unit: str, values: Sequence[float]) -> Drift:
-        at = [sample.seconds for sample in last]
-        slope, start = statistics.linear_regression(at, values)
-        return Drift(name, unit, start + slope * at[0], start + slope * at[-1], _MOST_GROWTH)
-
+    at = [sample.seconds for sample in last]
+    slope, start = statistics.linear_regression(at, [sample.resident / 2**20 for sample in last])
     return [
-        of("resident memory", "MiB", [sample.resident / 2**20 for sample in last]),
-        of("open files", "", [float(sample.files) for sample in last]),
+        Drift("resident memory", "MiB", start + slope * at[0], start + slope * at[-1], _MOST_GROWTH),
+        Drift(
+            "open files",
+            "",
+            statistics.median(sample.files for sample in last[: len(last) // 2]),
+            statistics.median(sample.files for sample in last[len(last) // 2 :]),
+            _MOST_GROWTH,
+        ),
         Drift(
             "time of a step",
             "ms",
@@ -215,8 +221,8 @@ def describe(
         "|---|---|---|---|---|---|",
         *rows,
         "",
-        "Of memory and files, the ends of a straight line through the last half of the run; of the time of a step, the",
-        "medians of its two halves, the first tenth left out. Made by",
+        "Of memory, the ends of a straight line through the last half of the run; of files, the medians of that half's",
+        "halves; of the time of a step, the medians of the run's halves, the first tenth left out. Made by",
         "",
         f"    python -m mpdit_jax.studies.soak {shlex.join(word for word in arguments if word != '--again')}",
         "",

@@ -17,7 +17,7 @@ from mpdit_jax import images
 from mpdit_jax.checkpoint import CONFIG, Checkpoints
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.errors import CheckpointError, DivergedError
-from mpdit_jax.files import check_writable, is_json_with, remove_leftovers, replacing, take_lock
+from mpdit_jax.files import Lock, check_writable, is_json_with, remove_leftovers, replacing, take_lock
 from mpdit_jax.interrupt import StopRequest
 from mpdit_jax.mesh import batch_sharding, check_batch, make_mesh, replicated
 from mpdit_jax.preparing.decoded import DecodedImages
@@ -93,6 +93,7 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
         else:
             step, state = 0, jax.jit(create, out_shardings=replicated(mesh))()
         update = _make_update(architecture, optimizer, config)
+        metrics: dict[str, jax.Array] | None = None
         data = batches(source, config.batch_size, config.seed, start=step, threads=_THREADS)
         watch = Stopwatch(config.batch_size)
         with Report(workdir, step, config.steps, config.batch_size) as report:
@@ -107,22 +108,42 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
                 last = step == config.steps
                 logs, saves = (step % every == 0 or last for every in (config.log.every, config.checkpoint.every))
                 if logs or saves:
-                    values = {name: float(value) for name, value in metrics.items()}
-                    if not np.isfinite(values["loss"]):
-                        raise DivergedError(
-                            f"the loss of step {step} is not finite: start again in a new --workdir with a lower "
-                            "config.learning_rate."
-                        )
+                    _check_place(workdir, lock)
+                    values = _finite(step, metrics, state.parameters)
                 if logs:
                     report.metrics(step, values, watch.lap())
                 if saves:
                     checkpoints.save(step, {"vae": state._asdict()})
             if 0 < step < config.steps:
+                stop.begin_grace()
                 report.say(f"{stop.name}: saving step {step}")
+                _check_place(workdir, lock)
+                if metrics is not None:
+                    _finite(step, metrics, state.parameters)
                 checkpoints.save(step, {"vae": state._asdict()})
         if step == config.steps:
+            _check_place(workdir, lock)
             _write(workdir, architecture, state.parameters, source)
     return step
+
+
+def _finite(step: int, metrics: dict[str, jax.Array], parameters: Parameters) -> dict[str, float]:
+    """The metrics of a step, which with its parameters are finite: nothing else is logged or saved."""
+    values = {name: float(value) for name, value in metrics.items()}
+    if not (np.isfinite(values["loss"]) and np.isfinite(float(optax.tree.norm(parameters)))):
+        raise DivergedError(
+            f"the loss or the parameters of step {step} are not finite: start again in a new --workdir with a lower "
+            "config.learning_rate."
+        )
+    return values
+
+
+def _check_place(workdir: Path, lock: Lock) -> None:
+    if not lock.is_in_place():
+        raise CheckpointError(
+            f"{workdir} was deleted, moved or replaced while the training was writing to it: nothing more is written "
+            "there; repeat the command to begin again, or give the --workdir it was moved to."
+        )
 
 
 def _claim(workdir: Path, config: FrozenConfigDict, *, started: bool) -> None:

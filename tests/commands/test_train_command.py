@@ -80,7 +80,7 @@ def test_wrong_values_are_one_sentence_before_anything_is_written(tmp_path, monk
     ("import nonexistent_module", "nonexistent_module"),
     ("from mpdit_jax.config import *\ndef get_config():\n c = base_config()\n c.stepz = 3\n return c", "stepz"),
     ("from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'steps': 3})", "is missing"),
-    ("x = 1", "is missing"),
+    ("x = 1", "no attribute 'get_config'"),
 ])  # fmt: skip
 def test_broken_config_files(tmp_path, content, sentence):
     path = tmp_path / f"broken_{abs(hash(content))}.py"  # Python caches modules by name

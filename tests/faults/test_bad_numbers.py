@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from mpdit_jax.data import sources
+from mpdit_jax.data import pipeline, sources
 from mpdit_jax.errors import DivergedError
 from mpdit_jax.stored import list_steps
 from mpdit_jax.train import main
+from mpdit_jax.training import loop
 from mpdit_jax.training.observe import LossSpikes
 from tests.tiny import ROOT, environment, train_arguments
 
@@ -128,6 +130,23 @@ def test_too_many_in_a_row_end_the_run(tmp_path, bad_data, capsys):
         main(train_arguments(workdir, *more))
     assert caught.value.exit_status == 3
     assert list_steps(workdir)[-1] == 4
+
+
+def test_a_spike_of_a_run_is_reported(tmp_path, monkeypatch, capsys):
+    """One batch of twelve is far from what the others are; the step counts, for nothing guards against it here."""
+
+    def spiked(source, *arguments, start, **options):
+        for step, batch in enumerate(pipeline.batches(source, *arguments, start=start, **options), start):
+            yield batch if step != 10 else {**batch, "x": 30 * batch["x"]}
+
+    monkeypatch.setattr(loop, "batches", spiked)
+    more = ["--config.steps=12", "--config.log.every=1", "--config.guard.spike_factor=0"]
+    assert main(train_arguments(tmp_path / "run", *more)) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"step 11: the loss spiked to \d+(\.\d+)? in step 11, \d+\.\d times its running mean", said)
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[10])
+    assert line["largest_loss_step"] == 11
+    assert line["largest_loss"] == pytest.approx(line["loss"])  # of one step
 
 
 def test_a_spike_is_reported():

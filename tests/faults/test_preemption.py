@@ -1,11 +1,16 @@
 """SIGTERM and SIGINT at every moment of a run: saved and status 0, or ended at once, and nothing harmed."""
 
+import fcntl
 import gc
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -76,6 +81,27 @@ def test_a_signal_while_garbage_is_collected_is_not_lost(number, error):
             collect_and_work()
     finally:
         gc.callbacks.remove(callback)
+
+
+def test_a_signal_while_a_weak_reference_dies_is_not_lost():
+    """The collector calls back there as well."""
+
+    class Circle:
+        def __init__(self):
+            self.myself = self
+
+    circle = Circle()
+    died = weakref.ref(circle, lambda reference: signal.raise_signal(signal.SIGTERM))
+    del circle
+
+    def collect_and_work():
+        with ending_by_exception():
+            gc.collect()
+            assert died() is None
+            time.sleep(10)
+
+    with pytest.raises(Terminated):
+        collect_and_work()
 
 
 def test_before_the_first_step(nursery, tmp_path):
@@ -156,6 +182,47 @@ def test_whoever_reads_the_output_goes_away(tmp_path):
     assert f"continuing at step {step}" in stdout
 
 
+def read_until(terminal, mark):
+    """What is shown on a terminal, to a mark."""
+    said, end = b"", time.monotonic() + 60
+    while mark not in said:
+        assert select.select([terminal], [], [], end - time.monotonic())[0], said
+        said += os.read(terminal, 1024)
+
+
+def test_the_terminal_is_closed(tmp_path):
+    """As when a laptop is shut: SIGHUP, and whatever is printed from then on fails."""
+    workdir = tmp_path / "run"
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mpdit_jax.train", *train_arguments(workdir, *LONG)],
+        stdin=theirs, stdout=theirs, stderr=theirs, env=environment(), start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    read_until(ours, b"images/s")
+    os.close(ours)
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    (step,) = list_steps(workdir)
+    assert 0 < step < 100_000
+
+
+def test_a_terminal_that_is_closed_on_whoever_ignores_it(tmp_path):
+    """As under nohup, without a file for the output: the writing fails, and stops the run like a signal."""
+    workdir = tmp_path / "run"
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mpdit_jax.train", *train_arguments(workdir, *LONG)],
+        stdin=theirs, stdout=theirs, stderr=theirs, env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )  # fmt: skip
+    os.close(theirs)
+    read_until(ours, b"images/s")
+    os.close(ours)
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    assert list_steps(workdir)
+
+
 def test_a_grace_period_that_is_too_short(nursery, tmp_path):
     """It ends in time, says so, and what was saved before is as it was."""
     workdir = tmp_path / "run"
@@ -201,6 +268,33 @@ with StopRequest(grace=float({grace}), saved=lambda: "the checkpoint of step 7")
     for _ in range(20):
         ctypes.CDLL(None).usleep(900000)
 """
+
+
+UNHEARD = """
+import os, signal, sys, time
+from mpdit_jax.interrupt import StopRequest
+with StopRequest(saved=lambda: "nothing") as stop:
+    sys.stdin.readline()
+    print("nobody reads this", flush=True)
+    assert stop.name == "nobody reads the output any more", stop.name
+    for _ in range(2):  # to the process and to its group, as `timeout` does
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.write(2, f"saving, {stop.name}".encode())
+    os._exit(7)
+"""
+
+
+def test_one_signal_is_no_second_one():
+    """Neither after whoever read the output has gone, nor where it is delivered twice: the last save must not end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", UNHEARD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, cwd=ROOT, env=environment(),
+    )  # fmt: skip
+    process.stdout.close()
+    _, stderr = process.communicate("go\n", timeout=60)
+    assert (process.returncode, stderr) == (7, "saving, SIGTERM")
 
 
 @pytest.mark.parametrize(("grace", "signals", "status", "sentence"), [

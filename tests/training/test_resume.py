@@ -139,6 +139,24 @@ def test_somebody_elses_config_is_not_overwritten(tmp_path, text):
     assert (tmp_path / "config.json").read_text() == text
 
 
+def test_somebody_elses_data_are_not_overwritten(tmp_path):
+    (tmp_path / "data.json").write_text('{"rows": []}')
+    with pytest.raises(CheckpointError, match=r"data\.json is not of a run of this project.*use another --workdir"):
+        main(train_arguments(tmp_path))
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["data.json"]
+
+
+def test_damaged_facts_of_the_data_are_written_anew_as_the_error_says(undisturbed, tmp_path):
+    workdir = shutil.copytree(undisturbed[0], tmp_path / "run")
+    whole = (workdir / "data.json").read_bytes()
+    (workdir / "data.json").write_bytes(whole[:20])
+    with pytest.raises(CheckpointError, match="delete it and repeat the training command, which writes it anew"):
+        main(train_arguments(workdir))
+    (workdir / "data.json").unlink()
+    assert main(train_arguments(workdir)) == 0
+    assert (workdir / "data.json").read_bytes() == whole
+
+
 def test_a_folder_that_a_killed_conversion_left_is_cleared_or_left_alone(tmp_path):
     for name in (".model.safetensors.k1ll3d_0.tmp", ".config.json.k1ll3d_0.tmp"):
         (tmp_path / name).mkdir()
@@ -202,13 +220,15 @@ def test_a_config_without_checkpoints_binds_nothing(undisturbed, tmp_path):
     (workdir / "config.json").write_bytes((undisturbed[0] / "config.json").read_bytes())
     before = {"config.1.json": (workdir / "config.json").read_bytes(), "metrics.1.jsonl": b'{"step": 7}\n'}
     (workdir / "metrics.jsonl").write_bytes(before["metrics.1.jsonl"])
+    before["data.1.json"] = b'{"class_names": ["one"], "latents": null}'
+    (workdir / "data.json").write_bytes(before["data.1.json"])
     (workdir / "samples").mkdir()
     status, stdout, stderr = run("train", train_arguments(workdir, "--config.optimizer.learning_rate=2e-3"))
     assert status == 0, stderr
     assert json.loads((workdir / "config.json").read_text())["optimizer"]["learning_rate"] == 2e-3
     # Whatever became of the checkpoints, the record of that run is kept.
     assert (
-        f"another run, now in {workdir / 'config.1.json'}, {workdir / 'samples.1'}, {workdir / 'metrics.1.jsonl'}."
-        in stdout
+        f"another run, now in {workdir / 'config.1.json'}, {workdir / 'data.1.json'}, {workdir / 'samples.1'}, "
+        f"{workdir / 'metrics.1.jsonl'}." in stdout
     )
     assert {name: (workdir / name).read_bytes() for name in before} == before
