@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from mpdit_jax.chips import CHIPS, chip_of
+from mpdit_jax.compile import main as compile_command
 from mpdit_jax.compiling.collectives import collective_bytes, ring_bytes
 from mpdit_jax.compiling.programs import Program, _refused, compile_step, topology_devices
 from mpdit_jax.compiling.report import as_text, describe, smaller, step_flops
@@ -172,11 +173,36 @@ def test_the_step_compiled_has_no_more_products_than_the_model():
     config.batch_size = 4
     config.model.update({"patch_sizes": (4, 2), "depths": (3, 2), "hidden_size": 192, "num_heads": 3})
     config.model.update({"input_size": (16, 16), "in_channels": 4, "num_classes": 10, "class_tokens": 4})
-    for remat in ("none", "dots", "full"):
-        config.model.remat = remat
+    # Virtual devices stand for accelerators; the CPU's own arithmetic computes some of attention again.
+    for remat, platform in (("none", "auto"), ("dots", "auto"), ("full", "auto"), ("none", "cpu")):
+        config.model.remat, config.model.platform = remat, platform
         resolved = resolve(config)
         program = compile_step(resolved, make_mesh(devices=jax.devices()[:1]))
-        assert 0.97 < program.compiled_flops / step_flops(resolved) <= 1.03, remat
+        assert 0.97 < program.compiled_flops / step_flops(resolved) <= 1.03, (remat, platform)
+
+
+def test_the_nearest_setting_that_fits_is_looked_for(monkeypatch, capsys):
+    """A chip for which only the third thing tried is small enough."""
+    tried = []
+
+    def compiled(config, mesh):
+        tried.append((config.model.remat, config.gradient_accumulation))
+        peak = 2**30 if tried[-1] == ("full", 2) else 17 * 2**30
+        return Program(2**20, peak - 2**20, peak, 10, dict.fromkeys(("all-reduce", "all-gather"), 0), 1.0)
+
+    monkeypatch.setattr("mpdit_jax.compiling.programs.compile_step", compiled)
+    monkeypatch.setattr("mpdit_jax.compiling.programs.topology_devices", lambda topology: jax.devices()[:1])
+    monkeypatch.setattr("mpdit_jax.compile.prepare", lambda devices: None)
+    arguments = [f"--config={ROOT / 'configs/digits.py'}", "--topology=v5e:1x1", "--no_sampler"]
+    assert compile_command([*arguments, "--format=json"]) == 1  # what was asked for does not fit
+    report = json.loads(capsys.readouterr().out)
+    assert (report["step"]["fits"], report["nearest_fit"]["fits"]) == (False, True)
+    assert report["nearest_fit"]["flags"] == "--config.model.remat=full --config.gradient_accumulation=2"
+    assert tried == [("none", 1), ("dots", 1), ("full", 1), ("full", 2)]
+    tried.clear()
+    assert compile_command([*arguments, "--no_search"]) == 1
+    assert len(tried) == 1
+    assert "does NOT fit 15.75 GiB" in capsys.readouterr().out
 
 
 def test_the_shipped_policy_of_the_xl_config_is_the_one_that_was_measured():
