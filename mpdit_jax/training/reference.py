@@ -78,18 +78,18 @@ class Reference:
             InputError, DataError: a reference that cannot be read, or is of another extractor.
         """
         shape, features = self._own.shape, self._config.eval.features
-        if shape[2] not in (1, 3):
-            raise ConfigError(
-                f"config.eval.every={self._config.eval.every}: this run draws images of {shape[2]} channels, and "
-                f"{features} looks at those of 1 or 3; set config.eval.every=0."
-            )
+        if self._real:
+            self._check_real(extractor, shape)
         if extractor is not None and extractor.image_shape not in (None, shape):
             raise ConfigError(
                 f"config.eval.features={features} was trained on images {extractor.image_shape} "
                 f"(height, width, channels) and this run draws {shape}: train one on images of that size."
             )
-        if self._real:
-            self._check_real(extractor, shape)
+        if shape[2] not in (1, 3):
+            raise ConfigError(
+                f"config.eval.every={self._config.eval.every}: this run draws images of {shape[2]} channels, and "
+                f"{features} looks at those of 1 or 3; set config.eval.every=0."
+            )
 
     def _check_real(self, extractor: Extractor | None, shape: tuple[int, int, int]) -> None:
         place, classifier = self._place, self._config.eval.features == "classifier"
