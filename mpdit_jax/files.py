@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from mpdit_jax.errors import InputError
+from mpdit_jax.errors import CheckpointError, InputError
 
 # What a file system refuses: no space, no quota, too large, not permitted, read-only, broken, gone.
 REFUSALS = (
@@ -134,6 +134,14 @@ class Lock:
     def close(self) -> None:
         """Let go of it."""
         self._file.close()
+
+    def check(self, writer: str) -> None:
+        """Raise CheckpointError if the folder that is locked was deleted or replaced since `writer` began."""
+        if not self.is_in_place():
+            raise CheckpointError(
+                f"{self._path.parent} was deleted, moved or replaced while the {writer} was writing to it: nothing "
+                "more is written there; repeat the command to begin again, or give the --workdir it was moved to."
+            )
 
     def is_in_place(self) -> bool:
         """Whether the file under its name is still the one that is held."""

@@ -30,20 +30,17 @@ class Claim:
             the first.
     """
 
-    def __init__(self, workdir: Path, lock: Lock | None, note: str = "") -> None:
+    def __init__(self, lock: Lock | None, note: str = "") -> None:
         """The lock is None on every process but the first."""
-        self._workdir, self._lock, self.note = workdir, lock, note
+        self._lock, self.note = lock, note
 
     def check(self) -> None:
         """Raise CheckpointError, on every process, if the workdir was deleted or replaced since; all must ask."""
         first_does(self._check)
 
     def _check(self) -> None:
-        if self._lock is not None and not self._lock.is_in_place():
-            raise CheckpointError(
-                f"{self._workdir} was deleted, moved or replaced while the run was writing to it: nothing more is "
-                "written there; repeat the command to begin again, or give the --workdir it was moved to."
-            )
+        if self._lock is not None:
+            self._lock.check("run")
 
 
 @contextmanager
@@ -57,7 +54,7 @@ def claim_workdir(workdir: Path, config: FrozenConfigDict) -> Iterator[Claim]:
     """
     lock, note = first_does(partial(_claim, workdir, config)) or (None, "")
     try:
-        yield Claim(workdir, lock, note)
+        yield Claim(lock, note)
     finally:
         if lock is not None:
             lock.close()  # the system lets go of it as well when the process ends, however it ends

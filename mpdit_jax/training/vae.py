@@ -17,7 +17,7 @@ from mpdit_jax import images
 from mpdit_jax.checkpoint import CONFIG, Checkpoints
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.errors import CheckpointError, DivergedError
-from mpdit_jax.files import Lock, check_writable, is_json_with, remove_leftovers, replacing, take_lock
+from mpdit_jax.files import check_writable, is_json_with, remove_leftovers, replacing, take_lock
 from mpdit_jax.interrupt import StopRequest
 from mpdit_jax.mesh import batch_sharding, check_batch, make_mesh, replicated
 from mpdit_jax.preparing.decoded import DecodedImages
@@ -108,7 +108,7 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
                 last = step == config.steps
                 logs, saves = (step % every == 0 or last for every in (config.log.every, config.checkpoint.every))
                 if logs or saves:
-                    _check_place(workdir, lock)
+                    lock.check("training")
                     values = _finite(step, metrics, state.parameters)
                 if logs:
                     report.metrics(step, values, watch.lap())
@@ -117,12 +117,12 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
             if 0 < step < config.steps:
                 stop.begin_grace()
                 report.say(f"{stop.name}: saving step {step}")
-                _check_place(workdir, lock)
+                lock.check("training")
                 if metrics is not None:
                     _finite(step, metrics, state.parameters)
                 checkpoints.save(step, {"vae": state._asdict()})
         if step == config.steps:
-            _check_place(workdir, lock)
+            lock.check("training")
             _write(workdir, architecture, state.parameters, source)
     return step
 
@@ -136,14 +136,6 @@ def _finite(step: int, metrics: dict[str, jax.Array], parameters: Parameters) ->
             "config.learning_rate."
         )
     return values
-
-
-def _check_place(workdir: Path, lock: Lock) -> None:
-    if not lock.is_in_place():
-        raise CheckpointError(
-            f"{workdir} was deleted, moved or replaced while the training was writing to it: nothing more is written "
-            "there; repeat the command to begin again, or give the --workdir it was moved to."
-        )
 
 
 def _claim(workdir: Path, config: FrozenConfigDict, *, started: bool) -> None:

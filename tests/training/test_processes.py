@@ -36,6 +36,15 @@ def launch(count, devices, *arguments, **options):
     )  # fmt: skip
 
 
+def all_refuse(processes, sentence):
+    """Each ends with status 1 and says so."""
+    for process in processes:
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert sentence in stderr
+        assert "Traceback" not in stderr
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one") / "run"
@@ -110,11 +119,7 @@ def test_processes_with_other_data_are_told_apart(tmp_path):
         )
         data = ["--config.data.name=arrays", f"--config.data.path={tmp_path / f'{index}.npz'}"]
         pair.append(start("train", [*train_arguments(tmp_path / "run", *data), *join_flags(port, 2, index)]))
-    for process in pair:
-        _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 1
-        assert "process 1 was started with data=21 " in stderr
-        assert "Traceback" not in stderr
+    all_refuse(pair, "process 1 was started with data=21 ")
     assert not (tmp_path / "run").exists()
 
 
@@ -136,9 +141,5 @@ def test_processes_with_other_configs_are_told_apart(tmp_path):
         start("train", [*train_arguments(tmp_path / "run", f"--config.batch_size={size}"), *join_flags(port, 2, index)])
         for index, size in enumerate((8, 16))
     ]
-    for process in pair:
-        _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 1
-        assert "process 1 was started with config.batch_size=16 instead of 8, unlike process 0" in stderr
-        assert "Traceback" not in stderr
+    all_refuse(pair, "process 1 was started with config.batch_size=16 instead of 8, unlike process 0")
     assert not (tmp_path / "run").exists()
