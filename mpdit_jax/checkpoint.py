@@ -8,6 +8,7 @@ workdir/damaged_checkpoints/STEP/ what was moved out of the way because it could
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from ml_collections import FrozenConfigDict
 from mpdit_jax import integrity
 from mpdit_jax.config import from_json, model_of
 from mpdit_jax.errors import CheckpointError, ConfigError, DamageWarning
+from mpdit_jax.memory import without_byte_counts
 from mpdit_jax.mesh import make_mesh, replicated
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import abstract, merge
@@ -64,6 +66,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
         )
+        self._while_open = ExitStack()
 
     @cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -71,16 +74,18 @@ class Checkpoints:
         return ocp.CheckpointManager(self._folder, options=self._options, handler_registry=_handlers())
 
     def __enter__(self) -> "Checkpoints":
+        self._while_open.enter_context(without_byte_counts())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if "_manager" in vars(self):
-            try:
-                self._guarded(self._manager.wait_until_finished)
-            finally:
-                self._manager.close()
+        with self._while_open:
+            if "_manager" in vars(self):
+                try:
+                    self._guarded(self._manager.wait_until_finished)
+                finally:
+                    self._manager.close()
 
     def latest_step(self) -> int | None:
         """Step of the newest finished checkpoint."""
