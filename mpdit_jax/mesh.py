@@ -4,11 +4,12 @@ The mesh has two axes. `data` splits the batch; `fsdp` splits the batch too and,
 and EMA. Nothing is split along the sequence. With one device both axes have size 1 and everything below is a no-op.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mpdit_jax.errors import ConfigError
@@ -36,7 +37,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = 
         devices: the devices to use; default all of them, of every process.
 
     Raises:
-        ConfigError: the axes do not multiply to the number of devices.
+        ConfigError: the axes do not multiply to the number of devices, or `fsdp` crosses TPU slices.
     """
     devices = jax.devices() if devices is None else devices
     count, sizes = len(devices), {"data": data, "fsdp": fsdp}
@@ -56,7 +57,26 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = 
             f"mesh.data={data}, mesh.fsdp={fsdp} does not fit {count} {devices[0].platform} device(s): "
             f"the product must be {count}; set one axis to a divisor of {count} and the other to -1."
         )
-    return jax.make_mesh((sizes["data"], sizes["fsdp"]), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return Mesh(_arranged(sizes["data"], sizes["fsdp"], devices), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _arranged(data: int, fsdp: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as (data, fsdp), those that share a state close together.
+
+    Not by `jax.make_mesh`: it refuses GPUs of several hosts, which count as so many slices, and most ways to cut a TPU
+    slice that is no v5e.
+    """
+    slices = {device.slice_index for device in devices} if hasattr(devices[0], "slice_index") else {0}
+    if devices[0].platform != "tpu" or len(slices) == 1:
+        return mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+    if data % len(slices):
+        raise ConfigError(
+            f"mesh.data={data}, mesh.fsdp={fsdp} does not fit {len(slices)} TPU slices: a state may "
+            f"not be split over two; expected a mesh.data that is a multiple of {len(slices)}."
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // len(slices), fsdp), (len(slices), 1), devices, allow_split_physical_axes=True
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

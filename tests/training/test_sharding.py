@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from mpdit_jax.errors import ConfigError
-from mpdit_jax.mesh import check_batch, make_mesh, parameter_sharding
+from mpdit_jax.mesh import _arranged, check_batch, make_mesh, parameter_sharding
 from tests.tiny import COMPARABLE, assert_near, environment, losses, run, saved_arrays, train_arguments
 
 STEPS = 20
@@ -95,6 +96,32 @@ def test_impossible_meshes_are_refused():
     ]:
         with pytest.raises(ConfigError, match=sentence):
             make_mesh(**sizes, devices=devices)
+
+
+def devices_of(platform, slices, each):
+    """Of so many hosts or slices, as JAX describes them, in a row."""
+    return [
+        SimpleNamespace(
+            id=number, platform=platform, device_kind="any", slice_index=number // each, process_index=number // each,
+            coords=(number % each, 0, 0), core_on_chip=0,
+        )
+        for number in range(slices * each)
+    ]  # fmt: skip
+
+
+def test_gpus_of_several_nodes():
+    """Each node is a slice to JAX, whose own `make_mesh` refuses them; a state that is split stays within a node."""
+    arranged = _arranged(4, 4, devices_of("gpu", 2, 8))
+    assert [[device.id for device in row] for row in arranged] == np.arange(16).reshape(4, 4).tolist()
+    assert _arranged(1, 16, devices_of("gpu", 2, 8)).shape == (1, 16)
+
+
+def test_tpus_of_several_slices():
+    arranged = _arranged(4, 2, devices_of("tpu", 2, 4))
+    for row in arranged:
+        assert len({device.slice_index for device in row}) == 1
+    with pytest.raises(ConfigError, match=r"mesh\.data=1, mesh\.fsdp=8 does not fit 2 TPU slices: .* a multiple of 2"):
+        _arranged(1, 8, devices_of("tpu", 2, 4))
 
 
 @pytest.mark.parametrize(("size", "expected"), [
