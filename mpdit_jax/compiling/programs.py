@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from mpdit_jax.chips import GIB
-from mpdit_jax.compiling.collectives import collective_bytes
+from mpdit_jax.compiling.collectives import traffic
 from mpdit_jax.compiling.flops import product_flops
 from mpdit_jax.config import model_of
 from mpdit_jax.data.latents import LatentSpace
@@ -40,7 +40,8 @@ class Program:
         temporaries: bytes it needs beside them.
         peak: bytes in all while it runs; results that take the arguments' place count once.
         compiled_flops: operations of the compiled matrix products, recomputation included; None if `refused`.
-        collectives: bytes moved in a run, by kind; None if `refused`.
+        collectives: bytes of the arrays that go through collectives in a run, by kind; None if `refused`.
+        sent: bytes that the chip sends for them; None if `refused`.
         seconds_to_compile: of lowering and compiling, here.
         refused: whether the compiler gave up because the chip's memory is too small. `temporaries` is then its own
             early estimate.
@@ -51,6 +52,7 @@ class Program:
     peak: int
     compiled_flops: int | None
     collectives: dict[str, int] | None
+    sent: float | None
     seconds_to_compile: float
     refused: bool = False
 
@@ -106,7 +108,7 @@ def compile_step(config: FrozenConfigDict, mesh: Mesh) -> Program:
     else:
         batch |= {name: of_batch((_VIEWS, *example), jnp.float16) for name in ("mean", "std")}
     with jax.set_mesh(mesh):
-        return _compile(jit_step(step, state, mesh), state, batch)
+        return _compile(mesh.size, jit_step(step, state, mesh), state, batch)
 
 
 def compile_sampler(config: FrozenConfigDict, mesh: Mesh, batch_size: int) -> Program:
@@ -129,7 +131,7 @@ def compile_sampler(config: FrozenConfigDict, mesh: Mesh, batch_size: int) -> Pr
     labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=split)
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere)
     with jax.set_mesh(mesh):
-        return _compile(jax.jit(draw, out_shardings=split), parameters, labels, seed)
+        return _compile(mesh.size, jax.jit(draw, out_shardings=split), parameters, labels, seed)
 
 
 def _model_for(config: FrozenConfigDict, mesh: Mesh) -> ModelConfig:
@@ -138,7 +140,7 @@ def _model_for(config: FrozenConfigDict, mesh: Mesh) -> ModelConfig:
     return model.replace(platform="gpu" if platform == "cpu" else platform) if model.platform == "auto" else model
 
 
-def _compile(function: Any, *arguments: Any) -> Program:
+def _compile(chips: int, function: Any, *arguments: Any) -> Program:
     start = time.perf_counter()
     lowered = function.lower(*arguments)
     try:
@@ -149,7 +151,10 @@ def _compile(function: Any, *arguments: Any) -> Program:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     given, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Program(given, temporary, given + temporary + results, product_flops(text), collective_bytes(text), seconds)
+    moved = traffic(text, chips)
+    return Program(
+        given, temporary, given + temporary + results, product_flops(text), moved.by_kind, moved.sent, seconds
+    )
 
 
 def _refused(message: str, arguments: Any, seconds: float) -> Program:
@@ -167,7 +172,7 @@ def _refused(message: str, arguments: Any, seconds: float) -> Program:
     )
     if estimate:
         temporaries = int(float(estimate[1]) * GIB)
-        return Program(given, temporaries, given + temporaries, None, None, seconds, refused=True)
+        return Program(given, temporaries, given + temporaries, None, None, None, seconds, refused=True)
     assert used is not None
     peak = int(float(used[1]) * GIB)
-    return Program(given, max(peak - given, 0), peak, None, None, seconds, refused=True)
+    return Program(given, max(peak - given, 0), peak, None, None, None, seconds, refused=True)

@@ -8,7 +8,6 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from mpdit_jax.chips import GIB, Chip
-from mpdit_jax.compiling.collectives import ring_bytes
 from mpdit_jax.compiling.programs import Program
 from mpdit_jax.config import model_of
 from mpdit_jax.model.accounting import count_macs, recomputed_macs, training_flops
@@ -52,8 +51,8 @@ def describe(program: Program, flops: float, chips: int, chip: Chip | None) -> d
             "matrix products": flops / chips / chip.flops,
             "memory": program.arguments / chip.hbm_bandwidth,
         }
-        if program.collectives is not None:
-            bounds["links"] = ring_bytes(program.collectives) / chip.ici_bandwidth
+        if program.sent is not None:
+            bounds["links"] = program.sent / chip.ici_bandwidth
         report["bound_seconds"] = max(bounds.values())
         report["bound_by"] = max(bounds, key=lambda name: bounds[name])
     return report
@@ -115,7 +114,7 @@ def as_text(name: str, report: dict[str, Any]) -> str:
     if report["collectives"] is not None:
         moved = {kind: size for kind, size in report["collectives"].items() if size}
         listed = ", ".join(f"{kind} {size / GIB:.3f} GiB" for kind, size in moved.items()) or "none"
-        lines.append(f"  collectives  {listed}")
+        lines.append(f"  collectives  {listed}; sent {report['sent'] / GIB:.3f} GiB")
     if "bound_seconds" in report:
         lines.append(
             f"  bound        {1e3 * report['bound_seconds']:8.2f} ms by {report['bound_by']}: no less time at "

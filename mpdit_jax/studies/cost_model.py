@@ -4,7 +4,7 @@ A chip holds its share of the state, and temporaries of which some grow with its
 take; and it gathers and reduces parameters whatever the batch.
 
     temporaries = a + b * images a chip
-    bytes moved = c + d * images a chip + e * (data > 1: gradients are also summed over copies of the state)
+    bytes sent  = c + d * images a chip + e * (data > 1: gradients are also summed over copies of the state)
     operations  = f * images a chip
 """
 
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from mpdit_jax.chips import GIB, Chip
-from mpdit_jax.compiling.collectives import ring_bytes
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -27,15 +26,15 @@ class CostModel:
     Attributes:
         arguments: bytes of the state and the batch a chip, with the state split 16 ways.
         temporaries: (a, b), bytes and bytes an image.
-        moved: (c, d, e), bytes, bytes an image, bytes more where there are copies.
+        sent: (c, d, e), bytes, bytes an image, bytes more where there are copies.
         flops: operations an image.
         points: compiled steps it was fitted to.
-        error: the largest relative residual of temporaries, bytes moved and operations.
+        error: the largest relative residual of temporaries, bytes sent and operations.
     """
 
     arguments: float
     temporaries: tuple[float, float]
-    moved: tuple[float, float, float]
+    sent: tuple[float, float, float]
     flops: float
     points: int
     error: dict[str, float]
@@ -44,12 +43,12 @@ class CostModel:
         """A step's figures per chip on more chips than were compiled for, as `compiling.report.describe` names them."""
         images = batch_size / chips
         temporaries = self.temporaries[0] + self.temporaries[1] * images
-        flops, moved = self.flops * images, self.moved[0] + self.moved[1] * images + self.moved[2]
+        flops, sent = self.flops * images, self.sent[0] + self.sent[1] * images + self.sent[2]
         return {
             "peak": self.arguments + temporaries,
             "flops": flops,
-            "moved": moved,
-            "bound_seconds": max(flops / chip.flops, moved / chip.ici_bandwidth),
+            "sent": sent,
+            "bound_seconds": max(flops / chip.flops, sent / chip.ici_bandwidth),
         }
 
 
@@ -69,10 +68,10 @@ def _fit(entries: list[Mapping[str, Any]]) -> CostModel:
     copies = np.array([float(entry["data"] > 1) for entry in entries])
     one = np.ones(len(entries))
     temporaries = np.array([entry["temporaries"] for entry in entries], float)
-    moved = np.array([ring_bytes(entry["collectives"]) for entry in entries])
+    sent = np.array([entry["sent"] for entry in entries])
     flops = np.array([entry["compiled_flops"] for entry in entries], float)
     ab = np.linalg.lstsq(np.stack([one, images], axis=1), temporaries, rcond=None)[0]
-    cde = np.linalg.lstsq(np.stack([one, images, copies], axis=1), moved, rcond=None)[0]
+    cde = np.linalg.lstsq(np.stack([one, images, copies], axis=1), sent, rcond=None)[0]
     an_image = float((flops / images).mean())
 
     def worst(found: np.ndarray, expected: np.ndarray) -> float:
@@ -81,12 +80,12 @@ def _fit(entries: list[Mapping[str, Any]]) -> CostModel:
     return CostModel(
         arguments=float(np.median([entry["arguments"] for entry in entries])),
         temporaries=(float(ab[0]), float(ab[1])),
-        moved=(float(cde[0]), float(cde[1]), float(cde[2])),
+        sent=(float(cde[0]), float(cde[1]), float(cde[2])),
         flops=an_image,
         points=len(entries),
         error={
             "temporaries": worst(ab[0] + ab[1] * images, temporaries),
-            "bytes moved": worst(cde[0] + cde[1] * images + cde[2] * copies, moved),
+            "bytes sent": worst(cde[0] + cde[1] * images + cde[2] * copies, sent),
             "operations": worst(an_image * images, flops),
         },
     )
@@ -106,7 +105,7 @@ def table(results: Results, models: Mapping[str, CostModel]) -> str:
     """Everything as a Markdown table, then what was fitted."""
     lines = [
         "| model | chips | batch | state + batch, GiB | temporaries, GiB | fits 15.75 GiB | TFLOP a chip, compiled "
-        "| × chips, PFLOP | over analytic | moved, GiB | bound, ms | by |",
+        "| × chips, PFLOP | over analytic | sent, GiB | bound, ms | by |",
         "|" + "---|" * 12,
     ]
     for entry in sorted(results.values(), key=lambda entry: (entry["preset"], entry["chips"], entry["batch_size"])):
@@ -118,7 +117,7 @@ def table(results: Results, models: Mapping[str, CostModel]) -> str:
         lines.append(
             f"{start}| {entry['temporaries'] / GIB:.2f} | {'yes' if entry['fits'] else 'no'} | {flops / 1e12:.3f} "
             f"| {flops * entry['chips'] / 1e15:.4f} | {flops / entry['flops']:.4f} "
-            f"| {ring_bytes(entry['collectives']) / GIB:.2f} | {1e3 * entry['bound_seconds']:.1f} "
+            f"| {entry['sent'] / GIB:.2f} | {1e3 * entry['bound_seconds']:.1f} "
             f"| {entry['bound_by']} |"
         )
     lines.append("")

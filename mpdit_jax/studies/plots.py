@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from mpdit_jax.chips import CHIPS, GIB
-from mpdit_jax.compiling.collectives import ring_bytes
 from mpdit_jax.errors import MissingExtraError
 from mpdit_jax.studies.cost_model import CostModel, Results
 
@@ -28,7 +27,7 @@ def draw(results: Results, models: Mapping[str, CostModel], folder: Path) -> lis
     pictures: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], float]]] = {
         "memory": ("peak memory a chip, GiB", "peak", lambda entry: entry["peak"] / GIB),
         "flops": ("matrix products a chip, TFLOP", "flops", lambda entry: entry["compiled_flops"] / 1e12),
-        "traffic": ("sent by a chip, GiB", "moved", lambda entry: ring_bytes(entry["collectives"]) / GIB),
+        "traffic": ("sent by a chip, GiB", "sent", lambda entry: entry["sent"] / GIB),
     }
     return [
         _draw(folder / f"scaling_{name}.png", label, whole, models, value, predicted)

@@ -95,8 +95,8 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        if not all({"preset", "chips", "batch_size"} <= entry.keys() for entry in results.values()):
-            raise ValueError("entries without preset, chips or batch_size")
+        if not all({"preset", "chips", "batch_size", "sent"} <= entry.keys() for entry in results.values()):
+            raise ValueError("entries without preset, chips, batch_size or sent")
     except (ValueError, AttributeError) as error:
         raise InputError(f"--out={path}: not a file of this command ({error}); choose another name.") from error
     return results

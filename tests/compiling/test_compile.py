@@ -13,7 +13,7 @@ import pytest
 
 from mpdit_jax.chips import CHIPS, chip_of
 from mpdit_jax.compile import main as compile_command
-from mpdit_jax.compiling.collectives import collective_bytes, ring_bytes
+from mpdit_jax.compiling.collectives import traffic
 from mpdit_jax.compiling.programs import Program, _refused, compile_step, topology_devices
 from mpdit_jax.compiling.report import as_text, describe, smaller, step_flops
 from mpdit_jax.config import base_config, resolve
@@ -46,24 +46,26 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_bytes_of_each_kind_loops_counted_as_often_as_they_run():
-    found = collective_bytes(TEXT)
+    moved = traffic(TEXT, 8)
+    found = moved.by_kind
     assert found["all-reduce"] == 3 * 4 + 5 * 2
     assert found["reduce-scatter"] == 10 * 4 * 4  # the whole array, of four chips
     assert found["all-gather"] == 6 * (80 + 80)
     assert found["all-to-all"] == found["collective-permute"] == 0
-    assert ring_bytes(found) == 2 * 22 + 160 + 960
+    # Rings of all eight, where no groups are told; of four; of two.
+    assert moved.sent == 2 * 22 * 7 / 8 + 160 * 3 / 4 + 960 / 2
 
 
 def test_a_known_trip_count_comes_first():
     text = TEXT.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
-    assert collective_bytes(text)["all-gather"] == 3 * 160
+    assert traffic(text, 8).by_kind["all-gather"] == 3 * 160
 
 
 def test_a_real_program_of_eight_devices():
     program = """
-import jax, json
+import dataclasses, jax, json
 from jax.sharding import NamedSharding, PartitionSpec as P
-from mpdit_jax.compiling.collectives import collective_bytes
+from mpdit_jax.compiling.collectives import traffic
 from mpdit_jax.mesh import make_mesh
 
 mesh = make_mesh()
@@ -75,16 +77,14 @@ def loss(w, x):
     return (jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0] ** 2).mean()
 
 compiled = jax.jit(jax.grad(loss), in_shardings=(whole, split), out_shardings=whole).lower(w, x).compile()
-print(json.dumps(collective_bytes(compiled.as_text())))
+print(json.dumps(dataclasses.astuple(traffic(compiled.as_text(), 8))))
 """
-    import subprocess
-    import sys
-
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(8), check=True)
-    found = json.loads(done.stdout)
+    found, sent = json.loads(done.stdout)
     # Whether inside the loop or after it: the gradient of five matrices is summed once.
     assert found["all-reduce"] == pytest.approx(5 * 32 * 32 * 4, rel=0.01)
+    assert sent == 2 * found["all-reduce"] * 7 / 8
 
 
 def test_chips_and_topologies():
@@ -108,7 +108,7 @@ def test_both_cores_of_a_v4_are_one_device(monkeypatch, topology, asked):
 
 
 def test_what_does_not_fit_is_said_and_bounded():
-    program = Program(10 * 2**30, 10 * 2**30, 20 * 2**30, 10**12, {"all-reduce": 10**9}, 1.0)
+    program = Program(10 * 2**30, 10 * 2**30, 20 * 2**30, 10**12, {"all-reduce": 10**9}, 10**9, 1.0)
     report = describe(program, 197e12 * 4, 2, CHIPS["v5e"])
     assert report["fits"] is False
     assert report["bound_by"] == "matrix products"
@@ -188,7 +188,7 @@ def test_the_nearest_setting_that_fits_is_looked_for(monkeypatch, capsys):
     def compiled(config, mesh):
         tried.append((config.model.remat, config.gradient_accumulation))
         peak = 2**30 if tried[-1] == ("full", 2) else 17 * 2**30
-        return Program(2**20, peak - 2**20, peak, 10, dict.fromkeys(("all-reduce", "all-gather"), 0), 1.0)
+        return Program(2**20, peak - 2**20, peak, 10, dict.fromkeys(("all-reduce", "all-gather"), 0), 0, 1.0)
 
     monkeypatch.setattr("mpdit_jax.compiling.programs.compile_step", compiled)
     monkeypatch.setattr("mpdit_jax.compiling.programs.topology_devices", lambda topology: jax.devices()[:1])
@@ -227,6 +227,7 @@ def test_the_command_on_virtual_devices():
     assert report["step"]["compiled_flops"] == pytest.approx(report["step"]["flops"], rel=0.2)  # of 16 images a chip
     assert (report["chips"], report["mesh"]) == (4, "data=2, fsdp=2")
     assert report["step"]["collectives"]["all-reduce"] > 0
+    assert 0 < report["step"]["sent"] < 2 * sum(report["step"]["collectives"].values())
     assert report["step"]["peak"] >= report["step"]["arguments"] > 0
     assert report["sampler"]["batch_size"] == 32
 

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mpdit_jax.compiling.collectives import collective_bytes
+from mpdit_jax.compiling.collectives import KINDS, Traffic, traffic
 from mpdit_jax.compiling.flops import product_flops
 from mpdit_jax.compiling.hlo import dimensions, sizes, walk
+from mpdit_jax.errors import ConfigError
 
 # As libtpu writes them: a ring that gathers beside a product, two steps an iteration; and a gather that runs beside
 # other fusions, repeated in each.
@@ -63,12 +64,64 @@ ENTRY %main (x: bf16[10,8], y: bf16[4,8], z: (bf16[72,96], u32[])) -> bf16[160,8
 def test_a_tpu_ring_runs_as_often_as_its_index_steps():
     (permute,) = [visit for visit in walk(TPU) if visit.instruction.operation == "collective-permute-start"]
     assert permute.times == 4
-    assert collective_bytes(TPU)["collective-permute"] == 4 * 72 * 96 * 2
+    assert traffic(TPU, 16).by_kind["collective-permute"] == 4 * 72 * 96 * 2
 
 
 def test_a_gather_beside_other_work_counts_once_and_the_work_too():
-    assert collective_bytes(TPU)["all-gather"] == 160 * 8 * 2
+    gathered, permuted = 160 * 8 * 2, 4 * 72 * 96 * 2
+    expected = {**dict.fromkeys(KINDS, 0), "all-gather": gathered, "collective-permute": permuted}
+    assert traffic(TPU, 16) == Traffic(expected, gathered * 15 / 16 + permuted)
     assert product_flops(TPU) == 2 * 4 * 4 * 8
+
+
+@pytest.mark.parametrize(("groups", "members"), [
+    ("{{0,1,2},{3,4,5}}", 3), ("[4,16]<=[64]", 16), ("[16,4]<=[4,16]T(1,0)", 4), ("{}", 64),
+    ("mesh['axis_0'=16,'axis_1'=4] {'axis_0'}", 16),
+    ("mesh['axis_0'=16,'axis_1'=1,'axis_2'=4], device_ids=([4,16]T(1,0)) {'axis_2'}", 4),
+    ("mesh['axis_0'=16,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", 32), ("mesh['a'=16,'b'=4] {'a':(2)4}", 4),
+])  # fmt: skip
+def test_groups_of_chips(groups, members):
+    """As XLA writes them; each chip sends all of the sum but its part, twice."""
+    line = f"  ROOT %sum = f32[64]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add"
+    text = f"HloModule m\n\nENTRY %main (x: f32[64]) -> f32[64] {{\n{line}\n}}\n"
+    assert traffic(text, 64).sent == pytest.approx(2 * 256 * (members - 1) / members)
+
+
+def test_groups_of_another_kind_are_refused():
+    line = "  ROOT %sum = f32[64]{0} all-reduce(%x), replica_groups=<new>, to_apply=%add"
+    with pytest.raises(ConfigError, match="groups chips in a way that is not known here"):
+        traffic(f"HloModule m\n\nENTRY %main (x: f32[64]) -> f32[64] {{\n{line}\n}}\n", 64)
+
+
+def test_a_sum_of_which_each_chip_takes_a_part():
+    """As libtpu writes a reduce-scatter."""
+    text = """HloModule m
+
+%all-reduce-scatter.3 (x: bf16[64,8]) -> bf16[4,8] {
+  %x = bf16[64,8]{1,0} parameter(0)
+  %sum = bf16[64,8]{1,0} all-reduce(%x), replica_groups=[1,16]<=[16], to_apply=%add
+  ROOT %part = bf16[4,8]{1,0} dynamic-slice(%sum, %i, %j), dynamic_slice_sizes={4,8}
+}
+
+ENTRY %main (x: bf16[64,8]) -> bf16[4,8] {
+  %x.1 = bf16[64,8]{1,0} parameter(0)
+  ROOT %fusion = bf16[4,8]{1,0} fusion(%x.1), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""
+    moved = traffic(text, 16)
+    assert (moved.by_kind["reduce-scatter"], moved.by_kind["all-reduce"]) == (1024, 0)
+    assert moved.sent == 1024 * 15 / 16
+
+
+def test_several_collectives_in_one():
+    """Operands first, then results: as XLA combines them."""
+    lines = [
+        "((bf16[4,8]{1,0}, bf16[2,8]{1,0}), (bf16[64,8]{1,0}, bf16[32,8]{1,0})) all-gather-start(%a, %b)",
+        "((f32[6]{0}, f32[2]{0}), (f32[6]{0}, f32[2]{0}), u32[], u32[]) collective-permute-start(%c, %d)",
+    ]
+    body = "\n".join(f"  %line.{number} = {line}, replica_groups=[1,16]<=[16]" for number, line in enumerate(lines))
+    moved = traffic(f"HloModule m\n\nENTRY %main (x: f32[6]) -> f32[6] {{\n{body}\n}}\n", 16).by_kind
+    assert (moved["all-gather"], moved["collective-permute"]) == (96 * 8 * 2, 8 * 4)
 
 
 def test_shapes():
