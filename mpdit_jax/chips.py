@@ -45,7 +45,7 @@ CHIPS = {
     "v4": Chip("TPU v4", 275e12, int(31.75 * GIB), 1228e9, 300e9, 3, 4096),
     "v5e": Chip("TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, 2, 256),
     "v5p": Chip("TPU v5", 459e12, int(95.0 * GIB), 2765e9, 600e9, 3, 8960),
-    "v6e": Chip("TPU v6 lite", 918e12, int(31.25 * GIB), 1640e9, 448e9, 2, 256),
+    "v6e": Chip("TPU v6 lite", 918e12, int(31.25 * GIB), 1638e9, 400e9, 2, 256),
 }
 
 # bfloat16 without sparsity, from NVIDIA's data sheets; the first name that a device's kind starts with.
@@ -54,6 +54,7 @@ GPU_FLOPS = {
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA H200": 989e12,
     "NVIDIA GH200": 989e12,
     "NVIDIA B200": 2250e12,

@@ -116,6 +116,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
             spike_factor=config.guard.spike_factor,
         )
         update = jit_step(plain_step, target, mesh)
+        done = jax.jit(jnp.copy)  # the state itself is taken over by the next step
         fresh_window = jax.jit(empty_window, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target.window))
         learning_rate = make_schedule(config.optimizer)
         rows = local_rows(config.batch_size, mesh)
@@ -155,13 +156,14 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                     report.say(f"profile of {config.profile.steps} steps written to {workdir / 'tensorboard'}")
                 step += 1
                 last = step == config.steps
-                watch.step(state)
+                watch.step(done(state.step))
                 report.advance(step)
                 if step % config.log.every == 0 or last:
                     claim.check()
                     window, accepted = jax.device_get((state.window, state.guard["accepted"]))
                     state = dataclasses.replace(state, window=fresh_window())
-                    means = window_means(window) | {"learning_rate": float(learning_rate(accepted))}
+                    # That of the last step that counted.
+                    means = window_means(window) | {"learning_rate": float(learning_rate(max(int(accepted) - 1, 0)))}
                     report.metrics(step, means, watch.lap())
                     report.skipped(skipped_steps(window), int(window["skipped"]))
                     check_skips(step, window)

@@ -69,9 +69,10 @@ def _adamw(config: FrozenConfigDict, schedule: optax.Schedule) -> optax.Gradient
 
 
 def _muon(config: FrozenConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Muon on the blocks' matrices, AdamW's rule on everything else, at the same learning rate."""
+    """Muon on the blocks' matrices, AdamW with Nesterov's momentum on everything else, at the same learning rate."""
     return optax.contrib.muon(
         schedule,
+        eps=config.eps,  # of both: beside AdamW's root, and beside the norm that an update is divided by
         weight_decay=config.weight_decay,
         adam_b1=config.b1,
         adam_b2=config.b2,

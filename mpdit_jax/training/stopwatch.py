@@ -3,7 +3,8 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import jax
@@ -14,8 +15,9 @@ from mpdit_jax.chips import GIB
 class Stopwatch:
     """Splits the wall-clock time between two lines of the log, on this process.
 
-    The device works while the host prepares the next step. Time in which the host neither waited for data nor saved or
-    drew is therefore called the device's: where that is nearly all, the input pipeline keeps up.
+    The device works while the host prepares the next step. Waiting for data is time in which the host waits for it and
+    the device has finished the step before; what is neither that nor saving or drawing is the device's. Where that is
+    nearly all, the input pipeline keeps up.
     """
 
     def __init__(self, batch_size: int, flops_per_image: float = 0.0, peak_flops: float | None = None) -> None:
@@ -31,6 +33,9 @@ class Stopwatch:
         self._start = time.perf_counter()
         self._steps = 0
         self._compiled = False
+        # Somebody must be there when the device is done, while this thread waits for data.
+        self._observer = ThreadPoolExecutor(1, "stopwatch")
+        self._idle_since: Future[float] | None = None
 
     @contextmanager
     def of(self, part: Literal["data_wait", "other"]) -> Iterator[None]:
@@ -39,12 +44,19 @@ class Stopwatch:
         try:
             yield
         finally:
-            self._spent[part] += time.perf_counter() - start
+            end = time.perf_counter()
+            if part == "data_wait" and self._idle_since is not None:
+                start = max(start, self._idle_since.result()) if self._idle_since.done() else end
+            self._spent[part] += max(end - start, 0.0)
 
     def step(self, result: Any) -> None:
-        """A step has been dispatched that gives `result`. The first compiles: it is waited for and left out."""
+        """A step has been dispatched that gives `result`, which the next one must not take over.
+
+        The first compiles: it is waited for and left out.
+        """
         if self._compiled:
             self._steps += 1
+            self._idle_since = self._observer.submit(_when_ready, result)
             return
         jax.block_until_ready(result)
         self._compiled = True
@@ -57,7 +69,7 @@ class Stopwatch:
     def lap(self) -> dict[str, float]:
         """Means over the window, and begin the next; the device must have finished the window's steps.
 
-        `seconds_step` is their sum: `seconds_data_wait` (waiting for a batch and placing it), `seconds_other`
+        `seconds_step` is their sum: `seconds_data_wait` (the device waiting for a batch), `seconds_other`
         (checkpoints and sample grids, as far as the step had to wait for them) and `seconds_device`. Rates leave
         `seconds_other` out. `mfu` is the model's operations (three forward passes) over the devices' peak;
         `device_memory_gib` the most that this process's fullest device has held. Unknown figures are missing.
@@ -83,3 +95,9 @@ class Stopwatch:
         if held:
             values["device_memory_gib"] = max(held) / GIB
         return values
+
+
+def _when_ready(result: Any) -> float:
+    with suppress(jax.errors.JaxRuntimeError):  # told to whoever needs the result
+        jax.block_until_ready(result)
+    return time.perf_counter()

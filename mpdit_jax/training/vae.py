@@ -17,7 +17,7 @@ from mpdit_jax import images
 from mpdit_jax.checkpoint import CONFIG, Checkpoints
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.errors import CheckpointError, DivergedError
-from mpdit_jax.files import check_writable, is_json_with, remove_leftovers, replacing, take_lock
+from mpdit_jax.files import check_writable, is_json_with, parse_json, remove_leftovers, replacing, take_lock
 from mpdit_jax.interrupt import StopRequest
 from mpdit_jax.mesh import batch_sharding, check_batch, make_mesh, replicated
 from mpdit_jax.preparing.decoded import DecodedImages
@@ -30,6 +30,7 @@ from mpdit_jax.training.writers import METRICS_FILE
 from mpdit_jax.vae import Autoencoder, AutoencoderConfig, load_vae, save_folder
 from mpdit_jax.vae.autoencoder import mean_and_std
 from mpdit_jax.vae.weights import Parameters, abstract, merge, split
+from mpdit_jax.workdir import last_step
 
 _SHOWN = 16  # images and their reconstructions in the picture, and images encoded at a time
 _THREADS = 2  # that decode image files
@@ -103,7 +104,7 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
                 state, metrics = update(state, batch)
                 stop.nothing_to_save = False
                 step += 1
-                watch.step(state)
+                watch.step(metrics)
                 report.advance(step)
                 last = step == config.steps
                 logs, saves = (step % every == 0 or last for every in (config.log.every, config.checkpoint.every))
@@ -149,6 +150,11 @@ def _claim(workdir: Path, config: FrozenConfigDict, *, started: bool) -> None:
         raise CheckpointError(
             f"{workdir} holds something else (see {path}), which would be overwritten: use another --workdir."
         )
+    if not started and last_step(workdir / METRICS_FILE) > config.checkpoint.every:
+        raise CheckpointError(
+            f"{workdir} holds the record of this training and none of its checkpoints: restore them from a copy, move "
+            f"{METRICS_FILE} away to begin again, or use another --workdir."
+        )
     with replacing(path) as file:
         file.write(text.encode())
 
@@ -156,7 +162,7 @@ def _claim(workdir: Path, config: FrozenConfigDict, *, started: bool) -> None:
 def _decisive(path: Path) -> dict[str, Any] | None:
     """The fields of a stored config that change the result; None if it cannot be read."""
     try:
-        return _decisive_of(json.loads(path.read_text()))
+        return _decisive_of(parse_json(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -1,6 +1,7 @@
 """What a run tells of itself: where its time went, a profile, Weights & Biases."""
 
 import json
+import time
 
 import jax
 import pytest
@@ -83,14 +84,21 @@ def test_a_lap_adds_up(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now[0])
     watch = Stopwatch(batch_size=8, flops_per_image=10.0, peak_flops=100.0)
+
+    def step():
+        """One that the device has done at once."""
+        watch.step(None)
+        if watch._idle_since is not None:
+            assert watch._idle_since.result() == now[0]
+
     assert watch.lap() == {}
     now[0] += 50.0  # the first step, which compiles
-    watch.step(None)
+    step()
     for wait in (1.0, 3.0):
         with watch.of("data_wait"):
             now[0] += wait
         now[0] += 4.0
-        watch.step(None)
+        step()
     with watch.of("other"):
         now[0] += 8.0
     values = watch.lap()
@@ -99,8 +107,33 @@ def test_a_lap_adds_up(monkeypatch):
     assert values["images_per_second"] == pytest.approx(8 / 6)
     assert values["mfu"] == pytest.approx(8 / 6 * 10 / 100)
     now[0] += 5.0
-    watch.step(None)
+    step()
     assert watch.lap()["seconds_device"] == 5.0  # nothing is left of the window before
+
+
+class Slow:
+    """The result of a step that takes so many seconds."""
+
+    def __init__(self, seconds):
+        self._end = time.perf_counter() + seconds
+
+    def block_until_ready(self):
+        time.sleep(max(self._end - time.perf_counter(), 0))
+        return self
+
+
+def test_only_a_device_that_is_done_waits_for_data():
+    """Steps of 0.4 s: batches that take 0.2 s cost nothing, and for those that take 0.6 s it waits for 0.2 s."""
+    watch = Stopwatch(batch_size=8)
+    watch.step(None)
+    for loading, waited in ((0.2, 0.0), (0.6, 0.2)):
+        for _ in range(2):
+            result = Slow(0.4)
+            watch.step(result)
+            with watch.of("data_wait"):
+                time.sleep(loading)
+            result.block_until_ready()
+        assert watch.lap()["seconds_data_wait"] == pytest.approx(waited, abs=0.1)
 
 
 def test_published_peaks_by_the_names_jax_gives():

@@ -1,6 +1,7 @@
 """The step by itself: accumulation, steps left out, optimizers and schedules, donation."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ import pytest
 from mpdit_jax.config import base_config, model_of, resolve
 from mpdit_jax.mesh import make_mesh
 from mpdit_jax.model.parameters import abstract
+from mpdit_jax.train import main
 from mpdit_jax.training.optimizer import make_optimizer, make_schedule
 from mpdit_jax.training.state import abstract_state, create_state
 from mpdit_jax.training.step import jit_step, make_draw, make_loss, make_step
 from mpdit_jax.training.window import window_means
+from tests.tiny import train_arguments
 
 
 def small_config(**optimizer):
@@ -104,6 +107,14 @@ def test_the_learning_rate_warms_up():
     assert any(not np.array_equal(state.parameters[name], array) for name, array in start.items())
 
 
+def test_the_learning_rate_of_the_log_is_that_of_the_last_step(tmp_path):
+    more = ["--config.optimizer.warmup_steps=8", "--config.log.every=1", "--config.steps=3"]
+    assert main(train_arguments(tmp_path / "run", *more)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0.0, 1e-3 / 8, 2e-3 / 8])
+    assert lines[0]["update_norm"] == 0 < lines[1]["update_norm"]
+
+
 def test_clipping_bounds_what_the_optimizer_sees():
     """Adam's first moment after one step is (1 - b1) times the gradient, here of norm 1e-3."""
     state, step, batch = prepare(small_config(clip_norm=1e-3))
@@ -112,6 +123,16 @@ def test_clipping_bounds_what_the_optimizer_sees():
     norm = np.sqrt(sum(float((np.asarray(leaf) ** 2).sum()) for leaf in jax.tree.leaves(moments)))
     assert norm == pytest.approx(0.1 * 1e-3, rel=1e-3)
     assert jax.device_get(state.window)["gradient_norm"] > 0.1  # logged before it is cut
+
+
+def test_muon_heeds_eps():
+    """On what is no matrix of a block, Adam's: with a large one, updates are in proportion to their gradients."""
+    change = []
+    for eps in (1e-8, 1e6):
+        state, step, batch = prepare(small_config(name="muon", learning_rate=1e-2, weight_decay=0.0, eps=eps))
+        before = np.array(state.parameters["final.kernel"])
+        change.append(np.abs(np.asarray(step(state, batch).parameters["final.kernel"]) - before).max())
+    assert change[1] < 1e-3 * change[0]
 
 
 def test_muon_turns_the_blocks_matrices():
