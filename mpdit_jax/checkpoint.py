@@ -5,9 +5,10 @@ workdir/checkpoints/STEP/         parameters, ema_parameters, optimizer and prog
 workdir/damaged_checkpoints/STEP/ what was moved out of the way because it could not be read
 """
 
+import dataclasses
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,12 +21,13 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax import integrity
 from mpdit_jax.config import from_json, model_of
-from mpdit_jax.errors import CheckpointError, ConfigError, DamageWarning
+from mpdit_jax.errors import CheckpointError, ConfigError, DamageWarning, ProcessError
+from mpdit_jax.files import reason
 from mpdit_jax.memory import without_byte_counts
 from mpdit_jax.mesh import make_mesh, replicated
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import abstract, merge
-from mpdit_jax.processes import first_does, told_by_first
+from mpdit_jax.processes import first_does, first_sentence, told_by_first
 from mpdit_jax.stored import CHECKPOINTS as CHECKPOINTS
 from mpdit_jax.stored import (
     DIGESTS,
@@ -34,7 +36,6 @@ from mpdit_jax.stored import (
     numbered_folders,
     read_step,
     read_together,
-    reason,
 )
 from mpdit_jax.stored import list_steps as list_steps
 
@@ -85,18 +86,28 @@ class Checkpoints:
                 try:
                     self._guarded(self._manager.wait_until_finished)
                 finally:
-                    self._manager.close()
+                    self._guarded(self._manager.close)
 
     def latest_step(self) -> int | None:
         """Step of the newest finished checkpoint."""
         return max(list_steps(self._workdir), default=None)
 
-    def save(self, step: int, items: Mapping[str, Any]) -> None:
+    def save(self, step: int, items: Mapping[str, Any], *, keep_older: bool = False) -> None:
         """Save pytrees by name with their digests, in the background; a step that is there already is left alone.
+
+        Args:
+            step: what it is of.
+            items: the pytrees.
+            keep_older: delete nothing for it, however many there are.
 
         Raises:
             CheckpointError: this one or the one before it could not be written, as when the disk is full.
         """
+        if keep_older and self._options.max_to_keep is not None:
+            self._guarded(self._manager.wait_until_finished)
+            self._manager.close()
+            del self._manager
+            self._options = dataclasses.replace(self._options, max_to_keep=None)
         if self._guarded(lambda: step in self._manager.all_steps()):
             return
         saved: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
@@ -130,7 +141,7 @@ class Checkpoints:
             CheckpointError: there are checkpoints, and none of them is whole.
         """
         problems: dict[int, str] = {}
-        for step in sorted(numbered_folders(self._workdir), reverse=True):
+        for step in self._seen_by_all():
             try:
                 items, notes = read_together(self._folder / str(step), targets)
             except CheckpointError as error:
@@ -144,6 +155,23 @@ class Checkpoints:
                 f"{problems[newest]}{others}: restore one from a copy, or move {self._folder} away to begin again."
             )
         return None
+
+    def _seen_by_all(self) -> Iterator[int]:
+        """Steps of all that has the name of a checkpoint, from the newest down; the first process says which.
+
+        Raises:
+            ProcessError: another one does not see it.
+        """
+        step = 2**31 - 1
+        while True:
+            step = told_by_first(max((one for one in numbered_folders(self._workdir) if one < step), default=-1))
+            if step < 0:
+                return
+            folder = self._folder / str(step)
+            missing = "" if folder.is_dir() else f"process {jax.process_index()} does not see {folder}"
+            if problem := first_sentence(missing, "the checkpoint is there"):
+                raise ProcessError(f"{problem}: give all machines a --workdir on a file system that they share.")
+            yield step
 
     def _set_aside(self, used: int, problems: Mapping[int, str]) -> list[str]:
         """Move everything that has the name of a checkpoint and is none; a sentence each.

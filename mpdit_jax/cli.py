@@ -145,6 +145,10 @@ def _status_of(main: Callable[[Sequence[str]], int], resumable: bool) -> tuple[i
             raise
         where = f" {error.filename}" if error.filename else ""
         print(f"error: the system refused to read or write{where} ({error.strerror}).", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # it is what was refused, and is flushed once more at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, True
     except Exception as error:  # a fault of ours, for which the other processes must not wait
         if not has_peers():

@@ -10,6 +10,7 @@ from ml_collections.config_dict import placeholder
 
 from mpdit_jax.config_checks import check_fields, check_values, expect, leaves
 from mpdit_jax.errors import ConfigError
+from mpdit_jax.files import parse_json
 from mpdit_jax.model.config import ModelConfig, without_idle
 from mpdit_jax.model.presets import PRESETS, model_config
 
@@ -174,8 +175,8 @@ def from_json(text: str) -> FrozenConfigDict:
         ConfigError: not JSON, or not a config of this version.
     """
     try:
-        stored = json.loads(text)
-    except json.JSONDecodeError as error:
+        stored = parse_json(text)
+    except ValueError as error:
         raise ConfigError(f"not a JSON config ({error}).") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"expected a JSON object of config fields, got {type(stored).__name__}.")

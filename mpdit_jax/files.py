@@ -174,13 +174,35 @@ def take_lock(path: Path) -> Lock | str:
     now = datetime.datetime.now(datetime.UTC)
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {now:%Y-%m-%d %H:%M:%S} UTC\n")
     file.flush()
+    os.fsync(file.fileno())  # on a shared file system other machines look for it
     return Lock(path, file)
+
+
+def reason(error: Exception) -> str:
+    """What the system said, where a library wraps it in its own words; else the first line of what the library says."""
+    text = str(error)
+    for code in REFUSALS:
+        if os.strerror(code) in text:
+            return os.strerror(code)
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text that is not ours alone to write.
+
+    Raises:
+        ValueError: it is none, or lists within lists too deep for the parser.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("too many levels of brackets") from error
 
 
 def is_json_with(path: Path, names: Collection[str]) -> bool:
     """Whether a file is a JSON object that has these fields, by which one of ours is told from somebody else's."""
     try:
-        return set(json.loads(path.read_text())) >= set(names)
+        return set(parse_json(path.read_text())) >= set(names)
     except (OSError, ValueError, TypeError):
         return False
 

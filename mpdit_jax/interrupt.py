@@ -196,9 +196,10 @@ class StopRequest:
         except OSError as error:  # nothing may keep this process from ending
             return f"what the disk has ({error.strerror})"
 
-    def _lost_reader(self) -> None:
+    def _lost_reader(self, error: OSError) -> None:
         if self.name is None:
-            self.name = "nobody reads the output any more"
+            heard = error.errno not in LOST
+            self.name = f"the output is refused ({error.strerror})" if heard else "nobody reads the output any more"
 
     def _listen(self) -> None:
         while True:
@@ -234,9 +235,9 @@ class StopRequest:
 
 
 class _Outliving(io.TextIOBase):
-    """A text stream that goes on, to nowhere, when whoever reads it has gone."""
+    """A text stream that goes on, to nowhere, when whoever reads it has gone, or the disk takes no more of it."""
 
-    def __init__(self, stream: TextIO, lost: Callable[[], None]) -> None:
+    def __init__(self, stream: TextIO, lost: Callable[[OSError], None]) -> None:
         self._stream, self._lost = stream, lost
 
     @property
@@ -268,9 +269,7 @@ class _Outliving(io.TextIOBase):
         try:
             yield
         except OSError as error:
-            if error.errno not in LOST:
-                raise
-            self._lost()
+            self._lost(error)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from mpdit_jax.clusters import Cluster
 from mpdit_jax.errors import ProcessError
+from mpdit_jax.files import parse_json
 
 Facts: TypeAlias = Mapping[str, str]
 """What all processes must have in common, by name: fields of the config, the version."""
@@ -60,7 +61,7 @@ def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> tupl
             try:
                 peer, _ = server.accept()
                 peer.settimeout(min(max(left, 0.1), _LONGEST_SILENCE))  # others wait behind a stranger who says nothing
-                message = json.loads(_read_line(peer))
+                message = parse_json(_read_line(peer))
                 index, count, theirs = int(message["index"]), int(message["count"]), dict(message["facts"])
             except TimeoutError:
                 continue
@@ -111,7 +112,7 @@ def _answer(
         try:
             connection.settimeout(left + _REPLY_GRACE)
             connection.sendall(message)
-            return str(json.loads(_read_line(connection))["problem"]), {0: connection}
+            return str(parse_json(_read_line(connection))["problem"]), {0: connection}
         except TimeoutError:
             connection.close()
             return (

@@ -1,7 +1,5 @@
 """A checkpoint on disk: which folders are one, and reading one so that damage is noticed."""
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import orbax.checkpoint as ocp
 
 from mpdit_jax import integrity
 from mpdit_jax.errors import CheckpointError
-from mpdit_jax.files import REFUSALS
+from mpdit_jax.files import parse_json, reason
 from mpdit_jax.processes import first_sentence
 
 CHECKPOINTS = "checkpoints"
@@ -42,7 +40,7 @@ def numbered_folders(workdir: str | Path) -> set[int]:
 def is_complete(folder: Path) -> bool:
     """Whether every part is there that Orbax has noted down."""
     try:
-        parts = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+        parts = parse_json((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
         return bool(parts) and all(
             (folder / part / (_DIGESTS_FILE if part == DIGESTS else "_METADATA")).is_file() for part in parts
         )
@@ -107,13 +105,14 @@ def _restored(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 def _recorded(folder: Path) -> dict[str, Any] | None:
     """What was noted down when it was saved; None for checkpoints from before that was done."""
-    parts = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+    parts = parse_json((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
     if DIGESTS not in parts:
         return None
-    record: dict[str, Any] = json.loads((folder / DIGESTS / _DIGESTS_FILE).read_text())
+    record: dict[str, Any] = parse_json((folder / DIGESTS / _DIGESTS_FILE).read_text())
     if record["version"] > DIGESTS_VERSION:
         raise ValueError(f"its digests are of version {record['version']}, newer than this mpdit_jax")
-    if not isinstance(record["step"], int) or not isinstance(record["items"], dict):
+    items = record["items"]
+    if not isinstance(record["step"], int) or not all(isinstance(digests, dict) for digests in items.values()):
         raise ValueError("its digests are damaged")
     return record
 
@@ -154,12 +153,3 @@ def _verify(folder: Path, items: Mapping[str, Any], record: Mapping[str, Any] | 
         if wrong:
             more = f" and {len(wrong) - 1} more arrays" if len(wrong) > 1 else ""
             raise CheckpointError(f"the checkpoint {folder} is damaged ({name}/{wrong[0]}{more} is not what was saved)")
-
-
-def reason(error: Exception) -> str:
-    """What the system said, where a library wraps it in its own words; else the first line of what the library says."""
-    text = str(error)
-    for code in REFUSALS:
-        if os.strerror(code) in text:
-            return os.strerror(code)
-    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -6,14 +6,24 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import jax
 from ml_collections import FrozenConfigDict
 
 from mpdit_jax.checkpoint import CONFIG, DAMAGED, load_config
 from mpdit_jax.config import differences, to_json
 from mpdit_jax.data.facts import FACTS, FACTS_FILE
-from mpdit_jax.errors import CheckpointError, MPDiTError
-from mpdit_jax.files import Lock, check_place, check_writable, is_json_with, remove_leftovers, replacing, take_lock
-from mpdit_jax.processes import first_does
+from mpdit_jax.errors import CheckpointError, MPDiTError, ProcessError
+from mpdit_jax.files import (
+    Lock,
+    check_place,
+    check_writable,
+    is_json_with,
+    parse_json,
+    remove_leftovers,
+    replacing,
+    take_lock,
+)
+from mpdit_jax.processes import first_does, first_sentence
 from mpdit_jax.stored import CHECKPOINTS, list_steps, numbered_folders
 
 _LOCK = ".lock"
@@ -54,16 +64,39 @@ def claim_workdir(workdir: Path, config: FrozenConfigDict) -> Iterator[Claim]:
     """
     lock, note = first_does(partial(_claim, workdir, config)) or (None, "")
     try:
+        _check_shared(workdir)
         yield Claim(lock, note)
     finally:
         if lock is not None:
             lock.close()  # the system lets go of it as well when the process ends, however it ends
 
 
+def _check_shared(workdir: Path) -> None:
+    """Raise ProcessError, on every process, unless all see the lock that the first one holds.
+
+    A folder of another machine that has the same name would get that machine's part of every checkpoint.
+    """
+    if jax.process_count() == 1:
+        return
+    try:
+        seen = (workdir / _LOCK).read_text().strip()
+    except OSError as error:
+        seen = error.strerror or "cannot be read"
+    held = first_sentence(seen if jax.process_index() == 0 else "", "the first holds the lock")
+    other = f"process {jax.process_index()} has another folder under --workdir={workdir} than process 0"
+    if problem := first_sentence("" if seen == held else other, "all see the lock"):
+        raise ProcessError(f"{problem}: give one on a file system that all machines share.")
+
+
 def _claim(workdir: Path, config: FrozenConfigDict) -> tuple[Lock, str]:
     check_writable(workdir / CONFIG)
     for name in (*_FOLDERS, _METRICS):
         check_place(workdir / name, folder=name in _FOLDERS)
+    if os.path.islink(workdir / CHECKPOINTS) and not os.path.exists(workdir / CHECKPOINTS):
+        raise CheckpointError(
+            f"{workdir / CHECKPOINTS} is a link to {os.readlink(workdir / CHECKPOINTS)}, which is not there: mount it, "
+            "or remove the link to begin again."
+        )
     if os.path.isdir(workdir / CHECKPOINTS):
         check_writable(workdir / CHECKPOINTS / "_")
     lock = take_lock(workdir / _LOCK)
@@ -104,8 +137,8 @@ def _claim_config(workdir: Path, config: FrozenConfigDict) -> str:
 
 
 def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
-    """Rename what another run whose checkpoints are gone has left, rather than write over it."""
-    metrics = workdir / _METRICS
+    """Rename what a run whose checkpoints are gone has left, rather than write over it."""
+    metrics, whose = workdir / _METRICS, "another run"
     if not (metrics.exists() and metrics.stat().st_size):
         for name, fields in ((CONFIG, _OF_A_RUN), (FACTS_FILE, FACTS)):
             if (workdir / name).exists() and not is_json_with(workdir / name, fields):
@@ -116,7 +149,9 @@ def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
         return ""
     try:
         if (workdir / CONFIG).exists() and not differences(load_config(workdir), config):
-            return ""  # the same run, which writes the same lines
+            if last_step(metrics) <= config.checkpoint.every:
+                return ""  # the same run, killed before its first checkpoint: it writes the same lines
+            whose = "this run, whose checkpoints are gone"
     except MPDiTError:
         pass  # not a config of this version
     # The metrics last: as long as they are there, what a kill cuts short here is made up for by the next start.
@@ -126,7 +161,20 @@ def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
     while any(_numbered(path, count).exists() for path in record):
         count += 1
     kept = [path.rename(_numbered(path, count)) for path in record]
-    return f"{workdir} holds no checkpoint, but the record of another run, now in {', '.join(map(str, kept))}"
+    return f"{workdir} holds no checkpoint, but the record of {whose}, now in {', '.join(map(str, kept))}"
+
+
+def last_step(metrics: Path) -> int:
+    """The highest step of a run's log, 0 if there is none; lines that cannot be read do not count."""
+    if not metrics.is_file():
+        return 0
+    steps = [0]
+    for line in metrics.read_bytes().splitlines():
+        try:
+            steps.append(int(parse_json(line)["step"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return max(steps)
 
 
 def _numbered(path: Path, count: int) -> Path:

@@ -51,10 +51,15 @@ def environment(devices=1):
     }
 
 
-def start(command, arguments, devices=1, extra=None, **options):
-    """Start `python -m mpdit_jax.COMMAND` as its own process, with `devices` virtual CPU devices, `extra` variables."""
+def start(command, arguments, devices=1, extra=None, before="", **options):
+    """Start `python -m mpdit_jax.COMMAND` as its own process, with `devices` virtual CPU devices, `extra` variables.
+
+    `before` is Python that the process runs first.
+    """
+    module = f"mpdit_jax.{command}"
+    command_itself = f"import runpy\nrunpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     return subprocess.Popen(
-        [sys.executable, "-m", f"mpdit_jax.{command}", *arguments],
+        [sys.executable, *(["-c", f"{before}\n{command_itself}"] if before else ["-m", module]), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

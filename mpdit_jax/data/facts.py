@@ -10,7 +10,7 @@ import numpy as np
 from mpdit_jax.data.latents import LatentSpace
 from mpdit_jax.data.sources import Source
 from mpdit_jax.errors import CheckpointError
-from mpdit_jax.files import replacing
+from mpdit_jax.files import parse_json, replacing
 
 FACTS_FILE = "data.json"
 FACTS = ("class_names", "latents")
@@ -74,7 +74,7 @@ def read_facts(workdir: str | Path) -> DataFacts | None:
     if not path.is_file():
         return None
     try:
-        stored = json.loads(path.read_text())
+        stored = parse_json(path.read_text())
         latents = stored["latents"]
         if latents is not None:
             latents = LatentSpace(

@@ -23,6 +23,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from mpdit_jax.data.npz import read_npy
 from mpdit_jax.errors import DataError
+from mpdit_jax.files import parse_json
 
 SCHEMA_VERSION = 1
 MANIFEST, LABELS, REJECTED = "manifest.json", "labels.npy", "rejected.jsonl"
@@ -114,7 +115,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"--images=FOLDER --vae=FOLDER --image_size=256 --out={folder}`, which also finishes what was interrupted."
         )
     try:
-        stored: dict[str, Any] = json.loads(path.read_text())
+        stored: dict[str, Any] = parse_json(path.read_text())
         version, examples = stored.pop("schema_version"), stored.pop("examples")
         if version != SCHEMA_VERSION:
             raise DataError(

@@ -17,7 +17,7 @@ from flax import nnx
 
 from mpdit_jax.errors import WeightsError
 from mpdit_jax.evaluation.layers import Conv, assign
-from mpdit_jax.files import replacing
+from mpdit_jax.files import parse_json, replacing
 
 _KEY, _FORMAT = "mpdit_jax", "classifier 1"
 _SMALLEST = 4  # pixels a side that the images are brought down to, by halves
@@ -99,7 +99,7 @@ def load_classifier(path: str | Path) -> Classifier:
         )
     try:
         with safetensors.safe_open(path, "numpy") as file:
-            fields = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+            fields = parse_json((file.metadata() or {}).get(_KEY, "{}"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         if fields.pop("format", "") != _FORMAT:
             raise WeightsError(f"{path} is not a classifier that mpdit_jax.train_classifier has written.")

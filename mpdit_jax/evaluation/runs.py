@@ -4,7 +4,6 @@ import argparse
 import copy
 import dataclasses
 import glob
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from mpdit_jax.evaluation.looking import kept, look, needed
 from mpdit_jax.evaluation.report import Result, make_result, write_json
 from mpdit_jax.evaluation.sets import count_labels
 from mpdit_jax.evaluation.statistics import Statistics, check_count
-from mpdit_jax.files import digest_of, remove_leftovers
+from mpdit_jax.files import digest_of, parse_json, remove_leftovers
 from mpdit_jax.flow.adaptive import METHODS
 from mpdit_jax.processes import any_process, first_does
 from mpdit_jax.sampling.blocks import BlockFolder
@@ -173,7 +172,7 @@ class DrawnImages:
 
 def _read_row(name: str, file: Path) -> Result:
     try:
-        stored = json.loads(file.read_text())
+        stored = parse_json(file.read_text())
         return Result(name, dict(stored["metrics"]), dict(stored["settings"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is damaged ({error}): delete that file and repeat the command.") from error

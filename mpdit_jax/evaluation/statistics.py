@@ -23,7 +23,7 @@ from mpdit_jax.evaluation.metrics import (
 )
 from mpdit_jax.evaluation.sets import open_npz
 from mpdit_jax.evaluation.settings import fewest_images
-from mpdit_jax.files import replacing
+from mpdit_jax.files import parse_json, replacing
 
 OF_SINGLE_IMAGES = {"precision", "recall", "kid"}
 """Metrics that no moments suffice for."""
@@ -155,7 +155,7 @@ def statistics_of(path: Path) -> str | None:
         names = npz_names(path)
         if not {"mu", "sigma"} <= names:
             return None
-        about = json.loads(str(read_npz(path, [_ABOUT])[0])) if _ABOUT in names else {}
+        about = parse_json(str(read_npz(path, [_ABOUT])[0])) if _ABOUT in names else {}
     except ValueError:
         return None
     return str(about.get("extractor", "inception")) if isinstance(about, dict) else "inception"
@@ -175,7 +175,7 @@ def load_statistics(path: str | Path, extractor: Extractor) -> Statistics:
         names = npz_names(path)
         wanted = sorted(names & {_ABOUT, "features", *(name for pair in _GAUSSIANS.values() for name in pair)})
         arrays = dict(zip(wanted, read_npz(path, wanted), strict=True))
-        about = dict(json.loads(str(arrays[_ABOUT]))) if _ABOUT in arrays else {}
+        about = dict(parse_json(str(arrays[_ABOUT]))) if _ABOUT in arrays else {}
         gaussians = {
             name: Gaussian(np.asarray(arrays[mean], np.float64), np.asarray(arrays[covariance], np.float64))
             for name, (mean, covariance) in _GAUSSIANS.items()

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.numpy
 
 from mpdit_jax.errors import ConfigError, WeightsError
-from mpdit_jax.files import replacing
+from mpdit_jax.files import parse_json, replacing
 from mpdit_jax.model.config import ModelConfig, without_idle
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import abstract, merge, split
@@ -38,8 +38,8 @@ def stored_config(metadata: Mapping[str, str], origin: str) -> ModelConfig | Non
     if metadata.get("format") != FORMAT:
         return None
     try:
-        return ModelConfig().replace(**without_idle(json.loads(metadata["model"])))
-    except (KeyError, TypeError, AttributeError, ConfigError, json.JSONDecodeError) as error:
+        return ModelConfig().replace(**without_idle(parse_json(metadata["model"])))
+    except (KeyError, TypeError, AttributeError, ConfigError, ValueError) as error:
         raise WeightsError(f"{origin}: its metadata hold no model config of this version ({error}).") from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mpdit_jax.data.latent_store import MANIFEST
 from mpdit_jax.errors import InputError
-from mpdit_jax.files import Lock, check_writable, remove_leftovers, replacing, take_lock
+from mpdit_jax.files import Lock, check_writable, parse_json, remove_leftovers, replacing, take_lock
 from mpdit_jax.processes import first_does
 
 _SETTINGS, _LOCK = "prepare.json", ".lock"
@@ -54,7 +54,7 @@ def _claim_settings(out: Path, settings: dict[str, Any]) -> None:
             file.write((json.dumps(settings, indent=1) + "\n").encode())
         return
     try:
-        stored = dict(json.loads(path.read_text()))
+        stored = dict(parse_json(path.read_text()))
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged: use another --out.") from error
     there, now = flat(stored), flat(settings)

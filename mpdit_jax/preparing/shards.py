@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,7 +14,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from mpdit_jax.data.latent_store import Shard, record_dtype, sha256
-from mpdit_jax.files import replacing
+from mpdit_jax.files import parse_json, reason, replacing
 from mpdit_jax.preparing.image_sets import ImageSet, key_bytes_of
 from mpdit_jax.preparing.pictures import to_square
 
@@ -68,12 +69,14 @@ def write_shard(path: Path, rows: range, work: Work, pool: Executor, advance: Ca
 
     Raises:
         Stopped: from `advance`; nothing is left behind.
+        OSError: the disk is full, or refuses otherwise; nothing is left behind either.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     labels, rejected = list[int](), list[tuple[str, str]]()
     total, total_square, positions = np.zeros(work.latent_channels), np.zeros(work.latent_channels), 0
-    writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+    writer = None
     try:
+        writer = _Writer(temporary)
         for count, good, pictures in _read(rows, work, pool, rejected):
             if pictures is not None:
                 mean, std = (moments[: len(good)] for moments in work.encode(pictures))
@@ -94,8 +97,8 @@ def write_shard(path: Path, rows: range, work: Work, pool: Executor, advance: Ca
         shard = Shard(path.name, len(labels), temporary.stat().st_size, sha256(temporary))
         temporary.replace(path)
     finally:
-        if writer.is_open():
-            writer.close()
+        if writer is not None:
+            writer.abandon()
         temporary.unlink(missing_ok=True)
     report = Report(shard, labels, total.tolist(), total_square.tolist(), positions, rejected)
     with replacing(report_path(path)) as file:
@@ -103,10 +106,40 @@ def write_shard(path: Path, rows: range, work: Work, pool: Executor, advance: Ca
     return report
 
 
+class _Writer:
+    """An ArrayRecord file; what the system refuses is an OSError, of which ArrayRecord makes a RuntimeError."""
+
+    def __init__(self, path: Path) -> None:
+        with _system_errors():
+            self._writer = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+
+    def write(self, record: bytes) -> None:
+        with _system_errors():
+            self._writer.write(record)
+
+    def close(self) -> None:
+        with _system_errors():
+            self._writer.close()
+
+    def abandon(self) -> None:
+        """Close it, if that has not been done, whatever becomes of the file."""
+        if self._writer.is_open():
+            with suppress(OSError):
+                self.close()
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(reason(error)) from error
+
+
 def read_report(path: Path) -> Report | None:
     """The report of a shard if it is finished and still there at its full length."""
     try:
-        stored = json.loads(report_path(path).read_text())
+        stored = parse_json(report_path(path).read_text())
         shard = Shard(**stored.pop("shard"))
         rejected = [(str(key), str(reason)) for key, reason in stored.pop("rejected")]
         report = Report(shard, rejected=rejected, **stored)

@@ -16,7 +16,7 @@ import numpy as np
 
 from mpdit_jax.data.npz import read_npz
 from mpdit_jax.errors import InputError
-from mpdit_jax.files import Lock, check_writable, replacing, take_lock
+from mpdit_jax.files import Lock, check_writable, parse_json, replacing, take_lock
 from mpdit_jax.processes import compare_facts, first_does
 from mpdit_jax.waiting import wait_for_all
 
@@ -149,6 +149,6 @@ class BlockFolder:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(parse_json(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): delete {path.parent} and repeat the command.") from error

@@ -5,7 +5,6 @@ computes is the same after a restart. Evaluations have lines of their own in `me
 off is made up for when the run continues.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from mpdit_jax.evaluation.classifier_training import check_trainable, train_clas
 from mpdit_jax.evaluation.extractors import Extractor, build_classifier, make_extractor, metric_label
 from mpdit_jax.evaluation.settings import choose_metrics, fewest_images
 from mpdit_jax.evaluation.statistics import MOMENTS, Statistics, check_metrics, compare
-from mpdit_jax.files import digest_of
+from mpdit_jax.files import digest_of, parse_json
 from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import Sampler, make_sampler
 from mpdit_jax.mesh import batch_sharding, make_mesh
@@ -237,7 +236,7 @@ class Evaluator:
             return False
         for text in self._metrics_file.read_bytes().splitlines():
             try:
-                line: Mapping[str, Any] = json.loads(text)
+                line: Mapping[str, Any] = parse_json(text)
             except ValueError:
                 continue  # cut short by a crash, or damaged by the disk
             if line.get("step") == step and any(name.startswith(PREFIX) for name in line):

@@ -1,7 +1,7 @@
 """The training run, top to bottom."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from mpdit_jax.memory import return_freed
 from mpdit_jax.mesh import check_batch, local_rows, make_mesh, place_batch
 from mpdit_jax.model.accounting import count, training_flops
 from mpdit_jax.model.parameters import Structure, abstract, merge
-from mpdit_jax.processes import StopVote, compare_facts, first_does
+from mpdit_jax.processes import StopVote, any_process, compare_facts, first_does
 from mpdit_jax.sampling.decoding import Decode, make_decode
 from mpdit_jax.stored import newest_in_words
 from mpdit_jax.training.evaluation import Evaluator
@@ -125,6 +125,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
             lambda batch: place_batch(batch, rows, config.batch_size, mesh),
         )
 
+        save_unplanned = partial(_save_unplanned, checkpoints)
         check_skips = partial(_check_skips, checkpoints, config.guard.abort_after)
         peak = peak_flops(mesh, model_config.dtype) if speaks else None
         watch, vote = Stopwatch(config.batch_size, training_flops(model_config, config.mask_ratio), peak), StopVote()
@@ -144,7 +145,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                     except DataError:
                         if step and jax.process_count() == 1:  # saving takes all, and the others do not know
                             claim.check()
-                            checkpoints.save(step, to_items(state))
+                            save_unplanned(step, state)
                         raise
                 with profiler.step(step), jax.transfer_guard("disallow"):
                     state = update(state, batch)
@@ -175,10 +176,11 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                         with watch.of("other"):
                             claim.check()
                             checkpoints.save(step, to_items(state))
-                if config.sample.every and (step % config.sample.every == 0 or last):
+                draws = config.sample.every and (step % config.sample.every == 0 or last)
+                if draws and (last or not any_process(stop.name is not None)):  # there may be little time to save
                     with watch.of("other"):
                         claim.check()
-                        picture = draw_grid(config, structure, state, decode)
+                        picture = draw_grid(config, structure, state, decode, lambda: stop.name is not None)
                         if picture is not None:
                             report.picture(step, picture)
                         wait_for_all("the grid is drawn")  # by the first process alone
@@ -195,16 +197,21 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                 report.say(f"{stop.name or 'another process was asked to stop'}: saving step {step}")
                 claim.check()
                 check_skips(step, jax.device_get(state.window))
-                checkpoints.save(step, to_items(state))
+                save_unplanned(step, state)
     return state
 
 
 def draw_grid(
-    config: FrozenConfigDict, structure: Structure, state: TrainState, decode: Decode | None = None
+    config: FrozenConfigDict,
+    structure: Structure,
+    state: TrainState,
+    decode: Decode | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> np.ndarray | None:
     """A guided grid from the EMA weights, one row a class, with the same noise every time.
 
-    None for arrays that are no pictures and not decoded to any, and on every process but the first.
+    None for arrays that are no pictures and not decoded to any, where `stopped` while they are decoded, and on every
+    process but the first.
     """
     if decode is None and (config.data.name == "latents" or config.model.in_channels not in (1, 3)):
         return None
@@ -224,7 +231,12 @@ def draw_grid(
         pictures = np.asarray(latents)
     else:
         rows = np.split(np.asarray(latents), classes)  # a row at a time: a VAE takes far more memory
-        pictures = np.concatenate([np.asarray(decode(jnp.asarray(row))) for row in rows])
+        decoded = []
+        for row in rows:
+            if stopped():
+                return None
+            decoded.append(np.asarray(decode(jnp.asarray(row))))
+        pictures = np.concatenate(decoded)
     # Black where the model has diverged for now: the guard judges steps, and a picture must not end the run.
     pictures = np.where(np.isfinite(pictures), pictures, -1)
     return images.grid(images.to_uint8(pictures), config.sample.per_class)
@@ -245,6 +257,11 @@ def _introduce(
         f"{mesh.size} {mesh.devices.flat[0].platform} device(s){several}",
         flush=True,
     )
+
+
+def _save_unplanned(checkpoints: Checkpoints, step: int, state: TrainState) -> None:
+    """Save in the middle of steps that are left out as well, but then let go of none that is known to be good."""
+    checkpoints.save(step, to_items(state), keep_older=bool(jax.device_get(state.guard["skipped_in_a_row"])))
 
 
 def _check_skips(checkpoints: Checkpoints, abort_after: int, step: int, window: Mapping[str, np.ndarray]) -> None:

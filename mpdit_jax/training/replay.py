@@ -5,7 +5,8 @@ made again from the checkpoint before, and the step is taken apart. Nothing is w
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,16 @@ from mpdit_jax.model.parameters import abstract
 from mpdit_jax.stored import list_steps, read_step
 from mpdit_jax.training.optimizer import make_optimizer
 from mpdit_jax.training.state import TrainState, abstract_state, create_state, from_items, to_items
-from mpdit_jax.training.step import Draw, Examples, LossFunction, jit_step, make_draw, make_loss, make_step
+from mpdit_jax.training.step import (
+    Draw,
+    Examples,
+    LossFunction,
+    accumulated,
+    jit_step,
+    make_draw,
+    make_loss,
+    make_step,
+)
 
 _NAMED = 8  # examples and arrays that are named; more are counted
 
@@ -92,12 +102,12 @@ def replay(config: ConfigDict | FrozenConfigDict, workdir: str | Path, number: i
             state = update(state, place_batch(next(data), rows, config.batch_size, mesh))
         host = batch_at(source, config.batch_size, config.seed, number - 1)
         batch = place_batch({name: value[rows] for name, value in host.items()}, rows, config.batch_size, mesh)
-        found, sound = _take_apart(state, batch, host, draw, loss, optimizer)
+        found, sound = _take_apart(state, batch, host, draw, loss, optimizer, config.gradient_accumulation)
         kept = int(state.guard["accepted"])
         after = update(state, batch)
         accepted = int(after.guard["accepted"]) > kept
     verdict = "counts" if accepted else "is left out"
-    if sound and not accepted:
+    if sound and not accepted and config.guard.spike_factor:
         verdict += f": its gradient norm spikes (config.guard.spike_factor={config.guard.spike_factor:g})"
     return Replay([*lines, *found, f"step {number} (batch {number - 1}) {verdict}"], sound and accepted)
 
@@ -122,20 +132,30 @@ def _take_apart(
     draw: Draw,
     loss: LossFunction,
     optimizer: optax.GradientTransformation,
+    accumulation: int,
 ) -> tuple[list[str], bool]:
-    """What each stage of the step holds, and whether all of it is finite."""
+    """What each stage of the step holds, and whether all of it, and every norm that the guard looks at, is finite."""
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
     examples = jax.jit(draw)(batch, key)
     drawn = {name: array for name, array in examples._asdict().items() if array is not None}
     lines = [_rows("batch", host), _rows("drawn examples", drawn), _tree("parameters", state.parameters)]
-    (value, _), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.parameters, examples)
+    differentiate = partial(accumulated, loss, parts=accumulation)
+    value, _, gradients = jax.jit(differentiate)(state.parameters, examples)
     updates, _ = jax.jit(optimizer.update)(gradients, state.optimizer_state, state.parameters)
     lines += [_tree("loss", {"loss": value}), _tree("gradients", gradients), _tree("updates", updates)]
-    sound = all(line.endswith(_FINITE) for line in lines)
-    lines += [f"loss {float(value):.6g}, gradient norm {float(optax.tree.norm(gradients)):.6g}"]
-    if not sound:
-        lines.append(_origin(loss, state, examples))
-    return lines, sound
+    finite = all(line.endswith(_FINITE) for line in lines)
+    after = optax.apply_updates(state.parameters, updates)
+    norms = {
+        name: float(optax.tree.norm(tree))
+        for name, tree in (("gradient", gradients), ("update", updates), ("parameter", after))
+    }
+    lines.append(f"loss {float(value):.6g}, " + ", ".join(f"{name} norm {norm:.6g}" for name, norm in norms.items()))
+    overflowing = [name for name, norm in norms.items() if not np.isfinite(norm)]
+    if not finite:
+        lines.append(_origin(differentiate, state, examples))
+    elif overflowing:
+        lines.append(f"every entry is finite, and of {' and '.join(overflowing)} the squares overflow float32")
+    return lines, finite and not overflowing
 
 
 _FINITE = ": all finite"
@@ -169,9 +189,9 @@ def _tree(what: str, tree: Any) -> str:
     return f"{what}: NaN or Inf in {', '.join(bad[:_NAMED])}{more}"
 
 
-def _origin(loss: LossFunction, state: TrainState, examples: Examples) -> str:
+def _origin(differentiate: Callable[..., Any], state: TrainState, examples: Examples) -> str:
     """Where a NaN first appears in the loss or its gradient, by JAX's checkify."""
-    checked = checkify.checkify(jax.value_and_grad(loss, has_aux=True), errors=checkify.float_checks)
+    checked = checkify.checkify(differentiate, errors=checkify.float_checks)
     error, _ = jax.jit(checked)(state.parameters, examples)
     message = error.get()
     if message is None:

@@ -137,7 +137,7 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> TrainState:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         examples = draw(batch, key)
-        value, per_example, gradients = _accumulated(loss, state.parameters, examples, accumulation)
+        value, per_example, gradients = accumulated(loss, state.parameters, examples, accumulation)
         gradient_norm = optax.tree.norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
@@ -180,7 +180,7 @@ def _select(good: jax.Array, new: optax.OptState, old: optax.OptState) -> optax.
     return jax.tree.map(lambda yes, no: jnp.where(good, yes, no), new, old)
 
 
-def _accumulated(
+def accumulated(
     loss: LossFunction, parameters: Parameters, examples: Examples, parts: int
 ) -> tuple[jax.Array, jax.Array, Parameters]:
     """Mean loss, losses of the examples (B,) and mean gradient, `parts` equal shares of the batch one at a time."""

@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from mpdit_jax.errors import MissingExtraError
-from mpdit_jax.files import replacing
+from mpdit_jax.files import parse_json, replacing
 from mpdit_jax.images import encode_png
 
 METRICS_FILE = "metrics.jsonl"
@@ -66,7 +67,7 @@ class MetricsFile:
 
 def _is_kept(line: bytes, start: int, *, last: bool) -> bool:
     try:
-        return bool(json.loads(line)["step"] <= start)
+        return bool(parse_json(line)["step"] <= start)
     except (ValueError, KeyError, TypeError):
         return not last  # the last was cut short by a crash; the disk damaged another, which is not ours to throw away
 
@@ -100,10 +101,13 @@ class TensorBoard:
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        with suppress(OSError):
+            self._writer.close()
 
     def _add(self, step: int, summary: Summary) -> None:
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        # What its thread could not write was told there, and is told to each later event again: the run goes on.
+        with suppress(OSError):
+            self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
 
 class WeightsAndBiases:

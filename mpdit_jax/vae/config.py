@@ -1,13 +1,13 @@
 """The architecture of an AutoencoderKL, as diffusers' `config.json` describes it."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mpdit_jax.errors import ConfigError
+from mpdit_jax.files import parse_json
 
 _DOWN_BLOCK = "DownEncoderBlock2D"
 _UP_BLOCK = "UpDecoderBlock2D"
@@ -173,8 +173,8 @@ def config_to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
 def read_config(path: Path) -> AutoencoderConfig:
     """Reads a diffusers `config.json` file; raises ConfigError (see `config_from_diffusers`) or for a file not JSON."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        entries = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}); copy the VAE's config.json again.") from error
     if not isinstance(entries, dict):
         raise ConfigError(f"{path} holds a {type(entries).__name__}; expected the JSON object diffusers writes.")

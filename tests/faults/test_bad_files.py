@@ -23,11 +23,13 @@ from mpdit_jax.data.idx import read_idx
 from mpdit_jax.data.latent_store import LatentStore
 from mpdit_jax.data.sources import load_arrays
 from mpdit_jax.errors import CheckpointError, DataError, InputError, MPDiTError, WeightsError
+from mpdit_jax.files import parse_json
 from mpdit_jax.preparing.claiming import _claim_settings
 from mpdit_jax.preparing.image_sets import open_folder
 from mpdit_jax.preparing.pictures import to_mode, to_square
 from mpdit_jax.preparing.shards import Work, _read
 from mpdit_jax.sampling.blocks import Block, BlockFolder
+from mpdit_jax.stored import is_complete
 from mpdit_jax.train import main
 from tests.data.test_latents import make_store
 from tests.faults.damage import DAMAGE, MUTATIONS, bulk, damaged, json_survives, survives
@@ -224,6 +226,19 @@ def test_files_of_a_workdir(finished, tmp_path):
         (tmp_path / name).write_bytes((finished / name).read_bytes())
     json_survives(tmp_path / "config.json", lambda: load_config(tmp_path), CheckpointError)
     json_survives(tmp_path / "data.json", lambda: read_facts(tmp_path), CheckpointError)
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 10**5])
+def test_brackets_without_end(finished, tmp_path, text):
+    """Python's parser calls itself for each of them."""
+    with pytest.raises(ValueError, match="too many levels of brackets"):
+        parse_json(text)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        load_config(tmp_path)
+    folder = shutil.copytree(finished, tmp_path / "run") / "checkpoints" / "8"
+    (folder / "_CHECKPOINT_METADATA").write_text(text)
+    assert not is_complete(folder)
 
 
 def test_settings_of_prepare(tmp_path):

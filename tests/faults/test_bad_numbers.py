@@ -3,18 +3,22 @@
 import dataclasses
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from mpdit_jax.data import pipeline, sources
-from mpdit_jax.errors import DivergedError
+from mpdit_jax.errors import DataError, DivergedError
 from mpdit_jax.stored import list_steps
 from mpdit_jax.train import main
 from mpdit_jax.training import loop
-from mpdit_jax.training.observe import LossSpikes
+from mpdit_jax.training import step as step_module
+from mpdit_jax.training.feed import Feed
+from mpdit_jax.training.observe import LossSpikes, Report
 from tests.tiny import ROOT, environment, train_arguments
 
 BAD_STEPS = (5, 6)
@@ -111,6 +115,34 @@ def test_replay_of_a_sound_step(with_skips, bad_data, capsys):
     assert 0 < loss < 10
 
 
+def test_replay_of_norms_that_overflow(tmp_path, capsys):
+    """Every entry is finite, and the guard looks at norms; no step spikes where none is guarded against."""
+    more = ["--config.optimizer.learning_rate=1e30", "--config.guard.abort_after=100", "--config.guard.spike_factor=0"]
+    assert main(train_arguments(tmp_path / "run", *more)) == 0
+    capsys.readouterr()
+    assert main(train_arguments(tmp_path / "run", *more, "--replay_step=1")) == 3
+    stdout = capsys.readouterr().out
+    assert "updates: all finite" in stdout
+    assert "every entry is finite, and of update and parameter the squares overflow float32" in stdout
+    assert stdout.endswith("step 1 (batch 0) is left out\n")
+
+
+def test_replay_takes_the_batch_in_the_parts_that_the_run_takes(with_skips, bad_data, capsys):
+    """A batch that does not fit in one is not computed in one."""
+    parts = "--config.gradient_accumulation=4"
+    with pytest.MonkeyPatch.context() as patch:
+        sizes, flow = [], step_module.flow_matching_loss
+
+        def noted(model, x, *rest, **more):
+            sizes.append(len(x))
+            return flow(model, x, *rest, **more)
+
+        patch.setattr(step_module, "flow_matching_loss", noted)
+        assert main(train_arguments(with_skips[0], parts, "--replay_step=5")) == 3
+    assert set(sizes) == {2}
+    assert "gradients: NaN or Inf in " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("step", "sentence"), [
     (0, "expected the number of a step of the run, 1 to "),
     (1_000_000, "replay_step=1000000: expected the number of a step of the run, 1 to "),
@@ -130,6 +162,39 @@ def test_too_many_in_a_row_end_the_run(tmp_path, bad_data, capsys):
         main(train_arguments(workdir, *more))
     assert caught.value.exit_status == 3
     assert list_steps(workdir)[-1] == 4
+
+
+@pytest.mark.parametrize("stopped_by", ["a signal", "data"])
+def test_stopping_among_steps_that_are_left_out_keeps_the_good_checkpoint(tmp_path, bad_data, monkeypatch, stopped_by):
+    """What made them bad may be in the parameters; the checkpoint before is kept beside, though one is to be kept."""
+    workdir = tmp_path / "run"
+    more = ["--config.checkpoint.keep=1", "--config.checkpoint.every=2", "--config.log.every=100"]
+    advance, take = Report.advance, Feed.take
+
+    def stop_at_five(self, step):
+        advance(self, step)
+        if step == 5 and stopped_by == "a signal":
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.5)  # until the thread that hears of it has noted it
+
+    def fail_at_six(self):
+        taken.append(1)
+        if len(taken) == 6 and stopped_by == "data":
+            raise DataError("the disk is gone")
+        return take(self)
+
+    taken = []
+    monkeypatch.setattr(Report, "advance", stop_at_five)
+    monkeypatch.setattr(Feed, "take", fail_at_six)
+    if stopped_by == "data":
+        with pytest.raises(DataError, match="the disk is gone"):
+            main(train_arguments(workdir, *more))
+    else:
+        assert main(train_arguments(workdir, *more)) == 0
+    assert list_steps(workdir) == [4, 5]
+    monkeypatch.undo()
+    assert main(train_arguments(workdir, *more)) == 0  # of sound digits from here on
+    assert list_steps(workdir) == [8]
 
 
 def test_a_spike_of_a_run_is_reported(tmp_path, monkeypatch, capsys):

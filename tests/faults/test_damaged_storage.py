@@ -110,6 +110,16 @@ def empty_the_digests(folder):
     path.write_text(json.dumps({**json.loads(path.read_text()), "items": 3}))
 
 
+def flatten_the_digests(folder):
+    path = folder / "integrity" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "items": {"ema_parameters": 3}}))
+
+
+def bury_the_digests(folder):
+    """Deeper than Python's parser can go."""
+    (folder / "integrity" / "metadata").write_text("[" * 10**5)
+
+
 def replace_by_an_older_one(folder):
     """Every array is sound; it is only not of this step."""
     shutil.rmtree(folder)
@@ -118,7 +128,7 @@ def replace_by_an_older_one(folder):
 
 DAMAGES = [
     truncate, half_delete, empty, empty_files, lose_an_item, lose_the_digests, forge_a_digest,
-    rename_a_digests_key, empty_the_digests, replace_by_an_older_one,
+    rename_a_digests_key, empty_the_digests, flatten_the_digests, bury_the_digests, replace_by_an_older_one,
 ]  # fmt: skip
 
 

@@ -1,12 +1,14 @@
 """A disk that is full or read-only, a workdir that vanishes or is taken: a clear end, nothing overwritten."""
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 
 import pytest
+from PIL import Image
 
 from mpdit_jax.errors import CheckpointError, InputError
 from mpdit_jax.files import take_lock
@@ -14,6 +16,7 @@ from mpdit_jax.stored import list_steps
 from mpdit_jax.train import main
 from mpdit_jax.training.observe import Report
 from tests.faults.nursery import Nursery, wait_until
+from tests.preparing.conftest import make_vae
 from tests.tiny import assert_same_bits, saved_arrays, train_arguments
 
 EVERY = ["--config.steps=12", "--config.checkpoint.every=1", "--config.checkpoint.keep=100", "--config.log.every=1"]
@@ -79,6 +82,24 @@ def test_files_that_may_not_grow(nursery, tmp_path):
     assert list_steps(workdir) == []
 
 
+def test_a_store_that_may_not_grow(nursery, tmp_path):
+    """`prepare` with a quota; with room the same command finishes the store."""
+    images = tmp_path / "images" / "one"
+    images.mkdir(parents=True)
+    for number in range(40):
+        Image.new("L", (8, 8), number).save(images / f"{number}.png")
+    vae = make_vae(tmp_path / "vae", seed=0)
+    arguments = [
+        f"--images={images.parent}", f"--vae={vae}", "--image_size=8", "--batch_size=8", f"--out={tmp_path / 'store'}"
+    ]  # fmt: skip
+    child = nursery.start("prepare", arguments, largest_file=4096)
+    assert child.wait() == 1
+    assert re.search(r"cannot write .*shard-00000-of-00001\.array_record: File too large", only_sentence(child.text()))
+    assert not list((tmp_path / "store").glob("*shard*"))
+    nursery.run("prepare", arguments)
+    nursery.run("prepare", ["--verify", f"--out={tmp_path / 'store'}"])
+
+
 def test_read_only_directory(nursery, small_disk):
     place, remount = small_disk
     nursery.run("train", train_arguments(place / "run", "--config.steps=1"))
@@ -105,6 +126,26 @@ def test_workdir_deleted_during_the_run(nursery, tmp_path, replaced):
     assert child.wait() == 1
     assert f"{workdir} was deleted, moved or replaced while the run was writing to it" in only_sentence(child.text())
     assert [path.name for path in workdir.glob("*")] == (["notes.txt"] if replaced else [])
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_workdir_deleted_with_all_that_is_in_it(nursery, tmp_path, replaced):
+    """In the middle of saving: TensorStore makes the folders again that it was writing to, and nothing else is made."""
+    workdir = tmp_path / "run"
+    long = ["--config.steps=100000", "--config.checkpoint.every=1", "--config.log.every=10"]
+    child = nursery.start("train", train_arguments(workdir, *long))
+    wait_until(lambda: "\nstep 10/" in child.text(), child)
+    while workdir.exists():
+        shutil.rmtree(workdir, ignore_errors=True)  # it is written to meanwhile
+    if replaced:
+        workdir.mkdir()
+        (workdir / "notes.txt").write_text("mine")
+    assert child.wait() == 1
+    sentence = only_sentence(child.text())
+    assert f"{workdir} was deleted, moved or replaced" in sentence or "a checkpoint cannot be written" in sentence
+    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+    assert [path.name for path in workdir.glob("*")] == (["notes.txt"] if replaced else [])
+    assert not replaced or (workdir / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("written", ["the grid", "an evaluation"])

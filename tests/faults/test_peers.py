@@ -78,7 +78,54 @@ def test_the_lost_process_is_named(tmp_path, lost):
             process.kill()
 
 
+SOON = "from mpdit_jax import peers\npeers._SILENCE, peers._EVERY = 5.0, 0.5"  # rather than a minute
+
+
+@pytest.mark.slow
+def test_a_process_that_falls_silent_is_named(tmp_path):
+    """As that of a machine that is gone: nothing comes from it, and its connections do not end."""
+    workdir, port = tmp_path / "run", free_port()
+    both = [
+        start("train", [*train_arguments(workdir, *LONG), *join_flags(port, 2, index)], before=SOON)
+        for index in range(2)
+    ]
+    try:
+        wait_for_step(workdir, both[0], 20)
+        both[0].send_signal(signal.SIGSTOP)
+        _, stderr = both[1].communicate(timeout=BOUND)
+        assert both[1].returncode == 1
+        assert "error: process 0 of 2 was lost (no sign of life for 5 s)" in stderr
+        assert "Traceback" not in stderr
+    finally:
+        for process in both:
+            process.kill()
+
+
 SHARED = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.model.hidden_size=64"]  # each writes a half
+
+
+OTHER_FOLDER = "from mpdit_jax import workdir\nworkdir._LOCK = 'elsewhere'"
+LACKS_8 = "from pathlib import Path\nthere = Path.is_dir\nPath.is_dir = lambda self: self.name != '8' and there(self)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "sentence"), [
+    (OTHER_FOLDER, "process 1 has another folder under --workdir={} than process 0"),
+    (LACKS_8, "process 1 does not see {}/checkpoints/8"),
+])  # fmt: skip
+def test_machines_that_do_not_share_the_workdir(finished, tmp_path, before, sentence):
+    """Process 1 looks at what lies elsewhere, or at what its file system has not heard of."""
+    workdir, port = shutil.copytree(finished, tmp_path / "run"), free_port()
+    both = [
+        start("train", [*train_arguments(workdir, "--config.steps=10"), *join_flags(port, 2, index)], before=code)
+        for index, code in enumerate(("", before))
+    ]
+    for process, (_, stderr) in zip(both, outputs_of(both), strict=True):
+        assert process.returncode == 1
+        assert f"{sentence.format(workdir)}" in stderr
+        assert "on a file system that" in stderr
+        assert "Traceback" not in stderr
+    assert list_steps(workdir) == [4, 8]
 
 
 @pytest.mark.slow

@@ -182,6 +182,32 @@ def test_whoever_reads_the_output_goes_away(tmp_path):
     assert f"continuing at step {step}" in stdout
 
 
+# From the first line of the log on.
+FILLS = """
+import os, threading, time
+def fill():
+    while not (os.path.exists({metrics!r}) and os.path.getsize({metrics!r})):
+        time.sleep(0.01)
+    for stream in {streams}:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), stream)
+threading.Thread(target=fill, daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize("streams", [(1,), (1, 2)])
+def test_a_disk_that_takes_no_more_of_the_output(tmp_path, streams):
+    """The log of a run fills somebody's home, and the workdir is elsewhere: the run is saved."""
+    workdir = tmp_path / "run"
+    before = FILLS.format(metrics=str(workdir / "metrics.jsonl"), streams=streams)
+    process = start("train", train_arguments(workdir, *LONG), before=before)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    if streams == (1,):
+        assert stderr == "error: the system refused to read or write (No space left on device).\n"
+    (step,) = list_steps(workdir)
+    assert 0 < step < 100_000
+
+
 def read_until(terminal, mark):
     """What is shown on a terminal, to a mark."""
     said, end = b"", time.monotonic() + 60
@@ -256,6 +282,42 @@ def test_a_second_signal_ends_at_once(nursery, tmp_path):
     reached = list_steps(workdir)[-1]
     output = nursery.run("train", train_arguments(workdir, f"--config.steps={reached + 1}"))
     assert f"continuing at step {reached}" in output
+
+
+# Everything of the checkpoint is written, and it has not its name yet.
+SLOW = """
+import time
+import orbax.checkpoint as ocp
+finalize = ocp.PyTreeCheckpointHandler.finalize
+def slow(self, directory):
+    time.sleep(30)
+    finalize(self, directory)
+ocp.PyTreeCheckpointHandler.finalize = slow
+"""
+
+
+def test_a_second_signal_in_the_middle_of_a_save(nursery, tmp_path):
+    workdir = tmp_path / "run"
+    nursery.run("train", train_arguments(workdir, "--config.steps=4"))
+    before = saved_arrays(workdir, 4)
+    process = start("train", train_arguments(workdir, *LONG), before=SLOW)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    while not (saving := list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*/parameters*/**/d/*"))):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 143
+    assert "SIGTERM again: ended at once; the checkpoint of step 4 is safe" in stderr
+    assert all(path.exists() for path in saving)
+    assert list_steps(workdir) == [4]
+    assert_same_bits(before, saved_arrays(workdir, 4))
+    assert "continuing at step 4" in nursery.run("train", train_arguments(workdir, "--config.steps=5"))
+    assert list_steps(workdir) == [4, 5]
+    assert not list((workdir / "checkpoints").glob("*tmp*"))
 
 
 SLEEPER = """

@@ -95,11 +95,33 @@ def test_stopped_by_a_signal(tmp_path, number):
 def test_a_run_killed_before_its_first_checkpoint_says_that_it_begins_again(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed[0], workdir, ignore=shutil.ignore_patterns("4", "8"))
+    first = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)[0]  # of step 3, and it saves every fourth
+    (workdir / "metrics.jsonl").write_text(first)
     status, stdout, stderr = run("train", train_arguments(workdir))
     assert status == 0, stderr
     assert f"an earlier start of this run left no checkpoint in {workdir}; it begins again" in stdout
     assert_same_bits(saved_arrays(undisturbed[0], 8), saved_arrays(workdir, 8))
     assert (workdir / "metrics.jsonl").read_text() == (undisturbed[0] / "metrics.jsonl").read_text()
+
+
+def test_a_run_whose_checkpoints_are_gone_keeps_its_record(undisturbed, tmp_path):
+    """They cannot be made again, and neither can what the log says of them."""
+    workdir = shutil.copytree(undisturbed[0], tmp_path / "run", ignore=shutil.ignore_patterns("4", "8"))
+    (workdir / "metrics.jsonl").write_text((undisturbed[0] / "metrics.jsonl").read_text() + " \n")
+    status, stdout, stderr = run("train", train_arguments(workdir))
+    assert status == 0, stderr
+    assert "holds no checkpoint, but the record of this run, whose checkpoints are gone, now in" in stdout
+    assert (workdir / "metrics.1.jsonl").read_text().endswith(" \n")
+    assert (workdir / "metrics.jsonl").read_text() == (undisturbed[0] / "metrics.jsonl").read_text()
+
+
+def test_checkpoints_on_a_disk_that_is_not_mounted(undisturbed, tmp_path):
+    workdir = shutil.copytree(undisturbed[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    (workdir / "checkpoints").symlink_to(tmp_path / "not mounted")
+    before = (workdir / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=r"checkpoints is a link to .*not mounted, which is not there: mount it"):
+        main(train_arguments(workdir))
+    assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
 def test_finished_run_says_so_and_changes_nothing(undisturbed):
