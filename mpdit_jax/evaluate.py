@@ -53,7 +53,14 @@ def make_evaluate_parser() -> Parser:
     parser.add_argument(
         "--num_samples", type=int, help="how many, spread over the set (default: all; of a run, 8 a class)"
     )
-    parser.add_argument("--image_size", type=int, default=0, metavar="PIXELS", help="cut a folder's images to squares")
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="cut the images of a reference's folder to squares, or those of --samples for --save_stats alone; samples "
+        "that are compared must have this size",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of samples, and of KID's subsets (default: 0)")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")
     group = parser.add_argument_group("extractor")

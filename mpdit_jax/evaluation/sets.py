@@ -86,7 +86,8 @@ class FolderImages:
         if array.shape != self.shape:
             raise DataError(
                 f"{self.root / name} is {array.shape[:2]} and {self.names[0]} is {self.shape[:2]} (height, width): "
-                "give --image_size=PIXELS to cut squares of one size, as the reference batches of ImageNet were."
+                "expected one size, as samples have; of photographs that are a reference, give --image_size=PIXELS to "
+                "cut squares of one size, as the reference batches of ImageNet were."
             )
         return array
 

@@ -341,7 +341,10 @@ def test_bad_arguments_are_one_sentence(files, classifier_file, tmp_path, monkey
         ([f"--samples={mixed}", reference, features, "--image_size=1000000"], "--image_size=1000000: expected 1 to"),
         (["--samples=~nobody_here/s.npz", reference, features], "~nobody_here/s.npz: this machine knows no home"),
         ([samples, "--reference=~nobody_here/s.npz", features], "~nobody_here/s.npz: this machine knows no home"),
-        ([f"--samples={mixed}", reference, features], "give --image_size=PIXELS"),
+        ([f"--samples={few}", f"--reference={mixed}", features, "--metrics=fd"], "give --image_size=PIXELS"),
+        ([f"--samples={mixed}", reference, features, "--image_size=16"], "images of 8x8 pixels and --image_size is 16"),
+        ([f"--samples={few}", reference, features, "--image_size=16"], "images of 8x8 pixels and --image_size is 16"),
+        ([f"--samples={mixed}", reference, features], "expected one size, as samples have"),
     ):
         monkeypatch.setattr("mpdit_jax.progress.WorkBar.say", lambda *args: None)
         if "--out=x.txt" not in arguments:
@@ -353,6 +356,26 @@ def test_bad_arguments_are_one_sentence(files, classifier_file, tmp_path, monkey
     stderr = last_line([samples, reference, f"--out={tmp_path / 'out.json'}"], monkeypatch, capsys)
     assert "MPDIT_JAX_INCEPTION=typo.pth: no such file" in stderr
     assert not (tmp_path / "out.json").exists()
+
+
+def test_photographs_are_cut_for_a_reference_and_samples_are_not(files, classifier_file, tmp_path, capsys):
+    """Larger and smaller ones: as a reference, and on the way to one; compared as samples they are refused."""
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    random = np.random.default_rng(0)
+    for index, size in enumerate((20, 6, 9, 12)):
+        Image.fromarray(random.integers(0, 256, (size, size), np.uint8)).save(photographs / f"{index}.png")
+    cut = [f"--features=classifier:{classifier_file}", "--image_size=8", f"--out={tmp_path / 'o.json'}"]
+    run(capsys, f"--samples={photographs}", f"--save_stats={tmp_path / 'stats.npz'}", *cut)
+    samples = [f"--samples={files / 'samples.npz'}", "--metrics=fd"]
+    numbers = []
+    for reference in (photographs, tmp_path / "stats.npz"):
+        run(capsys, *samples, f"--reference={reference}", *cut)
+        (row,) = json.loads((tmp_path / "o.json").read_text())["results"]
+        numbers.append(row["metrics"])
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-9)
+    with pytest.raises(InputError, match="images of 20x20 pixels and --image_size is 8"):
+        evaluate.main([f"--samples={photographs}", "--reference=data:digits", "--metrics=fd", *cut])
 
 
 def test_two_at_once_do_not_share_an_output(files, classifier_file, tmp_path, monkeypatch, capsys):
