@@ -115,6 +115,7 @@ def base_config() -> ConfigDict:
     config.eval.metrics = "fd"  # some of fd,sfd,is,precision,recall,kid
     config.eval.features = "inception"  # inception | efficientnet_lite0 | classifier:FILE | classifier (trained here)
     config.eval.inception = ""  # its weights; "" for where they usually are
+    config.eval.preprocessing = "tensorflow"  # tensorflow | pytorch_fid: of inception, as the reference's
     config.eval.reference = ""  # images or saved statistics; "" for the run's own data, at most 50,000 of them
     config.eval.batch_size = 64  # samples at a time, on each process
     config.eval.classifier_steps = 500  # of features="classifier", trained on the run's data when first needed

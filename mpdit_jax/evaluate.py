@@ -9,7 +9,7 @@ from typing import TypeVar
 from mpdit_jax.checks import check_image_size, check_seed
 from mpdit_jax.cli import Parser, add_tile_option, make_parser, run
 from mpdit_jax.errors import InputError
-from mpdit_jax.evaluation.settings import choose_metrics, metric_names
+from mpdit_jax.evaluation.settings import PREPROCESSINGS, choose_metrics, metric_names
 from mpdit_jax.processes import add_flags, join
 
 _EXAMPLES = """\
@@ -81,7 +81,7 @@ def make_evaluate_parser() -> Parser:
     )
     group.add_argument(
         "--preprocessing",
-        choices=("tensorflow", "pytorch_fid"),
+        choices=PREPROCESSINGS,
         help="of Inception: as ADM and torch-fidelity, or as pytorch-fid (default: tensorflow)",
     )
     group.add_argument(

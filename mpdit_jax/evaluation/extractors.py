@@ -22,13 +22,13 @@ from mpdit_jax.evaluation import efficientnet, inception
 from mpdit_jax.evaluation.classifier import Classifier, load_classifier
 from mpdit_jax.evaluation.inception_weights import load_inception, locate_inception
 from mpdit_jax.evaluation.resize import resize
+from mpdit_jax.evaluation.settings import PREPROCESSINGS
 from mpdit_jax.mesh import batch_sharding, make_mesh, replicated
 
 Features: TypeAlias = dict[str, np.ndarray]
 """`pool` (n, d), and where the network has them `spatial` (n, s) and `probs` (n, classes), float32."""
 
 NAMES = ("inception", "efficientnet_lite0", "classifier:FILE")
-PREPROCESSINGS = ("tensorflow", "pytorch_fid")
 _MOST_ON_CPU = 4  # images of 299 pixels: what the layers make of more of them falls out of the caches
 
 

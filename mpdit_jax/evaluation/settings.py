@@ -7,6 +7,8 @@ from mpdit_jax.errors import ConfigError, InputError
 
 MOST_REAL = 50_000
 """Images of a run's own data that are looked at, unless a reference is named."""
+PREPROCESSINGS = ("tensorflow", "pytorch_fid")
+"""How Inception's input may be resized and scaled."""
 METRICS = ("fd", "sfd", "is", "precision", "recall", "kid")
 ALIASES = {"fid": "fd", "sfid": "sfd"}
 """What some are called with Inception, and with no other network."""
@@ -58,6 +60,15 @@ def check_eval(config: Any) -> None:
         metrics = choose_metrics(config.metrics, config.features)
     except InputError as error:
         raise ConfigError(f"config.eval.{error}") from error
+    if config.preprocessing not in PREPROCESSINGS:
+        raise ConfigError(
+            f"config.eval.preprocessing={config.preprocessing!r}: expected one of {', '.join(PREPROCESSINGS)}."
+        )
+    if config.preprocessing != "tensorflow" and config.features != "inception":
+        raise ConfigError(
+            f"config.eval.preprocessing={config.preprocessing} is of the Inception network, and "
+            f"config.eval.features={config.features}: leave it at tensorflow, or set features to inception."
+        )
     if "sfd" in metrics and config.features != "inception":
         raise ConfigError(
             f"config.eval.metrics={config.metrics}: sfd is of the spatial features that Inception has, and "

@@ -161,11 +161,16 @@ def statistics_of(path: Path) -> str | None:
     return str(about.get("extractor", "inception")) if isinstance(about, dict) else "inception"
 
 
-def load_statistics(path: str | Path, extractor: Extractor) -> Statistics:
+def load_statistics(path: str | Path, extractor: Extractor, *, setting: str = "--preprocessing") -> Statistics:
     """The statistics in a file: ours, pytorch-fid's, or an ADM reference batch's.
 
     A file that does not say which extractor it is of is taken for one of FID's Inception, as all published ones are.
     If there are images in it as well (`arr_0`), their size is noted and nothing else.
+
+    Args:
+        path: the file.
+        extractor: what it is to be of.
+        setting: the flag or field that chooses the extractor's preprocessing, for the sentences.
 
     Raises:
         InputError: no such file, damaged, or of another extractor, which the message names.
@@ -209,12 +214,14 @@ def load_statistics(path: str | Path, extractor: Extractor) -> Statistics:
             raise InputError(f"{path}: the statistics of {output} hold NaN or Inf; make or download them again.")
     if features is not None:
         _check_features(path, features, extractor)
-    if not fingerprint:
-        _warn_of_preprocessing(path, "mu_s" in names, extractor)
     if "arr_0" in names:
         of_what |= {"shape": list(open_npz(path).shape)}
     known = fingerprint or "unknown: the file does not say, and is taken for this one's"
     file = {"path": str(path), "sha256": digest.hexdigest(), "extractor_fingerprint": known}
+    if not fingerprint and (doubt := _doubt_preprocessing(path, "mu_s" in names, extractor, setting)):
+        file["warning"] = doubt
+        if jax.process_index() == 0:
+            print(f"warning: {doubt}")
     return Statistics(name, fingerprint, count, gaussians, features, None, of_what, file)
 
 
@@ -229,18 +236,24 @@ def _check_features(path: Path, features: np.ndarray, extractor: Extractor) -> N
         raise InputError(f"{path}: the features hold NaN or Inf; save them again by --save_stats with --save_features.")
 
 
-def _warn_of_preprocessing(path: Path, from_adm: bool, extractor: Extractor) -> None:
-    """Where a file does not say how its images were resized. ADM's alone have spatial moments."""
+def _doubt_preprocessing(path: Path, from_adm: bool, extractor: Extractor, setting: str) -> str:
+    """What to say where a file does not tell how its images were resized and the extractor's way may not be its; or "".
+
+    Raises:
+        InputError: it is not: ADM's files, which alone have spatial moments, are made as TensorFlow resizes.
+    """
     used = extractor.settings.get("preprocessing")
-    if used is None or jax.process_index() > 0 or from_adm == (used == "tensorflow"):
-        return
-    if from_adm:
-        print(f"warning: {path} looks like one of ADM's, for which --preprocessing=tensorflow is right, not {used}.")
-    elif used == "tensorflow":
-        print(
-            f"warning: {path} does not say how its images were resized: if pytorch-fid made it, give "
-            "--preprocessing=pytorch_fid; the original FID code, ADM and EDM resize as here."
+    if from_adm and used == "pytorch_fid":
+        raise InputError(
+            f"{path} has spatial moments, as ADM's evaluator alone writes them, and ADM resizes as TensorFlow does: "
+            f"expected {setting}=tensorflow, and it is {used}."
         )
+    if from_adm or used != "tensorflow":
+        return ""
+    return (
+        f"{path} does not say how its images were resized: if pytorch-fid made it, give {setting}=pytorch_fid; the "
+        "original FID code, ADM and EDM resize as here."
+    )
 
 
 def check_metrics(names: Sequence[str], extractor: Extractor) -> None:

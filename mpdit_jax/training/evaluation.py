@@ -214,7 +214,12 @@ class Evaluator:
         with jax.set_mesh(self._mesh):
             if settings.features == "classifier":
                 return build_classifier(load_classifier(path), batch_size=size)
-            return make_extractor(settings.features, inception_path=settings.inception, batch_size=size)
+            return make_extractor(
+                settings.features,
+                inception_path=settings.inception,
+                preprocessing=settings.preprocessing,
+                batch_size=size,
+            )
 
     def _train_classifier(self, path: Path) -> None:
         if path.is_file():

@@ -165,7 +165,7 @@ class Reference:
         return found
 
     def _load(self, extractor: Extractor) -> Statistics:
-        stored = load_statistics(self._place, extractor)
+        stored = load_statistics(self._place, extractor, setting="config.eval.preprocessing")
         alone = self._images_are_in_it(stored)  # these metrics then look at the images
         check_reference(stored, [name for name in self._real if not (alone and name in OF_SINGLE_IMAGES)])
         return stored

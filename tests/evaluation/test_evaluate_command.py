@@ -206,7 +206,7 @@ def test_a_metric_that_is_no_number_is_refused(tmp_path, tiny_inception, digits)
         make_result("x", far, seen, ("kid",), options, tiny_inception, {})
 
 
-def test_moments_of_another_preprocessing_are_warned_of(tmp_path, tiny_inception, digits, capsys):
+def test_moments_of_another_preprocessing_are_refused_or_warned_of(tmp_path, tiny_inception, digits, capsys):
     """A file of another project does not say, but ADM's have spatial moments and pytorch-fid's have none."""
     moments = {"mu": np.zeros(4), "sigma": np.eye(4)}
     np.savez(tmp_path / "pytorch_fid.npz", **moments)
@@ -214,13 +214,17 @@ def test_moments_of_another_preprocessing_are_warned_of(tmp_path, tiny_inception
     usual, other = (
         dataclasses.replace(tiny_inception, settings={"preprocessing": name}) for name in ("tensorflow", "pytorch_fid")
     )
-    load_statistics(tmp_path / "adm.npz", usual)
-    load_statistics(tmp_path / "pytorch_fid.npz", other)
+    assert "warning" not in load_statistics(tmp_path / "adm.npz", usual).file
+    assert "warning" not in load_statistics(tmp_path / "pytorch_fid.npz", other).file
     assert not capsys.readouterr().out
-    load_statistics(tmp_path / "pytorch_fid.npz", usual)
-    assert "if pytorch-fid made it, give --preprocessing=pytorch_fid" in capsys.readouterr().out
-    load_statistics(tmp_path / "adm.npz", other)
-    assert "one of ADM's, for which --preprocessing=tensorflow is right, not pytorch_fid" in capsys.readouterr().out
+    doubted = load_statistics(tmp_path / "pytorch_fid.npz", usual)
+    said = capsys.readouterr().out
+    assert "if pytorch-fid made it, give --preprocessing=pytorch_fid" in said
+    assert said == f"warning: {doubted.file['warning']}\n"
+    load_statistics(tmp_path / "pytorch_fid.npz", usual, setting="config.eval.preprocessing")
+    assert "if pytorch-fid made it, give config.eval.preprocessing=pytorch_fid" in capsys.readouterr().out
+    with pytest.raises(InputError, match="ADM resizes as TensorFlow does: expected --preprocessing=tensorflow, and it"):
+        load_statistics(tmp_path / "adm.npz", other)
     save_statistics(tmp_path / "ours.npz", collect(tiny_inception, [tiny_inception(digits[0][:9])], {}))
     load_statistics(tmp_path / "ours.npz", usual)
     assert not capsys.readouterr().out

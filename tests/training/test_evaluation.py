@@ -170,6 +170,8 @@ def test_a_finished_run_makes_up_for_its_last_evaluation(undisturbed, tmp_path, 
     ("--config.eval.reference=LARGE", "has images of (16, 16, 1) (height, width, channels) and this run draws (8"),
     ("--config.eval.reference=COLOURED", "has images of (8, 8, 3) (height, width, channels) and this run draws (8, 8"),
     ("--config.eval.reference=MOMENTS", "holds statistics, and config.eval.features='classifier' is trained by this"),
+    ("--config.eval.preprocessing=adm", "config.eval.preprocessing='adm': expected one of tensorflow, pytorch_fid"),
+    ("--config.eval.preprocessing=pytorch_fid", "config.eval.preprocessing=pytorch_fid is of the Inception network"),
     ("--config.eval.metrics=fd,sfd", "sfd is of the spatial features that Inception has, and config.eval.features=cla"),
     ("--config.eval.features=classifier:OTHER", "was trained on images (16, 16, 1) (height, width, channels) and this"),
 ])  # fmt: skip
@@ -216,6 +218,27 @@ def test_an_adm_batch_brings_single_images_to_a_run_as_well(tmp_path, tiny_incep
         assert found.gaussians["pool"].mean.tolist() == [0.0] * 4
         np.testing.assert_allclose(found.features, tiny_inception(images)["pool"], rtol=1e-6)
     assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
+def test_inception_sees_images_as_the_config_says(tmp_path, monkeypatch):
+    """And a reference that it cannot be compared with is refused by the name of that field."""
+    made, moments = [], {"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+    np.savez(tmp_path / "adm.npz", **moments)
+    outputs = {"pool": 4, "spatial": 3}
+
+    def making(features, *, inception_path, preprocessing, batch_size):
+        made.append(preprocessing)
+        settings = {"preprocessing": preprocessing}
+        return SimpleNamespace(
+            name=features, fingerprint="", outputs=outputs, settings=settings, image_shape=None, channels=3
+        )
+
+    monkeypatch.setattr(evaluation, "make_extractor", making)
+    arguments = ["--config.eval.features=inception", f"--config.eval.reference={tmp_path / 'adm.npz'}"]
+    arguments += ["--config.eval.preprocessing=pytorch_fid", "--config.eval.metrics=fid"]
+    with pytest.raises(InputError, match=r"expected config\.eval\.preprocessing=tensorflow, and it is py"):
+        main(train_arguments(tmp_path / "run", *EVAL, *arguments))
+    assert made == ["pytorch_fid"]
 
 
 def test_statistics_with_few_images_are_refused_before_training(tmp_path, tiny_inception):
