@@ -78,10 +78,10 @@ def join(options: argparse.Namespace, facts: Facts) -> None:
     )
 
 
-def compare_facts(facts: Facts) -> None:
+def compare_facts(facts: Facts, remedy: str = "start the same command on all machines") -> None:
     """Raise ProcessError, on every process, unless all have process 0's facts; all must ask at the same point.
 
-    For facts that are known after the roll call.
+    For facts that are known after the roll call; the sentence ends with the remedy.
     """
     text = np.frombuffer(json.dumps(dict(facts)).encode(), np.uint8)
     lengths = np.asarray(multihost_utils.process_allgather(np.array(len(text)))).ravel()
@@ -90,7 +90,7 @@ def compare_facts(facts: Facts) -> None:
     told = [json.loads(bytes(row[:length])) for row, length in zip(texts, lengths, strict=True)]
     differing = [tell_apart(index, theirs, told[0]) for index, theirs in enumerate(told) if theirs != told[0]]
     if differing:
-        raise ProcessError(f"{'; '.join(differing)}: start the same command on all machines.")
+        raise ProcessError(f"{'; '.join(differing)}: {remedy}.")
 
 
 def first_does(action: Callable[[], T]) -> T | None:

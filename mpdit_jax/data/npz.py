@@ -46,6 +46,15 @@ def npz_names(path: str | Path) -> set[str]:
         raise ValueError(_what(error)) from error
 
 
+def npz_checksums(path: str | Path) -> dict[str, tuple[int, int]]:
+    """Bytes and CRC-32 of each file in an `.npz`, from its directory alone; raises ValueError if it is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {entry.filename: (entry.file_size, entry.CRC) for entry in archive.infolist()}
+    except _UNREADABLE as error:
+        raise ValueError(_what(error)) from error
+
+
 def map_npz(path: str | Path, name: str) -> np.ndarray:
     """One array of an `.npz`: mapped where zip stored it as it is, else read. Raises ValueError as `read_npz` does."""
     try:

@@ -14,12 +14,13 @@ from mpdit_jax.config import what_is_read
 from mpdit_jax.data.npz import npz_names
 from mpdit_jax.data.sources import load_source, rows_of
 from mpdit_jax.errors import InputError, MissingExtraError, WeightsError
+from mpdit_jax.evaluation.agreement import agree
 from mpdit_jax.evaluation.decoding import find_decode
 from mpdit_jax.evaluation.extractors import Extractor, make_extractor
 from mpdit_jax.evaluation.inception_weights import VARIABLE, locate_inception
 from mpdit_jax.evaluation.looking import kept, look, needed
 from mpdit_jax.evaluation.report import Result, make_result
-from mpdit_jax.evaluation.sets import FindDecode, ImageBlocks, SourceImages, open_npz, open_set
+from mpdit_jax.evaluation.sets import FindDecode, ImageBlocks, SourceImages, about_source, open_npz, open_set
 from mpdit_jax.evaluation.settings import ALIASES, MOST_REAL, metric_names
 from mpdit_jax.evaluation.statistics import (
     OF_SINGLE_IMAGES,
@@ -58,12 +59,14 @@ def choose_features(features: str, metrics: str, inception: str, reference: str)
 
 
 def prepare_extractor(options: argparse.Namespace, features: str) -> Extractor:
-    """The extractor; says so where it was chosen for want of Inception's weights.
+    """The extractor, the same on all processes; says so where it was chosen for want of Inception's weights.
 
     Raises:
         InputError: settings of Inception for another one.
+        ProcessError: another process has chosen another one, or has other weights.
         ConfigError, WeightsError, MissingExtraError: see `make_extractor`.
     """
+    agree({"features": features})  # not all of them may have found Inception's weights
     for name in ("preprocessing", "inception"):
         if vars(options)[name] and features != "inception":
             raise InputError(
@@ -82,6 +85,7 @@ def prepare_extractor(options: argparse.Namespace, features: str) -> Extractor:
         if options.features:
             raise
         raise MissingExtraError(f"{error} Or give Inception's weights by --inception=FILE, for FID.") from error
+    agree({"extractor": extractor.fingerprint})
     if not options.features and features != "inception" and jax.process_index() == 0:
         print(f"no Inception weights found: looking through {features}; this gives FD({features}), which is not FID")
     return extractor
@@ -119,6 +123,7 @@ def reference_of(
         return look(extractor, images, needed(real), kept(real), scratch, verb)
     path = expand(options.reference)
     stored = load_statistics(path, extractor)
+    agree({"reference": stored.file["sha256"]})
     check_same_size(stored.about, samples or {})
     if single and stored.features is None and "arr_0" in npz_names(path):  # as in ADM's batches
         images = open_npz(path)
@@ -142,7 +147,7 @@ def reference_images(options: argparse.Namespace, channels: int) -> ImageBlocks:
         about = {**store.about, "count": len(source), "data": what_is_read(config.data)}
         images: ImageBlocks = SomeImages(store, rows_of(source), about)
     else:
-        about = {"path": f"the data of {options.workdir}", "count": len(source), "shape": list(source.shape)}
+        about = about_source(f"the data of {options.workdir}", source)
         images = SourceImages(source, about | {"data": what_is_read(config.data)})
     return limited(images, min(MOST_REAL, len(images)))
 

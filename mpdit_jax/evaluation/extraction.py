@@ -8,6 +8,7 @@ import numpy as np
 
 from mpdit_jax.data.npz import read_npz
 from mpdit_jax.errors import InputError
+from mpdit_jax.evaluation.agreement import name_of_first
 from mpdit_jax.evaluation.extractors import Extractor, Features
 from mpdit_jax.evaluation.sets import ImageBlocks
 from mpdit_jax.files import digest_of, replacing
@@ -23,10 +24,11 @@ class FeatureFolder:
     """
 
     def __init__(self, root: Path, extractor: Extractor, images: ImageBlocks, outputs: Sequence[str]) -> None:
-        """Nothing is made yet."""
+        """Nothing is made yet; every process must ask, for the first names the folder."""
         self.total, self.count = len(images), -(-len(images) // _BLOCK)  # images, blocks
         self._outputs = sorted(outputs)
-        self.path = root / digest_of([extractor.fingerprint, images.about, self._outputs, _BLOCK])
+        decides = [extractor.fingerprint, images.about, self._outputs, _BLOCK]
+        self.path = root / name_of_first(digest_of(decides))
 
     def is_mine(self, number: int) -> bool:
         """Whether that block is this process's share: b is of process b modulo the number of processes."""

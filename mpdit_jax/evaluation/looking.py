@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mpdit_jax.evaluation.agreement import agree, portable
 from mpdit_jax.evaluation.extraction import FeatureFolder, extract
 from mpdit_jax.evaluation.extractors import Extractor
 from mpdit_jax.evaluation.moments import Moments, merge_processes
@@ -35,11 +36,11 @@ def look(
 ) -> Statistics:
     """The statistics of a set of images. Interrupted, the same call goes on where it was: `scratch` has the features.
 
-    Every process sums up the blocks that it looked at, and the sums are merged. Only what is kept of single images is
-    read by all: one block is in memory beside it.
+    Every process looks at its share of the blocks, in the copy of the set that it finds, and the sums are merged. Only
+    what is kept of single images is read by all: one block is in memory beside it.
 
     Args:
-        extractor: the network.
+        extractor: the network, the same on all processes.
         images: what it looks at.
         outputs: which of the extractor's to look at, see `needed`.
         keep: which of them to keep of every image, see `kept`.
@@ -48,7 +49,9 @@ def look(
 
     Raises:
         InputError, DataError: images that cannot be looked at, or a damaged block.
+        ProcessError: the processes find sets that differ.
     """
+    agree(portable(images.about))
     folder = FeatureFolder(scratch, extractor, images, outputs)
     extract(extractor, images, outputs, folder, verb)
     moments = {name: Moments.empty(extractor.outputs[name]) for name in ("pool", "spatial") if name in outputs}

@@ -15,6 +15,7 @@ import numpy as np
 from mpdit_jax.checkpoint import load_together
 from mpdit_jax.data.facts import read_facts
 from mpdit_jax.errors import InputError
+from mpdit_jax.evaluation.agreement import name_of_first
 from mpdit_jax.evaluation.extractors import Extractor, check_images
 from mpdit_jax.evaluation.looking import kept, look, needed
 from mpdit_jax.evaluation.report import Result, make_result, write_json
@@ -110,7 +111,7 @@ def evaluate_run(
             continue
         say(name)
         first_does(partial(remove_leftovers, file.parent, glob.escape(file.name)))
-        with BlockFolder(scratch / f"samples_{digest_of(drawn)}", settings) as folder:
+        with BlockFolder(scratch / f"samples_{name_of_first(digest_of(drawn))}", settings) as folder:
             draw_blocks(
                 request.sampler,
                 model,

@@ -9,11 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from mpdit_jax import images as pictures
+from mpdit_jax.data.facts import identity
 from mpdit_jax.data.latent_store import MANIFEST, LatentStore
-from mpdit_jax.data.npz import map_npz, npz_names, read_npz
-from mpdit_jax.data.sources import SOURCES, load_source
+from mpdit_jax.data.npz import map_npz, npz_checksums, npz_names, read_npz
+from mpdit_jax.data.sources import SOURCES, Source, load_source
 from mpdit_jax.errors import DataError, InputError
-from mpdit_jax.files import expand
+from mpdit_jax.files import digest_of, expand
 from mpdit_jax.preparing.pictures import to_mode, to_square
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -166,6 +167,7 @@ def open_npz(path: Path) -> ArrayImages:
     try:
         images = map_npz(path, "arr_0")
         labels = read_npz(path, ["labels"])[0] if "labels" in npz_names(path) else None
+        contents = digest_of(npz_checksums(path))
     except ValueError as error:
         raise InputError(f"{path} cannot be read ({error}): expected an .npz with images as arr_0.") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
@@ -173,7 +175,7 @@ def open_npz(path: Path) -> ArrayImages:
             f"{path}: arr_0 is {images.dtype} {images.shape}; expected uint8 from 0 to 255, (N, height, width, "
             "1 or 3), as `python -m mpdit_jax.sample --out=samples.npz` writes it."
         )
-    about = _about(path, len(images), images.shape[1:], [path])
+    about = _about(path, len(images), images.shape[1:], [path]) | {"contents": contents}
     if labels is None or labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         return ArrayImages(images, about)
     return ArrayImages(images, about | {"labels": count_labels(labels)}, labels)
@@ -205,7 +207,13 @@ def _open_source(place: str, rest: str) -> SourceImages:
     if name not in SOURCES:
         raise InputError(f"{place}: expected data:NAME[:SPLIT] with a name of {', '.join(SOURCES)}.")
     source = load_source(name, "", split or ("all" if name == "digits" else "train"))
-    return SourceImages(source, {"path": place, "count": len(source), "shape": list(source.shape)})
+    return SourceImages(source, about_source(place, source))
+
+
+def about_source(place: str, source: Source) -> dict[str, Any]:
+    """What `ImageBlocks.about` says of a data set that one can train on."""
+    about = {"path": place, "count": len(source), "shape": list(source.shape)}
+    return about | {"contents": identity(source)["data"]}  # number and digest of the labels
 
 
 def _open_store(path: Path, find: FindDecode | None) -> DecodedLatents:
@@ -223,21 +231,23 @@ def _open_store(path: Path, find: FindDecode | None) -> DecodedLatents:
 
 
 def _about(path: Path, count: int, shape: Sequence[int], files: Iterable[Path]) -> dict[str, Any]:
-    """Of images in some files; `files` in it is another when one of them is."""
-    digest, size = hashlib.sha256(), 0
+    """Of images in some files below a folder, or in one: `files` in it is another when one of them is."""
+    digest, listing, size = hashlib.sha256(), hashlib.sha256(), 0
     for file in files:
         try:
             known = file.stat()
         except OSError as error:
             raise DataError(f"{file} cannot be read ({error.strerror}): repair or remove it.") from error
         digest.update(f"{file} {known.st_size} {known.st_mtime_ns}\n".encode())
+        listing.update(f"{file.relative_to(path)} {known.st_size}\n".encode())
         size += known.st_size
     return {
         "path": str(path),
         "count": count,
         "shape": list(shape),
         "bytes": size,
-        "files": digest.hexdigest()[:16],  # names, sizes and times of change
+        "files": digest.hexdigest()[:16],  # whole names, sizes and times of change
+        "contents": listing.hexdigest()[:16],  # names and sizes: the same of a copy elsewhere
     }
 
 

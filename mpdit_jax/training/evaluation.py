@@ -18,6 +18,7 @@ from ml_collections import FrozenConfigDict
 from mpdit_jax.config import what_is_read
 from mpdit_jax.data.sources import Source
 from mpdit_jax.errors import ConfigError, InputError
+from mpdit_jax.evaluation.agreement import agree
 from mpdit_jax.evaluation.bias import perfect_distance
 from mpdit_jax.evaluation.classifier import load_classifier, save_classifier
 from mpdit_jax.evaluation.classifier_training import check_trainable, train_classifier
@@ -65,6 +66,7 @@ class Evaluator:
         Raises:
             ConfigError: settings that cannot be, or do not fit the data.
             WeightsError, MissingExtraError, InputError: an extractor or a reference that is not there.
+            ProcessError: the processes find extractors or references that differ.
         """
         self._config, self._source, self._structure = config, source, structure
         self._folder, self._metrics_file = workdir / "evaluation", workdir / METRICS_FILE
@@ -95,7 +97,8 @@ class Evaluator:
         if config.eval.every:  # before hours of training
             make_sampler(config.eval.solver, config.eval.steps)
             with jax.set_mesh(self._mesh):
-                self._reference.check(self._extractor)
+                facts = self._reference.check(self._extractor)
+            agree(facts)
 
     def due(self, step: int) -> bool:
         """Whether a run is evaluated after that step."""
@@ -213,13 +216,16 @@ class Evaluator:
             first_does(partial(self._train_classifier, path))
         with jax.set_mesh(self._mesh):
             if settings.features == "classifier":
-                return build_classifier(load_classifier(path), batch_size=size)
-            return make_extractor(
-                settings.features,
-                inception_path=settings.inception,
-                preprocessing=settings.preprocessing,
-                batch_size=size,
-            )
+                extractor = build_classifier(load_classifier(path), batch_size=size)
+            else:
+                extractor = make_extractor(
+                    settings.features,
+                    inception_path=settings.inception,
+                    preprocessing=settings.preprocessing,
+                    batch_size=size,
+                )
+        agree({"extractor": extractor.fingerprint})
+        return extractor
 
     def _train_classifier(self, path: Path) -> None:
         if path.is_file():

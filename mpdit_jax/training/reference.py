@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from mpdit_jax.config import what_is_read
 from mpdit_jax.data.npz import npz_names
 from mpdit_jax.data.sources import Source
 from mpdit_jax.errors import ConfigError, InputError
+from mpdit_jax.evaluation.agreement import agree, name_of_first, portable
 from mpdit_jax.evaluation.decoding import find_decode
 from mpdit_jax.evaluation.extractors import Extractor
 from mpdit_jax.evaluation.looking import kept, needed
@@ -66,11 +68,14 @@ class Reference:
         self._keep = kept(self._real)
         self._fewest = fewest_images(self._real)
 
-    def check(self, extractor: Extractor | None) -> None:
+    def check(self, extractor: Extractor | None) -> dict[str, Any]:
         """Find out before hours of training what cannot be compared with.
 
         Args:
             extractor: None where it is made later.
+
+        Returns:
+            What all processes must have alike of it.
 
         Raises:
             ConfigError: too few images, images of another size than the samples, or a classifier of another size or of
@@ -78,8 +83,7 @@ class Reference:
             InputError, DataError: a reference that cannot be read, or is of another extractor.
         """
         shape, features = self._own.shape, self._config.eval.features
-        if self._real:
-            self._check_real(extractor, shape)
+        facts = self._check_real(extractor, shape) if self._real else {}
         if extractor is not None and extractor.image_shape not in (None, shape):
             raise ConfigError(
                 f"config.eval.features={features} was trained on images {extractor.image_shape} "
@@ -90,8 +94,9 @@ class Reference:
                 f"config.eval.every={self._config.eval.every}: this run draws images of {shape[2]} channels, and "
                 f"{features} looks at those of 1 or 3; set config.eval.every=0."
             )
+        return facts
 
-    def _check_real(self, extractor: Extractor | None, shape: tuple[int, int, int]) -> None:
+    def _check_real(self, extractor: Extractor | None, shape: tuple[int, int, int]) -> dict[str, Any]:
         place, classifier = self._place, self._config.eval.features == "classifier"
         name = f"config.eval.reference={place}"
         if not place:
@@ -108,6 +113,7 @@ class Reference:
                 if self._keep:
                     alone = stored.features is None
                     self._check_count(len(open_npz(Path(place)) if alone else stored.single("them")), name)
+                return {"config.eval.reference": stored.file["sha256"]}
         else:
             images = self._open(shape[2] if extractor is None else extractor.channels)
             self._check_count(len(images), name)
@@ -118,6 +124,8 @@ class Reference:
                     f"{name} has images of {images.shape[compared]} (height, width"
                     f"{', channels' * whole}) and this run draws {shape[compared]}: expected the same size."
                 )
+            return portable(images.about)
+        return {}
 
     def statistics(self, extractor: Extractor, mesh: jax.sharding.Mesh) -> Statistics | None:
         """Of the reference under an extractor, on every process; None if one of them was asked to stop meanwhile.
@@ -128,6 +136,7 @@ class Reference:
 
         Raises:
             InputError, DataError: a reference that cannot be read.
+            ProcessError: the processes find images that differ.
         """
         if not self._real:
             return nothing_seen(extractor)
@@ -144,7 +153,8 @@ class Reference:
     def _look(self, extractor: Extractor, mesh: jax.sharding.Mesh, images: ImageBlocks) -> Statistics | None:
         # Named after everything that decides what is seen: of another classifier or data set there is another file.
         decides = [extractor.fingerprint, images.about, needed(self._real), bool(self._keep)]
-        path = self._folder / f"real_{digest_of(decides)}.npz"
+        agree(portable(images.about))
+        path = self._folder / f"real_{name_of_first(digest_of(decides))}.npz"
         earlier = _read(path, extractor)
         # Decided together, before the first process can write what the others look for.
         if not any_process(earlier is None) and earlier is not None:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from mpdit_jax.errors import DataError, InputError
 from mpdit_jax.evaluation import extraction, looking
+from mpdit_jax.evaluation.agreement import portable
 from mpdit_jax.evaluation.extraction import FeatureFolder, extract
 from mpdit_jax.evaluation.extractors import _build
 from mpdit_jax.evaluation.looking import look
@@ -45,6 +47,32 @@ def test_another_file_in_a_subfolder_makes_another_set(folder):
     assert open_set(str(folder)).about != before
 
 
+def test_a_copy_elsewhere_is_the_same_set_to_several_processes(folder, tmp_path):
+    """Other places and times of change, which decide what one process looks at again, and nothing else."""
+    copy = shutil.copytree(folder, tmp_path / "elsewhere", copy_function=shutil.copy)
+    first, second = open_set(str(folder)).about, open_set(str(copy)).about
+    assert first["files"] != second["files"]
+    assert portable(first) == portable(second)
+    some = [limited(open_set(str(root)), 2).about for root in (folder, copy)]
+    assert portable(some[0]) == portable(some[1]) != portable(first)
+    (copy / "b/c.png").rename(copy / "c.png")
+    assert portable(open_set(str(copy)).about) != portable(first)
+    (copy / "c.png").unlink()
+    assert portable(open_set(str(copy)).about) != portable(first)
+    assert portable({"data": {"name": "arrays", "path": "/here"}, "path": "/here"}) == {"data": {"name": "arrays"}}
+
+
+def test_arrays_of_one_size_are_told_apart_by_their_checksums(tmp_path):
+    numbers = []
+    for name, value in (("first", 0), ("copy", 0), ("other", 1)):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "set.npz", arr_0=np.full((4, 2, 2, 1), value, np.uint8))
+        numbers.append(portable(open_npz(tmp_path / name / "set.npz").about))
+    assert numbers[0] == numbers[1] != numbers[2]
+    assert numbers[0]["bytes"] == numbers[2]["bytes"]
+    assert portable(open_set("data:digits:test").about) != portable(open_set("data:digits:train").about)
+
+
 @pytest.mark.parametrize("order", ["sorted", "round"])
 def test_some_images_are_of_all_classes(tmp_path, order):
     labels = np.sort(np.arange(1000) % 10) if order == "sorted" else np.arange(1000) % 10
@@ -64,6 +92,8 @@ def test_only_what_metrics_need_is_kept_and_each_process_sums_its_share(tmp_path
     images = ArrayImages(digits[0][:300], {"path": "digits"})
     monkeypatch.setattr(extraction, "_BLOCK", 100)
     monkeypatch.setattr(extraction, "wait_for_all", lambda what: None)
+    monkeypatch.setattr(extraction, "name_of_first", lambda name: name)
+    monkeypatch.setattr(looking, "agree", lambda facts: None)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     shares = []
     monkeypatch.setattr(looking, "merge_processes", lambda moments: shares.append(moments) or moments)

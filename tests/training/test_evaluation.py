@@ -17,14 +17,17 @@ from ml_collections import FrozenConfigDict
 from mpdit_jax.checkpoint import load_checkpoint
 from mpdit_jax.data.sources import ArraySource
 from mpdit_jax.errors import ConfigError, InputError
+from mpdit_jax.evaluation.agreement import portable
 from mpdit_jax.evaluation.classifier import ClassifierConfig, initialize, save_classifier
 from mpdit_jax.evaluation.extractors import build_classifier
+from mpdit_jax.evaluation.sets import open_npz
 from mpdit_jax.evaluation.statistics import Gaussian
 from mpdit_jax.mesh import make_mesh
 from mpdit_jax.model.parameters import split
 from mpdit_jax.sampling.run import finish
 from mpdit_jax.train import main
 from mpdit_jax.training import evaluation, reference
+from tests.evaluation.conftest import digits as digits
 from tests.evaluation.conftest import tiny_inception as tiny_inception
 from tests.tiny import train_arguments
 from tests.training.test_processes import launch
@@ -239,6 +242,26 @@ def test_inception_sees_images_as_the_config_says(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"expected config\.eval\.preprocessing=tensorflow, and it is py"):
         main(train_arguments(tmp_path / "run", *EVAL, *arguments))
     assert made == ["pytorch_fid"]
+
+
+def test_what_is_looked_at_is_compared_with_the_other_processes(tmp_path, digits, monkeypatch):
+    """Before the first step, and again before the images are shared out; the first process names what is kept."""
+    np.savez(tmp_path / "real.npz", arr_0=digits[0][:40])
+    compared = []
+    for module in (evaluation, reference):
+        monkeypatch.setattr(module, "agree", compared.append)
+    monkeypatch.setattr(reference, "name_of_first", lambda name: "0" * 16)
+    workdir = tmp_path / "run"
+    more = [
+        "--config.eval.every=8",
+        "--config.eval.guidance_scales=1.0,",
+        f"--config.eval.reference={tmp_path}/real.npz",
+    ]
+    assert main(train_arguments(workdir, *EVAL, *more)) == 0
+    known = portable(open_npz(tmp_path / "real.npz").about)
+    assert [set(facts) for facts in compared] == [set(known), {"extractor"}, set(known)]
+    assert compared[0] == compared[2] == known
+    assert (workdir / f"evaluation/real_{'0' * 16}.npz").is_file()
 
 
 def test_statistics_with_few_images_are_refused_before_training(tmp_path, tiny_inception):
