@@ -21,6 +21,7 @@ from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import split
 from mpdit_jax.processes import first_does
 from mpdit_jax.sampling.blocks import Block, BlockFolder
+from mpdit_jax.sampling.labels import balanced_labels
 from mpdit_jax.sampling.names import class_names
 from mpdit_jax.sampling.outputs import ROWS, first_of_each, save_npz, save_pngs
 from mpdit_jax.sampling.places import Places, places_of
@@ -48,9 +49,9 @@ class Request:
 
 
 def parse_labels(text: str, count: int | None, num_classes: int, seed: int) -> np.ndarray:
-    """Labels int64 (count,): "balanced" goes round all classes, "random" draws them, a list goes round its members.
+    """Labels int64 (count,): "balanced" as `balanced_labels`, "random" draws them, a list goes round its members.
 
-    The first n labels of a longer run are those of a shorter one.
+    The first n labels of a longer run are those of a shorter one, unless a balanced one has fewer images than classes.
 
     Raises:
         InputError: not labels, or fewer than one image.
@@ -70,6 +71,8 @@ def parse_labels(text: str, count: int | None, num_classes: int, seed: int) -> n
         raise InputError(f"--num_samples={count}: expected 1 or more.")
     if text == "random":
         return np.random.default_rng(seed).integers(num_classes, size=count)
+    if text == "balanced":
+        return balanced_labels(num_classes, count).astype(np.int64)
     return np.resize(chosen, count)
 
 

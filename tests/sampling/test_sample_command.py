@@ -17,6 +17,7 @@ from mpdit_jax.sample import main, make_sample_parser
 from mpdit_jax.sampling import command
 from mpdit_jax.sampling.blocks import Block
 from mpdit_jax.sampling.command import parse_labels
+from mpdit_jax.sampling.labels import balanced_labels
 from mpdit_jax.sampling.options import check_heeded
 from mpdit_jax.sampling.outputs import first_of_each
 from tests.sampling.conftest import FEW, make_workdir, read_npz, run
@@ -169,6 +170,10 @@ def test_seeds_are_of_one_implementation(workdir, tmp_path):
 def test_labels():
     assert parse_labels("balanced", 12, 10, 0).tolist() == [*range(10), 0, 1]
     assert parse_labels("balanced", None, 10, 0).tolist() == [*range(10)] * 8
+    assert parse_labels("balanced", 10, 10, 0).tolist() == [*range(10)]
+    spread = parse_labels("balanced", 4, 10, 0)  # not the first four: ImageNet's are all fish
+    assert (spread.dtype, spread.tolist()) == (np.int64, [0, 2, 5, 7])
+    assert spread.tolist() == balanced_labels(10, 4).tolist()  # as evaluations in training draw
     assert parse_labels("7,2", 3, 10, 0).tolist() == [7, 2, 7]
     random = parse_labels("random", 1000, 10, 5)
     assert set(random) == set(range(10))
