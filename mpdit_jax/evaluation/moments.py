@@ -8,7 +8,7 @@ from jax.experimental import multihost_utils
 
 from mpdit_jax.errors import InputError
 
-_GATHERED = 32 << 20  # bytes that one process sends at a time
+_GATHERED = 32 << 20  # bytes that every device receives at a time, from all processes together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def merge_processes(moments: Moments) -> Moments:
     if jax.process_count() == 1:
         return moments
     dimension = len(moments.mean)
-    rows = max(1, _GATHERED // (8 * dimension))
+    rows = max(1, _GATHERED // (8 * dimension * jax.process_count()))
     counts = gather(np.array([float(moments.count)]))[:, 0].astype(int)
     means = gather(moments.mean)
     parts = [

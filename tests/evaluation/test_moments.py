@@ -41,7 +41,7 @@ def test_processes_merge_their_shares(vectors, monkeypatch):
     shares = np.array_split(vectors, [10, 400])
     parts = [Moments.of(share) for share in shares]
     monkeypatch.setattr(module.jax, "process_count", lambda: 3)
-    monkeypatch.setattr(module, "_GATHERED", 8 * 37 * 5)  # five rows at a time, and a shorter rest
+    monkeypatch.setattr(module, "_GATHERED", 3 * 8 * 37 * 5)  # five rows of each at a time, and a shorter rest
 
     # What each process sends, in the order of the calls; ours is the second.
     turn = iter([
