@@ -28,7 +28,7 @@ from mpdit_jax.evaluation.statistics import MOMENTS, Statistics, check_metrics, 
 from mpdit_jax.files import digest_of, parse_json
 from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import Sampler, make_sampler
-from mpdit_jax.mesh import batch_sharding, make_mesh
+from mpdit_jax.mesh import batch_sharding, make_mesh, replicated
 from mpdit_jax.model.parameters import Parameters, Structure, merge
 from mpdit_jax.processes import any_process, first_does
 from mpdit_jax.sampling.decoding import Decode
@@ -123,9 +123,12 @@ class Evaluator:
             return {}
         extractor, real = prepared
         parameters: Any = ema_parameters
-        if jax.process_count() > 1:
+        several = jax.process_count() > 1
+        if several:
             parameters = multihost_utils.process_allgather(ema_parameters, tiled=True)
         with jax.set_mesh(self._mesh):
+            if several:  # they are NumPy arrays, which every batch would send to the devices again
+                parameters = jax.device_put(parameters, replicated(self._mesh))
             model = merge(self._structure, parameters)
         found: dict[str, float] = {}
         for scale in self._config.eval.guidance_scales:

@@ -22,7 +22,7 @@ from mpdit_jax.evaluation.classifier import ClassifierConfig, initialize, save_c
 from mpdit_jax.evaluation.extractors import build_classifier
 from mpdit_jax.evaluation.sets import open_npz
 from mpdit_jax.evaluation.statistics import Gaussian
-from mpdit_jax.mesh import make_mesh
+from mpdit_jax.mesh import make_mesh, replicated
 from mpdit_jax.model.parameters import split
 from mpdit_jax.sampling.run import finish
 from mpdit_jax.train import main
@@ -355,6 +355,23 @@ def test_the_moving_average_is_what_is_evaluated(undisturbed, tmp_path, monkeypa
     for parameters in seen[1:]:
         jax.tree.map(np.testing.assert_array_equal, parameters, average)
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), average, raw)))
+
+
+def test_gathered_parameters_lie_on_the_devices_for_all_batches(monkeypatch):
+    """As several processes gather them, they are NumPy arrays."""
+    seen = []
+    one = evaluation.Evaluator.__new__(evaluation.Evaluator)
+    one._config = FrozenConfigDict({"eval": {"guidance_scales": (1.0, 2.0), "solver": "euler", "steps": 2}})
+    one._mesh, one._structure = make_mesh(), None
+    one._prepared = lambda: (None, None)
+    one._look = lambda extractor, sampler, model: seen.append(model)
+    monkeypatch.setattr(evaluation, "merge", lambda structure, parameters: parameters)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    gathered = lambda tree, tiled: jax.device_get(tree)  # noqa: E731
+    monkeypatch.setattr(evaluation.multihost_utils, "process_allgather", gathered)
+    assert one({"weight": jax.numpy.arange(3.0)}) == {}
+    assert seen[0]["weight"].sharding == replicated(one._mesh)
+    np.testing.assert_array_equal(seen[0]["weight"], [0.0, 1.0, 2.0])
 
 
 @pytest.mark.slow
