@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mpdit_jax import __version__
 from mpdit_jax.checkpoint import load_together
 from mpdit_jax.data.facts import read_facts
 from mpdit_jax.errors import InputError
@@ -78,8 +79,8 @@ def evaluate_run(
 ) -> list[Result]:
     """Draw, decode and compare for every combination of solver, steps and guidance scale: a row each.
 
-    A row that is finished is kept in a file beside `scratch`, and read from there when the command is repeated, by
-    process 0 alone.
+    A row that is finished is kept in a file beside `scratch`, and read from there when the same version repeats the
+    command, by process 0 alone.
 
     Raises:
         InputError: the model gives NaN or Inf, or a damaged file.
@@ -101,7 +102,7 @@ def evaluate_run(
         drawn = settings | more
         name = _name(options.step, request.options)
         known = [reference.about, reference.file]
-        decides = [drawn, extractor.fingerprint, known, sorted(metrics), options.k, options.splits]
+        decides = [drawn, extractor.fingerprint, known, sorted(metrics), options.k, options.splits, __version__]
         file = scratch.parent / f"{name.replace(', ', '_').replace(' ', '')}_{digest_of(decides)}.json"
         # One process decides, for the others may see the file later.
         if any_process(jax.process_index() == 0 and file.is_file()):

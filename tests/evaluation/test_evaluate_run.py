@@ -10,7 +10,7 @@ from ml_collections import FrozenConfigDict
 from mpdit_jax import evaluate
 from mpdit_jax.data.sources import load_digits
 from mpdit_jax.errors import InputError
-from mpdit_jax.evaluation import command
+from mpdit_jax.evaluation import command, runs
 from mpdit_jax.evaluation.runs import DrawnImages
 from mpdit_jax.evaluation.statistics import save_statistics
 from mpdit_jax.sampling.blocks import Block, BlockFolder
@@ -36,7 +36,7 @@ def evaluated(capsys, out, *arguments):
 
 
 def test_a_row_is_of_one_reference_and_says_what_was_used(
-    workdir, tmp_path, extractor, classifier_file, capsys, digits
+    workdir, tmp_path, extractor, classifier_file, capsys, digits, monkeypatch
 ):
     stats, out = tmp_path / "stats.npz", tmp_path / "numbers.json"
     real = collect(extractor, [extractor(digits[0])], {"path": "digits", "shape": [8, 8, 1]})
@@ -55,6 +55,10 @@ def test_a_row_is_of_one_reference_and_says_what_was_used(
     sampler = settings["sampler"]
     assert (sampler["checkpoint"], sampler["precision"], sampler["vae_fingerprint"]) == (1, "float32", None)
     assert sampler["label_counts"] == {"classes": 10, "fewest": 2, "most": 2}
+    monkeypatch.setattr(runs, "__version__", "99.0")  # it may compute otherwise
+    said, of_later = evaluated(capsys, out, *arguments, metrics)
+    assert "done before" not in said
+    assert of_later["metrics"] == first["metrics"]
     # Another content under the same name: another row.
     save_statistics(stats, collect(extractor, [extractor(255 - digits[0])], real.about), features=True)
     said, third = evaluated(capsys, out, *arguments, metrics)

@@ -45,6 +45,7 @@ def test_a_run_is_compared_by_two_processes_as_by_one(tmp_path, classifier_file)
         assert shared["settings"]["samples"] == alone["settings"]["samples"]
     left = ({path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert next(left) == next(left)
+    assert not [path.name for path in tmp_path.rglob("*") if ".unfinished" in path.name or path.suffix == ".tmp"]
 
 
 @pytest.fixture
