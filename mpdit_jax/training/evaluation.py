@@ -15,10 +15,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import FrozenConfigDict
 
+from mpdit_jax import __version__
 from mpdit_jax.config import what_is_read
 from mpdit_jax.data.sources import Source
 from mpdit_jax.errors import ConfigError, InputError
-from mpdit_jax.evaluation.agreement import agree
+from mpdit_jax.evaluation.agreement import agree, portable
 from mpdit_jax.evaluation.bias import perfect_distance
 from mpdit_jax.evaluation.classifier import load_classifier, save_classifier
 from mpdit_jax.evaluation.classifier_training import check_trainable, train_classifier
@@ -34,6 +35,7 @@ from mpdit_jax.processes import any_process, first_does
 from mpdit_jax.sampling.decoding import Decode
 from mpdit_jax.sampling.labels import balanced_labels
 from mpdit_jax.sampling.run import finish
+from mpdit_jax.training.curves import note_settings
 from mpdit_jax.training.reference import Reference
 from mpdit_jax.training.shares import Shares, shares
 from mpdit_jax.training.writers import METRICS_FILE
@@ -109,11 +111,16 @@ class Evaluator:
         """Whether the evaluation of that step is due and was cut off; the same on every process."""
         return self.due(step) and any_process(jax.process_index() == 0 and not self._has_line(step))
 
-    def __call__(self, ema_parameters: Parameters) -> dict[str, float]:
+    def __call__(self, step: int, ema_parameters: Parameters, say: Callable[[str], None]) -> dict[str, float]:
         """The metrics of every guidance scale, by names such as "eval/FD(classifier)/guidance_1.5".
 
         Nothing where the run was asked to stop meanwhile; samples with NaN or Inf are left out and counted as
         "eval/not_finite/guidance_1.5", and what is left may be too little for some metrics, or for all.
+
+        Args:
+            step: of the parameters.
+            ema_parameters: the moving average.
+            say: what tells the user that the settings are others than those of the evaluations before.
 
         Raises:
             InputError, DataError: a reference that cannot be read.
@@ -146,7 +153,23 @@ class Evaluator:
             if left_out := self._config.eval.num_samples - count:
                 values["not_finite"] = left_out
             found |= {f"{PREFIX}{name}/guidance_{scale:g}": value for name, value in values.items()}
+        settings = self._what_decides(extractor, real)
+        note = first_does(partial(note_settings, self._folder / "settings.json", step, settings))
+        if note:
+            say(note)
         return found
+
+    def _what_decides(self, extractor: Extractor, real: Statistics) -> dict[str, str | int]:
+        """What the numbers depend on beside the parameters and what their names say."""
+        settings = self._config.eval
+        return {
+            "extractor": f"{extractor.name} {extractor.fingerprint[:12]}",
+            "reference": digest_of([portable(real.about), real.file.get("sha256")]),
+            "num_samples": settings.num_samples,
+            "solver": settings.solver,
+            "steps": settings.steps,
+            "version": __version__,
+        }
 
     def _look(self, extractor: Extractor, sampler: Sampler, model: Any) -> tuple[Statistics | None, int] | None:
         """The statistics of fresh samples if two or more are finite, and how many are; None if asked to stop."""

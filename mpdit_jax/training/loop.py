@@ -137,7 +137,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         ):
             report.config(step, to_json(config))
             if unevaluated:  # an earlier start ended in the middle of it
-                report.evaluation(step, evaluator(state.ema_parameters))
+                report.evaluation(step, evaluator(step, state.ema_parameters, report.say))
             while step < config.steps and not vote.asked(stop.name is not None, step):
                 with watch.of("data_wait"):
                     try:
@@ -187,7 +187,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                 if evaluator.due(step):  # after the checkpoint, from which it is made up for when it is cut off
                     with watch.of("other"):
                         claim.check()
-                        found = evaluator(state.ema_parameters)
+                        found = evaluator(step, state.ema_parameters, report.say)
                         report.evaluation(step, found)
                         if not found:
                             report.say(f"the evaluation of step {step} was cut off: the same command makes up for it")

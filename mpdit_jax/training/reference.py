@@ -209,9 +209,9 @@ class Reference:
 
 
 def _read(path: Path, extractor: Extractor) -> Statistics | None:
-    """What was kept; None where there is nothing, or damaged, for it can be made again."""
+    """What was kept, as if it had just been seen; None where there is nothing, or damaged, for it can be made again."""
     try:
-        return load_statistics(path, extractor) if path.is_file() else None
+        return dataclasses.replace(load_statistics(path, extractor), file={}) if path.is_file() else None
     except InputError:
         return None
 

@@ -27,6 +27,7 @@ from mpdit_jax.model.parameters import split
 from mpdit_jax.sampling.run import finish
 from mpdit_jax.train import main
 from mpdit_jax.training import evaluation, reference
+from mpdit_jax.training.curves import note_settings
 from tests.evaluation.conftest import digits as digits
 from tests.evaluation.conftest import tiny_inception as tiny_inception
 from tests.tiny import train_arguments
@@ -113,9 +114,48 @@ def test_another_classifier_looks_at_the_real_images_again(undisturbed, tmp_path
     assert lines(workdir)[-1].keys() == whole[-1].keys()
     assert lines(workdir)[-1] != whole[-1]
     before = {path.name for path in (undisturbed / "evaluation").iterdir()}
-    assert len(before) == 2  # a classifier, and what it saw
+    assert len(before) == 3  # a classifier, what it saw, and the settings
     (kept,) = (workdir / "evaluation").glob("real_*.npz")
     assert kept.name not in before
+
+
+def test_one_curve_of_two_kinds_is_told_and_noted(undisturbed, tmp_path, capsys):
+    """From which step on, and what changed; an evaluation that is only made up for is of one kind."""
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    settings, whole = workdir / "evaluation/settings.json", lines(workdir)
+    (first,) = json.loads(settings.read_text())
+    assert first["from_step"] == 4
+    assert (first["settings"]["num_samples"], first["settings"]["steps"]) == (24, 2)
+    for more in ([], ["--config.eval.num_samples=20", "--config.eval.classifier_steps=10"], []):
+        (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in whole[:-1]))
+        capsys.readouterr()
+        assert main(train_arguments(workdir, *EVAL, *more)) == 0
+        said, noted = capsys.readouterr().out, json.loads(settings.read_text())
+        assert noted[0] == first
+        assert len(noted) == 1 + bool(more)
+        assert ("do not compare" in said) == bool(more)
+        if more:
+            assert "evaluations from step 8 on do not compare with those before" in said
+            assert re.search(
+                r"extractor classifier \w{12} instead of classifier \w{12}, num_samples 20 instead of 24", said
+            )
+            assert (noted[1]["from_step"], noted[1]["settings"]["num_samples"]) == (8, 20)
+    assert lines(workdir) == whole
+
+
+def test_settings_are_noted_where_they_change(tmp_path):
+    path = tmp_path / "evaluation/settings.json"
+    one, other = {"steps": 25, "solver": "euler"}, {"steps": 50, "solver": "euler"}
+    assert note_settings(path, 100, one) == ""
+    assert note_settings(path, 200, one) == ""
+    assert note_settings(path, 300, other).endswith("though their names are the same: steps 50 instead of 25")
+    assert note_settings(path, 400, other) == ""
+    assert [entry["from_step"] for entry in json.loads(path.read_text())] == [100, 300]
+    assert "steps 50 instead of 25" in note_settings(path, 200, other)  # from an older checkpoint
+    assert [entry["from_step"] for entry in json.loads(path.read_text())] == [100, 200]
+    path.write_text("[{}]")
+    assert note_settings(path, 500, one) == ""
+    assert [entry["from_step"] for entry in json.loads(path.read_text())] == [500]
 
 
 def test_samples_that_are_not_finite_are_counted(undisturbed, tmp_path, monkeypatch):
@@ -340,9 +380,9 @@ def test_the_moving_average_is_what_is_evaluated(undisturbed, tmp_path, monkeypa
     """After a step, and where one is made up for."""
     seen, evaluate = [], evaluation.Evaluator.__call__
 
-    def noting(self, parameters):
+    def noting(self, step, parameters, say):
         seen.append(jax.device_get(parameters))
-        return evaluate(self, parameters)
+        return evaluate(self, step, parameters, say)
 
     monkeypatch.setattr(evaluation.Evaluator, "__call__", noting)
     workdir = tmp_path / "run"
@@ -369,7 +409,7 @@ def test_gathered_parameters_lie_on_the_devices_for_all_batches(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     gathered = lambda tree, tiled: jax.device_get(tree)  # noqa: E731
     monkeypatch.setattr(evaluation.multihost_utils, "process_allgather", gathered)
-    assert one({"weight": jax.numpy.arange(3.0)}) == {}
+    assert one(4, {"weight": jax.numpy.arange(3.0)}, print) == {}
     assert seen[0]["weight"].sharding == replicated(one._mesh)
     np.testing.assert_array_equal(seen[0]["weight"], [0.0, 1.0, 2.0])
 
