@@ -45,7 +45,8 @@ def value_of(field):
 
 
 @pytest.mark.slow
-def test_whole_runs_end_well_or_are_refused(tmp_path):
+def test_whole_runs_end_well_or_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # a project may be named, and nobody is logged in there
     weights = tmp_path / "classifier.safetensors"
     save_classifier(weights, initialize(ClassifierConfig(8, 8, 1, num_classes=10, base_channels=4, features=8), seed=0))
     counts = {"run": 0, "refused": 0}
