@@ -4,13 +4,12 @@ WORKDIR/evaluation/settings.json    [{"from_step": 1000, "settings": {…}}, …
 """
 
 import glob
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mpdit_jax.evaluation.report import write_json
-from mpdit_jax.files import remove_leftovers
+from mpdit_jax.files import parse_json, remove_leftovers
 
 
 def note_settings(path: Path, step: int, settings: Mapping[str, str | int]) -> str:
@@ -44,7 +43,7 @@ def note_settings(path: Path, step: int, settings: Mapping[str, str | int]) -> s
 def _read(path: Path) -> list[dict[str, Any]]:
     """What was noted; nothing where there is no such file, or a damaged one."""
     try:
-        found = json.loads(path.read_text())
+        found = parse_json(path.read_text())
         return [{"from_step": int(entry["from_step"]), "settings": dict(entry["settings"])} for entry in found]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -17,7 +17,7 @@ from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from mpdit_jax.errors import MissingExtraError
+from mpdit_jax.errors import InputError, MissingExtraError, first_line
 from mpdit_jax.files import parse_json, replacing
 from mpdit_jax.images import encode_png
 
@@ -117,7 +117,11 @@ class WeightsAndBiases:
     """
 
     def __init__(self, workdir: Path, project: str) -> None:
-        """Start the run of this workdir, or continue it."""
+        """Start the run of this workdir, or continue it.
+
+        Raises:
+            InputError: Weights & Biases takes no run, as where nobody has logged in.
+        """
         import wandb
 
         path = workdir / "wandb_id.txt"
@@ -128,9 +132,15 @@ class WeightsAndBiases:
                 file.write(f"{name}\n".encode())
         self._wandb = wandb
         quiet = wandb.Settings(console="off", silent=True)
-        self._run = wandb.init(
-            project=project, name=workdir.resolve().name, id=name, resume="allow", dir=str(workdir), settings=quiet
-        )
+        try:
+            self._run = wandb.init(
+                project=project, name=workdir.resolve().name, id=name, resume="allow", dir=str(workdir), settings=quiet
+            )
+        except wandb.errors.Error as error:
+            raise InputError(
+                f"config.log.wandb_project={project!r}: Weights & Biases takes no run ({first_line(error)}): `wandb "
+                "login` once, set WANDB_MODE=offline, or leave the field empty."
+            ) from error
         # Steps that a crash undid are logged again; as an axis of their own they need not rise.
         self._run.define_metric("*", step_metric="step")
 

@@ -1,6 +1,7 @@
 """What a run tells of itself: where its time went, a profile, Weights & Biases."""
 
 import json
+import subprocess
 import time
 
 import jax
@@ -14,7 +15,7 @@ from mpdit_jax.mesh import make_mesh
 from mpdit_jax.training import stopwatch
 from mpdit_jax.training.stopwatch import Stopwatch
 from mpdit_jax.training.writers import check_wandb
-from tests.tiny import run, train_arguments
+from tests.tiny import run, start, train_arguments
 
 PARTS = ("seconds_data_wait", "seconds_other", "seconds_device")
 
@@ -78,6 +79,16 @@ def test_weights_and_biases_not_installed_is_one_sentence(monkeypatch):
     check_wandb("")
     with pytest.raises(MissingExtraError, match=r"wandb_project='mine' needs .* pip install 'mpdit_jax\[wandb\]'"):
         check_wandb("mine")
+
+
+def test_weights_and_biases_without_a_login_is_one_sentence(tmp_path):
+    nobody = {"HOME": str(tmp_path), "WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none")}
+    arguments = train_arguments(tmp_path / "run", "--config.log.wandb_project=mine")
+    process = start("train", arguments, extra=nobody, stdin=subprocess.DEVNULL)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: config.log.wandb_project='mine': Weights & Biases takes no run (" in stderr
+    assert "Traceback" not in stderr
 
 
 def test_a_lap_adds_up(monkeypatch):
