@@ -128,7 +128,12 @@ def _write_torch(out: Path, found: Found) -> None:
         ) from error
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
     with replacing(out) as file:
-        torch.save({"ema": tensors, "metadata": metadata_of(found.model, found.step) | {"names": PUBLISHED}}, file)
+        try:
+            torch.save({"ema": tensors, "metadata": metadata_of(found.model, found.step) | {"names": PUBLISHED}}, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk, of which PyTorch tells in its own words
+                raise error.__context__ from error
+            raise
 
 
 def _write_workdir(out: Path, found: Found, config: ConfigDict | None) -> None:

@@ -1,7 +1,9 @@
 """python -m mpdit_jax.convert: every form to every other and back, and what it refuses."""
 
 import itertools
+import resource
 import shutil
+import signal
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from mpdit_jax.errors import CheckpointError, DamageWarning
 from mpdit_jax.model.parameters import abstract, merge, split
 from mpdit_jax.model.presets import model_config
 from tests.conftest import Golden
-from tests.tiny import ROOT, refusal, run, saved_arrays, train_arguments
+from tests.tiny import ROOT, refusal, run, saved_arrays, start, train_arguments
 
 DIT = {"patch_sizes": (2,), "depths": (1,), "time_embedding": "sinusoidal", "class_tokens": 16}
 DIT |= {"condition": "vector", "modulation": "per_block"}
@@ -42,6 +44,23 @@ def golden(tmp_path_factory):
     path = tmp_path_factory.mktemp("golden") / "published.safetensors"
     safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in state.items()}, path)
     return path, mp.load_torch(path, num_heads=4)
+
+
+@pytest.mark.parametrize("name", ["own.safetensors", pytest.param("named.pt", marks=pytest.mark.parity)])
+def test_a_disk_without_room(golden, tmp_path, name):
+    """PyTorch tells of it in words of its own."""
+
+    def little_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    arguments = [f"--source={golden[0]}", f"--out={tmp_path / name}", "--num_heads=4"]
+    process = start("convert", arguments, preexec_fn=little_room, extra={"JAX_ENABLE_COMPILATION_CACHE": "false"})
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: the system refused to read or write (File too large)" in stderr
+    assert "Traceback" not in stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parity
