@@ -137,7 +137,7 @@ def _claim_config(workdir: Path, config: FrozenConfigDict) -> str:
 
 
 def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
-    """Rename what a run whose checkpoints are gone has left, rather than write over it."""
+    """Rename what a run without checkpoints has left, rather than write over it."""
     metrics, whose = workdir / _METRICS, "another run"
     if not (metrics.exists() and metrics.stat().st_size):
         for name, fields in ((CONFIG, _OF_A_RUN), (FACTS_FILE, FACTS)):
@@ -149,9 +149,10 @@ def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
         return ""
     try:
         if (workdir / CONFIG).exists() and not differences(load_config(workdir), config):
-            if last_step(metrics) <= config.checkpoint.every:
-                return ""  # the same run, killed before its first checkpoint: it writes the same lines
-            whose = "this run, whose checkpoints are gone"
+            # Killed before its first checkpoint was there, which the second waits for: it writes the same lines.
+            if last_step(metrics) <= 2 * config.checkpoint.every:
+                return ""
+            whose = "this run"
     except MPDiTError:
         pass  # not a config of this version
     # The metrics last: as long as they are there, what a kill cuts short here is made up for by the next start.

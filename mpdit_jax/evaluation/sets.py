@@ -10,7 +10,7 @@ import numpy as np
 
 from mpdit_jax import images as pictures
 from mpdit_jax.data.facts import identity
-from mpdit_jax.data.latent_store import MANIFEST, LatentStore
+from mpdit_jax.data.latent_store import LABELS, MANIFEST, LatentStore
 from mpdit_jax.data.npz import map_npz, npz_checksums, npz_names, read_npz
 from mpdit_jax.data.sources import SOURCES, Source, load_source
 from mpdit_jax.errors import DataError, InputError
@@ -224,7 +224,8 @@ def _open_store(path: Path, find: FindDecode | None) -> DecodedLatents:
         raise DataError(f"{path}: there are no examples.")
     (decode, settings), size = find(path, store.manifest.vae_fingerprint), store.manifest.image_size
     one = np.asarray(decode(store.moments(np.arange(1))[0][:, 0].astype(np.float32)))
-    files = sorted(file for file in path.iterdir() if file.is_file())
+    # What `prepare` notes beside them is of the machine: processes of the same job, paths of the images.
+    files = [path / name for name in (LABELS, *(shard.name for shard in store.manifest.shards))]
     about = _about(path, len(store), (size, size, one.shape[-1]), files)
     about |= {"latents": "decoded means of the posteriors", "vae": store.manifest.vae_fingerprint, **settings}
     return DecodedLatents(store, (one.shape[1], one.shape[2], one.shape[3]), decode, about)

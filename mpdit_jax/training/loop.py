@@ -133,6 +133,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
             Report(
                 workdir, step, config.steps, config.batch_size, speaks=speaks, wandb_project=config.log.wandb_project
             ) as report,
+            watch,
             Profiler(workdir / "tensorboard", config.profile.start, config.profile.steps if speaks else 0) as profiler,
         ):
             report.config(step, to_json(config))
@@ -150,6 +151,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                 with profiler.step(step), jax.transfer_guard("disallow"):
                     state = update(state, batch)
                 stop.nothing_to_save = False
+                watch.step(done(state.step))  # before the next batch is waited for
                 if step + 1 < config.steps:
                     with watch.of("data_wait"):
                         feed.prefetch()
@@ -157,7 +159,6 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                     report.say(f"profile of {config.profile.steps} steps written to {workdir / 'tensorboard'}")
                 step += 1
                 last = step == config.steps
-                watch.step(done(state.step))
                 report.advance(step)
                 if step % config.log.every == 0 or last:
                     claim.check()
@@ -180,7 +181,9 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                 if draws and (last or not any_process(stop.name is not None)):  # there may be little time to save
                     with watch.of("other"):
                         claim.check()
-                        picture = draw_grid(config, structure, state, decode, lambda: stop.name is not None)
+                        picture = draw_grid(
+                            config, structure, state, decode, None if last else lambda: stop.name is not None
+                        )
                         if picture is not None:
                             report.picture(step, picture)
                         wait_for_all("the grid is drawn")  # by the first process alone
@@ -206,7 +209,7 @@ def draw_grid(
     structure: Structure,
     state: TrainState,
     decode: Decode | None = None,
-    stopped: Callable[[], bool] = lambda: False,
+    stopped: Callable[[], bool] | None = None,
 ) -> np.ndarray | None:
     """A guided grid from the EMA weights, one row a class, with the same noise every time.
 
@@ -233,7 +236,7 @@ def draw_grid(
         rows = np.split(np.asarray(latents), classes)  # a row at a time: a VAE takes far more memory
         decoded = []
         for row in rows:
-            if stopped():
+            if stopped is not None and stopped():
                 return None
             decoded.append(np.asarray(decode(jnp.asarray(row))))
         pictures = np.concatenate(decoded)

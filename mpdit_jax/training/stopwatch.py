@@ -13,7 +13,7 @@ from mpdit_jax.chips import GIB
 
 
 class Stopwatch:
-    """Splits the wall-clock time between two lines of the log, on this process.
+    """Splits the wall-clock time between two lines of the log, on this process; a context manager.
 
     The device works while the host prepares the next step. Waiting for data is time in which the host waits for it and
     the device has finished the step before; what is neither that nor saving or drawing is the device's. Where that is
@@ -36,6 +36,12 @@ class Stopwatch:
         # Somebody must be there when the device is done, while this thread waits for data.
         self._observer = ThreadPoolExecutor(1, "stopwatch")
         self._idle_since: Future[float] | None = None
+
+    def __enter__(self) -> "Stopwatch":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._observer.shutdown(wait=False)
 
     @contextmanager
     def of(self, part: Literal["data_wait", "other"]) -> Iterator[None]:

@@ -96,8 +96,10 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
         update = _make_update(architecture, optimizer, config)
         metrics: dict[str, jax.Array] | None = None
         data = batches(source, config.batch_size, config.seed, start=step, threads=_THREADS)
-        watch = Stopwatch(config.batch_size)
-        with Report(workdir, step, config.steps, config.batch_size) as report:
+        with (
+            Stopwatch(config.batch_size) as watch,
+            Report(workdir, step, config.steps, config.batch_size) as report,
+        ):
             while step < config.steps and stop.name is None:
                 with watch.of("data_wait"):
                     batch = jax.device_put(next(data)["x"], batch_sharding(mesh))
@@ -150,7 +152,7 @@ def _claim(workdir: Path, config: FrozenConfigDict, *, started: bool) -> None:
         raise CheckpointError(
             f"{workdir} holds something else (see {path}), which would be overwritten: use another --workdir."
         )
-    if not started and last_step(workdir / METRICS_FILE) > config.checkpoint.every:
+    if not started and last_step(workdir / METRICS_FILE) > 2 * config.checkpoint.every:  # see `workdir`
         raise CheckpointError(
             f"{workdir} holds the record of this training and none of its checkpoints: restore them from a copy, move "
             f"{METRICS_FILE} away to begin again, or use another --workdir."

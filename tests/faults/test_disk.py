@@ -138,7 +138,7 @@ def test_workdir_deleted_with_all_that_is_in_it(nursery, tmp_path, replaced):
     while workdir.exists():
         shutil.rmtree(workdir, ignore_errors=True)  # it is written to meanwhile
     if replaced:
-        workdir.mkdir()
+        workdir.mkdir(exist_ok=True)
         (workdir / "notes.txt").write_text("mine")
     assert child.wait() == 1
     sentence = only_sentence(child.text())

@@ -3,6 +3,7 @@
 MPDIT_JAX_KILLS=500 raises the number of kills, MPDIT_JAX_KILL_SEED=7 repeats a series.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -50,7 +51,11 @@ def undisturbed(nursery, arguments, tmp_path_factory):
 
 def being_saved(workdir):
     """Checkpoints that are not finished, each time Orbax makes one by another name or folder."""
-    return {(path.name, path.stat().st_ino) for path in (workdir / "checkpoints").glob("*tmp*")}
+    found = set()
+    for path in (workdir / "checkpoints").glob("*tmp*"):
+        with contextlib.suppress(FileNotFoundError):  # it has just got its name
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def kill_once(nursery, arguments, workdir, draw):

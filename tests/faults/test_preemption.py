@@ -305,14 +305,14 @@ def test_a_second_signal_in_the_middle_of_a_save(nursery, tmp_path):
         if line.startswith("step 5/"):
             break
     process.send_signal(signal.SIGTERM)
-    while not (saving := list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*/parameters*/**/d/*"))):
+    while not list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*/parameters*/**/d/*")):
         assert process.poll() is None
         time.sleep(0.01)
+    time.sleep(0.5)  # two at the same moment are one request
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=10)
+    _, stderr = process.communicate(timeout=20)  # of the 30 s that the save still takes
     assert process.returncode == 143
     assert "SIGTERM again: ended at once; the checkpoint of step 4 is safe" in stderr
-    assert all(path.exists() for path in saving)
     assert list_steps(workdir) == [4]
     assert_same_bits(before, saved_arrays(workdir, 4))
     assert "continuing at step 4" in nursery.run("train", train_arguments(workdir, "--config.steps=5"))

@@ -12,7 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mpdit_jax.chips import peak_flops, published_flops
 from mpdit_jax.errors import MissingExtraError
 from mpdit_jax.mesh import make_mesh
+from mpdit_jax.train import main
 from mpdit_jax.training import stopwatch
+from mpdit_jax.training.feed import Feed
+from mpdit_jax.training.observe import Report
 from mpdit_jax.training.stopwatch import Stopwatch
 from mpdit_jax.training.writers import check_wandb
 from tests.tiny import run, start, train_arguments
@@ -145,6 +148,20 @@ def test_only_a_device_that_is_done_waits_for_data():
                 time.sleep(loading)
             result.block_until_ready()
         assert watch.lap()["seconds_data_wait"] == pytest.approx(waited, abs=0.1)
+
+
+def test_the_next_batch_is_waited_for_beside_the_step(tmp_path, monkeypatch):
+    """Else a device at work would count as one that waits."""
+    calls = []
+    for kind, name in ((Stopwatch, "step"), (Feed, "prefetch"), (Report, "advance")):
+        method = vars(kind)[name]
+        monkeypatch.setattr(
+            kind, name, lambda *arguments, method=method, name=name: calls.append(name) or method(*arguments)
+        )
+    assert main(train_arguments(tmp_path / "run", "--config.steps=3")) == 0
+    # `take` asks for the batch as well; after the last step there is none to ask for.
+    beside = ["prefetch", "step", "prefetch", "advance"]
+    assert calls == beside * 2 + ["prefetch", "step", "advance"]
 
 
 def test_published_peaks_by_the_names_jax_gives():
