@@ -41,9 +41,10 @@ def test_every_kind_of_chip(topology):
 def test_what_a_split_state_saves_and_sends():
     whole, split = (compiled("v5e:2x2", f"--config.mesh.fsdp={fsdp}")["step"] for fsdp in (1, 4))
     assert split["arguments"] < 0.3 * whole["arguments"]
-    # Copies of the state sum their gradients, in float32, around a ring: of twice the array, a quarter stays.
+    # Copies of the state sum their gradients around a ring, of which a quarter of twice the array stays: in float32, or
+    # in bfloat16 where the product that makes them is.
     gradients = whole["arguments"] / 4  # beside the EMA and Adam's two moments
-    assert whole["sent"] == pytest.approx(2 * gradients * 3 / 4, rel=0.1)
+    assert gradients * 3 / 4 < whole["sent"] < 2 * gradients * 3 / 4
     # A split state is gathered forward and backward, and its gradients are scattered.
     assert 0.5 * gradients < split["sent"] < 3 * gradients
     assert split["collectives"]["all-gather"] + split["collectives"]["collective-permute"] > 0
@@ -51,8 +52,8 @@ def test_what_a_split_state_saves_and_sends():
 
 def test_a_step_too_large_for_its_chip_is_told_and_a_smaller_one_found():
     arguments = [
-        f"--config={ROOT / 'configs/mpdit_b_256.py'}", "--topology=v5e:1x1", "--format=json", "--no_sampler",
-        "--config.batch_size=256", "--config.model.remat=none",
+        f"--config={ROOT / 'configs/mpdit_b_256.py'}", "--topology=v5e:2x2", "--format=json", "--no_sampler",
+        "--config.batch_size=1024", "--config.model.remat=none",
     ]  # fmt: skip
     status, stdout, stderr = run("compile", arguments, extra={"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"})
     assert status == 1, stderr
