@@ -1,6 +1,7 @@
 """Checkpoints: what is saved, restored, found damaged and set aside.
 
 workdir/config.json               the resolved config of the run
+workdir/.saved                    that there has been a checkpoint
 workdir/checkpoints/STEP/         parameters, ema_parameters, optimizer and progress, by Orbax, and their digests
 workdir/damaged_checkpoints/STEP/ what was moved out of the way because it could not be read
 """
@@ -21,7 +22,7 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax import integrity
 from mpdit_jax.config import from_json, model_of
-from mpdit_jax.errors import CheckpointError, ConfigError, DamageWarning, ProcessError
+from mpdit_jax.errors import CheckpointError, ConfigError, DamageWarning, ProcessError, UnavailableError
 from mpdit_jax.files import reason
 from mpdit_jax.memory import without_byte_counts
 from mpdit_jax.mesh import make_mesh, replicated
@@ -39,7 +40,7 @@ from mpdit_jax.stored import (
 )
 from mpdit_jax.stored import list_steps as list_steps
 
-CONFIG = "config.json"
+CONFIG, SAVED = "config.json", ".saved"
 DAMAGED = "damaged_checkpoints"
 # Orbax has every replica write its part of an array, and compiles a program for each such part: below so many bytes a
 # part, that costs more than it saves. (The large arrays of a model are stacks of all its blocks.)
@@ -85,6 +86,7 @@ class Checkpoints:
             if "_manager" in vars(self):
                 try:
                     self._guarded(self._manager.wait_until_finished)
+                    self._guarded(self._note)
                 finally:
                     self._guarded(self._manager.close)
 
@@ -108,12 +110,18 @@ class Checkpoints:
             self._manager.close()
             del self._manager
             self._options = dataclasses.replace(self._options, max_to_keep=None)
+        self._guarded(self._note)
         if self._guarded(lambda: step in self._manager.all_steps()):
             return
         saved: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         record = {name: integrity.digests(tree) for name, tree in items.items()}
         saved[DIGESTS] = ocp.args.JsonSave({"version": DIGESTS_VERSION, "step": step, "items": record})
         self._guarded(partial(self._manager.save, step, args=ocp.args.Composite(**saved), force=True))
+
+    def _note(self) -> None:
+        """Note that there has been a checkpoint: without one there later, the run has lost it."""
+        if jax.process_index() == 0 and not (self._workdir / SAVED).exists() and list_steps(self._workdir):
+            (self._workdir / SAVED).touch()
 
     def wait(self) -> None:
         """Return when everything is on disk.
@@ -138,12 +146,18 @@ class Checkpoints:
         Nothing is moved unless a whole one is found, and nothing is ever deleted.
 
         Raises:
+            UnavailableError: the newest that may be whole cannot be read now.
             CheckpointError: there are checkpoints, and none of them is whole.
         """
         problems: dict[int, str] = {}
         for step in self._seen_by_all():
             try:
                 items, notes = read_together(self._folder / str(step), targets)
+            except UnavailableError as error:
+                raise UnavailableError(
+                    f"{error}, which need not be damage, and nothing was moved: mend that, or move the folder away to "
+                    "continue from the checkpoint before it."
+                ) from error
             except CheckpointError as error:
                 problems[step] = str(error)
                 continue

@@ -31,6 +31,10 @@ class CheckpointError(MPDiTError, RuntimeError):
     """A workdir or checkpoint is missing, damaged, or belongs to another configuration."""
 
 
+class UnavailableError(CheckpointError):
+    """A checkpoint that may be whole cannot be read: the system refuses it, or it is of a newer version."""
+
+
 class MissingExtraError(MPDiTError, ImportError):
     """An optional dependency is needed; the message names the extra that brings it."""
 

@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import select
+import selectors
 import shlex
 import signal
 import socket
@@ -201,10 +202,16 @@ class StopRequest:
             heard = error.errno not in LOST
             self.name = f"the output is refused ({error.strerror})" if heard else "nobody reads the output any more"
 
+    def _heard(self, seconds: float | None) -> bool:
+        """Whether a signal came within so many seconds; any number if None."""
+        with selectors.DefaultSelector() as selector:  # `select` knows no more than 1,024 files
+            selector.register(self._ours, selectors.EVENT_READ)
+            return bool(selector.select(seconds))
+
     def _listen(self) -> None:
         while True:
             left = None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
-            if not select.select([self._ours], [], [], left)[0]:
+            if not self._heard(left):
                 _end(
                     1,
                     f"error: {self.name or 'another process was asked to stop'}: the run could not be saved within "

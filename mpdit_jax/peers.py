@@ -6,7 +6,7 @@ machine that is gone sends no more signs of life. Whoever remains says who is lo
 """
 
 import os
-import select
+import selectors
 import socket
 import sys
 import threading
@@ -42,8 +42,10 @@ class PeerWatch(threading.Thread):
         self._farewell: dict[int, float | None] = {}  # who ends by itself, and when it said so if with an error
         self._ending = False
         self._lock = threading.Lock()
-        for connection in self._peers.values():
+        self._selector = selectors.DefaultSelector()  # `select` knows no more than 1,024 files
+        for number, connection in self._peers.items():
             connection.setblocking(False)
+            self._selector.register(connection, selectors.EVENT_READ, number)
 
     def leave(self, *, failed: bool) -> bool:
         """Say that this process ends by itself, so that it is not taken for lost.
@@ -71,9 +73,8 @@ class PeerWatch(threading.Thread):
         """Watch until the process ends."""
         beat = time.monotonic()
         while True:
-            numbers = {connection: number for number, connection in self._peers.items()}
-            for connection in select.select(list(numbers), [], [], 1.0)[0]:
-                self._hear(numbers[connection], connection)
+            for key, _ in self._selector.select(1.0):
+                self._hear(key.data, self._peers[key.data])
             now = time.monotonic()
             if now - beat >= _EVERY:
                 beat = now
@@ -108,7 +109,9 @@ class PeerWatch(threading.Thread):
 
     def _gone(self, number: int) -> None:
         """The connection has ended: without a word, or after one."""
-        self._peers.pop(number).close()
+        connection = self._peers.pop(number)
+        self._selector.unregister(connection)
+        connection.close()
         if number not in self._farewell:
             self._lost(number, "its connection ended")
 

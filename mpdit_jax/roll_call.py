@@ -4,7 +4,9 @@ JAX itself ends a process that waits in vain with a stack trace; the roll call e
 missing, or who was started with another config or version. Its connections stay open: see `mpdit_jax.peers`.
 """
 
+import errno
 import json
+import resource
 import socket
 import time
 from collections.abc import Mapping
@@ -20,6 +22,8 @@ Facts: TypeAlias = Mapping[str, str]
 _MESSAGE_LIMIT = 1 << 20
 _REPLY_GRACE = 10.0  # seconds; a peer waits this much longer than process 0, to hear from it who is missing
 _LONGEST_SILENCE = 5.0  # seconds in which whoever connects must have said who it is
+_FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_OTHER_FILES = 1024  # that a training may have open beside its connections
 _MOST_SHOWN = 5  # facts a process
 
 
@@ -48,6 +52,7 @@ def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> tupl
     deadline, differing = time.monotonic() + timeout, list[str]()
     present, connections, strangers = {0}, dict[int, socket.socket](), list[socket.socket]()
     named = set[int]()  # that came and cannot be counted
+    _allow_files(cluster.count)
     try:
         server = socket.create_server(("", port))
     except OSError as error:
@@ -60,6 +65,15 @@ def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> tupl
             server.settimeout(left)
             try:
                 peer, _ = server.accept()
+            except OSError as error:
+                if error.errno in _FULL:
+                    differing.append(
+                        f"process 0 cannot hold another connection beside {len(connections)} ({error.strerror}): raise "
+                        "`ulimit -n` where it runs"
+                    )
+                    named.update(range(cluster.count))  # whoever is not there is not at fault
+                continue
+            try:
                 peer.settimeout(min(max(left, 0.1), _LONGEST_SILENCE))  # others wait behind a stranger who says nothing
                 message = parse_json(_read_line(peer))
                 index, count, theirs = int(message["index"]), int(message["count"]), dict(message["facts"])
@@ -67,6 +81,9 @@ def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> tupl
                 continue
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # not one of ours
+            if index in connections and _has_ended(connections[index]):
+                connections.pop(index).close()  # it was started again meanwhile
+                present.discard(index)
             if count != cluster.count or not 0 < index < cluster.count or index in present:
                 differing.append(
                     f"process {index} was started as one of {count} and process 0 as one of {cluster.count}"
@@ -96,6 +113,26 @@ def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> tupl
         for peer in strangers:
             peer.close()
     return problem, connections
+
+
+def _allow_files(count: int) -> None:
+    """Raise this process's limit of open files, as far as that is allowed, for so many connections beside others."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if soft < wanted and soft != resource.RLIM_INFINITY:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    """Whether the other side has closed it, or its process has ended."""
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _answer(

@@ -1,5 +1,7 @@
 """A checkpoint on disk: which folders are one, and reading one so that damage is noticed."""
 
+import errno
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,13 +10,24 @@ import jax
 import orbax.checkpoint as ocp
 
 from mpdit_jax import integrity
-from mpdit_jax.errors import CheckpointError
+from mpdit_jax.errors import CheckpointError, UnavailableError
 from mpdit_jax.files import parse_json, reason
 from mpdit_jax.processes import first_sentence
 
 CHECKPOINTS = "checkpoints"
 DIGESTS, DIGESTS_VERSION = "integrity", 1  # an item of its own
 _DIGESTS_FILE = "metadata"  # that Orbax keeps an item of JSON in
+# What a system says that cannot read now what may be sound: not permitted, gone for now, too many files, no memory.
+_PASSING = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+)
 _EXTENSIBLE = "progress"  # the item that later versions may add scalars to; those that a checkpoint lacks are zero
 
 
@@ -40,11 +53,18 @@ def numbered_folders(workdir: str | Path) -> set[int]:
 def is_complete(folder: Path) -> bool:
     """Whether every part is there that Orbax has noted down."""
     try:
+        return _has_its_parts(folder)
+    except OSError:
+        return False
+
+
+def _has_its_parts(folder: Path) -> bool:
+    try:
         parts = parse_json((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
         return bool(parts) and all(
             (folder / part / (_DIGESTS_FILE if part == DIGESTS else "_METADATA")).is_file() for part in parts
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -57,16 +77,19 @@ def read_together(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, A
     """As `read_step`, by all processes together: it fails on all of them if it fails on one.
 
     Raises:
+        UnavailableError: it cannot be read now, which says nothing about what is there.
         CheckpointError: it cannot be read, or is not what was saved.
     """
-    problem = ""
+    problem = refused = ""
     try:
         items, notes, record = _restored(folder, targets)
     except CheckpointError as error:
         problem = str(error)
+        refused = problem if isinstance(error, UnavailableError) else ""
     problem = first_sentence(problem, "the checkpoint is read")
     if problem:
-        raise CheckpointError(problem)
+        refused = first_sentence(refused, "whether it is damaged")
+        raise UnavailableError(refused) if refused else CheckpointError(problem)
     _verify(folder, items, record)
     return items, notes
 
@@ -80,7 +103,11 @@ def read_step(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 def _restored(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], dict[str, Any] | None]:
     """Items, notes, and the digests they should have; not compared yet."""
-    if not is_complete(folder):
+    try:
+        complete = _has_its_parts(folder)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    if not complete:
         raise CheckpointError(incomplete(folder))
     # Each process reads for itself: a barrier would leave the others waiting for one that fails.
     alone = ocp.options.MultiprocessingOptions(
@@ -95,12 +122,22 @@ def _restored(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any],
                 stored = handler.metadata(folder / name).tree if name == _EXTENSIBLE else target
                 wanted = ocp.args.StandardRestore(_only(target, stored))
                 items[name] = _filled(target, checkpointer.restore(folder / name, args=wanted))
+    except UnavailableError:
+        raise
     except Exception as error:  # what damage looks like is up to the storage layer
-        raise CheckpointError(f"the checkpoint {folder} cannot be read ({reason(error)})") from error
+        raise _unreadable(folder, error) from error
     notes = []
     if record is None:
         notes.append(f"the checkpoint {folder} is of a version that kept no digests: it is used unchecked")
     return items, notes, record
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    text = str(error)
+    refused = any(os.strerror(code) in text for code in _PASSING)
+    return (UnavailableError if refused else CheckpointError)(
+        f"the checkpoint {folder} cannot be read ({reason(error)})"
+    )
 
 
 def _recorded(folder: Path) -> dict[str, Any] | None:
@@ -110,7 +147,9 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
         return None
     record: dict[str, Any] = parse_json((folder / DIGESTS / _DIGESTS_FILE).read_text())
     if record["version"] > DIGESTS_VERSION:
-        raise ValueError(f"its digests are of version {record['version']}, newer than this mpdit_jax")
+        raise UnavailableError(
+            f"the checkpoint {folder} is of a newer mpdit_jax (its digests are of version {record['version']})"
+        )
     items = record["items"]
     if not isinstance(record["step"], int) or not all(isinstance(digests, dict) for digests in items.values()):
         raise ValueError("its digests are damaged")

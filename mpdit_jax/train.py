@@ -52,6 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     import jax
 
     from mpdit_jax.data.facts import read_facts
+    from mpdit_jax.training.evaluation import is_missing
     from mpdit_jax.training.loop import train
     from mpdit_jax.training.replay import replay
 
@@ -63,9 +64,10 @@ def main(arguments: Sequence[str]) -> int:
     if _CACHE_VARIABLE not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
     state = train(config, workdir)
-    stopped = int(state.step) < config.steps
+    step = int(state.step)
+    stopped = step < config.steps or is_missing(config, workdir, step)  # or in its last evaluation
     if jax.process_index() == 0 and stopped:
-        print(stopped_line("train", arguments, int(state.step), config.steps))
+        print(stopped_line("train", arguments, step, config.steps))
     elif jax.process_index() == 0:
         facts = read_facts(workdir)
         vae = " --vae=FOLDER" if facts is not None and facts.latents is not None else ""

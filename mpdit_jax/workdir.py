@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from ml_collections import FrozenConfigDict
 
-from mpdit_jax.checkpoint import CONFIG, DAMAGED, load_config
+from mpdit_jax.checkpoint import CONFIG, DAMAGED, SAVED, load_config
 from mpdit_jax.config import differences, to_json
 from mpdit_jax.data.facts import FACTS, FACTS_FILE
 from mpdit_jax.errors import CheckpointError, MPDiTError, ProcessError
@@ -148,10 +148,9 @@ def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
                 )
         return ""
     try:
-        if (workdir / CONFIG).exists() and not differences(load_config(workdir), config):
-            # Killed before its first checkpoint was there, which the second waits for: it writes the same lines.
-            if last_step(metrics) <= 2 * config.checkpoint.every:
-                return ""
+        if (workdir / CONFIG).exists() and not differences(stored := load_config(workdir), config):
+            if not has_saved(workdir, stored.checkpoint.every):
+                return ""  # the same run, killed before its first checkpoint: it writes the same lines
             whose = "this run"
     except MPDiTError:
         pass  # not a config of this version
@@ -162,10 +161,19 @@ def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
     while any(_numbered(path, count).exists() for path in record):
         count += 1
     kept = [path.rename(_numbered(path, count)) for path in record]
+    (workdir / SAVED).unlink(missing_ok=True)
     return f"{workdir} holds no checkpoint, but the record of {whose}, now in {', '.join(map(str, kept))}"
 
 
-def last_step(metrics: Path) -> int:
+def has_saved(workdir: Path, every: int) -> bool:
+    """Whether a run that saves `every` so many steps has had a checkpoint, whatever became of it.
+
+    It notes that down; those of older versions did not, and their second checkpoint waited for the first.
+    """
+    return (workdir / SAVED).exists() or _last_step(workdir / _METRICS) > 2 * every
+
+
+def _last_step(metrics: Path) -> int:
     """The highest step of a run's log, 0 if there is none; lines that cannot be read do not count."""
     if not metrics.is_file():
         return 0

@@ -1,8 +1,11 @@
 """Who is missing, who is a stranger, who was started otherwise: in sentences."""
 
 import contextlib
+import errno
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -11,7 +14,7 @@ import pytest
 from mpdit_jax.clusters import Cluster
 from mpdit_jax.errors import ProcessError
 from mpdit_jax.roll_call import roll_call
-from tests.tiny import free_port
+from tests.tiny import ROOT, free_port
 
 
 def connected(port):
@@ -81,3 +84,74 @@ def test_whoever_is_not_expected_is_named(said, sentence):
         first.join(15)
     [problem] = found
     assert sentence in problem
+
+
+def test_who_was_started_again_takes_its_own_place():
+    """While others are still missing: its first connection has ended with the process."""
+    port, found = free_port(), {}
+
+    def call(index):
+        found[index] = roll_call(Cluster(f"127.0.0.1:{port}", 3, index), {}, 20.0)
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(3)]
+    threads[0].start()
+    with connected(port + 1) as killed:
+        killed.sendall(json.dumps({"index": 1, "count": 3, "facts": {}}).encode() + b"\n")
+        time.sleep(0.5)
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join(15)
+    assert {index: sorted(connections) for index, connections in found.items()} == {0: [1, 2], 1: [0], 2: [0]}
+    for connections in found.values():
+        for connection in connections.values():
+            connection.close()
+
+
+_MANY = """
+import os, resource, signal, socket, sys, time
+from mpdit_jax.interrupt import StopRequest
+from mpdit_jax.peers import start_watch
+from mpdit_jax.roll_call import _allow_files
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+_allow_files(1000)
+files = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+ours, theirs = socket.socketpair()
+assert ours.fileno() > 1024
+with StopRequest(saved=lambda: "nothing") as stop:
+    stop.nothing_to_save = False
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+    print(stop.name, flush=True)
+    start_watch(0, 2, {1: ours})
+    theirs.close()
+    time.sleep(20)
+"""
+
+
+def test_a_thousand_processes_can_be_watched():
+    """Their connections are more files than `select` knows, and than a process may have open unless it asks."""
+    done = subprocess.run([sys.executable, "-c", _MANY], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "SIGTERM\n")
+    assert "error: process 1 of 2 was lost (its connection ended)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_process_that_may_have_too_few_files_open(monkeypatch):
+    class Full:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def settimeout(self, seconds):
+            pass
+
+        def accept(self):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(socket, "create_server", lambda *arguments: Full())
+    with pytest.raises(ProcessError, match=r"another connection beside 0 \(Too many open files\): raise `ulimit -n`"):
+        roll_call(Cluster("127.0.0.1:9", 2, 0), {}, 5.0)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from ml_collections import FrozenConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from mpdit_jax import __version__
 from mpdit_jax.config import what_is_read
@@ -104,12 +104,11 @@ class Evaluator:
 
     def due(self, step: int) -> bool:
         """Whether a run is evaluated after that step."""
-        every, last = self._config.eval.every, step == self._config.steps
-        return bool(every) and step > 0 and (step % every == 0 or last)
+        return _due(self._config, step)
 
     def pending(self, step: int) -> bool:
         """Whether the evaluation of that step is due and was cut off; the same on every process."""
-        return self.due(step) and any_process(jax.process_index() == 0 and not self._has_line(step))
+        return is_missing(self._config, self._metrics_file.parent, step)
 
     def __call__(self, step: int, ema_parameters: Parameters, say: Callable[[str], None]) -> dict[str, float]:
         """The metrics of every guidance scale, by names such as "eval/FD(classifier)/guidance_1.5".
@@ -268,14 +267,25 @@ class Evaluator:
             save_classifier(path, model)
             print(f"a classifier to look through, right about {accuracy:.1%} of the images held out, in {path}")
 
-    def _has_line(self, step: int) -> bool:
-        if not self._metrics_file.is_file():
-            return False
-        for text in self._metrics_file.read_bytes().splitlines():
-            try:
-                line: Mapping[str, Any] = parse_json(text)
-            except ValueError:
-                continue  # cut short by a crash, or damaged by the disk
-            if line.get("step") == step and any(name.startswith(PREFIX) for name in line):
-                return True
+
+def is_missing(config: ConfigDict | FrozenConfigDict, workdir: Path, step: int) -> bool:
+    """Whether the evaluation of that step is due and not in the run's log; all must ask, and hear the same."""
+    return _due(config, step) and any_process(jax.process_index() == 0 and not _has_line(workdir / METRICS_FILE, step))
+
+
+def _due(config: ConfigDict | FrozenConfigDict, step: int) -> bool:
+    every = config.eval.every
+    return bool(every) and step > 0 and (step % every == 0 or step == config.steps)
+
+
+def _has_line(metrics: Path, step: int) -> bool:
+    if not metrics.is_file():
         return False
+    for text in metrics.read_bytes().splitlines():
+        try:
+            line: Mapping[str, Any] = parse_json(text)
+        except ValueError:
+            continue  # cut short by a crash, or damaged by the disk
+        if line.get("step") == step and any(name.startswith(PREFIX) for name in line):
+            return True
+    return False

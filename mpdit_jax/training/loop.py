@@ -138,7 +138,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         ):
             report.config(step, to_json(config))
             if unevaluated:  # an earlier start ended in the middle of it
-                report.evaluation(step, evaluator(step, state.ema_parameters, report.say))
+                _evaluate(evaluator, step, state, report)
             while step < config.steps and not vote.asked(stop.name is not None, step):
                 with watch.of("data_wait"):
                     try:
@@ -190,10 +190,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                 if evaluator.due(step):  # after the checkpoint, from which it is made up for when it is cut off
                     with watch.of("other"):
                         claim.check()
-                        found = evaluator(step, state.ema_parameters, report.say)
-                        report.evaluation(step, found)
-                        if not found:
-                            report.say(f"the evaluation of step {step} was cut off: the same command makes up for it")
+                        _evaluate(evaluator, step, state, report)
                         return_freed()
             if 0 < step < config.steps:
                 stop.begin_grace()
@@ -260,6 +257,13 @@ def _introduce(
         f"{mesh.size} {mesh.devices.flat[0].platform} device(s){several}",
         flush=True,
     )
+
+
+def _evaluate(evaluator: Evaluator, step: int, state: TrainState, report: Report) -> None:
+    found = evaluator(step, state.ema_parameters, report.say)
+    report.evaluation(step, found)
+    if not found:
+        report.say(f"the evaluation of step {step} was cut off: the same command makes up for it")
 
 
 def _save_unplanned(checkpoints: Checkpoints, step: int, state: TrainState) -> None:

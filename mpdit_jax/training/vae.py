@@ -30,7 +30,7 @@ from mpdit_jax.training.writers import METRICS_FILE
 from mpdit_jax.vae import Autoencoder, AutoencoderConfig, load_vae, save_folder
 from mpdit_jax.vae.autoencoder import mean_and_std
 from mpdit_jax.vae.weights import Parameters, abstract, merge, split
-from mpdit_jax.workdir import last_step
+from mpdit_jax.workdir import has_saved
 
 _SHOWN = 16  # images and their reconstructions in the picture, and images encoded at a time
 _THREADS = 2  # that decode image files
@@ -152,10 +152,10 @@ def _claim(workdir: Path, config: FrozenConfigDict, *, started: bool) -> None:
         raise CheckpointError(
             f"{workdir} holds something else (see {path}), which would be overwritten: use another --workdir."
         )
-    if not started and last_step(workdir / METRICS_FILE) > 2 * config.checkpoint.every:  # see `workdir`
+    if not started and has_saved(workdir, config.checkpoint.every):
         raise CheckpointError(
-            f"{workdir} holds the record of this training and none of its checkpoints: restore them from a copy, move "
-            f"{METRICS_FILE} away to begin again, or use another --workdir."
+            f"{workdir} holds the record of this training and none of its checkpoints: restore them from a copy, or "
+            "use another --workdir."
         )
     with replacing(path) as file:
         file.write(text.encode())

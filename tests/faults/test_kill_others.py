@@ -27,14 +27,24 @@ def nursery(tmp_path_factory):
         yield nursery
 
 
-def kill_and_finish(nursery, command, arguments, progress):
-    """Kill a command KILLS times, each time at a random moment after `progress()` has grown; then let it end."""
+def kill_and_finish(nursery, command, arguments, progress, total):
+    """Kill a command KILLS times, each time at a random moment of what is left, and while its last lines run; then let
+    it end.
+
+    Args:
+        nursery: where it lives.
+        command: its name.
+        arguments: its arguments.
+        progress: how far it has come.
+        total: what that is when all that takes time is done.
+    """
     seed = int(os.environ.get("MPDIT_JAX_KILL_SEED", random.SystemRandom().randrange(2**32)))
     print(f"seed {seed}")
     draw, killed = random.Random(seed), 0
-    for _ in range(KILLS):
+    for number in range(KILLS + 1):
         before, child = progress(), nursery.start(command, arguments)
-        wait_until(lambda before=before: progress() > before, child)
+        goal = before + draw.randint(1, max(1, (total - before) // 2)) if number < KILLS else total
+        wait_until(lambda goal=goal: progress() >= goal, child)
         time.sleep(draw.uniform(0, 0.1))
         killed += child.kill() != 0
     print(f"killed {killed} times")
@@ -49,7 +59,7 @@ def test_sample(nursery, tmp_path):
     out = tmp_path / "killed.npz"
     blocks = tmp_path / "killed.npz.unfinished"
     text = kill_and_finish(
-        nursery, "sample", [*arguments, f"--out={out}"], lambda: len(list(blocks.glob("*[0-9].npz")))
+        nursery, "sample", [*arguments, f"--out={out}"], lambda: len(list(blocks.glob("*[0-9].npz"))), 400
     )
     assert "images are there already" in text
     expected, found = read_npz(tmp_path / "undisturbed.npz"), read_npz(out)
@@ -70,7 +80,7 @@ def test_prepare(nursery, tmp_path):
     expected, out = tmp_path / "undisturbed", tmp_path / "killed"
     nursery.run("prepare", [*arguments, f"--out={expected}"])
     kill_and_finish(
-        nursery, "prepare", [*arguments, f"--out={out}"], lambda: len(list(out.glob("shard-*.array_record")))
+        nursery, "prepare", [*arguments, f"--out={out}"], lambda: len(list(out.glob("shard-*.array_record"))), 100
     )
     names = [path.name for path in expected.iterdir() if path.name != ".lock"]
     assert sorted(names) == sorted(path.name for path in out.iterdir() if path.name != ".lock")
@@ -110,6 +120,7 @@ def test_evaluate_a_run(nursery, classifier, tmp_path):
         [*arguments, f"--out={found / 'numbers.json'}"],
         # A row is worth more than the blocks that go when it is done.
         lambda: 100 * len(list(found.glob("*[0-9a-f].json"))) + len(list(found.glob("*.unfinished/*/*[0-9].npz"))),
+        200,
     )
     assert "are there already" in text or "done before" in text
     assert_same_files(tmp_path / "expected", found)
@@ -130,7 +141,7 @@ def test_evaluate_images(nursery, classifier, tmp_path):
     expected, found = tmp_path / "expected", tmp_path / "found"
     nursery.run("evaluate", into(expected))
     leave_litter(found)
-    kill_and_finish(nursery, "evaluate", into(found), lambda: len(list(found.glob("*.unfinished/*/*[0-9].npz"))))
+    kill_and_finish(nursery, "evaluate", into(found), lambda: len(list(found.glob("*.unfinished/*/*[0-9].npz"))), 40)
     assert_same_files(expected, found)
 
 
@@ -150,6 +161,7 @@ def test_train_with_evaluations(nursery, classifier, tmp_path):
         "train",
         [*arguments, f"--workdir={tmp_path / 'found'}"],
         lambda: metrics.read_text().count("guidance_2") if metrics.exists() else 0,
+        8,
     )
     lines = metrics.read_text().splitlines()
     assert sum("guidance_2" in line for line in lines) == 8
