@@ -16,14 +16,17 @@ pytestmark = [
 ]
 
 
-def compiled(topology, *fields):
-    """The report on a small latent model's step, 16 images a chip of four."""
+OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}  # unlike the rest of the suite
+
+
+def compiled(topology, *fields, only_step=True):
+    """The report on a small latent model, 16 images a chip of four."""
     arguments = [
-        f"--config={ROOT / 'configs/mpdit_b_256.py'}", f"--topology={topology}", "--format=json", "--no_sampler",
-        "--config.batch_size=64", "--config.model.preset=", "--config.model.hidden_size=256",
-        "--config.model.num_heads=4", "--config.model.depths=2,2", *fields,
+        f"--config={ROOT / 'configs/mpdit_b_256.py'}", f"--topology={topology}", "--format=json",
+        "--config.sample.steps=2", "--config.batch_size=64", "--config.model.preset=", "--config.model.hidden_size=256",
+        "--config.model.num_heads=4", "--config.model.depths=2,2", *fields, *["--no_sampler"] * only_step,
     ]  # fmt: skip
-    status, stdout, stderr = run("compile", arguments, extra={"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"})
+    status, stdout, stderr = run("compile", arguments, extra=OPTIMIZED)
     assert status == 0, stderr
     return json.loads(stdout)
 
@@ -36,6 +39,28 @@ def test_every_kind_of_chip(topology):
     assert step["fits"]
     assert 0.97 < step["compiled_flops"] / step["flops"] <= 1.03
     assert 0 < step["bound_seconds"] < 1e-2
+
+
+def test_the_sampler():
+    """Its parameters are on every chip, and chips draw images without each other."""
+    report = compiled("v5e:2x2", only_step=False)
+    sampler = report["sampler"]
+    assert sampler["fits"]
+    assert sampler["batch_size"] == 32
+    assert 0.97 < sampler["compiled_flops"] / sampler["flops"] <= 1.1  # two steps: what is done once counts
+    assert sampler["sent"] < 1e6 < report["step"]["sent"]
+
+
+def test_the_policy_of_the_xl_config_is_the_least_recomputation_that_fits():
+    """On 16 chips of v5e, as docs/scaling.md has it."""
+    arguments = [
+        f"--config={ROOT / 'configs/mpdit_xl_256.py'}", "--topology=v5e:4x4", "--config.mesh.fsdp=16",
+        "--no_sampler", "--no_search", "--format=json",
+    ]  # fmt: skip
+    for remat, status, most in (("none", 1, 38.9), ("dots", 0, 15.75), ("full", 0, 3.8)):
+        process = run("compile", [*arguments, f"--config.model.remat={remat}"], extra=OPTIMIZED)
+        assert process[0] == status, process[2]
+        assert json.loads(process[1])["step"]["peak"] < most * 2**30
 
 
 def test_what_a_split_state_saves_and_sends():
@@ -55,7 +80,7 @@ def test_a_step_too_large_for_its_chip_is_told_and_a_smaller_one_found():
         f"--config={ROOT / 'configs/mpdit_b_256.py'}", "--topology=v5e:2x2", "--format=json", "--no_sampler",
         "--config.batch_size=1024", "--config.model.remat=none",
     ]  # fmt: skip
-    status, stdout, stderr = run("compile", arguments, extra={"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"})
+    status, stdout, stderr = run("compile", arguments, extra=OPTIMIZED)
     assert status == 1, stderr
     report = json.loads(stdout)
     assert report["step"]["refused"]

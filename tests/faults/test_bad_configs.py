@@ -42,18 +42,23 @@ CHANGE = FIELD.flatmap(lambda field: st.tuples(st.just(field), value_of(field)))
 CHANGES = st.lists(CHANGE, min_size=1, max_size=3).map(dict)
 
 
+# Half of the tokens hidden, with which three changes of the other do not get.
+MASKED = {"mask_ratio": 0.5, "model.decoder_depth": 1, "model.patch_sizes": (1,), "model.depths": (1,)}
+BASE = st.sampled_from([{}, {}, MASKED])
+
 REACHED = {}  # what decides a step, of every config that can be traced, to the first such config
 
 
-def step_of(model_config, batch, accumulation, optimizer, time, dropout, decay, spike):
+def step_of(model_config, batch, accumulation, optimizer, time, dropout, decay, spike, ratio, weight):
     """The training step, its optimizer, and the shapes of its examples."""
-    config = mutated({"batch_size": batch, "label_dropout": dropout})
+    masked = {**MASKED, "mask_ratio": ratio, "model.patch_sizes": model_config.patch_sizes} if ratio else {}
+    config = mutated({"batch_size": batch, "label_dropout": dropout, **masked})
     config.optimizer.update(dict(optimizer))
     config.time.update(dict(time))
     resolved = resolve(config)
     made = make_optimizer(resolved.optimizer)
     step = make_step(
-        make_draw(resolved), make_loss(abstract(model_config)[0]), made, decay, accumulation=accumulation,
+        make_draw(resolved), make_loss(abstract(model_config)[0], weight), made, decay, accumulation=accumulation,
         spike_factor=spike,
     )  # fmt: skip
     shape = (batch, *model_config.input_size, model_config.in_channels)
@@ -89,6 +94,7 @@ def try_config(changes):
     settings = (
         model_config, resolved.batch_size, resolved.gradient_accumulation, tuple(resolved.optimizer.items()),
         tuple(resolved.time.items()), resolved.label_dropout, resolved.ema_decay, resolved.guard.spike_factor,
+        resolved.mask_ratio, resolved.mask_loss_weight,
     )  # fmt: skip
     assert traces(*settings), changes
     REACHED.setdefault(settings, changes)
@@ -99,14 +105,15 @@ def test_configs_are_traced_or_refused():
     outcome = {True: 0, False: 0}
 
     @bulk(MUTATIONS)
-    @given(CHANGES)
-    def one(changes):
-        outcome[try_config(changes)] += 1
+    @given(BASE, CHANGES)
+    def one(base, changes):
+        outcome[try_config({**base, **changes})] += 1
 
     one()
     print(f"{sum(outcome.values())} mutated configs: {outcome[True]} traced, {outcome[False]} refused")
     assert sum(outcome.values()) >= MUTATIONS
     assert min(outcome.values()) > MUTATIONS // 50
+    assert any(masked for *_, masked, _ in REACHED)
 
 
 @pytest.mark.slow

@@ -125,6 +125,18 @@ def test_pictures(tmp_path, kind):
     survives(path, picture(kind), read, DataError, count=MUTATIONS // 20)
 
 
+def test_a_picture_of_more_pixels_than_a_photograph_has():
+    """It is whole, and Pillow would only warn of it."""
+    content = io.BytesIO()
+    Image.new("1", (13_000, 11_000)).save(content, "PNG")
+    assert len(content.getvalue()) < 50_000
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(InputError, match="13000 x 11000 pixels"),
+    ):
+        to_mode(Image.open(content), 1)
+
+
 @pytest.mark.parametrize("size", [(60000, 60000), (16000, 9000), (1, 5000), (0, 4)])
 def test_picture_bombs(size):
     """A few hundred bytes of PNG that unpack to gigabytes, or grow to them when the short side is made to fit."""

@@ -1,10 +1,12 @@
 """A checkpoint that is not what was saved is noticed and told, and the one before it is used; never half of one."""
 
+import errno
 import json
 import random
 import shutil
 import time
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ import mpdit_jax as mp
 from mpdit_jax import integrity
 from mpdit_jax.checkpoint import Checkpoints, load_config
 from mpdit_jax.config import model_of
-from mpdit_jax.errors import CheckpointError, DamageWarning
+from mpdit_jax.errors import CheckpointError, DamageWarning, UnavailableError
 from mpdit_jax.mesh import make_mesh
 from mpdit_jax.model.parameters import split
 from mpdit_jax.stored import list_steps
@@ -149,6 +151,43 @@ def test_the_one_before_is_used(finished, tmp_path, damage):
     assert len(notes) == 1
     assert f"it is now in {copy}/damaged_checkpoints/8, and step 4 is used" in notes[0]
     assert list_steps(copy) == [4]
+
+
+def a_newer_version(folder, monkeypatch):
+    path = folder / "integrity" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
+
+
+def a_file_that_may_not_be_read(folder, monkeypatch):
+    """As another user's; root may read everything."""
+    read = Path.read_text
+
+    def refuse(path, *arguments, **options):
+        if path == folder / "_CHECKPOINT_METADATA":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+
+
+def too_many_open_files(folder, monkeypatch):
+    """As TensorStore tells of them."""
+
+    def refuse(self, *arguments, **options):
+        raise ValueError("UNAVAILABLE: Error opening file [OS error 24: EMFILE Too many open files]")
+
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.restore", refuse)
+
+
+@pytest.mark.parametrize("refused", [a_newer_version, a_file_that_may_not_be_read, too_many_open_files])
+def test_what_may_be_sound_is_not_set_aside(finished, tmp_path, monkeypatch, refused):
+    """Training would go back to an older one, and leave what was done since."""
+    copy, newest = copy_of(finished, tmp_path)
+    refused(newest, monkeypatch)
+    with pytest.raises(UnavailableError, match=r"checkpoints/8 .*need not be damage, and nothing was moved: mend that"):
+        restore(copy)
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["4", "8"]
+    assert not (copy / "damaged_checkpoints").exists()
 
 
 def test_a_flipped_bit_is_never_loaded(finished, tmp_path):

@@ -97,6 +97,7 @@ def test_a_run_killed_before_its_first_checkpoint_says_that_it_begins_again(undi
     shutil.copytree(undisturbed[0], workdir, ignore=shutil.ignore_patterns("4", "8"))
     first = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)[0]  # of step 3, and it saves every fourth
     (workdir / "metrics.jsonl").write_text(first)
+    (workdir / ".saved").unlink()
     status, stdout, stderr = run("train", train_arguments(workdir))
     assert status == 0, stderr
     assert f"an earlier start of this run left no checkpoint in {workdir}; it begins again" in stdout
@@ -108,7 +109,7 @@ def test_a_run_whose_checkpoints_are_gone_keeps_its_record(undisturbed, tmp_path
     """They cannot be made again, and neither can what the log says of them."""
     workdir = shutil.copytree(undisturbed[0], tmp_path / "run", ignore=shutil.ignore_patterns("4", "8"))
     (workdir / "metrics.jsonl").write_text((undisturbed[0] / "metrics.jsonl").read_text() + " \n")
-    status, stdout, stderr = run("train", train_arguments(workdir, "--config.checkpoint.every=3"))
+    status, stdout, stderr = run("train", train_arguments(workdir))
     assert status == 0, stderr
     assert "holds no checkpoint, but the record of this run, now in" in stdout
     assert (workdir / "metrics.1.jsonl").read_text().endswith(" \n")
