@@ -92,13 +92,12 @@ def test_a_run_stopped_within_an_evaluation_makes_up_for_it(undisturbed, tmp_pat
 
 def test_a_run_stopped_within_its_last_evaluation_is_not_done(undisturbed, tmp_path, monkeypatch, capsys):
     """Schedulers must start it again."""
-    workdir = shutil.copytree(undisturbed, tmp_path / "run")
-    metrics = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (workdir / "metrics.jsonl").write_text("".join(metrics[:-1]))
-    look = evaluation.Evaluator._look
+    workdir, looks, look = tmp_path / "run", [], evaluation.Evaluator._look
 
     def stopped(self, *arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
+        looks.append(1)
+        if len(looks) == 3:  # after two guidance scales at step 4
+            os.kill(os.getpid(), signal.SIGTERM)
         return look(self, *arguments)
 
     monkeypatch.setattr(evaluation.Evaluator, "_look", stopped)
@@ -107,7 +106,6 @@ def test_a_run_stopped_within_its_last_evaluation_is_not_done(undisturbed, tmp_p
     said = capsys.readouterr().out
     assert "the evaluation of step 8 was cut off: the same command makes up for it" in said
     assert "stopped at step 8 of 8, saved; continue with:" in said
-    monkeypatch.setattr(evaluation.Evaluator, "_look", look)
     assert main(train_arguments(workdir, *EVAL)) == 0
     assert (workdir / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
 
