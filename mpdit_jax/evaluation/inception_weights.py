@@ -23,6 +23,7 @@ NAMES = (
     "weights-inception-2015-12-05-6726825d.pth",  # as torch-fidelity does
 )
 _PAGE = "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights"
+_SETTING = "--inception"  # of `evaluate`; while training it is config.eval.inception
 _EPSILON = 1e-3
 # Published names of the first convolutions; those of the mixed blocks are ours with a capital letter.
 _STEM = {
@@ -35,8 +36,12 @@ _STEM = {
 _IGNORED = re.compile(r"AuxLogits\..*|.*\.num_batches_tracked")
 
 
-def locate_inception(path: str = "") -> Path:
+def locate_inception(path: str = "", *, setting: str = _SETTING) -> Path:
     """The weights file: the given path, else the one MPDIT_JAX_INCEPTION names, else one in ~/.cache/mpdit_jax.
+
+    Args:
+        path: as the user has given it, or "".
+        setting: the flag or field that gives it, for the sentences.
 
     Raises:
         WeightsError: none of them is there; the sentence says what to download and where to put it.
@@ -46,27 +51,28 @@ def locate_inception(path: str = "") -> Path:
         found = expand(named)
         if found.is_file():
             return found
-        origin = f"--inception={path}" if path else f"{VARIABLE}={named}"
-        raise WeightsError(f"{origin}: no such file; {_remedy()}")
+        origin = f"{setting}={path}" if path else f"{VARIABLE}={named}"
+        raise WeightsError(f"{origin}: no such file; {_remedy(setting)}")
     folder = expand(CACHE)
     for name in NAMES:
         if (folder / name).is_file():
             return folder / name
-    raise WeightsError(f"there are no Inception weights in {folder}: {_remedy()}")
+    raise WeightsError(f"there are no Inception weights in {folder}: {_remedy(setting)}")
 
 
-def load_inception(path: str | Path) -> Inception:
+def load_inception(path: str | Path, *, setting: str = _SETTING) -> Inception:
     """The network with the weights of a file.
 
     Args:
         path: `.pth` of pytorch-fid or torch-fidelity (read weights-only, extra [torch]), or a safetensors with the
             same names.
+        setting: as of `locate_inception`.
 
     Raises:
         WeightsError: no such file, damaged, or the weights of another network.
         MissingExtraError: a `.pth` without PyTorch installed.
     """
-    return from_torch(read_state_dict(path), str(path))
+    return from_torch(read_state_dict(path), str(path), setting=setting)
 
 
 def convert_inception(source: str | Path, target: str | Path) -> None:
@@ -83,15 +89,21 @@ def convert_inception(source: str | Path, target: str | Path) -> None:
         file.write(safetensors.numpy.save(kept, metadata={"format": "pt"}))
 
 
-def from_torch(state: Mapping[str, np.ndarray], source: str) -> Inception:
+def from_torch(state: Mapping[str, np.ndarray], source: str, *, setting: str = _SETTING) -> Inception:
     """The network with the weights of a state dict under their published names.
+
+    Args:
+        state: what a file holds.
+        source: that file, for the sentences.
+        setting: as of `locate_inception`.
 
     Raises:
         WeightsError: entries are missing, extra, misshapen or not finite; the message names one.
     """
     if "fc.weight" in state and np.shape(state["fc.weight"])[0] == 1000:
         raise WeightsError(
-            f"{source} is torchvision's Inception v3 of 1,000 classes, which is not the network of FID: {_remedy()}"
+            f"{source} is torchvision's Inception v3 of 1,000 classes, which is not the network of FID: "
+            f"{_remedy(setting)}"
         )
     arrays: dict[str, np.ndarray] = {}
     left = {name for name in state if not _IGNORED.fullmatch(name)}
@@ -107,7 +119,9 @@ def from_torch(state: Mapping[str, np.ndarray], source: str) -> Inception:
     arrays["fc.kernel"] = entry(state, "fc.weight", source, 2).T[None, None]
     arrays["fc.bias"] = entry(state, "fc.bias", source, 1)
     if left := left - {"fc.weight", "fc.bias"}:
-        raise WeightsError(f"{source}: entry {min(left)} has no place in the Inception network of FID; {_remedy()}")
+        raise WeightsError(
+            f"{source}: entry {min(left)} has no place in the Inception network of FID; {_remedy(setting)}"
+        )
     assign(model, arrays, source)
     return model
 
@@ -117,8 +131,9 @@ def published_name(path: Sequence[str]) -> str:
     return ".".join([_STEM.get(path[0], path[0].capitalize()), *path[1:]])
 
 
-def _remedy() -> str:
+def _remedy(setting: str) -> str:
+    features = setting.removesuffix("inception") + "features"
     return (
-        f"download {NAMES[1]} (pytorch-fid, {_PAGE}) to {CACHE}/, or give its path by --inception=FILE or "
-        f"{VARIABLE}=FILE; FD(efficientnet_lite0) needs no download (--features=efficientnet_lite0)."
+        f"download {NAMES[1]} (pytorch-fid, {_PAGE}) to {CACHE}/, or give its path by {setting}=FILE or "
+        f"{VARIABLE}=FILE; FD(efficientnet_lite0) needs no download ({features}=efficientnet_lite0)."
     )

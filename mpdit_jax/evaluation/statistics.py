@@ -200,8 +200,9 @@ def load_statistics(path: str | Path, extractor: Extractor, *, setting: str = "-
         theirs = f"{name} ({fingerprint[:12]})" if fingerprint else name
         raise InputError(
             f"{path} holds statistics of the extractor {theirs} and this is {extractor.name} "
-            f"({extractor.fingerprint[:12]}): numbers of two extractors do not compare; use --features and the weights "
-            "and settings they were made with, or give the images."
+            f"({extractor.fingerprint[:12]}): numbers of two extractors do not compare; use "
+            f"{setting.removesuffix('preprocessing')}features and the weights and settings they were made with, or "
+            "give the images."
         )
     for output, gaussian in gaussians.items():
         dimension = extractor.outputs.get(output)

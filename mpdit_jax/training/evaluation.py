@@ -248,6 +248,7 @@ class Evaluator:
                     inception_path=settings.inception,
                     preprocessing=settings.preprocessing,
                     batch_size=size,
+                    inception_setting="config.eval.inception",
                 )
         agree({"extractor": extractor.fingerprint})
         return extractor

@@ -12,16 +12,18 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from ml_collections import FrozenConfigDict
 
 from mpdit_jax.checkpoint import load_checkpoint
 from mpdit_jax.data.sources import ArraySource
-from mpdit_jax.errors import ConfigError, InputError
+from mpdit_jax.errors import ConfigError, InputError, WeightsError
+from mpdit_jax.evaluation import inception_weights
 from mpdit_jax.evaluation.agreement import portable
 from mpdit_jax.evaluation.classifier import ClassifierConfig, initialize, save_classifier
 from mpdit_jax.evaluation.extractors import build_classifier
 from mpdit_jax.evaluation.sets import open_npz
-from mpdit_jax.evaluation.statistics import Gaussian
+from mpdit_jax.evaluation.statistics import Gaussian, load_statistics
 from mpdit_jax.mesh import make_mesh, replicated
 from mpdit_jax.model.parameters import split
 from mpdit_jax.sampling.run import finish
@@ -289,7 +291,7 @@ def test_inception_sees_images_as_the_config_says(tmp_path, monkeypatch):
     np.savez(tmp_path / "adm.npz", **moments)
     outputs = {"pool": 4, "spatial": 3}
 
-    def making(features, *, inception_path, preprocessing, batch_size):
+    def making(features, *, inception_path, preprocessing, batch_size, inception_setting):
         made.append(preprocessing)
         settings = {"preprocessing": preprocessing}
         return SimpleNamespace(
@@ -302,6 +304,34 @@ def test_inception_sees_images_as_the_config_says(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"expected config\.eval\.preprocessing=tensorflow, and it is py"):
         main(train_arguments(tmp_path / "run", *EVAL, *arguments))
     assert made == ["pytorch_fid"]
+
+
+@pytest.mark.parametrize(("given", "sentence"), [
+    ("none.pth", "config.eval.inception=none.pth: no such file; download"),
+    ("", "there are no Inception weights in"),
+    ("OTHER", "is torchvision's Inception v3 of 1,000 classes"),
+])  # fmt: skip
+def test_missing_weights_are_remedied_by_fields_of_the_config(tmp_path, monkeypatch, given, sentence):
+    """`train` has no flag --inception, nor --features."""
+    monkeypatch.setattr(inception_weights, "CACHE", tmp_path / "nothing")
+    monkeypatch.delenv(inception_weights.VARIABLE, raising=False)
+    other = tmp_path / "OTHER.safetensors"
+    safetensors.numpy.save_file({"fc.weight": np.zeros((1000, 2048), np.float32)}, other)
+    path = str(other) if given == "OTHER" else given
+    more = ["--config.eval.features=inception", "--config.eval.metrics=fid", f"--config.eval.inception={path}"]
+    with pytest.raises(WeightsError, match=re.escape(sentence)) as refused:
+        main(train_arguments(tmp_path / "run", *EVAL, *more))
+    said = str(refused.value)
+    assert "give its path by config.eval.inception=FILE" in said
+    assert "(config.eval.features=efficientnet_lite0)" in said
+    assert "--" not in said
+
+
+def test_statistics_of_another_extractor_are_remedied_by_a_field_of_the_config(tmp_path, tiny_inception):
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(4), sigma=np.eye(4))
+    other = dataclasses.replace(tiny_inception, name="efficientnet_lite0")
+    with pytest.raises(InputError, match=r"do not compare; use config\.eval\.features and the weights"):
+        load_statistics(tmp_path / "stats.npz", other, setting="config.eval.preprocessing")
 
 
 def test_what_is_looked_at_is_compared_with_the_other_processes(tmp_path, digits, monkeypatch):
