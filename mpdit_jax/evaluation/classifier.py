@@ -17,7 +17,7 @@ from flax import nnx
 
 from mpdit_jax.errors import WeightsError
 from mpdit_jax.evaluation.layers import Conv, assign
-from mpdit_jax.files import parse_json, replacing
+from mpdit_jax.files import expand, parse_json, replacing
 
 _KEY, _FORMAT = "mpdit_jax", "classifier 1"
 _SMALLEST = 4  # pixels a side that the images are brought down to, by halves
@@ -91,7 +91,7 @@ def load_classifier(path: str | Path) -> Classifier:
     Raises:
         WeightsError: no such file, damaged, or not a classifier's.
     """
-    path = Path(path)
+    path = expand(path)  # behind `classifier:` neither the shell nor the command's parser has done it
     if not path.is_file():
         raise WeightsError(
             f"classifier {path}: no such file; train one with `python -m mpdit_jax.train_classifier --data=digits "

@@ -1,7 +1,9 @@
 """The small classifier: what it learns, its file, its command."""
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +28,13 @@ def test_the_file_gives_the_same_features(extractor, classifier_file, digits):
     np.testing.assert_allclose(first["probs"].sum(axis=1), 1, rtol=1e-5)
     assert loaded.label("fd") == "FD(classifier)"
     assert loaded.label("is") == "IS(classifier)"
+
+
+def test_home_is_the_users_behind_the_colon_too(extractor, classifier_file):
+    place = f"~/{os.path.relpath(classifier_file, Path.home())}"
+    assert make_extractor(f"classifier:{place}", batch_size=256).fingerprint == extractor.fingerprint
+    with pytest.raises(InputError, match="~nobody_here/c: this machine knows no home folder"):
+        make_extractor("classifier:~nobody_here/c")
 
 
 def test_features_do_not_depend_on_the_batch(classifier, extractor, digits):

@@ -86,6 +86,8 @@ def test_missing_weights_say_what_to_download_and_where_to_put_it(tmp_path, monk
     (tmp_path / "mine.pth").touch()
     monkeypatch.setenv("MPDIT_JAX_INCEPTION", str(tmp_path / "mine.pth"))
     assert locate_inception() == tmp_path / "mine.pth"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate_inception("~/mine.pth") == tmp_path / "mine.pth"
 
 
 def test_a_safetensors_of_the_weights_is_the_same_network(tmp_path, inception_state):
