@@ -4,12 +4,13 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mpdit_jax.checks import check_image_size, check_seed
 from mpdit_jax.cli import Parser, add_tile_option, make_parser, run
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation.settings import PREPROCESSINGS, choose_metrics, metric_names
+from mpdit_jax.files import expand
 from mpdit_jax.processes import add_flags, join
 
 _EXAMPLES = """\
@@ -109,7 +110,8 @@ def make_evaluate_parser() -> Parser:
 
 def main(arguments: Sequence[str]) -> int:
     """Evaluate as the arguments say; exit status."""
-    options = make_evaluate_parser().parse_args(arguments)
+    parser = make_evaluate_parser()
+    options = parser.parse_args(arguments)
     _check_files(options)
     if options.save_inception:
         from mpdit_jax.evaluation.inception_weights import convert_inception, locate_inception
@@ -120,6 +122,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"Inception's weights in {options.save_inception}")
         return 0
     _check(options)
+    _check_heeded(options, parser)
     join(options, {f"--{name}": str(value) for name, value in vars(options).items() if name != "process_id"})
 
     import jax
@@ -186,6 +189,45 @@ def _check(options: argparse.Namespace) -> None:
     check_seed(options.seed, "--seed")
     if options.image_size:
         check_image_size(options.image_size, "--image_size")
+
+
+def _check_heeded(options: argparse.Namespace, parser: Parser) -> None:
+    """Raise InputError for a flag of drawing where nothing is drawn, or of cutting where nothing is cut."""
+    from mpdit_jax.sampling.options import add_sampler_options
+
+    sampler = argparse.ArgumentParser(add_help=False)
+    add_sampler_options(sampler)
+    for name in ("step", "no_ema", "labels", *vars(sampler.parse_args([]))):
+        value = vars(options)[name]
+        if options.samples and value != parser.get_default(name):
+            raise InputError(
+                f"{_as_given(name, value)} is of what is drawn from --workdir, and --samples={options.samples} is "
+                "drawn already: leave it out, or give --workdir=FOLDER in place of --samples."
+            )
+    if options.workdir and options.image_size and not _may_be_photographs(options.reference):
+        raise InputError(
+            f"--image_size={options.image_size} cuts the images of a reference's folder, and "
+            f"{f'--reference={options.reference}' if options.reference else 'the data of the run'} is none: leave it "
+            "out, or give --reference=FOLDER."
+        )
+
+
+def _as_given(name: str, value: Any) -> str:
+    if value is True:
+        return f"--{name}"
+    pairs = [f"{one}:{other}" for one, other in value.items()] if isinstance(value, dict) else None
+    parts = pairs or (value if isinstance(value, list | tuple) else [value])
+    return f"--{name}={','.join(map(str, parts))}"
+
+
+def _may_be_photographs(place: str) -> bool:
+    """Whether a reference may be a folder of images; what is not there is refused by those who look for it."""
+    from mpdit_jax.data.latent_store import MANIFEST
+
+    if not place or place.startswith("data:"):
+        return False
+    path = expand(place)
+    return not path.is_file() and not (path / MANIFEST).is_file()
 
 
 def _check_files(options: argparse.Namespace) -> None:

@@ -163,8 +163,7 @@ def evaluate_set(
     # With no metrics they are photographs on the way to being a reference, and are cut as those of a reference are.
     cropped = 0 if metrics else options.image_size
     opened = open_set(options.samples, image_size=cropped, channels=extractor.channels, find=_find(options))
-    if metrics:
-        _check_as_drawn(opened, options)
+    _check_size(opened, options, compared=bool(metrics))
     samples, verb = limited(opened, options.num_samples), "looking at samples:"
     check_count(len(samples), metrics, options.k, "samples")
     spatial = {"spatial"} & extractor.outputs.keys() if options.save_stats else set()
@@ -179,15 +178,23 @@ def evaluate_set(
     return statistics, make_result(name, reference, statistics, metrics, options, extractor, {})
 
 
-def _check_as_drawn(samples: ImageBlocks, options: argparse.Namespace) -> None:
-    """Raise InputError if samples that are compared are of another size than --image_size: none are resized."""
+def _check_size(samples: ImageBlocks, options: argparse.Namespace, *, compared: bool) -> None:
+    """Raise InputError if samples are of another size than --image_size: those of a folder alone are cut, and none
+    that are compared.
+    """
     height, width = samples.shape[:2]
-    if options.image_size and (height, width) != (options.image_size, options.image_size):
+    if options.image_size in (0, height) and options.image_size in (0, width):
+        return
+    if not compared:
         raise InputError(
             f"--samples={options.samples} holds images of {height}x{width} pixels and --image_size is "
-            f"{options.image_size}: samples are compared as they were drawn and never resized; draw them at that size, "
-            "or give the --image_size and the reference of theirs (photographs are cut with --save_stats alone)."
+            f"{options.image_size}, which cuts the images of a folder alone: leave it out, or give their folder."
         )
+    raise InputError(
+        f"--samples={options.samples} holds images of {height}x{width} pixels and --image_size is "
+        f"{options.image_size}: samples are compared as they were drawn and never resized; draw them at that size, "
+        "or give the --image_size and the reference of theirs (photographs are cut with --save_stats alone)."
+    )
 
 
 def _is_statistics(place: str, extractor: str) -> bool:

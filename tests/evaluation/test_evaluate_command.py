@@ -362,6 +362,36 @@ def test_bad_arguments_are_one_sentence(files, classifier_file, tmp_path, monkey
     assert not (tmp_path / "out.json").exists()
 
 
+@pytest.mark.parametrize("flag", [
+    "--step=5", "--no_ema", "--labels=random", "--solver=euler,heun", "--steps=50", "--time_grid=shifted",
+    "--time_shift=3.0", "--guidance_scale=1.5,2.0", "--guidance_interval=0.2,0.8", "--negative_labels=3:8,5:6",
+    "--guide=weak", "--rtol=0.1", "--atol=0.1", "--diffusion=sigma", "--diffusion_norm=2.0", "--precision=bfloat16",
+])  # fmt: skip
+def test_flags_of_drawing_are_refused_where_nothing_is_drawn(flag, tmp_path, monkeypatch, capsys):
+    samples = tmp_path / "samples.npz"
+    arguments = [f"--samples={samples}", "--reference=data:digits", flag]
+    said = refusal(evaluate.main, arguments, monkeypatch, capsys)
+    assert said.startswith(f"{flag} is of what is drawn from --workdir, and --samples={samples} is drawn already: ")
+
+
+def test_an_image_size_is_refused_where_no_folder_is_cut(files, classifier_file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/manifest.json").write_text("{}")
+    for reference in ("", "data:digits", str(files / "samples.npz"), str(tmp_path / "store")):
+        arguments = [f"--workdir={tmp_path}", "--image_size=8", *([f"--reference={reference}"] if reference else [])]
+        said = refusal(evaluate.main, arguments, monkeypatch, capsys)
+        what = f"--reference={reference}" if reference else "the data of the run"
+        assert said.startswith(f"--image_size=8 cuts the images of a reference's folder, and {what} is none: leave")
+    for reference in (files / "images", tmp_path / "nothing"):  # refused for what is wrong with the rest
+        arguments = [f"--workdir={tmp_path / 'none'}", "--image_size=8", f"--reference={reference}"]
+        assert "holds no run" in refusal(evaluate.main, arguments, monkeypatch, capsys)
+    stats = [f"--features=classifier:{classifier_file}", f"--save_stats={tmp_path / 'stats.npz'}"]
+    stats += [f"--samples={files / 'samples.npz'}", f"--out={tmp_path / 'o.json'}"]
+    said = refusal(evaluate.main, [*stats, "--image_size=16"], monkeypatch, capsys)
+    assert "holds images of 8x8 pixels and --image_size is 16, which cuts the images of a folder alone: leave" in said
+    run(capsys, *stats, "--image_size=8")
+
+
 def test_photographs_are_cut_for_a_reference_and_samples_are_not(files, classifier_file, tmp_path, capsys):
     """Larger and smaller ones: as a reference, and on the way to one; compared as samples they are refused."""
     photographs = tmp_path / "photographs"
