@@ -25,7 +25,7 @@ from mpdit_jax.evaluation.statistics import Statistics, check_count
 from mpdit_jax.files import digest_of, parse_json, remove_leftovers
 from mpdit_jax.flow.adaptive import METHODS
 from mpdit_jax.processes import any_process, first_does
-from mpdit_jax.sampling.blocks import BlockFolder
+from mpdit_jax.sampling.blocks import Block, BlockFolder
 from mpdit_jax.sampling.command import Request, parse_labels, run_settings
 from mpdit_jax.sampling.decoding import make_decode
 from mpdit_jax.sampling.options import check_heeded, sampler_from
@@ -147,7 +147,9 @@ class DrawnImages:
     def __init__(self, folder: BlockFolder, size: int, count: int, about: dict[str, Any]) -> None:
         """`count` images in blocks of `size`."""
         self._folder, self._size, self._count, self.about = folder, size, count, about
-        height, width, channels = folder.read(0).images.shape[1:]
+        # A file is read and checked as a whole, and an extractor on a CPU asks for a few of its images at a time.
+        self._last = 0, folder.read(0)
+        height, width, channels = self._last[1].images.shape[1:]
         self.shape = (height, width, channels)
 
     def __len__(self) -> int:
@@ -161,7 +163,7 @@ class DrawnImages:
         """
         found = np.empty((len(indices), *self.shape), np.uint8)
         for number in np.unique(indices // self._size):
-            block, rows = self._folder.read(int(number)), np.flatnonzero(indices // self._size == number)
+            block, rows = self._block(int(number)), np.flatnonzero(indices // self._size == number)
             inside = indices[rows] - number * self._size
             if not block.finite[inside].all():
                 bad = indices[rows][~block.finite[inside]][0]
@@ -170,6 +172,11 @@ class DrawnImages:
                 )
             found[rows] = block.images[inside]
         return found
+
+    def _block(self, number: int) -> Block:
+        if number != self._last[0]:
+            self._last = number, self._folder.read(number)
+        return self._last[1]
 
 
 def _read_row(name: str, file: Path) -> Result:

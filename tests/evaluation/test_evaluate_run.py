@@ -11,6 +11,7 @@ from mpdit_jax import evaluate
 from mpdit_jax.data.sources import load_digits
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation import command, runs
+from mpdit_jax.evaluation.extraction import FeatureFolder, extract
 from mpdit_jax.evaluation.runs import DrawnImages
 from mpdit_jax.evaluation.statistics import save_statistics
 from mpdit_jax.sampling.blocks import Block, BlockFolder
@@ -115,6 +116,23 @@ def test_a_run_on_latents_is_decoded_by_its_vae(tmp_path, capsys, monkeypatch, t
     assert row["settings"]["sampler"]["vae_fingerprint"] == fingerprint
     assert row["settings"]["samples"]["shape"] == [16, 16, 1]
     assert row["metrics"]["FID"] > 0
+
+
+def test_a_block_is_read_once_however_few_images_are_looked_at(tmp_path, tiny_inception, monkeypatch):
+    drawn = np.random.default_rng(0).integers(0, 256, (25, 8, 8, 1), np.uint8)
+    blocks, read, numbers = BlockFolder(tmp_path / "blocks", {}), BlockFolder.read, []
+    for number in range(3):
+        part = drawn[10 * number : 10 * number + 10]
+        labels, rows = np.zeros(len(part), int), 10 * number + np.arange(len(part))
+        blocks.write(number, Block(part, labels, rows, np.ones(len(part), bool)))
+    monkeypatch.setattr(BlockFolder, "read", lambda self, number: (numbers.append(number), read(self, number))[1])
+    images = DrawnImages(blocks, 10, 25, {})
+    extractor = dataclasses.replace(tiny_inception, batch_size=4)
+    folder = FeatureFolder(tmp_path / "features", extractor, images, ["pool"])
+    extract(extractor, images, ["pool"], folder)
+    assert numbers == [0, 1, 2]
+    np.testing.assert_array_equal(folder.read(0)["pool"], extractor(drawn)["pool"])
+    np.testing.assert_array_equal(images.read(np.array([21, 3, 12])), drawn[[21, 3, 12]])
 
 
 def test_a_drawn_image_that_is_not_finite_is_named(tmp_path):
