@@ -23,7 +23,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from mpdit_jax.data.npz import read_npy
 from mpdit_jax.errors import DataError
-from mpdit_jax.files import parse_json
+from mpdit_jax.files import digest_of, parse_json
 
 SCHEMA_VERSION = 1
 MANIFEST, LABELS, REJECTED = "manifest.json", "labels.npy", "rejected.jsonl"
@@ -83,6 +83,11 @@ class Manifest:
     def examples(self) -> int:
         """Their number."""
         return sum(shard.examples for shard in self.shards)
+
+    @property
+    def contents(self) -> str:
+        """A digest of all records and labels, by the digests of their files."""
+        return digest_of([self.labels_sha256, *(shard.sha256 for shard in self.shards)])
 
     @property
     def record_dtype(self) -> np.dtype:

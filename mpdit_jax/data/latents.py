@@ -50,6 +50,11 @@ class LatentSource:
         """int32 (N,)."""
         return self.store.labels
 
+    @property
+    def contents(self) -> str:
+        """Of the store, see `Manifest.contents`."""
+        return self.store.manifest.contents
+
     def __len__(self) -> int:
         return len(self.store)
 

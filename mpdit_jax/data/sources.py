@@ -1,6 +1,7 @@
 """Labelled image sets, each a random-access `Source` of the same form."""
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -9,8 +10,9 @@ import numpy as np
 
 from mpdit_jax.data.idx import read_idx
 from mpdit_jax.data.latents import LatentSpace, load_latents
-from mpdit_jax.data.npz import read_npz
+from mpdit_jax.data.npz import npz_checksums, read_npz
 from mpdit_jax.errors import DataError
+from mpdit_jax.files import digest_of
 
 Batch = dict[str, np.ndarray]
 """`y` int32 (n,), and `x` float32 (n, H, W, C) or, of latents, `mean` and `std` float16 (n, views, H, W, C)."""
@@ -50,6 +52,10 @@ class Source(Batched, Protocol):
     def latents(self) -> LatentSpace | None:
         """How the examples relate to a VAE's latents; None for images."""
 
+    @property
+    def contents(self) -> str:
+        """A digest that is another where the files hold other examples, though under the same labels."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
@@ -59,6 +65,7 @@ class ArraySource:
     labels: np.ndarray  # (N,)
     class_names: tuple[str, ...]
     largest: int = 255
+    contents: str = ""  # of what the images were read from
 
     @property
     def latents(self) -> None:
@@ -101,7 +108,7 @@ def load_digits(path: str = "", split: str = "all") -> ArraySource:
         halves = model_selection.train_test_split(everything, test_size=0.5, stratify=labels, random_state=0)
         chosen = np.sort(halves[0 if split == "train" else 1])
         images, labels = images[chosen], labels[chosen]
-    return ArraySource(images, labels, tuple(str(digit) for digit in range(10)), largest=16)
+    return ArraySource(images, labels, tuple(str(digit) for digit in range(10)), 16, _checksum(images))
 
 
 def load_fashion_mnist(path: str = "", split: str = "train") -> ArraySource:
@@ -128,7 +135,7 @@ def load_fashion_mnist(path: str = "", split: str = "train") -> ArraySource:
     if images.ndim != 3 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
         raise DataError(f"{folder}: images {images.shape}, labels {labels.shape}; expected (N, 28, 28) and (N,).")
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]  # (N, 32, 32, 1)
-    return _checked(ArraySource(padded, labels, FASHION_MNIST_CLASSES), str(folder))
+    return _checked(ArraySource(padded, labels, FASHION_MNIST_CLASSES, contents=_checksum(images)), str(folder))
 
 
 def load_arrays(path: str = "", split: str = "train") -> ArraySource:
@@ -145,6 +152,7 @@ def load_arrays(path: str = "", split: str = "train") -> ArraySource:
         raise DataError(f"config.data.path={path!r}: no such file; the source 'arrays' reads an .npz.")
     try:
         images, labels = read_npz(path, ("images", "labels"))
+        checksums = npz_checksums(path)  # those in the file: it may hold more than one wants to digest at every start
     except ValueError as error:
         raise DataError(f"{path}: expected an .npz with arrays `images` and `labels` ({error}).") from error
     if images.ndim != 4 or images.dtype not in (np.uint8, np.float32) or labels.shape != images.shape[:1]:
@@ -157,7 +165,8 @@ def load_arrays(path: str = "", split: str = "train") -> ArraySource:
     if labels.max(initial=0) >= _MOST_CLASSES:
         raise DataError(f"{path}: label {labels.max()} is too large; expected classes numbered from 0 without gaps.")
     names = tuple(str(label) for label in range(int(labels.max(initial=0)) + 1))
-    return _checked(ArraySource(images, labels, names), path)
+    contents = digest_of([checksums[f"{array}.npy"] for array in ("images", "labels")])
+    return _checked(ArraySource(images, labels, names, contents=contents), path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +195,11 @@ class Subset:
     def latents(self) -> LatentSpace | None:
         """Those of the whole source."""
         return self.source.latents
+
+    @property
+    def contents(self) -> str:
+        """Those of the whole source."""
+        return self.source.contents
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -260,6 +274,10 @@ def check_fits(source: Source, input_shape: tuple[int, int, int], num_classes: i
             f"the data has {len(source.class_names)} classes and the model {num_classes}: "
             f"set model.num_classes={len(source.class_names)}."
         )
+
+
+def _checksum(images: np.ndarray) -> str:
+    return f"{zlib.crc32(np.ascontiguousarray(images).data):08x}"
 
 
 def _checked(source: ArraySource, origin: str) -> ArraySource:

@@ -213,7 +213,7 @@ def _open_source(place: str, rest: str) -> SourceImages:
 def about_source(place: str, source: Source) -> dict[str, Any]:
     """What `ImageBlocks.about` says of a data set that one can train on."""
     about = {"path": place, "count": len(source), "shape": list(source.shape)}
-    return about | {"contents": identity(source)["data"]}  # number and digest of the labels
+    return about | {"contents": f"{identity(source)['data']} {source.contents}"}  # of the labels and of the whole
 
 
 def _open_store(path: Path, find: FindDecode | None) -> DecodedLatents:
@@ -227,7 +227,8 @@ def _open_store(path: Path, find: FindDecode | None) -> DecodedLatents:
     # What `prepare` notes beside them is of the machine: processes of the same job, paths of the images.
     files = [path / name for name in (LABELS, *(shard.name for shard in store.manifest.shards))]
     about = _about(path, len(store), (size, size, one.shape[-1]), files)
-    about |= {"latents": "decoded means of the posteriors", "vae": store.manifest.vae_fingerprint, **settings}
+    about |= {"contents": store.manifest.contents, "latents": "decoded means of the posteriors"}
+    about |= {"vae": store.manifest.vae_fingerprint, **settings}
     return DecodedLatents(store, (one.shape[1], one.shape[2], one.shape[3]), decode, about)
 
 

@@ -19,7 +19,7 @@ from mpdit_jax import __version__
 from mpdit_jax.config import what_is_read
 from mpdit_jax.data.sources import Source
 from mpdit_jax.errors import ConfigError, InputError
-from mpdit_jax.evaluation.agreement import agree, portable
+from mpdit_jax.evaluation.agreement import agree, name_of_first, portable
 from mpdit_jax.evaluation.bias import perfect_distance
 from mpdit_jax.evaluation.classifier import load_classifier, save_classifier
 from mpdit_jax.evaluation.classifier_training import check_trainable, train_classifier
@@ -233,11 +233,12 @@ class Evaluator:
                 print(f"a perfect model would have {label} {value:.3g} with {count} samples")
 
     def _make_extractor(self) -> Extractor:
-        settings = self._config.eval
-        # Named after what it is trained by, so that other settings train another.
-        decides = [what_is_read(self._config.data), settings.classifier_steps, self._config.seed]
-        path, size = self._folder / f"classifier_{digest_of(decides)}.safetensors", settings.batch_size
+        settings, size = self._config.eval, self._config.eval.batch_size
         if settings.features == "classifier":
+            # Named after what it is trained by, so that other settings or other images train another.
+            data = [what_is_read(self._config.data), self._source.contents]
+            decides = [*data, settings.classifier_steps, self._config.seed]
+            path = self._folder / f"classifier_{name_of_first(digest_of(decides))}.safetensors"
             first_does(partial(self._train_classifier, path))
         with jax.set_mesh(self._mesh):
             if settings.features == "classifier":

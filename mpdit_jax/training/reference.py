@@ -101,6 +101,7 @@ class Reference:
         name = f"config.eval.reference={place}"
         if not place:
             self._check_count(len(self._own), "the run's data")
+            return {"contents": self._own.contents}
         elif self._is_statistics and classifier:
             raise ConfigError(
                 f"{name} holds statistics, and config.eval.features='classifier' is trained by "
@@ -192,6 +193,7 @@ class Reference:
     def _own_images(self) -> ImageBlocks:
         """As `evaluate` chooses them."""
         about = {"path": "the data of the run", "most": MOST_REAL, "data": what_is_read(self._config.data)}
+        about |= {"contents": self._own.contents}  # a run may go on with other examples of the same labels
         return limited(SourceImages(self._own, about), min(MOST_REAL, len(self._own)))
 
     def _check_count(self, count: int, name: str) -> None:
@@ -230,6 +232,11 @@ class _Decoded:
             return self._source.shape
         height, width, channels = self.batch(np.arange(1))["x"].shape[1:]
         return height, width, channels
+
+    @property
+    def contents(self) -> str:
+        """Those of the source."""
+        return self._source.contents
 
     def __len__(self) -> int:
         return len(self._source)

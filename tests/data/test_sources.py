@@ -113,6 +113,16 @@ def test_unusable_arrays(tmp_path, arrays, sentence):
         load_source("arrays", str(path), "train")
 
 
+def test_other_images_under_the_same_labels_are_told_apart(tmp_path):
+    labels, contents = np.arange(4), []
+    for name, value, save in (("a", 0, np.savez), ("copy", 0, np.savez_compressed), ("other", 1, np.savez)):
+        path = tmp_path / f"{name}.npz"
+        save(path, images=np.full((4, 2, 2, 1), value, np.uint8), labels=labels)
+        contents.append(load_source("arrays", str(path), "train", max_examples=3, class_balance=True).contents)
+    assert contents[0] == contents[1] != contents[2]
+    assert load_source("digits", "", "train").contents != load_source("digits", "", "test").contents
+
+
 def test_nan_is_named(tmp_path):
     images = np.zeros((5, 4, 4, 1), np.float32)
     images[3, 1, 1] = np.nan

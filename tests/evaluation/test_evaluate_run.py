@@ -67,6 +67,23 @@ def test_a_row_is_of_one_reference_and_says_what_was_used(
     assert third["metrics"]["FD(classifier)"] != first["metrics"]["FD(classifier)"]
 
 
+def test_a_row_is_of_the_runs_data_as_they_are_now(tmp_path, classifier_file, capsys, digits):
+    """Repaired images under the same labels make another row; a copy of the same ones does not."""
+    workdir, data, out = make_workdir(tmp_path / "run"), tmp_path / "data.npz", tmp_path / "numbers.json"
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"] |= {"name": "arrays", "path": str(data)}
+    (workdir / "config.json").write_text(json.dumps(config))
+    arguments = (f"--workdir={workdir}", f"--features=classifier:{classifier_file}", "--metrics=fd")
+    numbers, known = [], []
+    for images in (digits[0][:90], digits[0][:90], 255 - digits[0][:90]):
+        np.savez(data, images=images, labels=digits[1][:90])
+        said, row = evaluated(capsys, out, *arguments)
+        known.append("done before" in said)
+        numbers.append(row["metrics"]["FD(classifier)"])
+    assert known == [False, True, False]
+    assert numbers[0] == numbers[1] != numbers[2]
+
+
 def test_statistics_and_batches_of_another_size_are_refused_before_anything_is_drawn(
     workdir, tmp_path, extractor, classifier_file, digits, monkeypatch
 ):

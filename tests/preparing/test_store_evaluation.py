@@ -13,6 +13,7 @@ from mpdit_jax.data.pipeline import batches
 from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation import command
+from mpdit_jax.evaluation.agreement import portable
 from mpdit_jax.evaluation.classifier import ClassifierConfig, initialize, save_classifier
 from mpdit_jax.evaluation.decoding import find_decode
 from mpdit_jax.evaluation.sets import open_set
@@ -20,6 +21,7 @@ from mpdit_jax.prepare import main as prepare
 from mpdit_jax.training import loop
 from mpdit_jax.training.evaluation import Evaluator
 from mpdit_jax.training.loop import train
+from mpdit_jax.training.reference import Reference
 from mpdit_jax.vae import load_vae
 
 
@@ -142,6 +144,22 @@ def test_a_reference_of_another_vae_is_refused_before_the_training(stores, featu
     source = load_source(**config.data)
     with pytest.raises(InputError, match=r"config.sample.vae=.* and .*other holds latents of 000000000000…"):
         Evaluator(config, tmp_path, source, None, lambda latents: latents, lambda: False)
+
+
+def test_a_store_that_was_prepared_again_is_another_set(stores, features, vae_folder, tmp_path):
+    """By the digests in its manifest: of the same VAE, labels and sizes."""
+    again, known = shutil.copytree(stores / "latents", tmp_path / "again"), []
+    for digest in (None, "0" * 64):
+        manifest = json.loads((again / MANIFEST).read_text())
+        manifest["shards"][1]["sha256"] = digest or manifest["shards"][1]["sha256"]
+        (again / MANIFEST).write_text(json.dumps(manifest))
+        config = resolve(config_of(again, 2, features[1], vae=vae_folder))
+        decode = load_vae(vae_folder).decode
+        one = Reference(config, tmp_path, load_source(**config.data), decode, ("fd",), lambda: False)
+        opened = open_set(str(again), find=find_decode(str(vae_folder)))
+        known.append((one._own_images().about["contents"], portable(opened.about)["contents"]))
+    assert known[0][0] == known[0][1]
+    assert not set(known[0]) & set(known[1])
 
 
 def test_the_default_reference_of_a_run_is_what_it_was_trained_on(stores, features, vae_folder, tmp_path):

@@ -16,7 +16,8 @@ import safetensors.numpy
 from ml_collections import FrozenConfigDict
 
 from mpdit_jax.checkpoint import load_checkpoint
-from mpdit_jax.data.sources import ArraySource
+from mpdit_jax.data import sources
+from mpdit_jax.data.sources import ArraySource, load_arrays, load_digits
 from mpdit_jax.errors import ConfigError, InputError, WeightsError
 from mpdit_jax.evaluation import inception_weights
 from mpdit_jax.evaluation.agreement import portable
@@ -163,6 +164,20 @@ def test_one_curve_of_two_kinds_is_told_and_noted(undisturbed, tmp_path, capsys)
             )
             assert (noted[1]["from_step"], noted[1]["settings"]["num_samples"]) == (8, 20)
     assert lines(workdir) == whole
+
+
+def test_other_images_under_the_same_labels_are_looked_at_anew(undisturbed, tmp_path, monkeypatch, capsys):
+    """A run may go on with them, but neither what was seen of the old ones nor a classifier of them is used."""
+    workdir, digits = shutil.copytree(undisturbed, tmp_path / "run"), load_digits()
+    repaired = dataclasses.replace(digits, images=16 - digits.images, contents="of others")
+    monkeypatch.setitem(sources.SOURCES, "digits", lambda path, split: repaired)
+    (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines(workdir)[:-1]))
+    assert main(train_arguments(workdir, *EVAL)) == 0
+    before, now = ({path.name for path in (of / "evaluation").iterdir()} for of in (undisturbed, workdir))
+    assert len(now - before) == 2  # a classifier, and what it sees
+    said = capsys.readouterr().out
+    assert "evaluations from step 8 on do not compare with those before" in said
+    assert re.search(r"extractor classifier \w{12} instead of .*, reference \w{16} instead of \w{16}", said)
 
 
 def test_settings_are_noted_where_they_change(tmp_path):
@@ -407,6 +422,25 @@ def test_a_runs_own_images_are_those_that_evaluate_takes(tmp_path, monkeypatch):
     own = one._own_images()
     assert len(own) == 100
     assert len(np.unique(own.read(np.arange(100))[:, 0, 0, 0])) == 10
+
+
+def test_what_was_seen_of_other_images_under_the_same_labels_is_not_used(tmp_path, tiny_inception):
+    """By the same network: the first repair of a data set leaves the curve of the old one."""
+    means, kept = [], []
+    settings = {"every": 1, "reference": "", "features": "inception", "metrics": "fid", "batch_size": 32}
+    config = FrozenConfigDict({"eval": settings, "sample": {"vae": ""}, "data": {"name": "arrays"}})
+    for value in (10, 20):
+        np.savez(tmp_path / "data.npz", images=np.full((9, 8, 8, 1), value, np.uint8), labels=np.zeros(9, int))
+        source = load_arrays(str(tmp_path / "data.npz"))
+        one = reference.Reference(config, tmp_path / "kept", source, None, ("fd",), lambda: False)
+        known = one.check(tiny_inception)
+        assert known == {"contents": source.contents}
+        found = one.statistics(tiny_inception, make_mesh())
+        means.append(found.gaussians["pool"].mean[0])
+        kept.append(known["contents"])
+        assert found.about["contents"] == source.contents
+    assert means == pytest.approx([10 / 255, 20 / 255])
+    assert kept[0] != kept[1]
 
 
 def test_too_few_samples_are_warned_of(capsys):
