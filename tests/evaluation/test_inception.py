@@ -61,6 +61,22 @@ def test_pixel_centres_lie_where_pytorch_has_them(size):
     assert np.abs(found - theirs.numpy()).max() < 1e-3  # of 255
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("size", [(512, 512), (300, 768), (72, 72)])
+def test_corners_lie_where_torch_fidelity_has_them(size):
+    """Of reductions, where pixels are passed over, and of enlargements."""
+    import_torchvision()
+    port = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
+    import torch
+
+    x = np.random.default_rng(0).integers(0, 256, (1, *size, 3)).astype(np.float32)
+    theirs = port.interpolate_bilinear_2d_like_tensorflow1x(
+        torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), size=(299, 299), align_corners=False
+    )
+    found = np.asarray(resize(x, 299, half_pixel=False)).transpose(0, 3, 1, 2)
+    assert np.abs(found - theirs.numpy()).max() < 1e-3  # of 255
+
+
 def test_weights_of_another_network_are_named(inception_state):
     lacking = {name: array for name, array in inception_state.items() if name != "Mixed_6d.branch7x7_2.bn.bias"}
     with pytest.raises(WeightsError, match=r"Mixed_6d.branch7x7_2.bn.bias is missing"):
@@ -113,6 +129,24 @@ def torch_state(inception_state):
     import torch
 
     return {name: torch.from_numpy(np.asarray(array)) for name, array in inception_state.items()}
+
+
+@pytest.mark.parity
+def test_a_safetensors_of_a_published_file_is_the_same_network(tmp_path, inception_state):
+    """Which is a .pth, with counters of batches and an auxiliary head that our network does not have."""
+    torch = pytest.importorskip("torch")
+    source, target = tmp_path / "published.pth", tmp_path / "weights.safetensors"
+    state = {name: array.astype(np.float32) for name, array in inception_state.items() if array.dtype != np.int64}
+    counters = {name: array for name, array in inception_state.items() if array.dtype == np.int64}
+    torch.save(torch_state(state | counters) | {"AuxLogits.fc.bias": torch.zeros(3)}, source)
+    convert_inception(source, target)
+    kept = safetensors.numpy.load_file(target)
+    assert counters
+    assert kept.keys() == state.keys()
+    for name, array in kept.items():
+        np.testing.assert_array_equal(array, state[name], err_msg=name)
+    fingerprints = {build_inception(load_inception(path)).fingerprint for path in (source, target)}
+    assert fingerprints == {build_inception(from_torch(state, "")).fingerprint}
 
 
 @pytest.mark.parity
