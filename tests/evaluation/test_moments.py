@@ -6,12 +6,17 @@ import pytest
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluation import moments as module
 from mpdit_jax.evaluation.moments import Moments, gather_rows, merge_processes
+from tests.tiny import start_joined
+
+
+def draw():
+    # Far from the origin: where sums of squares minus squares of sums lose every digit.
+    return 1e4 + np.random.default_rng(0).standard_normal((1003, 37)) * np.logspace(-3, 1, 37)
 
 
 @pytest.fixture(scope="module")
 def vectors():
-    # Far from the origin: where sums of squares minus squares of sums lose every digit.
-    return 1e4 + np.random.default_rng(0).standard_normal((1003, 37)) * np.logspace(-3, 1, 37)
+    return draw()
 
 
 def assert_two_pass(moments, vectors):
@@ -56,6 +61,24 @@ def test_processes_merge_their_shares(vectors, monkeypatch):
 
     monkeypatch.setattr(module.multihost_utils, "process_allgather", allgather)
     assert_two_pass(merge_processes(parts[1]), vectors)
+
+
+_SHARES = """
+import numpy as np
+from mpdit_jax.evaluation.moments import Moments, merge_processes
+from tests.evaluation.test_moments import assert_two_pass, draw
+
+vectors = draw()
+assert_two_pass(merge_processes(Moments.of(np.array_split(vectors, [400])[jax.process_index()])), vectors)
+"""
+
+
+@pytest.mark.slow
+def test_two_real_processes_merge_their_shares():
+    """In float64, which no collective of 32 bits would keep."""
+    both = start_joined(_SHARES)
+    outputs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
 
 
 def test_rows_come_back_in_order():

@@ -125,6 +125,24 @@ def test_a_lap_adds_up(monkeypatch):
     assert watch.lap()["seconds_device"] == 5.0  # nothing is left of the window before
 
 
+def test_the_fullest_device_is_told_of(monkeypatch):
+    """CPUs keep no account of it."""
+
+    class Device:
+        def __init__(self, most):
+            self._most = most
+
+        def memory_stats(self):
+            return None if self._most is None else {"peak_bytes_in_use": self._most}
+
+    watch = Stopwatch(batch_size=8)
+    watch.step(None)
+    for most, told in (((2**30, 3 * 2**30), 3.0), ((None, None), None)):
+        monkeypatch.setattr(stopwatch.jax, "local_devices", lambda most=most: [Device(one) for one in most])
+        watch.step(None)
+        assert watch.lap().get("device_memory_gib") == told
+
+
 class Slow:
     """The result of a step that takes so many seconds."""
 
