@@ -12,7 +12,7 @@ from mpdit_jax.data.idx import read_idx
 from mpdit_jax.data.latents import LatentSpace, load_latents
 from mpdit_jax.data.npz import npz_checksums, read_npz
 from mpdit_jax.errors import DataError
-from mpdit_jax.files import digest_of
+from mpdit_jax.files import digest_of, expand
 
 Batch = dict[str, np.ndarray]
 """`y` int32 (n,), and `x` float32 (n, H, W, C) or, of latents, `mean` and `std` float16 (n, views, H, W, C)."""
@@ -256,6 +256,7 @@ def load_source(
     """
     if name not in NAMES:
         raise DataError(f"config.data.name={name!r}: expected one of {', '.join(NAMES)}.")
+    path = str(expand(path)) if path else ""  # a config file may say "~/mine.npz"
     source: Source = load_latents(path, split, normalization) if name == "latents" else SOURCES[name](path, split)
     if max_examples:
         source = limited(source, max_examples)

@@ -123,6 +123,12 @@ def test_other_images_under_the_same_labels_are_told_apart(tmp_path):
     assert load_source("digits", "", "train").contents != load_source("digits", "", "test").contents
 
 
+def test_a_path_that_begins_at_home(tmp_path, monkeypatch):
+    np.savez(tmp_path / "mine.npz", images=np.zeros((2, 4, 4, 1), np.uint8), labels=np.arange(2))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(load_source("arrays", "~/mine.npz", "train")) == 2
+
+
 def test_nan_is_named(tmp_path):
     images = np.zeros((5, 4, 4, 1), np.float32)
     images[3, 1, 1] = np.nan
