@@ -61,7 +61,11 @@ def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> tupl
             "for --coordinator_address; the one after it is needed as well."
         ), {}
     with server:
-        while not present | named >= {*range(cluster.count)} and (left := deadline - time.monotonic()) > 0:
+        while (left := deadline - time.monotonic()) > 0:
+            if present | named >= {*range(cluster.count)}:
+                _lose_ended(present, connections)  # such a one may be started again
+                if present | named >= {*range(cluster.count)}:
+                    break
             server.settimeout(left)
             try:
                 peer, _ = server.accept()
@@ -81,9 +85,8 @@ def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> tupl
                 continue
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # not one of ours
-            if index in connections and _has_ended(connections[index]):
-                connections.pop(index).close()  # it was started again meanwhile
-                present.discard(index)
+            if index in present:
+                _lose_ended(present, connections)
             if count != cluster.count or not 0 < index < cluster.count or index in present:
                 differing.append(
                     f"process {index} was started as one of {count} and process 0 as one of {cluster.count}"
@@ -125,14 +128,25 @@ def _allow_files(count: int) -> None:
         )
 
 
+def _lose_ended(present: set[int], connections: dict[int, socket.socket]) -> None:
+    """Forget whose connection has ended meanwhile."""
+    for index in [index for index, connection in connections.items() if _has_ended(connection)]:
+        connections.pop(index).close()
+        present.discard(index)
+
+
 def _has_ended(connection: socket.socket) -> bool:
     """Whether the other side has closed it, or its process has ended."""
+    patience = connection.gettimeout()
+    connection.setblocking(False)
     try:
-        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        return not connection.recv(1, socket.MSG_PEEK)
     except BlockingIOError:
         return False
     except OSError:
         return True
+    finally:
+        connection.settimeout(patience)
 
 
 def _answer(

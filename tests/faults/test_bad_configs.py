@@ -43,7 +43,7 @@ CHANGES = st.lists(CHANGE, min_size=1, max_size=3).map(dict)
 
 
 # Half of the tokens hidden, with which three changes of the other do not get.
-MASKED = {"mask_ratio": 0.5, "model.decoder_depth": 1, "model.patch_sizes": (1,), "model.depths": (1,)}
+MASKED = {"mask_ratio": 0.5, "model.decoder_depth": 1, "model.patch_sizes": (1,), "model.depths": (2,)}
 BASE = st.sampled_from([{}, {}, MASKED])
 
 REACHED = {}  # what decides a step, of every config that can be traced, to the first such config
