@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 _ARENA_MAX, _ARENAS = -8, 2  # M_ARENA_MAX of malloc.h
-_COUNTS = "orbax.checkpoint._src.serialization.tensorstore_utils", "get_tensorstore_raw_bytes"
+_MODULE, _COUNTS = "orbax.checkpoint._src.serialization.tensorstore_utils", "get_tensorstore_raw_bytes"
 
 
 def keep_few_arenas() -> bool:
@@ -42,16 +42,15 @@ def without_byte_counts() -> Iterator[None]:
     with every checkpoint, however small. Orbax has no option for it, so the function that asks is replaced meanwhile;
     a version of Orbax without it saves as it does.
     """
-    module, name = sys.modules.get(_COUNTS[0]), _COUNTS[1]
-    asks = vars(module).get(name) if module is not None else None
-    if module is None or asks is None:
+    names = vars(sys.modules[_MODULE]) if _MODULE in sys.modules else {}
+    if _COUNTS not in names:
         yield
         return
-    vars(module)[name] = lambda *direction: 0  # of which Orbax says nothing
+    asks, names[_COUNTS] = names[_COUNTS], lambda *direction: 0  # of which Orbax says nothing
     try:
         yield
     finally:
-        vars(module)[name] = asks
+        names[_COUNTS] = asks
 
 
 @cache

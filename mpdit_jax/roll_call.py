@@ -81,8 +81,6 @@ def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> tupl
                 peer.settimeout(min(max(left, 0.1), _LONGEST_SILENCE))  # others wait behind a stranger who says nothing
                 message = parse_json(_read_line(peer))
                 index, count, theirs = int(message["index"]), int(message["count"]), dict(message["facts"])
-            except TimeoutError:
-                continue
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # not one of ours
             if index in present:

@@ -56,6 +56,14 @@ def only_sentence(text):
     return last
 
 
+def at_step_ten(nursery, workdir, saved_every):
+    """A long training that has written its first line of the log."""
+    long = ["--config.steps=100000", f"--config.checkpoint.every={saved_every}", "--config.log.every=10"]
+    child = nursery.start("train", train_arguments(workdir, *long))
+    wait_until(lambda: "\nstep 10/" in child.text(), child)
+    return child
+
+
 def test_disk_full(nursery, small_disk, tmp_path):
     """It ends with a sentence; what was saved before is whole, and with more room the run goes on to the same bits."""
     place, remount = small_disk
@@ -116,9 +124,7 @@ def test_read_only_directory(nursery, small_disk):
 def test_workdir_deleted_during_the_run(nursery, tmp_path, replaced):
     """The run ends at its next line of the log, and does not write into what has taken the folder's place."""
     workdir = tmp_path / "run"
-    long = ["--config.steps=100000", "--config.checkpoint.every=100", "--config.log.every=10"]
-    child = nursery.start("train", train_arguments(workdir, *long))
-    wait_until(lambda: "\nstep 10/" in child.text(), child)
+    child = at_step_ten(nursery, workdir, saved_every=100)
     workdir.rename(tmp_path / "moved")
     if replaced:
         workdir.mkdir()
@@ -132,9 +138,7 @@ def test_workdir_deleted_during_the_run(nursery, tmp_path, replaced):
 def test_workdir_deleted_with_all_that_is_in_it(nursery, tmp_path, replaced):
     """In the middle of saving: TensorStore makes the folders again that it was writing to, and nothing else is made."""
     workdir = tmp_path / "run"
-    long = ["--config.steps=100000", "--config.checkpoint.every=1", "--config.log.every=10"]
-    child = nursery.start("train", train_arguments(workdir, *long))
-    wait_until(lambda: "\nstep 10/" in child.text(), child)
+    child = at_step_ten(nursery, workdir, saved_every=1)
     while workdir.exists():
         shutil.rmtree(workdir, ignore_errors=True)  # it is written to meanwhile
     if replaced:
