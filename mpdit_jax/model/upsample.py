@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mpdit_jax.model.blocks import MLP, layer_norm
+from mpdit_jax.model.blocks import MLP, gelu, layer_norm
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.linear import XAVIER_UNIFORM, linear
 
@@ -97,7 +97,7 @@ class LinearRefine(nnx.Module):
 
     def __call__(self, classes: jax.Array, image: jax.Array) -> jax.Array:
         """(B, m, D) and (B, N, D) to (B, m + N, D)."""
-        return self.linear(layer_norm(jnp.concatenate([classes, _gelu(image)], axis=1)))
+        return self.linear(layer_norm(jnp.concatenate([classes, gelu(image)], axis=1)))
 
 
 class MLPRefine(nnx.Module):
@@ -108,7 +108,7 @@ class MLPRefine(nnx.Module):
 
     def __call__(self, classes: jax.Array, image: jax.Array) -> jax.Array:
         """(B, m, D) and (B, N, D) to (B, m + N, D)."""
-        return self.mlp(layer_norm(jnp.concatenate([classes, _gelu(image)], axis=1)))
+        return self.mlp(jnp.concatenate([classes, gelu(image)], axis=1), layer_norm)
 
 
 class ConvRefine(nnx.Module):
@@ -130,7 +130,7 @@ class ConvRefine(nnx.Module):
 
     def __call__(self, classes: jax.Array, image: jax.Array) -> jax.Array:
         """(B, m, D) and (B, N, D) to (B, m + N, D)."""
-        image = self.conv(_as_grid(layer_norm(_gelu(image)), self.grid))  # (B, H, W, D)
+        image = self.conv(_as_grid(layer_norm(gelu(image)), self.grid))  # (B, H, W, D)
         return jnp.concatenate([classes, _as_tokens(image)], axis=1)
 
 
@@ -162,10 +162,6 @@ class Upsample(nnx.Module):
         """(B, m + h*w, D) to (B, m + h*w*r*r, D); `grid` is the coarse (h, w)."""
         classes, image = x[:, : self.class_tokens], x[:, self.class_tokens :]
         return self.refine(classes, self.expand(image))
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True)
 
 
 def _as_grid(image: jax.Array, grid: tuple[int, int]) -> jax.Array:
