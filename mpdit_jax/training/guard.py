@@ -1,6 +1,9 @@
-"""Which steps count: one whose loss, gradient or update is not finite, or spikes, is left out and counted."""
+"""Which steps count: one whose loss or gradient is not finite, or spikes, changes nothing and is counted as left out.
 
-from collections.abc import Mapping
+One whose update overflows, which no finite gradient brings about at a sane learning rate, can't be undone: it is
+counted as left out with all that follow, until the run ends and its newest good checkpoint is what remains.
+"""
+
 from typing import TypeAlias
 
 import jax
@@ -22,20 +25,20 @@ def new_guard() -> Guard:
     }
 
 
-def judge(guard: Guard, metrics: Mapping[str, jax.Array], spike_factor: float) -> jax.Array:
-    """Whether a step with these metrics (loss and norms, scalars) is to count, a boolean scalar."""
-    good = jnp.isfinite(jnp.stack([*metrics.values()])).all()
+def judge(guard: Guard, loss: jax.Array, gradient_norm: jax.Array, spike_factor: float) -> jax.Array:
+    """Whether a step with this loss and gradient norm (scalars) is to count, a boolean scalar."""
+    good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     if not spike_factor:
         return good
     mean = guard["gradient_norm"] / (1 - _DECAY ** jnp.maximum(guard["accepted"], 1).astype(jnp.float32))
-    return good & ((guard["accepted"] < _WARM) | (metrics["gradient_norm"] <= spike_factor * mean))
+    return good & ((guard["accepted"] < _WARM) | (gradient_norm <= spike_factor * mean))
 
 
-def accept(guard: Guard, good: jax.Array, gradient_norm: jax.Array) -> Guard:
-    """The guard after a step that did or did not count."""
+def accept(guard: Guard, good: jax.Array, counts: jax.Array, gradient_norm: jax.Array) -> Guard:
+    """The guard after a step that was made (`good`) or not, and that counts or is left out."""
     mean = _DECAY * guard["gradient_norm"] + (1 - _DECAY) * gradient_norm
     return {
         "accepted": guard["accepted"] + good,
         "gradient_norm": jnp.where(good, mean, guard["gradient_norm"]),
-        "skipped_in_a_row": jnp.where(good, 0, guard["skipped_in_a_row"] + 1),
+        "skipped_in_a_row": jnp.where(counts, 0, guard["skipped_in_a_row"] + 1),
     }

@@ -103,13 +103,11 @@ def replay(config: ConfigDict | FrozenConfigDict, workdir: str | Path, number: i
         host = batch_at(source, config.batch_size, config.seed, number - 1)
         batch = place_batch({name: value[rows] for name, value in host.items()}, rows, config.batch_size, mesh)
         found, sound = _take_apart(state, batch, host, draw, loss, optimizer, config.gradient_accumulation)
-        kept = int(state.guard["accepted"])
-        after = update(state, batch)
-        accepted = int(after.guard["accepted"]) > kept
-    verdict = "counts" if accepted else "is left out"
-    if sound and not accepted and config.guard.spike_factor:
+        counts = not int(update(state, batch).guard["skipped_in_a_row"])
+    verdict = "counts" if counts else "is left out"
+    if sound and not counts and config.guard.spike_factor:
         verdict += f": its gradient norm spikes (config.guard.spike_factor={config.guard.spike_factor:g})"
-    return Replay([*lines, *found, f"step {number} (batch {number - 1}) {verdict}"], sound and accepted)
+    return Replay([*lines, *found, f"step {number} (batch {number - 1}) {verdict}"], sound and counts)
 
 
 def _newest_before(workdir: Path, number: int, targets: Mapping[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:

@@ -131,7 +131,7 @@ def make_step(
         ema_decay: of the moving average.
         accumulation: parts the batch is cut into; their gradients are averaged, at the memory of one part.
         spike_factor: leave out a step whose gradient norm is more than this many times the running mean of those
-            before it; 0 for never. One whose loss, gradient or update is not finite always is.
+            before it; 0 for never. One whose loss or gradient is not finite always is (`training.guard`).
     """
 
     def step(state: TrainState, batch: Batch) -> TrainState:
@@ -139,6 +139,9 @@ def make_step(
         examples = draw(batch, key)
         value, per_example, gradients = accumulated(loss, state.parameters, examples, accumulation)
         gradient_norm = optax.tree.norm(gradients)
+        # Judged before the update is made: new and old need not lie in memory side by side until it is known which of
+        # them counts. A finite gradient gives a finite update, for no optimizer here divides by less than eps.
+        good = judge(state.guard, value, gradient_norm, spike_factor)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         ema_parameters = moving_average(state.ema_parameters, parameters, ema_decay)
@@ -148,13 +151,13 @@ def make_step(
             "update_norm": optax.tree.norm(updates),
             "parameter_norm": optax.tree.norm(parameters),
         }
-        good = judge(state.guard, metrics, spike_factor)
         kept = _select(
             good,
             (parameters, ema_parameters, optimizer_state),
             (state.parameters, state.ema_parameters, state.optimizer_state),
         )
-        guard = accept(state.guard, good, gradient_norm)
+        counts = good & jnp.isfinite(metrics["update_norm"]) & jnp.isfinite(metrics["parameter_norm"])
+        guard = accept(state.guard, good, counts, gradient_norm)
         return TrainState(
             step=state.step + 1,
             seed=state.seed,
@@ -165,7 +168,7 @@ def make_step(
             window=add_step(
                 state.window,
                 state.step + 1,
-                good,
+                counts,
                 metrics,
                 examples.t,
                 per_example,
@@ -208,10 +211,21 @@ def moving_average(average: Parameters, parameters: Parameters, decay: float) ->
     return jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, average, parameters)
 
 
+# XLA's CPU backend copies parameters and moments before it writes their successors over them, unless it is told to
+# find out that it need not, as it does elsewhere.
+_CPU_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
+
+
 def jit_step(step: Step, state: TrainState, mesh: Mesh) -> Step:
     """Compile for the mesh: state laid out as `state` says (arrays or shapes) and donated, batch split over devices.
 
     Call it under `jax.set_mesh(mesh)`, which the model's activation constraints read.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=shardings, donate_argnums=0)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=shardings,
+        donate_argnums=0,
+        compiler_options=_CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None,
+    )

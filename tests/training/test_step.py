@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from mpdit_jax.config import base_config, model_of, resolve
-from mpdit_jax.mesh import make_mesh
+from mpdit_jax.config_checks import SMALLEST_EPS
+from mpdit_jax.mesh import make_mesh, replicated
 from mpdit_jax.model.parameters import abstract
 from mpdit_jax.train import main
-from mpdit_jax.training.optimizer import make_optimizer, make_schedule
+from mpdit_jax.training.optimizer import OPTIMIZERS, make_optimizer, make_schedule
 from mpdit_jax.training.state import abstract_state, create_state
 from mpdit_jax.training.step import jit_step, make_draw, make_loss, make_step
 from mpdit_jax.training.window import window_means
@@ -74,6 +75,28 @@ def test_a_step_that_is_not_finite_changes_nothing(value):
     state = jax.device_get(step(state, batch))
     assert state.guard["skipped_in_a_row"] == 0
     assert state.window["skipped"] == 1
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_finite_gradient_gives_a_finite_update(name):
+    """What lets the step be judged before its update: with eps and decays at the limits of what a config may say."""
+    below_one = float(np.nextafter(np.float32(1), np.float32(0)))
+    optimizer = make_optimizer(small_config(name=name, eps=SMALLEST_EPS, b1=below_one, b2=below_one).optimizer)
+    parameters = {"levels.0.blocks.layers.mlp.inner.kernel": jnp.ones((2, 8, 8)), "final.bias": jnp.ones(8)}
+    for scale in (0.0, 1e-45, 1e-30, 1e-19, 1.0, 1e18):  # the squares of the last still add up in float32
+        state = optimizer.init(parameters)
+        for sign in (1, -1, 0):
+            gradients = jax.tree.map(lambda leaf, size=sign * scale: size * leaf.at[..., :4].set(0), parameters)
+            updates, state = jax.jit(optimizer.update)(gradients, state, parameters)
+            assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, state))), (scale, sign)
+
+
+def test_an_update_that_overflows_is_counted_as_left_out():
+    state, step, batch = prepare(small_config(learning_rate=1e38))
+    for count in (1, 2, 3):
+        state = step(state, batch)
+        assert state.guard["skipped_in_a_row"] == count
+    assert window_means(jax.device_get(state.window)) == {"skipped": 3.0}
 
 
 def test_a_spike_is_left_out_once_the_norms_are_known():
@@ -147,6 +170,37 @@ def test_muon_turns_the_blocks_matrices():
         values = np.linalg.svd(change[0], compute_uv=False)
         spread[name] = values[0] / np.median(values)
     assert spread["muon"] < 1.6 < spread["adamw"]
+
+
+def test_no_second_state_lies_beside_the_first():
+    """Of a model that is nearly all parameters, a step takes three times their memory: gradient, update and squares."""
+    mesh, optimizer = make_mesh(devices=jax.devices()[:1]), make_optimizer(small_config().optimizer)
+    width = 1024
+
+    def loss(parameters, examples):
+        per_example = jnp.square(examples.x[:, 0, 0] @ parameters["kernel"]).mean(axis=-1)
+        return per_example.mean(), per_example
+
+    config = small_config()
+    state = abstract_state(model_of(config), optimizer, mesh)
+    kernel = jax.ShapeDtypeStruct((width, width), jnp.float32, sharding=replicated(mesh))
+    state = dataclasses.replace(
+        state,
+        parameters={"kernel": kernel},
+        ema_parameters={"kernel": kernel},
+        optimizer_state=jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+            jax.eval_shape(optimizer.init, {"kernel": kernel}),
+        ),
+    )
+    batch = {
+        "x": jax.ShapeDtypeStruct((8, 1, 1, width), jnp.float32),
+        "y": jax.ShapeDtypeStruct((8,), jnp.int32),
+    }
+    with jax.set_mesh(mesh):
+        compiled = jit_step(make_step(make_draw(config), loss, optimizer, 0.9), state, mesh).lower(state, batch)
+    temporaries = compiled.compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < 3.1 * 4 * width * width
 
 
 def test_the_state_is_updated_in_place():
