@@ -20,20 +20,25 @@ from mpdit_jax.flow.protocols import ClassConditional
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ClassifierFree:
-    """Both velocities from one model: one batch of 2B."""
+    """Both velocities from one model: one batch of 2B, in which an example's two rows follow each other.
 
-    both: Field  # of the labels, then of what to guide away from: (2B,)
+    So they stay on the device that has the example: one half after the other would send half of the batch to other
+    devices and back, at every step.
+    """
+
+    both: Field  # of a label and of what to guide away from, in turn: (2B,)
     scale: jax.Array  # () or (B,)
 
     def prepare(self, times: jax.Array) -> Point:
         """Points of the model; those of one time for each example are doubled as the batch is."""
         points = self.both.prepare(times)
-        return points if times.shape[1] == 1 else jax.tree.map(lambda leaf: jnp.concatenate([leaf] * 2, axis=1), points)
+        return points if times.shape[1] == 1 else jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=1), points)
 
     def __call__(self, z: jax.Array, point: Point) -> jax.Array:
         """The guided velocity."""
-        v_class, v_worse = jnp.split(self.both(jnp.concatenate([z, z]), point), 2)
-        return _push(v_class, v_worse, self.scale)
+        v = self.both(jnp.repeat(z, 2, axis=0), point)  # (2B, H, W, C)
+        v = v.reshape(z.shape[0], 2, *z.shape[1:])  # (B, 2, H, W, C)
+        return _push(v[:, 0], v[:, 1], self.scale)
 
     def segments(self, start: float, end: float) -> Sequence[Segment]:
         """One."""
@@ -109,7 +114,7 @@ def guided_field(
     """
     field: Field
     if guide is None:
-        field = ClassifierFree(model_field(model, jnp.concatenate([labels, negatives])), scale)
+        field = ClassifierFree(model_field(model, jnp.stack([labels, negatives], axis=1).reshape(-1)), scale)
     else:
         field = AutoGuidance(model_field(model, labels), model_field(guide, negatives), scale)
     if interval == (0.0, 1.0):

@@ -230,6 +230,7 @@ def test_the_command_on_virtual_devices():
     assert 0 < report["step"]["sent"] < 2 * sum(report["step"]["collectives"].values())
     assert report["step"]["peak"] >= report["step"]["arguments"] > 0
     assert report["sampler"]["batch_size"] == 32
+    assert report["sampler"]["sent"] == 0
 
 
 def test_refusals():
