@@ -76,7 +76,7 @@ def base_config() -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.01  # on every parameter
 
-    config.guard = ConfigDict()  # steps that are not finite are left out and counted
+    config.guard = ConfigDict()  # steps whose loss or gradient is not finite are left out and counted
     config.guard.spike_factor = 0.0  # also those with a gradient norm this many times the running mean; 0 for never
     config.guard.abort_after = 10  # steps left out in a row after which the run ends
 

@@ -32,15 +32,15 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-Elementwise: TypeAlias = Callable[[jax.Array], jax.Array]
-"""From (B, T, D) to (B, T, D), a norm or an activation: cheap beside a matrix product."""
+TokenMap: TypeAlias = Callable[[jax.Array], jax.Array]
+"""From tokens (B, T, D) to tokens (B, T, E), each by itself."""
 
 
-def recompute_input(prepare: Elementwise, layer: nnx.Linear) -> Elementwise:
-    """`layer(prepare(x))`, of which x alone is kept for the backward pass: it computes `prepare` again.
+def recompute_input(prepare: TokenMap, layer: nnx.Linear) -> TokenMap:
+    """`layer(prepare(x))`, of which x is kept for the backward pass and not `prepare(x)`: that is computed again.
 
-    That is cheaper than to write what lies between to memory and read it back, and an XL step takes a quarter less
-    memory; no matrix product is done twice.
+    For a norm or an activation it is cheaper than to write it to memory and read it back, and no matrix product is done
+    twice. Within a scan, that is; elsewhere XLA may see that it is the same, and keep it.
     """
     return jax.checkpoint(lambda x: layer(prepare(x)), prevent_cse=False)
 
@@ -54,8 +54,8 @@ class Attention(nnx.Module):
         self.qkv = linear(width, 3 * width, rngs, dtype=config.dtype, platform=config.platform)
         self.out = linear(width, width, rngs, dtype=config.dtype, platform=config.platform)
 
-    def __call__(self, x: jax.Array, norm: Elementwise) -> jax.Array:
-        """Attention within norm(x), (B, T, D) to (B, T, D)."""
+    def __call__(self, x: jax.Array, norm: TokenMap) -> jax.Array:
+        """Self-attention of norm(x), (B, T, D) to (B, T, D)."""
         batch, length, width = x.shape
         qkv = recompute_input(norm, self.qkv)(x)  # (B, T, 3 * D)
         qkv = qkv.reshape(batch, length, 3, self.heads, width // self.heads)  # (B, T, 3, heads, d)
@@ -72,7 +72,7 @@ class MLP(nnx.Module):
         self.inner = linear(width, hidden, rngs, dtype=config.dtype, platform=config.platform)
         self.outer = linear(hidden, width, rngs, dtype=config.dtype, platform=config.platform)
 
-    def __call__(self, x: jax.Array, norm: Elementwise) -> jax.Array:
+    def __call__(self, x: jax.Array, norm: TokenMap) -> jax.Array:
         """The MLP of norm(x), (B, T, D) to (B, T, D)."""
         hidden = recompute_input(norm, self.inner)(x)  # (B, T, mlp_ratio * D)
         return recompute_input(gelu, self.outer)(hidden)
@@ -90,8 +90,8 @@ class Block(nnx.Module):
         """(B, T, D) to (B, T, D), given what the model's modulation gives to all blocks."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
         gate1, gate2 = gate1[:, None].astype(x.dtype), gate2[:, None].astype(x.dtype)
-        x = x + gate1 * self.attention(x, lambda x: modulate(layer_norm(x), shift1, scale1))
-        return x + gate2 * self.mlp(x, lambda x: modulate(layer_norm(x), shift2, scale2))
+        x = x + gate1 * self.attention(x, lambda tokens: modulate(layer_norm(tokens), shift1, scale1))
+        return x + gate2 * self.mlp(x, lambda tokens: modulate(layer_norm(tokens), shift2, scale2))
 
 
 class BlockStack(nnx.Module):

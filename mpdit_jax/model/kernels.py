@@ -59,17 +59,17 @@ class HeadByHead:
 
     def __call__(self, qkv: jax.Array) -> jax.Array:
         """(B, T, 3, heads, d) to float32 (B, T, heads, d)."""
-        heads = qkv.transpose(3, 2, 0, 1, 4).astype(self.dtype)  # (heads, 3, B, T, d)
-        y = jax.lax.map(jax.checkpoint(_attend, prevent_cse=False), heads)  # (heads, B, T, d)
+        per_head = qkv.transpose(3, 2, 0, 1, 4).astype(self.dtype)  # (heads, 3, B, T, d)
+        y = jax.lax.map(jax.checkpoint(_attend, prevent_cse=False), per_head)  # (heads, B, T, d)
         return y.transpose(1, 2, 0, 3)
 
 
-def _attend(parts: jax.Array) -> jax.Array:
+def _attend(qkv: jax.Array) -> jax.Array:
     """A head's query, key and value (3, B, T, d) to float32 (B, T, d).
 
     The sum of the weights is divided out of the result, not of the weights.
     """
-    query, key, value = parts
+    query, key, value = qkv
     logits = jnp.einsum("bqd,bkd->bqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))  # (B, T, T)
     sums = weights.sum(axis=-1, keepdims=True)  # (B, T, 1)

@@ -1,7 +1,7 @@
 """Which steps count: one whose loss or gradient is not finite, or spikes, changes nothing and is counted as left out.
 
-One whose update overflows, which no finite gradient brings about at a sane learning rate, can't be undone: it is
-counted as left out with all that follow, until the run ends and its newest good checkpoint is what remains.
+What finite gradients come to is finite too, unless a setting is out of all proportion (a learning rate of 1e38, an eps
+of 1e-40). Such an update can't be undone: the run ends before it is saved, and its newest good checkpoint remains.
 """
 
 from typing import TypeAlias
@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 
 Guard: TypeAlias = dict[str, jax.Array]
-"""`accepted` and `skipped_in_a_row` int32; `gradient_norm` float32, the running mean before its start is corrected."""
+"""`accepted`, the steps that were made, and `skipped_in_a_row`, int32; `gradient_norm` float32, the running mean before
+its start is corrected."""
 
 _DECAY = 0.99  # of the running mean of gradient norms
+RUINED = 2**30  # so many are skipped in a row, more than any run allows, once an update was not finite
 _WARM = 100  # accepted steps before a norm can be called a spike: early ones fall by orders of magnitude
 
 
@@ -26,7 +28,7 @@ def new_guard() -> Guard:
 
 
 def judge(guard: Guard, loss: jax.Array, gradient_norm: jax.Array, spike_factor: float) -> jax.Array:
-    """Whether a step with this loss and gradient norm (scalars) is to count, a boolean scalar."""
+    """Whether a step with this loss and gradient norm (scalars) is to be made, a boolean scalar."""
     good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     if not spike_factor:
         return good
@@ -34,11 +36,11 @@ def judge(guard: Guard, loss: jax.Array, gradient_norm: jax.Array, spike_factor:
     return good & ((guard["accepted"] < _WARM) | (gradient_norm <= spike_factor * mean))
 
 
-def accept(guard: Guard, good: jax.Array, counts: jax.Array, gradient_norm: jax.Array) -> Guard:
-    """The guard after a step that was made (`good`) or not, and that counts or is left out."""
+def accept(guard: Guard, made: jax.Array, finite: jax.Array, gradient_norm: jax.Array) -> Guard:
+    """The guard after a step that was made or not, whose update was finite or not."""
     mean = _DECAY * guard["gradient_norm"] + (1 - _DECAY) * gradient_norm
     return {
-        "accepted": guard["accepted"] + good,
-        "gradient_norm": jnp.where(good, mean, guard["gradient_norm"]),
-        "skipped_in_a_row": jnp.where(counts, 0, guard["skipped_in_a_row"] + 1),
+        "accepted": guard["accepted"] + made,
+        "gradient_norm": jnp.where(made, mean, guard["gradient_norm"]),
+        "skipped_in_a_row": jnp.where(made, jnp.where(finite, 0, RUINED), guard["skipped_in_a_row"] + 1),
     }

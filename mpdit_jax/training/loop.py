@@ -33,6 +33,7 @@ from mpdit_jax.sampling.decoding import Decode, make_decode
 from mpdit_jax.stored import newest_in_words
 from mpdit_jax.training.evaluation import Evaluator
 from mpdit_jax.training.feed import Feed
+from mpdit_jax.training.guard import RUINED
 from mpdit_jax.training.observe import Report
 from mpdit_jax.training.optimizer import make_optimizer, make_schedule
 from mpdit_jax.training.profiling import Profiler
@@ -146,6 +147,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                     except DataError:
                         if step and jax.process_count() == 1:  # saving takes all, and the others do not know
                             claim.check()
+                            check_skips(step, jax.device_get(state.window))
                             save_unplanned(step, state)
                         raise
                 with profiler.step(step), jax.transfer_guard("disallow"):
@@ -164,7 +166,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                     claim.check()
                     window, accepted = jax.device_get((state.window, state.guard["accepted"]))
                     state = dataclasses.replace(state, window=fresh_window())
-                    # That of the last step that counted.
+                    # That of the last step that was made.
                     means = window_means(window) | {"learning_rate": float(learning_rate(max(int(accepted) - 1, 0)))}
                     report.metrics(step, means, watch.lap())
                     report.skipped(skipped_steps(window), int(window["skipped"]))
@@ -272,14 +274,22 @@ def _save_unplanned(checkpoints: Checkpoints, step: int, state: TrainState) -> N
 
 
 def _check_skips(checkpoints: Checkpoints, abort_after: int, step: int, window: Mapping[str, np.ndarray]) -> None:
-    """DivergedError if `abort_after` steps in a row were left out, or more, also where later ones counted again."""
+    """DivergedError if `abort_after` steps in a row were left out, or more, also where later ones counted again, or if
+    an update was not finite.
+    """
     skipped = int(window["most_skipped_in_a_row"])
-    if skipped >= abort_after:
-        checkpoints.wait()
-        kept = checkpoints.latest_step()
-        newest = "no step" if kept is None else f"step {kept}"
+    if skipped < abort_after and skipped < RUINED:
+        return
+    checkpoints.wait()
+    kept = checkpoints.latest_step()
+    newest = f"the newest checkpoint is of {'no step' if kept is None else f'step {kept}'}"
+    if skipped >= RUINED:
         raise DivergedError(
-            f"by step {step}, {skipped} steps in a row were left out, since loss, gradient or update was not finite "
-            f"or spiked, and the newest checkpoint is of {newest}: look for broken data, or start again in a "
-            "new --workdir with a lower config.optimizer.learning_rate."
+            f"by step {step}, an update made of finite gradients was not finite, and {newest}: start again in a new "
+            "--workdir with a lower config.optimizer.learning_rate, or a larger config.optimizer.eps."
         )
+    raise DivergedError(
+        f"by step {step}, {skipped} steps in a row were left out, since loss or gradient was not finite or spiked, "
+        f"and {newest}: look for broken data, or start again in a new --workdir with a lower "
+        "config.optimizer.learning_rate."
+    )

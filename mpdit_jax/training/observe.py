@@ -71,7 +71,7 @@ class Report:
             named = ", ".join(f"{step} (batch {step - 1})" for step in steps)
             more = f" and {count - len(steps)} more" if count > len(steps) else ""
             self.say(
-                f"left out, since loss, gradient or update was not finite or spiked: step {named}{more}; see why with "
+                f"left out, since loss or gradient was not finite or spiked: step {named}{more}; see why with "
                 f"--replay_step={steps[0]}"
             )
 

@@ -140,8 +140,8 @@ def make_step(
         value, per_example, gradients = accumulated(loss, state.parameters, examples, accumulation)
         gradient_norm = optax.tree.norm(gradients)
         # Judged before the update is made: new and old need not lie in memory side by side until it is known which of
-        # them counts. A finite gradient gives a finite update, for no optimizer here divides by less than eps.
-        good = judge(state.guard, value, gradient_norm, spike_factor)
+        # them counts.
+        made = judge(state.guard, value, gradient_norm, spike_factor)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         ema_parameters = moving_average(state.ema_parameters, parameters, ema_decay)
@@ -152,12 +152,12 @@ def make_step(
             "parameter_norm": optax.tree.norm(parameters),
         }
         kept = _select(
-            good,
+            made,
             (parameters, ema_parameters, optimizer_state),
             (state.parameters, state.ema_parameters, state.optimizer_state),
         )
-        counts = good & jnp.isfinite(metrics["update_norm"]) & jnp.isfinite(metrics["parameter_norm"])
-        guard = accept(state.guard, good, counts, gradient_norm)
+        finite = jnp.isfinite(metrics["update_norm"]) & jnp.isfinite(metrics["parameter_norm"])
+        guard = accept(state.guard, made, finite, gradient_norm)
         return TrainState(
             step=state.step + 1,
             seed=state.seed,
@@ -168,7 +168,7 @@ def make_step(
             window=add_step(
                 state.window,
                 state.step + 1,
-                counts,
+                made & finite,
                 metrics,
                 examples.t,
                 per_example,
@@ -179,8 +179,8 @@ def make_step(
     return step
 
 
-def _select(good: jax.Array, new: optax.OptState, old: optax.OptState) -> optax.OptState:
-    return jax.tree.map(lambda yes, no: jnp.where(good, yes, no), new, old)
+def _select(made: jax.Array, new: optax.OptState, old: optax.OptState) -> optax.OptState:
+    return jax.tree.map(lambda yes, no: jnp.where(made, yes, no), new, old)
 
 
 def accumulated(
@@ -212,7 +212,7 @@ def moving_average(average: Parameters, parameters: Parameters, decay: float) ->
 
 
 # XLA's CPU backend copies parameters and moments before it writes their successors over them, unless it is told to
-# find out that it need not, as it does elsewhere.
+# find out that it need not. XLA itself does so for the programs that it runs on the hosts of TPUs.
 _CPU_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
 

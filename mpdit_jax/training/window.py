@@ -35,18 +35,18 @@ def empty_window() -> Window:
 def add_step(
     window: Window,
     number: jax.Array,
-    good: jax.Array,
+    counts: jax.Array,
     metrics: Mapping[str, jax.Array],
     t: jax.Array,
     per_example: jax.Array,
     skipped_in_a_row: jax.Array,
 ) -> Window:
-    """The window with one more step; of one that is left out (`good` is False) count, number and loss are kept.
+    """The window with one more step; of one that is left out (`counts` is False) count, number and loss are kept.
 
     Args:
         window: the sums so far.
         number: of the step, from 1, int32.
-        good: whether the step counts.
+        counts: whether the step was made, and of something finite.
         metrics: a scalar for each of METRICS.
         t: times of the examples (B,).
         per_example: their losses (B,).
@@ -61,12 +61,12 @@ def add_step(
         "time_loss": (rows * per_example[:, None]).sum(axis=0),
         "time_examples": rows.sum(axis=0),
     }
-    sums = {name: window[name] + jnp.where(good, value, jnp.zeros_like(value)) for name, value in new.items()}
+    sums = {name: window[name] + jnp.where(counts, value, jnp.zeros_like(value)) for name, value in new.items()}
     next_place = jnp.arange(NAMED_SKIPS) == window["skipped"].astype(jnp.int32)
     larger = jnp.isfinite(metrics["loss"]) & (metrics["loss"] > window["largest_loss"])
     return sums | {
-        "skipped": window["skipped"] + ~good,
-        "skipped_steps": jnp.where(next_place & ~good, number, window["skipped_steps"]),
+        "skipped": window["skipped"] + ~counts,
+        "skipped_steps": jnp.where(next_place & ~counts, number, window["skipped_steps"]),
         "most_skipped_in_a_row": jnp.maximum(window["most_skipped_in_a_row"], skipped_in_a_row),
         "largest_loss": jnp.where(larger, metrics["loss"], window["largest_loss"]),
         "largest_loss_step": jnp.where(larger, number, window["largest_loss_step"]),

@@ -56,7 +56,7 @@ def test_the_policy_of_the_xl_config_is_the_least_recomputation_that_fits():
         f"--config={ROOT / 'configs/mpdit_xl_256.py'}", "--topology=v5e:4x4", "--config.mesh.fsdp=16",
         "--no_sampler", "--no_search", "--format=json",
     ]  # fmt: skip
-    for remat, most in (("none", 15.75), ("dots", 10), ("full", 3.8)):
+    for remat, most in (("none", 15.0), ("dots", 10.0), ("full", 3.8)):
         process = run("compile", [*arguments, f"--config.model.remat={remat}"], extra=OPTIMIZED)
         assert process[0] == 0, process[2]
         assert json.loads(process[1])["step"]["peak"] < most * 2**30

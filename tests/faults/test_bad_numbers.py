@@ -118,7 +118,8 @@ def test_replay_of_a_sound_step(with_skips, bad_data, capsys):
 def test_replay_of_norms_that_overflow(tmp_path, capsys):
     """Every entry is finite, and the guard looks at norms; no step spikes where none is guarded against."""
     more = ["--config.optimizer.learning_rate=1e30", "--config.guard.abort_after=100", "--config.guard.spike_factor=0"]
-    assert main(train_arguments(tmp_path / "run", *more)) == 0
+    with pytest.raises(DivergedError, match="an update made of finite gradients was not finite"):
+        main(train_arguments(tmp_path / "run", *more))
     capsys.readouterr()
     assert main(train_arguments(tmp_path / "run", *more, "--replay_step=1")) == 3
     stdout = capsys.readouterr().out

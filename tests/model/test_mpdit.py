@@ -2,9 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import mpdit_jax as mp
 from mpdit_jax.errors import ConfigError, InputError
+from mpdit_jax.model.blocks import Block
+from mpdit_jax.model.conditioning import Modulation
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.embeddings import patchify, sincos_positions, unpatchify
 from mpdit_jax.model.parameters import merge, split
@@ -108,6 +111,21 @@ def test_compile_time_does_not_grow_with_depth():
         return len(jax.jit(lambda p, *a: merge(structure, p)(*a)).lower(parameters, *arguments).as_text())
 
     assert program((12, 12)) < 1.02 * program((2, 2))
+
+
+def test_what_a_block_keeps_for_its_backward_pass():
+    """Tokens in and out, qkv, what the MLP's GELU takes: no norm, no GELU."""
+    config = ModelConfig(hidden_size=32, num_heads=2, num_classes=10, platform="cpu")
+    structure, parameters = nnx.split(Block(config, nnx.Rngs(params=0)))
+    x, modulation = jnp.ones((2, 480, 32)), Modulation(*jnp.ones((6, 2, 32)))
+
+    def backward(*inputs):
+        return jax.vjp(lambda parameters, *rest: nnx.merge(structure, parameters)(*rest), *inputs)[1]
+
+    kept = [leaf.size / x.size for leaf in jax.tree.leaves(jax.eval_shape(backward, parameters, x, modulation))]
+    # x and x between the halves, q, k, v, attention, both halves before their gates, and the MLP's 4 * 32; beside them
+    # weights and what is of an image or a token alone.
+    assert sum(size for size in kept if size >= 1) == 8 + 4
 
 
 def test_modules_hold_parameters_and_nothing_else():

@@ -34,6 +34,17 @@ def test_the_last_good_checkpoint_outlives_a_run_that_breaks(tmp_path, monkeypat
     assert all(np.isfinite(array).all() for array in saved_arrays(workdir, 4).values())
 
 
+def test_an_update_that_overflows_is_never_saved(tmp_path):
+    """By a learning rate out of all proportion; not even as the last step, or where any number may be skipped."""
+    workdir = tmp_path / "run"
+    more = ["--config.steps=3", "--config.checkpoint.every=1", "--config.checkpoint.keep=1", "--config.log.every=5"]
+    more += ["--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_steps=8"]  # of 0 in the first step
+    with pytest.raises(DivergedError, match=r"by step 2, an update made of finite .* newest checkpoint is of step 1"):
+        loop.train(tiny_config(workdir, *more, "--config.guard.abort_after=100"), workdir)
+    assert list_steps(workdir) == [1]
+    assert max(np.abs(array).max() for array in saved_arrays(workdir, 1).values()) < 1e3
+
+
 @pytest.mark.parametrize("log_every", [20, 6])  # the run of steps 5 to 7 is seen in one window, or cut by its end
 def test_skips_in_a_row_count_though_later_steps_are_good(tmp_path, monkeypatch, log_every):
     """Nobody looks between the lines of the log, but what went wrong there ends the run all the same."""
