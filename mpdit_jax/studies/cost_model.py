@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from mpdit_jax.chips import GIB, Chip
+from mpdit_jax.chips import CHIPS, GIB, Chip
 
 Results = Mapping[str, Mapping[str, Any]]
+
+IMAGES_BEYOND = 4  # a chip, beyond what was compiled: the recipe's batch on 256 chips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,4 +130,17 @@ def table(results: Results, models: Mapping[str, CostModel]) -> str:
     for preset, model in models.items():
         errors = ", ".join(f"{name} {error:.1%}" for name, error in model.error.items())
         lines.append(f"- {preset}: fitted to {model.points} steps; largest residuals: {errors}.")
+    if models:
+        lines += [
+            "",
+            f"By the fit, of 512 chips or more, each with {IMAGES_BEYOND} images of a batch, one needs and sends:",
+        ]
+        lines.append("")
+        lines += ["| model | peak of memory, GiB | TFLOP | sent, GiB | bound, ms |", "|" + "---|" * 5]
+    for preset, model in models.items():
+        found = model.predict(512, 512 * IMAGES_BEYOND, CHIPS["v5e"])
+        lines.append(
+            f"| {preset} | {found['peak'] / GIB:.2f} | {found['flops'] / 1e12:.3f} | {found['sent'] / GIB:.2f} "
+            f"| {1e3 * found['bound_seconds']:.1f} |"
+        )
     return "\n".join(lines)

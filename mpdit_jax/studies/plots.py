@@ -7,10 +7,9 @@ from typing import Any
 
 from mpdit_jax.chips import CHIPS, GIB
 from mpdit_jax.errors import MissingExtraError
-from mpdit_jax.studies.cost_model import CostModel, Results
+from mpdit_jax.studies.cost_model import IMAGES_BEYOND, CostModel, Results
 
 _BEYOND = (512, 1024, 2048, 4096)  # chips
-_IMAGES = 4  # a chip, beyond what was compiled: the recipe's batch on 256 chips
 
 
 def draw(results: Results, models: Mapping[str, CostModel], folder: Path) -> list[Path]:
@@ -60,7 +59,7 @@ def _draw(
             )
         if preset in models:
             scale = 1e12 if predicted == "flops" else GIB
-            beyond = [models[preset].predict(n, _IMAGES * n, CHIPS["v5e"])[predicted] / scale for n in _BEYOND]
+            beyond = [models[preset].predict(n, IMAGES_BEYOND * n, CHIPS["v5e"])[predicted] / scale for n in _BEYOND]
             axes.plot(_BEYOND, beyond, "--", color=f"C{color}")
     axes.set(xscale="log", yscale="log", xlabel="TPU v5e chips", ylabel=label)
     axes.set_xscale("log", base=2)
