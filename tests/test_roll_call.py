@@ -63,6 +63,7 @@ def test_who_has_heard_nothing_yet_says_so(monkeypatch):
 
 @pytest.mark.parametrize(("said", "sentence"), [
     ({"index": 1, "count": 3, "facts": {}}, "process 1 was started as one of 3 and process 0 as one of 2"),
+    ({"index": 1, "count": 2, "facts": {"code": "other"}}, "code=other instead of None"),
     ({"index": 0, "count": 2, "facts": {}}, "a second process calls itself number 0; process 1 of 2 did not join"),
     ({"index": 1, "facts": {}}, "process 1 of 2 did not join within 2 s"),
     ({"index": 1, "count": "x", "facts": {}}, "process 1 of 2 did not join within 2 s"),

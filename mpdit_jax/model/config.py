@@ -63,8 +63,8 @@ class ModelConfig:
             predict, which `mpdit_jax.as_velocity` converts.
         dtype: compute dtype of linear layers and attention, "float32" or "bfloat16"; parameters are always float32,
             and so are norms, softmax, FFT and the output.
-        remat: what the backward pass recomputes of a block: "none" (norms and GELU alone), "dots" (all but matrix
-            products of weights) or "full" (everything).
+        remat: what the backward pass recomputes of a block: "none" (norms, modulations and GELU; on CPUs
+            attention as well), "dots" (all but the products with weights) or "full" (everything).
         attention: "xla" anywhere, or "cudnn" on NVIDIA GPUs.
         platform: whose arithmetic to suit, "cpu", "gpu" or "tpu", or "auto" for that of JAX's default device; any of
             them runs anywhere, and values agree to rounding.

@@ -191,7 +191,7 @@ def _measure_training(settings: Record) -> Record:
             window = jax.device_get(state.window)  # sums since the start of the run
             means = window_means({name: window[name] - previous[name] for name in window})
             previous, skipped = window, float(window["skipped"])
-            losses.append(round(means.get("loss", math.nan), 5))  # NaN: all ten were left out
+            losses.append(round(means.get("loss", math.nan), 5))  # NaN: none of the ten counted
             gradient_norms.append(round(means.get("gradient_norm", math.nan), 5))
     return {"losses": losses, "gradient_norms": gradient_norms, "skipped": skipped}
 

@@ -1,7 +1,8 @@
 """Which steps count: one whose loss or gradient is not finite, or spikes, changes nothing and is counted as left out.
 
 What finite gradients come to is finite too, unless a setting is out of all proportion (a learning rate of 1e38, an eps
-of 1e-40). Such an update can't be undone: the run ends before it is saved, and its newest good checkpoint remains.
+of 1e-40, a b1 that is 1 in float32). Such an update can't be undone: the run ends before it is saved, and the newest
+checkpoint that remains is good.
 """
 
 from typing import TypeAlias
@@ -10,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 Guard: TypeAlias = dict[str, jax.Array]
-"""`accepted`, the steps that were made, and `skipped_in_a_row`, int32; `gradient_norm` float32, the running mean before
-its start is corrected."""
+"""`accepted`, the steps that were made, and `skipped_in_a_row`, which is `RUINED` or more after an update that was not
+finite, int32; `gradient_norm` float32, the running mean before its start is corrected."""
 
 _DECAY = 0.99  # of the running mean of gradient norms
-RUINED = 2**30  # so many are skipped in a row, more than any run allows, once an update was not finite
+RUINED = 2**30  # ends the run whatever config.guard.abort_after is
 _WARM = 100  # accepted steps before a norm can be called a spike: early ones fall by orders of magnitude
 
 

@@ -1,7 +1,7 @@
 """The training run, top to bottom."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
 
     Raises:
         ConfigError, DataError, CheckpointError, InputError: see each class; raised before anything is overwritten.
-        DivergedError: too many steps in a row had to be left out.
+        DivergedError: too many steps in a row had to be left out, or an update was not finite.
 
     SIGTERM and SIGINT end the run after the step in hand, saved; the process ends if that takes longer than
     `config.checkpoint.grace`, or at once if no step was done yet, or on a second signal (see `StopRequest`).
@@ -147,7 +147,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                     except DataError:
                         if step and jax.process_count() == 1:  # saving takes all, and the others do not know
                             claim.check()
-                            check_skips(step, jax.device_get(state.window))
+                            check_skips(step, state)
                             save_unplanned(step, state)
                         raise
                 with profiler.step(step), jax.transfer_guard("disallow"):
@@ -165,16 +165,15 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                 if step % config.log.every == 0 or last:
                     claim.check()
                     window, accepted = jax.device_get((state.window, state.guard["accepted"]))
-                    state = dataclasses.replace(state, window=fresh_window())
                     # That of the last step that was made.
                     means = window_means(window) | {"learning_rate": float(learning_rate(max(int(accepted) - 1, 0)))}
                     report.metrics(step, means, watch.lap())
                     report.skipped(skipped_steps(window), int(window["skipped"]))
-                    check_skips(step, window)
+                    check_skips(step, state)
+                    state = dataclasses.replace(state, window=fresh_window())
                 if step % config.checkpoint.every == 0 or last:
                     # While steps are left out, what broke them may be in the parameters: older states are good.
-                    window, skipped = jax.device_get((state.window, state.guard["skipped_in_a_row"]))
-                    check_skips(step, window)
+                    skipped = check_skips(step, state)
                     if last or not skipped:
                         with watch.of("other"):
                             claim.check()
@@ -183,6 +182,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                 if draws and (last or not any_process(stop.name is not None)):  # there may be little time to save
                     with watch.of("other"):
                         claim.check()
+                        check_skips(step, state)
                         picture = draw_grid(
                             config, structure, state, decode, None if last else lambda: stop.name is not None
                         )
@@ -192,13 +192,14 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                 if evaluator.due(step):  # after the checkpoint, from which it is made up for when it is cut off
                     with watch.of("other"):
                         claim.check()
+                        check_skips(step, state)
                         _evaluate(evaluator, step, state, report)
                         return_freed()
             if 0 < step < config.steps:
                 stop.begin_grace()
-                report.say(f"{stop.name or 'another process was asked to stop'}: saving step {step}")
                 claim.check()
-                check_skips(step, jax.device_get(state.window))
+                check_skips(step, state)
+                report.say(f"{stop.name or 'another process was asked to stop'}: saving step {step}")
                 save_unplanned(step, state)
     return state
 
@@ -273,20 +274,25 @@ def _save_unplanned(checkpoints: Checkpoints, step: int, state: TrainState) -> N
     checkpoints.save(step, to_items(state), keep_older=bool(jax.device_get(state.guard["skipped_in_a_row"])))
 
 
-def _check_skips(checkpoints: Checkpoints, abort_after: int, step: int, window: Mapping[str, np.ndarray]) -> None:
-    """DivergedError if `abort_after` steps in a row were left out, or more, also where later ones counted again, or if
-    an update was not finite.
+def _check_skips(checkpoints: Checkpoints, abort_after: int, step: int, state: TrainState) -> int:
+    """How many steps up to this one were left out in a row.
+
+    Raises:
+        DivergedError: `abort_after` or more were since the last line of the log, also where later ones counted again,
+            or an update was not finite.
     """
-    skipped = int(window["most_skipped_in_a_row"])
+    most, now = map(int, jax.device_get((state.window["most_skipped_in_a_row"], state.guard["skipped_in_a_row"])))
+    skipped = max(most, now)
     if skipped < abort_after and skipped < RUINED:
-        return
+        return now
     checkpoints.wait()
     kept = checkpoints.latest_step()
     newest = f"the newest checkpoint is of {'no step' if kept is None else f'step {kept}'}"
     if skipped >= RUINED:
         raise DivergedError(
-            f"by step {step}, an update made of finite gradients was not finite, and {newest}: start again in a new "
-            "--workdir with a lower config.optimizer.learning_rate, or a larger config.optimizer.eps."
+            f"by step {step}, an update made of finite gradients was not finite or its squares overflowed, and "
+            f"{newest}: start again in a new --workdir with a lower config.optimizer.learning_rate, a larger "
+            "config.optimizer.eps, or b1 and b2 less near 1."
         )
     raise DivergedError(
         f"by step {step}, {skipped} steps in a row were left out, since loss or gradient was not finite or spiked, "

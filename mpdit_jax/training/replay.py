@@ -25,6 +25,7 @@ from mpdit_jax.errors import CheckpointError, ConfigError
 from mpdit_jax.mesh import local_rows, make_mesh, place_batch
 from mpdit_jax.model.parameters import abstract
 from mpdit_jax.stored import list_steps, read_step
+from mpdit_jax.training.guard import RUINED
 from mpdit_jax.training.optimizer import make_optimizer
 from mpdit_jax.training.state import TrainState, abstract_state, create_state, from_items, to_items
 from mpdit_jax.training.step import (
@@ -47,7 +48,7 @@ class Replay:
 
     Attributes:
         lines: for a person to read.
-        sound: whether the step counts: everything in it is finite, and the guard accepts it.
+        sound: whether the step counts: everything in it is finite, and it does not spike.
     """
 
     lines: list[str]
@@ -103,8 +104,9 @@ def replay(config: ConfigDict | FrozenConfigDict, workdir: str | Path, number: i
         host = batch_at(source, config.batch_size, config.seed, number - 1)
         batch = place_batch({name: value[rows] for name, value in host.items()}, rows, config.batch_size, mesh)
         found, sound = _take_apart(state, batch, host, draw, loss, optimizer, config.gradient_accumulation)
-        counts = not int(update(state, batch).guard["skipped_in_a_row"])
-    verdict = "counts" if counts else "is left out"
+        skipped = int(update(state, batch).guard["skipped_in_a_row"])
+    counts = skipped == 0
+    verdict = "counts" if counts else "ends the run" if skipped >= RUINED else "is left out"
     if sound and not counts and config.guard.spike_factor:
         verdict += f": its gradient norm spikes (config.guard.spike_factor={config.guard.spike_factor:g})"
     return Replay([*lines, *found, f"step {number} (batch {number - 1}) {verdict}"], sound and counts)
@@ -132,7 +134,7 @@ def _take_apart(
     optimizer: optax.GradientTransformation,
     accumulation: int,
 ) -> tuple[list[str], bool]:
-    """What each stage of the step holds, and whether all of it, and every norm that the guard looks at, is finite."""
+    """What each stage of the step holds, and whether all of it is finite, the norms of all entries too."""
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
     examples = jax.jit(draw)(batch, key)
     drawn = {name: array for name, array in examples._asdict().items() if array is not None}

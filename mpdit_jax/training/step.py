@@ -168,7 +168,8 @@ def make_step(
             window=add_step(
                 state.window,
                 state.step + 1,
-                made & finite,
+                made,
+                finite,
                 metrics,
                 examples.t,
                 per_example,
@@ -212,7 +213,7 @@ def moving_average(average: Parameters, parameters: Parameters, decay: float) ->
 
 
 # XLA's CPU backend copies parameters and moments before it writes their successors over them, unless it is told to
-# find out that it need not. XLA itself does so for the programs that it runs on the hosts of TPUs.
+# find out that it need not. (A jaxlib without this option says "No such compile option": then leave it out.)
 _CPU_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
 

@@ -50,8 +50,8 @@ def test_the_sampler():
     assert sampler["sent"] == 0
 
 
-def test_the_policy_of_the_xl_config_is_the_least_recomputation_that_fits():
-    """On 16 chips of v5e, as docs/scaling.md has it."""
+def test_what_the_xl_config_needs_by_how_much_is_recomputed():
+    """On 16 chips of v5e, as docs/scaling.md has it; the config recomputes nothing."""
     arguments = [
         f"--config={ROOT / 'configs/mpdit_xl_256.py'}", "--topology=v5e:4x4", "--config.mesh.fsdp=16",
         "--no_sampler", "--no_search", "--format=json",
@@ -59,7 +59,9 @@ def test_the_policy_of_the_xl_config_is_the_least_recomputation_that_fits():
     for remat, most in (("none", 15.0), ("dots", 10.0), ("full", 3.8)):
         process = run("compile", [*arguments, f"--config.model.remat={remat}"], extra=OPTIMIZED)
         assert process[0] == 0, process[2]
-        assert json.loads(process[1])["step"]["peak"] < most * 2**30
+        step = json.loads(process[1])["step"]
+        assert step["peak"] < most * 2**30
+        assert 0.97 < step["compiled_flops"] / step["flops"] <= 1.03
 
 
 def test_what_a_split_state_saves_and_sends():

@@ -116,7 +116,7 @@ def test_replay_of_a_sound_step(with_skips, bad_data, capsys):
 
 
 def test_replay_of_norms_that_overflow(tmp_path, capsys):
-    """Every entry is finite, and the guard looks at norms; no step spikes where none is guarded against."""
+    """Every entry is finite, and the norm is not; no step spikes where none is guarded against."""
     more = ["--config.optimizer.learning_rate=1e30", "--config.guard.abort_after=100", "--config.guard.spike_factor=0"]
     with pytest.raises(DivergedError, match="an update made of finite gradients was not finite"):
         main(train_arguments(tmp_path / "run", *more))
@@ -125,7 +125,7 @@ def test_replay_of_norms_that_overflow(tmp_path, capsys):
     stdout = capsys.readouterr().out
     assert "updates: all finite" in stdout
     assert "every entry is finite, and of update and parameter the squares overflow float32" in stdout
-    assert stdout.endswith("step 1 (batch 0) is left out\n")
+    assert stdout.endswith("step 1 (batch 0) ends the run\n")
 
 
 def test_replay_takes_the_batch_in_the_parts_that_the_run_takes(with_skips, bad_data, capsys):

@@ -1,6 +1,7 @@
 """What quickstart.sh, test.sh and .ci/run call, in which order, and what they do when a step fails or is stopped."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,7 @@ def test_help_explains_and_does_nothing(checkout, script):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(script):
-    linter = Path(sys.executable).parent / "shellcheck"  # of the extra [test]
+    linter = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert linter is not None, "shellcheck is missing: pip install -e '.[test]'"
     result = subprocess.run([linter, "-x", str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout

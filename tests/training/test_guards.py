@@ -34,13 +34,22 @@ def test_the_last_good_checkpoint_outlives_a_run_that_breaks(tmp_path, monkeypat
     assert all(np.isfinite(array).all() for array in saved_arrays(workdir, 4).values())
 
 
-def test_an_update_that_overflows_is_never_saved(tmp_path):
-    """By a learning rate out of all proportion; not even as the last step, or where any number may be skipped."""
+@pytest.mark.parametrize(("seen_at", "fields"), [
+    (2, ["--config.steps=3", "--config.checkpoint.every=1", "--config.log.every=5"]),  # the checkpoint
+    (2, ["--config.steps=2", "--config.checkpoint.every=1", "--config.log.every=1"]),  # the last step
+    (2, ["--config.steps=9", "--config.checkpoint.every=4", "--config.log.every=2"]),  # the log
+    (3, ["--config.steps=9", "--config.checkpoint.every=9", "--config.log.every=9", "--config.eval.every=3"]),
+])  # fmt: skip
+def test_an_update_that_overflows_is_never_saved(tmp_path, seen_at, fields):
+    """By a learning rate out of all proportion; not even where any number of steps may be skipped."""
     workdir = tmp_path / "run"
-    more = ["--config.steps=3", "--config.checkpoint.every=1", "--config.checkpoint.keep=1", "--config.log.every=5"]
+    more = [*fields, "--config.checkpoint.keep=1", "--config.guard.abort_after=100"]
     more += ["--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_steps=8"]  # of 0 in the first step
-    with pytest.raises(DivergedError, match=r"by step 2, an update made of finite .* newest checkpoint is of step 1"):
-        loop.train(tiny_config(workdir, *more, "--config.guard.abort_after=100"), workdir)
+    with pytest.raises(DivergedError, match=rf"by step {seen_at}, an update made of finite gradients"):
+        loop.train(tiny_config(workdir, *more), workdir)
+    if "--config.checkpoint.every=1" not in fields:
+        assert list_steps(workdir) == []
+        return
     assert list_steps(workdir) == [1]
     assert max(np.abs(array).max() for array in saved_arrays(workdir, 1).values()) < 1e3
 

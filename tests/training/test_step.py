@@ -80,7 +80,7 @@ def test_a_step_that_is_not_finite_changes_nothing(value):
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_finite_gradient_gives_a_finite_update(name, clip_norm):
-    """What lets the step be judged before its update."""
+    """What lets the step be judged before its update, with the usual eps and decays."""
     optimizer = make_optimizer(small_config(name=name, clip_norm=clip_norm).optimizer)
     parameters = {"levels.0.blocks.layers.mlp.inner.kernel": jnp.ones((2, 8, 8)), "final.bias": jnp.ones(8)}
     for scale in (0.0, 1e-45, 1e-30, 1e-19, 1.0, 1e18):  # the squares of the last still add up in float32
@@ -98,7 +98,7 @@ def test_an_update_that_is_not_finite_is_the_end(optimizer):
     for _ in range(3):
         state = step(state, batch)
         assert state.window["most_skipped_in_a_row"] >= RUINED
-    assert window_means(jax.device_get(state.window)) == {"skipped": 3.0}
+    assert window_means(jax.device_get(state.window)) == {"skipped": 2.0}  # the first was made
 
 
 def test_a_spike_is_left_out_once_the_norms_are_known():
