@@ -134,9 +134,10 @@ def table(results: Results, models: Mapping[str, CostModel]) -> str:
         lines += [
             "",
             f"By the fit, of 512 chips or more, each with {IMAGES_BEYOND} images of a batch, one needs and sends:",
+            "",
+            "| model | peak of memory, GiB | TFLOP | sent, GiB | bound, ms |",
+            "|" + "---|" * 5,
         ]
-        lines.append("")
-        lines += ["| model | peak of memory, GiB | TFLOP | sent, GiB | bound, ms |", "|" + "---|" * 5]
     for preset, model in models.items():
         found = model.predict(512, 512 * IMAGES_BEYOND, CHIPS["v5e"])
         lines.append(

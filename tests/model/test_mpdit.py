@@ -129,8 +129,6 @@ def test_what_a_block_keeps_for_its_backward_pass():
 
 
 def test_modules_hold_parameters_and_nothing_else():
-    from flax import nnx
-
     _, parameters, rest = nnx.split(mp.create_model("mpdit_b", depths=(1, 1), **SMALL), nnx.Param, ...)
     assert not jax.tree.leaves(rest)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(parameters))

@@ -176,14 +176,13 @@ def test_muon_turns_the_blocks_matrices():
 
 def test_no_second_state_lies_beside_the_first():
     """Of a model that is nearly all parameters, a step takes three times their memory: gradient, update and squares."""
-    mesh, optimizer = make_mesh(devices=jax.devices()[:1]), make_optimizer(small_config().optimizer)
-    width = 1024
+    config, mesh, width = small_config(), make_mesh(devices=jax.devices()[:1]), 1024
+    optimizer = make_optimizer(config.optimizer)
 
     def loss(parameters, examples):
         per_example = jnp.square(examples.x[:, 0, 0] @ parameters["kernel"]).mean(axis=-1)
         return per_example.mean(), per_example
 
-    config = small_config()
     state = abstract_state(model_of(config), optimizer, mesh)
     kernel = jax.ShapeDtypeStruct((width, width), jnp.float32, sharding=replicated(mesh))
     state = dataclasses.replace(
