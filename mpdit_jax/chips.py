@@ -39,6 +39,20 @@ class Chip:
     dimensions: int
     pod: int
 
+    def bounds(self, flops: float, moved: float, sent: float) -> dict[str, float]:
+        """Seconds below which no program stays on this chip, by what limits it.
+
+        Args:
+            flops: operations of its matrix products.
+            moved: bytes it reads and writes in the chip's memory.
+            sent: bytes it sends to other chips.
+        """
+        return {
+            "matrix products": flops / self.flops,
+            "memory": moved / self.hbm_bandwidth,
+            "links": sent / self.ici_bandwidth,
+        }
+
 
 # https://cloud.google.com/tpu/docs/system-architecture-tpu-vm; of v5e's 16 GiB the runtime keeps a quarter.
 CHIPS = {

@@ -38,6 +38,7 @@ class Program:
     Attributes:
         arguments: bytes it is given, such as parameters and optimizer state.
         temporaries: bytes it needs beside them.
+        results: bytes it returns, those that take the arguments' place included; 0 if `refused`.
         peak: bytes in all while it runs; results that take the arguments' place count once.
         compiled_flops: operations of the compiled matrix products, recomputation included; None if `refused`.
         collectives: bytes of the arrays that go through collectives in a run, by kind; None if `refused`.
@@ -49,6 +50,7 @@ class Program:
 
     arguments: int
     temporaries: int
+    results: int
     peak: int
     compiled_flops: int | None
     collectives: dict[str, int] | None
@@ -149,11 +151,21 @@ def _compile(chips: int, function: Any, *arguments: Any) -> Program:
         return _refused(str(error), arguments, time.perf_counter() - start)
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    given, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    given, temporary, results = (
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.output_size_in_bytes,
+    )
     moved = traffic(text, chips)
     return Program(
-        given, temporary, given + temporary + results, product_flops(text), moved.by_kind, moved.sent, seconds
+        arguments=given,
+        temporaries=temporary,
+        results=results,
+        peak=given + temporary + results - memory.alias_size_in_bytes,
+        compiled_flops=product_flops(text),
+        collectives=moved.by_kind,
+        sent=moved.sent,
+        seconds_to_compile=seconds,
     )
 
 
@@ -172,7 +184,9 @@ def _refused(message: str, arguments: Any, seconds: float) -> Program:
     )
     if estimate:
         temporaries = int(float(estimate[1]) * GIB)
-        return Program(given, temporaries, given + temporaries, None, None, None, seconds, refused=True)
-    assert used is not None
-    peak = int(float(used[1]) * GIB)
-    return Program(given, max(peak - given, 0), peak, None, None, None, seconds, refused=True)
+        peak = given + temporaries
+    else:
+        assert used is not None
+        peak = int(float(used[1]) * GIB)
+        temporaries = max(peak - given, 0)
+    return Program(given, temporaries, 0, peak, None, None, None, seconds, refused=True)

@@ -12,6 +12,8 @@ from mpdit_jax.compiling.programs import Program
 from mpdit_jax.config import model_of
 from mpdit_jax.model.accounting import count_macs, recomputed_macs, training_flops
 
+_IMAGES_IN_A_PART = 8  # on a chip, at the least, before `full` is tried: 512 rows in a product of coarse tokens
+
 
 def step_flops(config: FrozenConfigDict) -> float:
     """Floating-point operations of a step over all chips: a forward pass and twice as many backward, 2 a multiply-add.
@@ -47,12 +49,7 @@ def describe(program: Program, flops: float, chips: int, chip: Chip | None) -> d
     if chip is not None:
         report["hbm"] = chip.hbm
         report["fits"] = not program.refused and program.peak <= chip.hbm
-        bounds = {
-            "matrix products": flops / chips / chip.flops,
-            "memory": program.arguments / chip.hbm_bandwidth,
-        }
-        if program.sent is not None:
-            bounds["links"] = program.sent / chip.ici_bandwidth
+        bounds = chip.bounds(flops / chips, program.arguments + program.results, program.sent or 0)
         report["bound_seconds"] = max(bounds.values())
         report["bound_by"] = max(bounds, key=lambda name: bounds[name])
     return report
@@ -61,8 +58,9 @@ def describe(program: Program, flops: float, chips: int, chip: Chip | None) -> d
 def smaller(config: FrozenConfigDict, chips: int) -> Iterator[tuple[str, FrozenConfigDict]]:
     """Settings that need less memory, the least recomputation first: as flags, and as configs.
 
-    Each way of remat is tried with the state split as it is and over as many chips as the model's width divides over;
-    then the batch is cut into parts.
+    Each way of remat is tried with the state split as it is and over as many chips as the model's width divides over.
+    Where `dots` keeps too much, the batch is cut into parts first, which gather the parameters again: that is less
+    than the third more that `full` computes, while a part is large enough for its products.
     """
     later = ("none", "dots", "full")
     now = chips // config.mesh.data if config.mesh.fsdp == -1 else config.mesh.fsdp
@@ -75,9 +73,25 @@ def smaller(config: FrozenConfigDict, chips: int) -> Iterator[tuple[str, FrozenC
         for fsdp in splits:
             if (remat, fsdp) != (config.model.remat, config.mesh.fsdp):
                 yield _changed(config, remat, fsdp, parts)
-    parts *= 2
-    while config.batch_size % parts == 0 and (config.batch_size // parts) % chips == 0:
-        yield _changed(config, "full", splits[-1], parts)
+        if remat != "none":
+            least = 1 if remat == "full" else _IMAGES_IN_A_PART
+            for more in _parts(config, chips, least):
+                yield _changed(config, remat, splits[-1], more)
+
+
+def smaller_batches(batch_size: int, chips: int) -> Iterator[int]:
+    """Batches to sample, half of the one before each time, down to an image a chip."""
+    images = batch_size // chips
+    while images > 1:
+        images //= 2
+        yield images * chips
+
+
+def _parts(config: FrozenConfigDict, chips: int, least: int) -> Iterator[int]:
+    """More parts of a batch than the config's, twice as many each time, while a chip has `least` images of a part."""
+    parts = 2 * config.gradient_accumulation
+    while config.batch_size % (parts * chips) == 0 and config.batch_size // (parts * chips) >= least:
+        yield parts
         parts *= 2
 
 

@@ -9,12 +9,13 @@ take; and it gathers and reduces parameters whatever the batch.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from mpdit_jax.chips import CHIPS, GIB, Chip
+from mpdit_jax.studies.scaling_grid import FSDP, HELD_OUT
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -27,69 +28,96 @@ class CostModel:
 
     Attributes:
         arguments: bytes of the state and the batch a chip, with the state split 16 ways.
+        results: bytes of the state it returns.
         temporaries: (a, b), bytes and bytes an image.
         sent: (c, d, e), bytes, bytes an image, bytes more where there are copies.
         flops: operations an image.
-        points: compiled steps it was fitted to.
-        error: the largest relative residual of temporaries, bytes sent and operations.
     """
 
     arguments: float
+    results: float
     temporaries: tuple[float, float]
     sent: tuple[float, float, float]
     flops: float
-    points: int
-    error: dict[str, float]
 
-    def predict(self, chips: int, batch_size: int, chip: Chip) -> dict[str, float]:
-        """A step's figures per chip on more chips than were compiled for, as `compiling.report.describe` names them."""
+    def predict(self, chips: int, batch_size: int, chip: Chip, copies: bool = True) -> dict[str, float]:
+        """A step's figures per chip, as `compiling.report.describe` names them.
+
+        Args:
+            chips: their number, which may be more than were compiled for.
+            batch_size: images over all of them.
+            chip: their kind.
+            copies: whether there are chips enough for more than one copy of the state.
+        """
         images = batch_size / chips
         temporaries = self.temporaries[0] + self.temporaries[1] * images
-        flops, sent = self.flops * images, self.sent[0] + self.sent[1] * images + self.sent[2]
+        flops, sent = self.flops * images, self.sent[0] + self.sent[1] * images + self.sent[2] * copies
         return {
+            "temporaries": temporaries,
             "peak": self.arguments + temporaries,
             "flops": flops,
             "sent": sent,
-            "bound_seconds": max(flops / chip.flops, sent / chip.ici_bandwidth),
+            "bound_seconds": max(chip.bounds(flops, self.arguments + self.results, sent).values()),
         }
+
+    def missed(self, entries: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        """By how much compiled steps differ from the prediction at most, relative to them, for each thing predicted."""
+        worst = {"temporaries": 0.0, "bytes sent": 0.0, "operations": 0.0}
+        for entry in entries:
+            found = self.predict(entry["chips"], entry["batch_size"], CHIPS["v5e"], entry["data"] > 1)
+            for name, predicted, compiled in (
+                ("temporaries", "temporaries", "temporaries"),
+                ("bytes sent", "sent", "sent"),
+                ("operations", "flops", "compiled_flops"),
+            ):
+                worst[name] = max(worst[name], abs(found[predicted] / entry[compiled] - 1))
+        return worst
 
 
 def fit(results: Results) -> dict[str, CostModel]:
-    """A model of each preset that has steps enough: three compiled to their end, of the same split of the state."""
-    models = {}
-    for preset in sorted({entry["preset"] for entry in results.values()}):
-        entries = [entry for entry in results.values() if entry["preset"] == preset and not entry["refused"]]
-        entries = [entry for entry in entries if entry["fsdp"] == 16]
-        if len(entries) >= 3:
-            models[preset] = _fit(entries)
-    return models
+    """A model of each preset that has steps enough: three to fit to."""
+    presets = sorted({entry["preset"] for entry in results.values()})
+    return {preset: _fit(entries) for preset in presets if len(entries := fitted(results, preset)) >= 3}
+
+
+def fitted(results: Results, preset: str) -> list[Mapping[str, Any]]:
+    """The steps that a preset's model is fitted to: compiled to their end, of the same split of the state."""
+    return [entry for entry in _comparable(results, preset) if not _is_held_out(entry)]
+
+
+def held_out(results: Results, preset: str) -> list[Mapping[str, Any]]:
+    """Steps like those, which the fit does not see."""
+    return [entry for entry in _comparable(results, preset) if _is_held_out(entry)]
+
+
+def _comparable(results: Results, preset: str) -> list[Mapping[str, Any]]:
+    return [
+        entry
+        for entry in results.values()
+        if entry["preset"] == preset and not entry["refused"] and entry["fsdp"] == FSDP
+    ]
+
+
+def _is_held_out(entry: Mapping[str, Any]) -> bool:
+    return (entry["chips"], entry["batch_size"]) == HELD_OUT
 
 
 def _fit(entries: list[Mapping[str, Any]]) -> CostModel:
     images = np.array([entry["batch_size"] / entry["chips"] for entry in entries])
     copies = np.array([float(entry["data"] > 1) for entry in entries])
     one = np.ones(len(entries))
-    temporaries = np.array([entry["temporaries"] for entry in entries], float)
-    sent = np.array([entry["sent"] for entry in entries])
-    flops = np.array([entry["compiled_flops"] for entry in entries], float)
-    ab = np.linalg.lstsq(np.stack([one, images], axis=1), temporaries, rcond=None)[0]
-    cde = np.linalg.lstsq(np.stack([one, images, copies], axis=1), sent, rcond=None)[0]
-    an_image = float((flops / images).mean())
 
-    def worst(found: np.ndarray, expected: np.ndarray) -> float:
-        return float(np.abs(found / expected - 1).max())
+    def of_all(name: str) -> np.ndarray:
+        return np.array([entry[name] for entry in entries], float)
 
+    a, b = np.linalg.lstsq(np.stack([one, images], axis=1), of_all("temporaries"), rcond=None)[0].tolist()
+    c, d, e = np.linalg.lstsq(np.stack([one, images, copies], axis=1), of_all("sent"), rcond=None)[0].tolist()
     return CostModel(
-        arguments=float(np.median([entry["arguments"] for entry in entries])),
-        temporaries=(float(ab[0]), float(ab[1])),
-        sent=(float(cde[0]), float(cde[1]), float(cde[2])),
-        flops=an_image,
-        points=len(entries),
-        error={
-            "temporaries": worst(ab[0] + ab[1] * images, temporaries),
-            "bytes sent": worst(cde[0] + cde[1] * images + cde[2] * copies, sent),
-            "operations": worst(an_image * images, flops),
-        },
+        arguments=float(np.median(of_all("arguments"))),
+        results=float(np.median(of_all("results"))),
+        temporaries=(a, b),
+        sent=(c, d, e),
+        flops=float((of_all("compiled_flops") / images).mean()),
     )
 
 
@@ -128,8 +156,14 @@ def table(results: Results, models: Mapping[str, CostModel]) -> str:
             f"- {preset}: operations times chips over the batch are {flops_spread(results, preset):.2%} apart."
         )
     for preset, model in models.items():
-        errors = ", ".join(f"{name} {error:.1%}" for name, error in model.error.items())
-        lines.append(f"- {preset}: fitted to {model.points} steps; largest residuals: {errors}.")
+        steps = fitted(results, preset)
+        lines.append(f"- {preset}: fitted to {len(steps)} steps; largest residuals: {_as_text(model.missed(steps))}.")
+        if apart := held_out(results, preset):
+            chips, batch_size = HELD_OUT
+            lines.append(
+                f"- {preset}: of the step on {chips} chips at batch {batch_size}, which the fit did not see, "
+                f"it misses: {_as_text(model.missed(apart))}."
+            )
     if models:
         lines += [
             "",
@@ -145,3 +179,7 @@ def table(results: Results, models: Mapping[str, CostModel]) -> str:
             f"| {1e3 * found['bound_seconds']:.1f} |"
         )
     return "\n".join(lines)
+
+
+def _as_text(missed: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {error:.1%}" for name, error in missed.items())

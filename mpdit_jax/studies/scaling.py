@@ -17,37 +17,13 @@ from mpdit_jax.cli import make_parser, run
 from mpdit_jax.compiling.environment import prepare
 from mpdit_jax.errors import InputError
 from mpdit_jax.files import replacing
+from mpdit_jax.studies.scaling_grid import FSDP, GRID, SIZES, Point
 
 _EXAMPLES = """\
   python -m mpdit_jax.studies.scaling --out=docs/scaling.json
   python -m mpdit_jax.studies.scaling --out=docs/scaling.json --page=docs/scaling.md --plots=docs/images --no_compile
 """
 BEGIN, END = "<!-- begin: python -m mpdit_jax.studies.scaling -->", "<!-- end -->"
-_FSDP = 16  # chips that share a copy of the state
-_SIZES = {4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """One step to compile: a preset, chips of a v5e slice, the batch over all of them."""
-
-    preset: str
-    chips: int
-    batch_size: int
-
-    @property
-    def name(self) -> str:
-        """As the results are filed."""
-        return f"{self.preset}/{self.chips}/{self.batch_size}"
-
-
-# Sparse: what is the same on each chip (batch over chips) needs no second compilation at every size. First the sizes at
-# the recipe's batch, then the batches' ends.
-GRID = tuple(
-    Point(preset, chips, batch_size)
-    for chips, batch_size in ((16, 1024), (256, 1024), (64, 1024), (4, 256), (256, 8192), (64, 4096), (16, 256))
-    for preset in ("mpdit_xl", "mpdit_b", "dit_xl_2")
-)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -95,8 +71,8 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        if not all({"preset", "chips", "batch_size", "sent"} <= entry.keys() for entry in results.values()):
-            raise ValueError("entries without preset, chips, batch_size or sent")
+        if not all({"preset", "chips", "batch_size", "results"} <= entry.keys() for entry in results.values()):
+            raise ValueError("entries without preset, chips, batch_size or results")
     except (ValueError, AttributeError) as error:
         raise InputError(f"--out={path}: not a file of this command ({error}); choose another name.") from error
     return results
@@ -139,9 +115,9 @@ def measure(point: Point) -> dict[str, Any]:
     config.batch_size = point.batch_size
     config.model.preset, config.model.dtype, config.model.remat = point.preset, "bfloat16", "dots"
     config.data.name = "latents"
-    config.mesh.fsdp = min(_FSDP, point.chips)
+    config.mesh.fsdp = min(FSDP, point.chips)
     config = resolve(config)
-    mesh = make_mesh(**config.mesh, devices=topology_devices(f"v5e:{_SIZES[point.chips]}"))
+    mesh = make_mesh(**config.mesh, devices=topology_devices(f"v5e:{SIZES[point.chips]}"))
     report = describe(compile_step(config, mesh), step_flops(config), point.chips, CHIPS["v5e"])
     return {**dataclasses.asdict(point), "fsdp": mesh.shape["fsdp"], "data": mesh.shape["data"], **report}
 

@@ -108,12 +108,15 @@ def test_both_cores_of_a_v4_are_one_device(monkeypatch, topology, asked):
 
 
 def test_what_does_not_fit_is_said_and_bounded():
-    program = Program(10 * 2**30, 10 * 2**30, 20 * 2**30, 10**12, {"all-reduce": 10**9}, 10**9, 1.0)
+    program = Program(10 * 2**30, 10 * 2**30, 10 * 2**30, 20 * 2**30, 10**12, {"all-reduce": 10**9}, 10**9, 1.0)
     report = describe(program, 197e12 * 4, 2, CHIPS["v5e"])
     assert report["fits"] is False
     assert report["bound_by"] == "matrix products"
     assert report["bound_seconds"] == pytest.approx(2.0)
     assert "fits" not in describe(program, 1.0, 2, None)
+    with_less_to_compute = describe(program, 1.0, 2, CHIPS["v5e"])
+    assert with_less_to_compute["bound_by"] == "memory"
+    assert with_less_to_compute["bound_seconds"] == pytest.approx(20 * 2**30 / 819e9)  # read, and written again
     assert "a bound, not a measurement" in as_text("step", report)
 
 
@@ -151,7 +154,7 @@ def test_smaller_settings_recompute_as_little_as_they_can():
         split,
         "--config.model.remat=dots",
         f"{split} --config.model.remat=dots",
-        "--config.model.remat=full",
+        "--config.model.remat=full",  # two parts would be of fewer than 8 images a chip
         f"{split} --config.model.remat=full",
         f"{split} --config.model.remat=full --config.gradient_accumulation=2",
         f"{split} --config.model.remat=full --config.gradient_accumulation=4",
@@ -161,6 +164,13 @@ def test_smaller_settings_recompute_as_little_as_they_can():
     config.mesh.data, config.mesh.fsdp = -1, 1
     config.batch_size = 512
     assert next(smaller(resolve(config), 512))[0].endswith("fsdp=256")  # of a width of 768
+    config.mesh.fsdp, config.batch_size = 4, 64
+    assert [name for name, _ in smaller(resolve(config), 4)] == [
+        "--config.model.remat=dots",
+        "--config.model.remat=dots --config.gradient_accumulation=2",
+        "--config.model.remat=full",
+        *(f"--config.model.remat=full --config.gradient_accumulation={parts}" for parts in (2, 4, 8, 16)),
+    ]
     candidates = dict(smaller(resolved, 4))
     plain, dots, full = (step_flops(config) for config in (resolved, *list(candidates.values())[1:4:2]))
     assert plain < dots < 1.05 * plain  # attention's products alone are computed again
@@ -182,27 +192,52 @@ def test_the_step_compiled_has_no_more_products_than_the_model():
 
 
 def test_the_nearest_setting_that_fits_is_looked_for(monkeypatch, capsys):
-    """A chip for which only the third thing tried is small enough."""
+    """A chip for which only the last thing tried is small enough."""
     tried = []
 
     def compiled(config, mesh):
         tried.append((config.model.remat, config.gradient_accumulation))
         peak = 2**30 if tried[-1] == ("full", 2) else 17 * 2**30
-        return Program(2**20, peak - 2**20, peak, 10, dict.fromkeys(("all-reduce", "all-gather"), 0), 0, 1.0)
+        return Program(2**20, peak - 2**20, 2**20, peak, 10, dict.fromkeys(("all-reduce", "all-gather"), 0), 0, 1.0)
 
-    monkeypatch.setattr("mpdit_jax.compiling.programs.compile_step", compiled)
-    monkeypatch.setattr("mpdit_jax.compiling.programs.topology_devices", lambda topology: jax.devices()[:1])
+    monkeypatch.setattr("mpdit_jax.compiling.measure.compile_step", compiled)
+    monkeypatch.setattr("mpdit_jax.compiling.measure.topology_devices", lambda topology: jax.devices()[:1])
     monkeypatch.setattr("mpdit_jax.compile.prepare", lambda devices: None)
     arguments = [f"--config={ROOT / 'configs/digits.py'}", "--topology=v5e:1x1", "--no_sampler"]
     assert compile_command([*arguments, "--format=json"]) == 1  # what was asked for does not fit
     report = json.loads(capsys.readouterr().out)
     assert (report["step"]["fits"], report["nearest_fit"]["fits"]) == (False, True)
     assert report["nearest_fit"]["flags"] == "--config.model.remat=full --config.gradient_accumulation=2"
-    assert tried == [("none", 1), ("dots", 1), ("full", 1), ("full", 2)]
+    assert tried == [("none", 1), ("dots", 1), ("dots", 2), ("dots", 4), ("dots", 8), ("full", 1), ("full", 2)]
     tried.clear()
     assert compile_command([*arguments, "--no_search"]) == 1
     assert len(tried) == 1
     assert "does NOT fit 15.75 GiB" in capsys.readouterr().out
+
+
+def test_the_largest_batch_to_sample_that_fits_is_looked_for(monkeypatch, capsys):
+    """Half, and half again; on a chip that holds two images of eight."""
+
+    def compiled(config, mesh, batch_size):
+        peak = batch_size * 2**33
+        return Program(2**20, peak - 2**20, 2**20, peak, 10, {}, 0, 1.0)
+
+    monkeypatch.setattr("mpdit_jax.compiling.measure.compile_sampler", compiled)
+    monkeypatch.setattr("mpdit_jax.compiling.measure.compile_step", lambda *_: compiled(*_, 1))
+    monkeypatch.setattr("mpdit_jax.compiling.measure.topology_devices", lambda topology: jax.devices()[:1])
+    monkeypatch.setattr("mpdit_jax.compile.prepare", lambda devices: None)
+    arguments = [f"--config={ROOT / 'configs/digits.py'}", "--topology=v6e:1x1", "--format=json"]
+    assert compile_command(arguments) == 1
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert (report["step"]["fits"], report["sampler"]["fits"]) == (True, False)
+    assert report["sampler"]["batch_size"] == 8
+    assert report["nearest_sampler_fit"]["flags"] == "--sample_batch=2"
+    assert [line for line in err.splitlines() if "trying" in line] == [
+        "trying --sample_batch=4 ...", "trying --sample_batch=2 ...",
+    ]  # fmt: skip
+    assert compile_command([*arguments, "--no_search"]) == 1
+    assert "trying" not in capsys.readouterr().err
 
 
 def test_the_shipped_policy_of_the_xl_config_is_the_one_that_was_measured():
