@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from mpdit_jax.config import model_of, resolve
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.data.sources import load_source
+from mpdit_jax.errors import DivergedError
 from mpdit_jax.mesh import make_mesh
 from mpdit_jax.model.parameters import abstract
 from mpdit_jax.training.optimizer import make_optimizer
@@ -35,7 +36,11 @@ class Trainer:
         self._update = jit_step(step, abstract_state(self.model, self._optimizer, self._mesh), self._mesh)
 
     def states(self, seed: int) -> Iterator[TrainState]:
-        """The state after each of `config.steps` updates; the one before is gone by then."""
+        """The state after each of `config.steps` updates; the one before is gone by then.
+
+        Raises:
+            DivergedError: after the last of them, if it was left out.
+        """
         rows = np.arange(self.config.batch_size)
         feed = batches(self.source, self.config.batch_size, seed, start=0, rows=rows)
         with jax.set_mesh(self._mesh):
@@ -43,3 +48,8 @@ class Trainer:
             for _, batch in zip(range(self.config.steps), feed, strict=False):
                 state = self._update(state, jax.tree.map(jnp.asarray, dict(batch)))
                 yield state
+            if skipped := int(state.guard["skipped_in_a_row"]):
+                raise DivergedError(
+                    f"the last {skipped} of {self.config.steps} steps were left out, since loss or gradient was not "
+                    "finite or spiked: lower config.optimizer.learning_rate."
+                )

@@ -128,6 +128,12 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
 
         save_unplanned = partial(_save_unplanned, checkpoints)
         check_skips = partial(_check_skips, checkpoints, config.guard.abort_after)
+
+        def before_write(step: int, state: TrainState) -> int:
+            """Check that the workdir is still ours and the state sound: how many steps were left out in a row."""
+            claim.check()
+            return check_skips(step, state)
+
         peak = peak_flops(mesh, model_config.dtype) if speaks else None
         watch, vote = Stopwatch(config.batch_size, training_flops(model_config, config.mask_ratio), peak), StopVote()
         with (
@@ -146,8 +152,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                         batch = feed.take()
                     except DataError:
                         if step and jax.process_count() == 1:  # saving takes all, and the others do not know
-                            claim.check()
-                            check_skips(step, state)
+                            before_write(step, state)
                             save_unplanned(step, state)
                         raise
                 with profiler.step(step), jax.transfer_guard("disallow"):
@@ -173,16 +178,14 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                     state = dataclasses.replace(state, window=fresh_window())
                 if step % config.checkpoint.every == 0 or last:
                     # While steps are left out, what broke them may be in the parameters: older states are good.
-                    skipped = check_skips(step, state)
+                    skipped = before_write(step, state)
                     if last or not skipped:
                         with watch.of("other"):
-                            claim.check()
                             checkpoints.save(step, to_items(state))
                 draws = config.sample.every and (step % config.sample.every == 0 or last)
                 if draws and (last or not any_process(stop.name is not None)):  # there may be little time to save
+                    before_write(step, state)
                     with watch.of("other"):
-                        claim.check()
-                        check_skips(step, state)
                         picture = draw_grid(
                             config, structure, state, decode, None if last else lambda: stop.name is not None
                         )
@@ -190,15 +193,13 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                             report.picture(step, picture)
                         wait_for_all("the grid is drawn")  # by the first process alone
                 if evaluator.due(step):  # after the checkpoint, from which it is made up for when it is cut off
+                    before_write(step, state)
                     with watch.of("other"):
-                        claim.check()
-                        check_skips(step, state)
                         _evaluate(evaluator, step, state, report)
                         return_freed()
             if 0 < step < config.steps:
                 stop.begin_grace()
-                claim.check()
-                check_skips(step, state)
+                before_write(step, state)
                 report.say(f"{stop.name or 'another process was asked to stop'}: saving step {step}")
                 save_unplanned(step, state)
     return state
