@@ -63,6 +63,16 @@ def test_ci_covers_every_supported_python(setup_arguments):
     assert jobs["parity"]["steps"][-1]["run"] == "bash launch/test.sh --parity"
 
 
+def test_ci_has_what_some_tests_are_skipped_without():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    for job, needed in (("tpu", "-e '.[test,tpu]'"), ("slurm", "slurm-wlm munge")):
+        *before, last = (step["run"] for step in jobs[job]["steps"] if "run" in step)
+        assert any(needed in command for command in before)
+        command, path = last.split()
+        assert command == "pytest"
+        assert (ROOT / path).exists()
+
+
 @pytest.mark.slow
 def test_requirements_resolve_on_every_supported_python(tmp_path, monkeypatch):
     pip = [sys.executable, "-m", "pip", "install", "-qq", "--dry-run", "--no-deps", "--retries=0"]
