@@ -128,12 +128,17 @@ def matrix_product(device: jax.Device, dtype: str) -> tuple[Callable[[], None], 
     return lambda: product(a, b).block_until_ready(), 2.0 * side**3
 
 
-def peak_flops(mesh: jax.sharding.Mesh, dtype: str) -> float | None:
+def peak_flops(mesh: jax.sharding.Mesh, dtype: str, machines: int = 1) -> float | None:
     """Floating-point operations a second that all devices of a mesh could do; None if nobody has published theirs.
 
-    On CPUs it is measured, as the best of up to four matrix products in half a second of this process, for each process
-    there is; virtual devices share their processor. Accelerators count by their published bfloat16
-    peak, whatever `dtype` is.
+    On CPUs it is measured, as the best of up to four matrix products in half a second of this process, for each
+    machine: processes and virtual devices share its processor. Accelerators count by their published bfloat16 peak,
+    whatever `dtype` is.
+
+    Args:
+        mesh: the devices.
+        dtype: of the matrices that are multiplied.
+        machines: how many like this one the mesh's processes run on.
     """
     device = mesh.local_devices[0]
     if device.platform != "cpu":
@@ -145,4 +150,4 @@ def peak_flops(mesh: jax.sharding.Mesh, dtype: str) -> float | None:
         start = time.perf_counter()
         multiply()
         seconds.append(time.perf_counter() - start)
-    return operations / min(seconds) * jax.process_count()
+    return operations / min(seconds) * machines

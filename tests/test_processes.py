@@ -79,6 +79,23 @@ if options.process_id == 0:
 """
 
 
+COUNTED = """
+import socket
+from mpdit_jax.processes import count_machines
+print("machines:", count_machines(), flush=True)
+socket.gethostname = lambda: f"machine {options.process_id}"
+print("machines:", count_machines(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_machines_are_counted_by_name():
+    for process in start_joined(COUNTED):
+        stdout, stderr = process.communicate(timeout=100)
+        counted = [line for line in stdout.splitlines() if not line.startswith("[Gloo]")]
+        assert counted == ["machines: 1", "machines: 2"], stderr
+
+
 @pytest.fixture
 def late_and_waiting():
     """A process that is late, and one that waits for it; both have joined."""

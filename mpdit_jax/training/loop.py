@@ -28,7 +28,7 @@ from mpdit_jax.memory import return_freed
 from mpdit_jax.mesh import check_batch, local_rows, make_mesh, place_batch
 from mpdit_jax.model.accounting import count, training_flops
 from mpdit_jax.model.parameters import Structure, abstract, merge
-from mpdit_jax.processes import StopVote, any_process, compare_facts, first_does
+from mpdit_jax.processes import StopVote, any_process, compare_facts, count_machines, first_does
 from mpdit_jax.sampling.decoding import Decode, make_decode
 from mpdit_jax.stored import newest_in_words
 from mpdit_jax.training.evaluation import Evaluator
@@ -134,7 +134,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
             claim.check()
             return check_skips(step, state)
 
-        peak = peak_flops(mesh, model_config.dtype) if speaks else None
+        peak = first_does(partial(peak_flops, mesh, model_config.dtype, count_machines()))
         watch, vote = Stopwatch(config.batch_size, training_flops(model_config, config.mask_ratio), peak), StopVote()
         with (
             Report(
