@@ -93,6 +93,45 @@ print(share / whole)
     assert 1 / 8 <= share < 0.35  # an eighth, and the small replicated arrays
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_state_on_eight_devices_is_updated_in_place(optimizer):
+    """As on one (tests/training/test_step.py), with clipping and accumulation: no device copies any buffer of it."""
+    script = f"""
+import jax, numpy as np
+from mpdit_jax.config import base_config, model_of, resolve
+from mpdit_jax.mesh import local_rows, make_mesh, place_batch
+from mpdit_jax.model.parameters import abstract
+from mpdit_jax.training.optimizer import make_optimizer
+from mpdit_jax.training.state import abstract_state, create_state
+from mpdit_jax.training.step import jit_step, make_draw, make_loss, make_step
+config = base_config()
+config.batch_size = 16
+config.optimizer.update({{"name": {optimizer!r}, "clip_norm": 1.0}})
+config.model.update({{"patch_sizes": (4, 2), "depths": (2, 1), "hidden_size": 64, "num_heads": 2}})
+config.model.update({{"input_size": (8, 8), "in_channels": 4, "num_classes": 10}})
+config = resolve(config)
+model, optimizer, mesh = model_of(config), make_optimizer(config.optimizer), make_mesh(data=2, fsdp=4)
+step = make_step(make_draw(config), make_loss(abstract(model)[0]), optimizer, 0.9, accumulation=2)
+batch = {{"x": np.zeros((16, 8, 8, 4), np.float32), "y": np.zeros(16, np.int32)}}
+
+def pointers(state):
+    leaves = jax.tree.leaves((state.parameters, state.ema_parameters, state.optimizer_state))
+    return [shard.data.unsafe_buffer_pointer() for leaf in leaves for shard in leaf.addressable_shards]
+
+with jax.set_mesh(mesh):
+    before = create_state(model, optimizer, mesh, 0)
+    update = jit_step(step, abstract_state(model, optimizer, mesh), mesh)
+    batch = place_batch(batch, local_rows(16, mesh), 16, mesh)
+    share = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(before))
+    print(update.lower(before, batch).compile().memory_analysis().alias_size_in_bytes - share)
+    places = pointers(before)
+    after = update(before, batch)
+    print(sum(old != new for old, new in zip(places, pointers(after), strict=True)))
+    print(sum(not leaf.is_deleted() for leaf in jax.tree.leaves(before)))
+"""
+    assert run_script(script).split() == ["0", "0", "0"]
+
+
 def run_script(script):
     done = subprocess.run([sys.executable, "-c", script], env=environment(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
