@@ -88,7 +88,7 @@ def compare_facts(facts: Facts, remedy: str = "start the same command on all mac
     text = np.frombuffer(json.dumps(dict(facts)).encode(), np.uint8)
     lengths = np.asarray(multihost_utils.process_allgather(np.array(len(text)))).ravel()
     filled = np.pad(text, (0, int(lengths.max()) - len(text)))
-    texts = np.asarray(multihost_utils.process_allgather(filled)).reshape(len(lengths), -1)
+    texts = _rows_of_all(filled)
     told = [json.loads(bytes(row[:length])) for row, length in zip(texts, lengths, strict=True)]
     differing = [tell_apart(index, theirs, told[0]) for index, theirs in enumerate(told) if theirs != told[0]]
     if differing:
@@ -138,8 +138,7 @@ def first_sentence(sentence: str, place: str) -> str:
     text = np.zeros(_SENTENCE_LIMIT, np.uint8)
     encoded = np.frombuffer(sentence.encode()[:_SENTENCE_LIMIT], np.uint8)
     text[: len(encoded)] = encoded
-    rows = np.asarray(multihost_utils.process_allgather(text)).reshape(-1, _SENTENCE_LIMIT)
-    heard = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+    heard = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in _rows_of_all(text)]
     return next((one for one in heard if one), "")
 
 
@@ -149,8 +148,12 @@ def count_machines() -> int:
         return 1
     wait_for_all("machines are counted")
     name = np.frombuffer(hashlib.sha256(socket.gethostname().encode()).digest(), np.uint8)
-    names = np.asarray(multihost_utils.process_allgather(name)).reshape(-1, len(name))
-    return len(np.unique(names, axis=0))
+    return len(np.unique(_rows_of_all(name), axis=0))
+
+
+def _rows_of_all(row: np.ndarray) -> np.ndarray:
+    """(processes, n), of the rows (n,) that all give at the same point; one process has no first axis to begin with."""
+    return np.asarray(multihost_utils.process_allgather(row)).reshape(-1, len(row))
 
 
 def any_process(flag: bool) -> bool:

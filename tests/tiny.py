@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -87,15 +88,17 @@ def refusal(main, arguments, monkeypatch, capsys):
     return stderr.removeprefix("error: ")
 
 
-def free_port():
-    """A port that is free, and whose successor is."""
+def free_port(count=2):
+    """The first of `count` free ports in a row."""
     while True:
-        with socket.socket() as first, socket.socket() as second:
+        with ExitStack() as held:
+            first = held.enter_context(socket.socket())
             first.bind(("", 0))
             port = first.getsockname()[1]
             try:
-                second.bind(("", port + 1))
-            except OSError:
+                for other in range(port + 1, port + count):
+                    held.enter_context(socket.socket()).bind(("", other))
+            except (OSError, OverflowError):  # taken, or beyond the last port there is
                 continue
             return port
 

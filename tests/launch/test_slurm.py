@@ -96,9 +96,9 @@ class Slurm:
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm")
-    cluster, host, ports = Slurm(folder), socket.gethostname().partition(".")[0], free_ports(4)
+    cluster, host, port = Slurm(folder), socket.gethostname().partition(".")[0], free_port(4)
     values = {"folder": folder, "host": host, "user": getpass.getuser(), "nodes": NODES}
-    values |= {"port": ports[0], "first": ports[1], "last": ports[-1]}
+    values |= {"port": port, "first": port + 1, "last": port + 3}
     (folder / "slurm.conf").write_text(CONFIGURATION.format(**values))
     for number in range(8):  # what stands for a GPU's device must be different files
         (folder / f"gpu{number}").touch()
@@ -128,19 +128,6 @@ def slurm(tmp_path_factory):
         for daemon in reversed(daemons):
             daemon.terminate()
             daemon.wait()
-
-
-def free_ports(count):
-    """So many free ports in a row."""
-    while True:
-        first = free_port()
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as one:
-                    one.bind(("", port))
-        except (OSError, OverflowError):
-            continue
-        return range(first, first + count)
 
 
 def test_what_the_script_asks_for(slurm, tmp_path):
