@@ -40,7 +40,7 @@ def measure(
     Args:
         config: an experiment's config, see `mpdit_jax.config.base_config`.
         topology: of TPUs, such as v5e:16x16; JAX's own devices if empty.
-        devices: how many JAX has, of the CPU, where there is no topology.
+        devices: how many JAX must have, of the CPU, where there is no topology; 0 for any number.
         sample_batch: images the sampler draws; 0 for 8 a chip.
         sampler: whether it is compiled too.
         search: whether settings with less memory are tried where it does not fit.
@@ -60,7 +60,7 @@ def measure(
     mesh = make_mesh(**resolved.mesh, devices=found)
     sample_batch = sample_batch or 8 * mesh.size
     check_batch(sample_batch, mesh, name="--sample_batch")  # before minutes of compilation
-    where = topology or f"{devices} virtual CPU devices"
+    where = topology or f"{mesh.size} virtual CPU devices"
     shape = f"data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}"
     say(f"{where}: {mesh.size} chips as {shape}, batches of {resolved.batch_size}, remat {resolved.model.remat}")
     report: Report = {"where": where, "chips": mesh.size, "mesh": shape, "batch_size": resolved.batch_size}
@@ -76,10 +76,14 @@ def _step(config: FrozenConfigDict, mesh: Mesh, chip: Chip | None, search: bool,
     say(as_text("train step", step))
     if step.get("fits", True) or not search:
         return {"step": step}
+    states = {config.mesh.fsdp: step["arguments"]}  # what a chip holds of the state hangs on its split alone
     for flags, candidate in smaller(config, mesh.size):
+        if states.get(candidate.mesh.fsdp, 0) >= step["hbm"]:
+            continue
         say(f"trying {flags} ...")
         other_mesh = make_mesh(**candidate.mesh, devices=list(mesh.devices.flat))
         other = describe(compile_step(candidate, other_mesh), step_flops(candidate), mesh.size, chip)
+        states[candidate.mesh.fsdp] = other["arguments"]
         if other["fits"]:
             say(as_text(f"nearest setting that would fit: {flags}; train step", other))
             return {"step": step, "nearest_fit": {"flags": flags, **other}}
@@ -100,7 +104,7 @@ def _sampler(
     say(as_text(f"sampler of {batch_size} images, {config.sample.steps} steps", sampler))
     if sampler.get("fits", True) or not search:
         return {"sampler": sampler}
-    for size in smaller_batches(batch_size, mesh.size):
+    for size in smaller_batches(batch_size, mesh.size) if sampler["arguments"] < sampler["hbm"] else ():
         flags = f"--sample_batch={size}"
         say(f"trying {flags} ...")
         other = measured(size)

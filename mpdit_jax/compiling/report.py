@@ -1,6 +1,7 @@
 """From compiled programs to what a person wants to know before renting a pod."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from mpdit_jax.compiling.programs import Program
 from mpdit_jax.config import model_of
 from mpdit_jax.model.accounting import count_macs, recomputed_macs, training_flops
 
-_IMAGES_IN_A_PART = 8  # on a chip, at the least, before `full` is tried: 512 rows in a product of coarse tokens
+_IMAGES_IN_A_PART = 8  # on a chip, at the least, before `full` is tried: 512 rows of 64 coarse tokens
 
 
 def step_flops(config: FrozenConfigDict) -> float:
@@ -58,25 +59,24 @@ def describe(program: Program, flops: float, chips: int, chip: Chip | None) -> d
 def smaller(config: FrozenConfigDict, chips: int) -> Iterator[tuple[str, FrozenConfigDict]]:
     """Settings that need less memory, the least recomputation first: as flags, and as configs.
 
-    Each way of remat is tried with the state split as it is and over as many chips as the model's width divides over.
-    Where `dots` keeps too much, the batch is cut into parts first, which gather the parameters again: that is less
-    than the third more that `full` computes, while a part is large enough for its products.
+    Each way of remat is tried with the state split as it is and over as many chips as the model's width divides over,
+    then with the batch cut into parts. That computes nothing again, but gathers the parameters once a part, and
+    products of few rows leave a chip idle: parts of fewer than eight images a chip are tried with `full` alone.
     """
-    later = ("none", "dots", "full")
+    ways = ["none", "dots", "full"]
+    ways = ways[ways.index(config.model.remat) :]
     now = chips // config.mesh.data if config.mesh.fsdp == -1 else config.mesh.fsdp
     most = math.gcd(chips, model_of(config).hidden_size)  # a width that does not divide is not split
     splits = [config.mesh.fsdp]
     if most > now:
         splits.append(most)
-    parts = config.gradient_accumulation
-    for remat in later[later.index(config.model.remat) :]:
-        for fsdp in splits:
+    # `dots` computes attention's products again, a hundredth of all: before parts. `full`, a third: after them.
+    for least, alike in ((_IMAGES_IN_A_PART, [way for way in ways if way != "full"]), (1, ["full"])):
+        for remat, fsdp in itertools.product(alike, splits):
             if (remat, fsdp) != (config.model.remat, config.mesh.fsdp):
-                yield _changed(config, remat, fsdp, parts)
-        if remat != "none":
-            least = 1 if remat == "full" else _IMAGES_IN_A_PART
-            for more in _parts(config, chips, least):
-                yield _changed(config, remat, splits[-1], more)
+                yield _changed(config, remat, fsdp, config.gradient_accumulation)
+        for parts, remat in itertools.product(_parts(config, chips, least), alike):
+            yield _changed(config, remat, splits[-1], parts)
 
 
 def smaller_batches(batch_size: int, chips: int) -> Iterator[int]:
@@ -96,7 +96,8 @@ def _parts(config: FrozenConfigDict, chips: int, least: int) -> Iterator[int]:
 
 
 def _changed(config: FrozenConfigDict, remat: str, fsdp: int, parts: int) -> tuple[str, FrozenConfigDict]:
-    changed, flags = ConfigDict(config), list[str]()
+    # By way of plain dicts: of a frozen config, all that are made by ConfigDict(config) share what is nested in it.
+    changed, flags = ConfigDict(config.to_dict()), list[str]()
     if fsdp != config.mesh.fsdp:
         changed.mesh.data, changed.mesh.fsdp = -1, fsdp
         flags += ["--config.mesh.data=-1", f"--config.mesh.fsdp={fsdp}"]

@@ -14,9 +14,10 @@ import pytest
 from mpdit_jax.chips import CHIPS, chip_of
 from mpdit_jax.compile import main as compile_command
 from mpdit_jax.compiling.collectives import traffic
+from mpdit_jax.compiling.measure import measure
 from mpdit_jax.compiling.programs import Program, _refused, compile_step, topology_devices
 from mpdit_jax.compiling.report import as_text, describe, smaller, step_flops
-from mpdit_jax.config import base_config, resolve
+from mpdit_jax.config import base_config, facts, resolve
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.mesh import make_mesh
 from tests.tiny import ROOT, environment, run
@@ -167,11 +168,14 @@ def test_smaller_settings_recompute_as_little_as_they_can():
     config.mesh.fsdp, config.batch_size = 4, 64
     assert [name for name, _ in smaller(resolve(config), 4)] == [
         "--config.model.remat=dots",
+        "--config.gradient_accumulation=2",
         "--config.model.remat=dots --config.gradient_accumulation=2",
         "--config.model.remat=full",
         *(f"--config.model.remat=full --config.gradient_accumulation={parts}" for parts in (2, 4, 8, 16)),
     ]
     candidates = dict(smaller(resolved, 4))
+    for name, candidate in candidates.items():  # what is compiled is what the flags say, and nothing of an earlier one
+        assert facts(candidate) == facts(resolved) | dict(flag.removeprefix("--").split("=") for flag in name.split())
     plain, dots, full = (step_flops(config) for config in (resolved, *list(candidates.values())[1:4:2]))
     assert plain < dots < 1.05 * plain  # attention's products alone are computed again
     assert full == pytest.approx(4 / 3 * plain, rel=0.02)  # the blocks are
@@ -208,11 +212,40 @@ def test_the_nearest_setting_that_fits_is_looked_for(monkeypatch, capsys):
     report = json.loads(capsys.readouterr().out)
     assert (report["step"]["fits"], report["nearest_fit"]["fits"]) == (False, True)
     assert report["nearest_fit"]["flags"] == "--config.model.remat=full --config.gradient_accumulation=2"
-    assert tried == [("none", 1), ("dots", 1), ("dots", 2), ("dots", 4), ("dots", 8), ("full", 1), ("full", 2)]
+    parts = [(remat, parts) for parts in (1, 2, 4, 8) for remat in ("none", "dots")]
+    assert tried == [*parts, ("full", 1), ("full", 2)]
     tried.clear()
     assert compile_command([*arguments, "--no_search"]) == 1
     assert len(tried) == 1
     assert "does NOT fit 15.75 GiB" in capsys.readouterr().out
+
+
+def test_nothing_is_tried_where_the_state_alone_is_too_large(monkeypatch, capsys):
+    """Of two chips: not split, one holds 32 GiB of state; split, 16; the sampler's parameters take 17."""
+    tried = []
+
+    def step(config, mesh):
+        tried.append(config.mesh.fsdp)
+        state = 2**35 // config.mesh.fsdp
+        return Program(state, 2**20, state, state + 2**20, None, None, None, 1.0, refused=True)
+
+    def sampler(config, mesh, batch_size):
+        return Program(17 * 2**30, 2**20, 2**20, 17 * 2**30 + 2**20, 10, {}, 0, 1.0)
+
+    monkeypatch.setattr("mpdit_jax.compiling.measure.compile_step", step)
+    monkeypatch.setattr("mpdit_jax.compiling.measure.compile_sampler", sampler)
+    monkeypatch.setattr("mpdit_jax.compiling.measure.topology_devices", lambda topology: jax.devices()[:1] * 2)
+    monkeypatch.setattr("mpdit_jax.compile.prepare", lambda devices: None)
+    assert compile_command([f"--config={ROOT / 'configs/digits.py'}", "--topology=v5e:1x2"]) == 1
+    out = capsys.readouterr().out
+    assert tried == [1, 2]
+    assert "nothing tried fits: take more chips or a smaller batch_size" in out
+    assert "no batch tried fits: every chip holds all parameters" in out
+
+
+def test_the_devices_that_were_asked_for_are_there():
+    with pytest.raises(ConfigError, match="--devices=3: JAX has 1; unset XLA_FLAGS and JAX_PLATFORMS"):
+        measure(base_config(), devices=3)
 
 
 def test_the_largest_batch_to_sample_that_fits_is_looked_for(monkeypatch, capsys):
