@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mpdit_jax.chips import CHIPS, GIB, Chip
-from mpdit_jax.studies.scaling_grid import FSDP, HELD_OUT
+from mpdit_jax.studies.scaling_grid import FSDP
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -82,15 +82,6 @@ def fit(results: Results) -> dict[str, CostModel]:
 
 def fitted(results: Results, preset: str) -> list[Mapping[str, Any]]:
     """The steps that a preset's model is fitted to: compiled to their end, of the same split of the state."""
-    return [entry for entry in _comparable(results, preset) if not _is_held_out(entry)]
-
-
-def held_out(results: Results, preset: str) -> list[Mapping[str, Any]]:
-    """Steps like those, which the fit does not see."""
-    return [entry for entry in _comparable(results, preset) if _is_held_out(entry)]
-
-
-def _comparable(results: Results, preset: str) -> list[Mapping[str, Any]]:
     return [
         entry
         for entry in results.values()
@@ -98,8 +89,17 @@ def _comparable(results: Results, preset: str) -> list[Mapping[str, Any]]:
     ]
 
 
-def _is_held_out(entry: Mapping[str, Any]) -> bool:
-    return (entry["chips"], entry["batch_size"]) == HELD_OUT
+def missed_beyond(results: Results, preset: str) -> dict[str, float] | None:
+    """What an extrapolation is worth: by how much a model fitted to smaller slices misses the steps on the largest.
+
+    None where smaller slices have too few steps to fit to.
+    """
+    steps = fitted(results, preset)
+    most = max(entry["chips"] for entry in steps)
+    smaller = [entry for entry in steps if entry["chips"] < most]
+    if len(smaller) < 3:
+        return None
+    return _fit(smaller).missed(entry for entry in steps if entry["chips"] == most)
 
 
 def _fit(entries: list[Mapping[str, Any]]) -> CostModel:
@@ -110,8 +110,14 @@ def _fit(entries: list[Mapping[str, Any]]) -> CostModel:
     def of_all(name: str) -> np.ndarray:
         return np.array([entry[name] for entry in entries], float)
 
-    a, b = np.linalg.lstsq(np.stack([one, images], axis=1), of_all("temporaries"), rcond=None)[0].tolist()
-    c, d, e = np.linalg.lstsq(np.stack([one, images, copies], axis=1), of_all("sent"), rcond=None)[0].tolist()
+    def line(name: str, *terms: np.ndarray) -> list[float]:
+        """Coefficients with the least relative error: what is predicted are steps of few images, the smallest."""
+        values = of_all(name)
+        found: list[float] = np.linalg.lstsq(np.stack(terms, axis=1) / values[:, None], one, rcond=None)[0].tolist()
+        return found
+
+    a, b = line("temporaries", one, images)
+    c, d, e = line("sent", one, images, copies)
     return CostModel(
         arguments=float(np.median(of_all("arguments"))),
         results=float(np.median(of_all("results"))),
@@ -158,11 +164,11 @@ def table(results: Results, models: Mapping[str, CostModel]) -> str:
     for preset, model in models.items():
         steps = fitted(results, preset)
         lines.append(f"- {preset}: fitted to {len(steps)} steps; largest residuals: {_as_text(model.missed(steps))}.")
-        if apart := held_out(results, preset):
-            chips, batch_size = HELD_OUT
+        if beyond := missed_beyond(results, preset):
+            most = max(entry["chips"] for entry in steps)
             lines.append(
-                f"- {preset}: of the step on {chips} chips at batch {batch_size}, which the fit did not see, "
-                f"it misses: {_as_text(model.missed(apart))}."
+                f"- {preset}: fitted to fewer than {most} chips alone, it misses the steps on {most} by at most: "
+                f"{_as_text(beyond)}."
             )
     if models:
         lines += [
