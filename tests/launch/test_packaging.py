@@ -65,11 +65,11 @@ def test_ci_covers_every_supported_python(setup_arguments):
 
 def test_ci_has_what_some_tests_are_skipped_without():
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
-    for job, needed in (("tpu", "-e '.[test,tpu]'"), ("slurm", "slurm-wlm munge")):
+    for job, needed in (("tpu", "-e '.[test,tpu]'"), ("slurm", "slurm-wlm")):
         *before, last = (step["run"] for step in jobs[job]["steps"] if "run" in step)
         assert any(needed in command for command in before)
         command, path = last.split()
-        assert command == "pytest"
+        assert Path(command).name == "pytest"
         assert (ROOT / path).exists()
 
 
