@@ -116,16 +116,13 @@ def published_flops(kind: str) -> float | None:
 
 
 def matrix_product(device: jax.Device, dtype: str) -> tuple[Callable[[], None], float]:
-    """A large product of two square matrices on a device: a function that computes it once, and its operations."""
+    """A large square matrix times itself on a device: a function that computes it once, and its operations."""
     side = _SIDE.get(device.platform, _LARGE_SIDE)
     draw = np.random.default_rng(0)  # not by JAX, which would compile a program for it at the start of every training
-    a, b = (
-        jax.device_put(draw.standard_normal((side, side), np.float32).astype(jnp.dtype(dtype)), device)
-        for _ in range(2)
-    )
+    matrix = jax.device_put(draw.random((side, side), np.float32).astype(jnp.dtype(dtype)), device)
     with jax.set_mesh(jax.sharding.Mesh([device], ["alone"])):  # the caller may have set one of all devices
-        product = jax.jit(jnp.matmul).lower(a, b).compile()
-    return lambda: product(a, b).block_until_ready(), 2.0 * side**3
+        product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
+    return lambda: product(matrix, matrix).block_until_ready(), 2.0 * side**3
 
 
 def peak_flops(mesh: jax.sharding.Mesh, dtype: str, machines: int = 1) -> float | None:

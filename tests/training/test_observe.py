@@ -1,8 +1,10 @@
 """What a run tells of itself: where its time went, a profile, Weights & Biases."""
 
+import itertools
 import json
 import subprocess
 import time
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -191,6 +193,16 @@ def test_published_peaks_by_the_names_jax_gives():
     measured = peak_flops(make_mesh(devices=jax.devices()[:1]), "float32")
     assert measured is not None
     assert 1e9 < measured < 1e14
+
+
+def test_a_cpus_peak_counts_once_a_machine(monkeypatch):
+    """However many devices or processes share it; by a clock that ticks once a second."""
+    clock = itertools.count()
+    monkeypatch.setattr("mpdit_jax.chips.matrix_product", lambda *_: (lambda: None, 10.0))
+    monkeypatch.setattr("mpdit_jax.chips.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    mesh = SimpleNamespace(local_devices=jax.devices()[:1] * 2, size=8)
+    assert [peak_flops(mesh, "float32", machines) for machines in (1, 2)] == [10.0, 20.0]
 
 
 def test_a_continued_run_finds_its_programs_compiled_and_survives_their_damage(tmp_path, monkeypatch):
