@@ -52,6 +52,7 @@ def _summed(where: Sharding | None) -> Callable[[list[jax.Array]], jax.Array]:
     return jax.jit(lambda leaves: jnp.stack([_sums(leaf) for leaf in leaves]), out_shardings=where)
 
 
+@jax.jit  # a state has many arrays of few shapes: each shape is traced once
 def _sums(x: jax.Array) -> jax.Array:
     """The two sums, uint32 (2,)."""
     bits = _bits(x)

@@ -63,7 +63,7 @@ def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, rep
     from mpdit_jax.model.accounting import count_macs
     from mpdit_jax.model.parameters import abstract, merge
     from mpdit_jax.training.optimizer import make_optimizer
-    from mpdit_jax.training.state import create_state
+    from mpdit_jax.training.state import abstract_state, create_state
     from mpdit_jax.training.step import jit_step, make_draw, make_loss, make_step
 
     config = base_config()
@@ -76,7 +76,7 @@ def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, rep
     model, optimizer, mesh = model_of(config), make_optimizer(config.optimizer), make_mesh(devices=[device])
     structure, random = abstract(model)[0], np.random.default_rng(0)
     with jax.set_mesh(mesh):
-        state = create_state(model, optimizer, mesh, seed=0)
+        state = create_state(model, optimizer, abstract_state(model, optimizer, mesh), seed=0)
         update = jit_step(
             make_step(make_draw(config), make_loss(structure, config.mask_loss_weight), optimizer, config.ema_decay),
             state,

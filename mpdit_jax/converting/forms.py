@@ -20,7 +20,7 @@ from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import split
 from mpdit_jax.training.optimizer import make_optimizer
-from mpdit_jax.training.state import create_state, to_items
+from mpdit_jax.training.state import abstract_state, create_state, to_items
 from mpdit_jax.workdir import claim_workdir
 
 TORCH_SUFFIXES = (".pt", ".pth")
@@ -149,7 +149,8 @@ def _write_workdir(out: Path, found: Found, config: ConfigDict | None) -> None:
         )
         raise ConfigError(f"--config is of another model: {told}.")
     mesh, optimizer = make_mesh(devices=jax.local_devices()[:1]), make_optimizer(resolved.optimizer)
-    state = create_state(model_of(resolved), optimizer, mesh, resolved.seed)
+    target = abstract_state(model_of(resolved), optimizer, mesh)
+    state = create_state(model_of(resolved), optimizer, target, resolved.seed)
     parameters = jax.device_put(split(found.model)[1], jax.tree.map(lambda leaf: leaf.sharding, state.parameters))
     state = dataclasses.replace(
         state,

@@ -23,7 +23,7 @@ from sklearn.svm import SVC
 from mpdit_jax.cli import make_parser, run
 from mpdit_jax.config import base_config
 from mpdit_jax.data.sources import load_source
-from mpdit_jax.errors import InputError
+from mpdit_jax.errors import DivergedError, InputError
 from mpdit_jax.files import replacing
 from mpdit_jax.flow.objective import flow_matching_loss
 from mpdit_jax.flow.sampler import make_sampler
@@ -135,7 +135,11 @@ def recipe(name: str, budget: int) -> str:
 
 
 def measure(settings: Record, path: str) -> Record:
-    """One run: its cost, and loss and accuracy at every fraction of the budget."""
+    """One run: its cost, and loss and accuracy at every fraction of the budget.
+
+    Raises:
+        DivergedError: steps were left out, so that the model was not trained for its budget.
+    """
     name, budget = settings["model"], settings["budget"]
     trainer = _trainer(name, budget, path)
     steps = trainer.config.steps
@@ -150,6 +154,11 @@ def measure(settings: Record, path: str) -> Record:
                     "accuracy": accuracy(trainer, state.ema_parameters, settings["samples"], settings["seed"], path),
                 }
             )
+    if skipped := int(state.window["skipped"]):
+        raise DivergedError(
+            f"{name}, seed {settings['seed']}: {skipped} of {steps} steps were left out, since loss or gradient was "
+            "not finite: the budget was not spent; lower config.optimizer.learning_rate for all models."
+        )
     macs = round(count_macs(trainer.model) / 1e6, 2)
     return {"parameters": count_trained(trainer.model), "forward_mmacs": macs, "steps": steps, "points": points}
 

@@ -13,6 +13,7 @@ from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import DivergedError
 from mpdit_jax.mesh import make_mesh
 from mpdit_jax.model.parameters import abstract
+from mpdit_jax.training.guard import RUINED
 from mpdit_jax.training.optimizer import make_optimizer
 from mpdit_jax.training.state import TrainState, abstract_state, create_state
 from mpdit_jax.training.step import jit_step, make_draw, make_loss, make_step
@@ -33,23 +34,25 @@ class Trainer:
             self._optimizer,
             self.config.ema_decay,
         )
-        self._update = jit_step(step, abstract_state(self.model, self._optimizer, self._mesh), self._mesh)
+        self._target = abstract_state(self.model, self._optimizer, self._mesh)
+        self._update = jit_step(step, self._target, self._mesh)
 
     def states(self, seed: int) -> Iterator[TrainState]:
         """The state after each of `config.steps` updates; the one before is gone by then.
 
         Raises:
-            DivergedError: after the last of them, if it was left out.
+            DivergedError: after the last of them, if an update was not finite. Steps that were left out are counted
+                in the state's window, which is never emptied.
         """
         rows = np.arange(self.config.batch_size)
         feed = batches(self.source, self.config.batch_size, seed, start=0, rows=rows)
         with jax.set_mesh(self._mesh):
-            state = create_state(self.model, self._optimizer, self._mesh, seed)
+            state = create_state(self.model, self._optimizer, self._target, seed)
             for _, batch in zip(range(self.config.steps), feed, strict=False):
                 state = self._update(state, jax.tree.map(jnp.asarray, dict(batch)))
                 yield state
-            if skipped := int(state.guard["skipped_in_a_row"]):
+            if int(state.guard["skipped_in_a_row"]) >= RUINED:
                 raise DivergedError(
-                    f"the last {skipped} of {self.config.steps} steps were left out, since loss or gradient was not "
-                    "finite or spiked: lower config.optimizer.learning_rate."
+                    f"in {self.config.steps} steps with seed {seed}, an update made of finite gradients was not finite "
+                    "or its squares overflowed: lower config.optimizer.learning_rate."
                 )

@@ -91,7 +91,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         if restored is not None:
             step, state = restored.step, from_items(restored.items)
         else:
-            step, state = 0, create_state(model_config, optimizer, mesh, config.seed)
+            step, state = 0, create_state(model_config, optimizer, target, config.seed)
         speaks = jax.process_index() == 0
         first_does(partial(claim_data, workdir, source, trained=step > 0))
         in_pixels = source.latents is not None and source.latents.vae_fingerprint == PIXELS

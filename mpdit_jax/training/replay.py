@@ -86,7 +86,7 @@ def replay(config: ConfigDict | FrozenConfigDict, workdir: str | Path, number: i
     with jax.set_mesh(mesh):
         target = abstract_state(model_config, optimizer, mesh)
         before, lines = _newest_before(workdir, number, to_items(target))
-        state = from_items(before) if before else create_state(model_config, optimizer, mesh, config.seed)
+        state = from_items(before) if before else create_state(model_config, optimizer, target, config.seed)
         step = make_step(
             draw,
             loss,

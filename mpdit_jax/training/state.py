@@ -67,9 +67,11 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
     )
 
 
-def create_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """The initial state, made where it will live: no device ever holds more than its share."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+def create_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, target: TrainState, seed: int
+) -> TrainState:
+    """The initial state, made where `target`, an `abstract_state`, has it: no device ever holds more than its share."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     create = jax.jit(partial(initial_state, config, optimizer), out_shardings=shardings)
     return create(jnp.uint32(seed))
 

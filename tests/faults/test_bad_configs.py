@@ -124,7 +124,7 @@ def test_what_is_traced_is_run():
     chosen = list(REACHED.items())[:: -(-len(REACHED) // RUNS)]
     for settings, changes in chosen:
         step, made, examples = step_of(*settings)
-        state = create_state(settings[0], made, make_mesh(), 0)
+        state = create_state(settings[0], made, abstract_state(settings[0], made, make_mesh()), 0)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), examples)
         assert int(jax.jit(step)(state, zeros).step) == 1, changes
     print(f"{len(chosen)} of the {len(REACHED)} different steps among them were run")

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from mpdit_jax.errors import DataError, InputError
+from mpdit_jax.data.sources import ArraySource
+from mpdit_jax.errors import DataError, DivergedError, InputError
 from mpdit_jax.model.accounting import count_trained
 from mpdit_jax.studies import fno_width, token_budget
 from mpdit_jax.studies.records import Records
+from mpdit_jax.studies.trainer import Trainer
 
 RUNS = [{"model": name, "seed": seed} for name in ("a", "b") for seed in (0, 1)]
 
@@ -59,6 +61,33 @@ def test_a_short_run_is_measured():
     assert 0.8 < second < first < 2.5
     assert len(found["gradient_norms"]) == 2
     assert found["skipped"] == 0
+
+
+@pytest.fixture(scope="module")
+def reckless():
+    """A trainer of ten steps whose first update that is made is not finite."""
+    config = fno_width.training_config("scaled", 8, 10)
+    config.model.depths, config.model.hidden_size = (1, 1), 16
+    config.optimizer.learning_rate = 1e30
+    return Trainer(config)
+
+
+def test_a_ruined_run_is_no_result(reckless):
+    with pytest.raises(DivergedError, match="in 10 steps with seed 5, an update made of finite gradients was not"):
+        list(reckless.states(5))
+
+
+def test_steps_left_out_are_a_result_of_the_one_study_and_not_of_the_other(reckless, monkeypatch):
+    images = np.full((1, *reckless.source.shape), np.nan, np.float32)
+    monkeypatch.setattr(reckless, "source", ArraySource(images, np.zeros(1, np.int32), ("0",)))
+    monkeypatch.setattr(fno_width, "_trainer", lambda *_: reckless)
+    found = fno_width._measure_training({"init": "scaled", "width": 8, "steps": 10, "seed": 0})
+    assert (found["skipped"], np.isnan(found["losses"]).all()) == (10, True)
+    monkeypatch.setattr(token_budget, "_trainer", lambda *_: reckless)
+    for name in ("held_out_loss", "accuracy"):
+        monkeypatch.setattr(token_budget, name, lambda *_: 0.0)
+    with pytest.raises(DivergedError, match="coarse, seed 3: 10 of 10 steps were left out"):
+        token_budget.measure({"model": "coarse", "budget": 1, "seed": 3, "samples": 1}, "")
 
 
 def fake_records():

@@ -95,7 +95,7 @@ def test_a_masked_step_is_repeatable_and_reaches_the_mask_token():
     step = make_step(make_draw(config), make_loss(abstract(MODEL)[0], 0.1), optimizer, 0.9, accumulation=2)
     update, ends = jit_step(step, target, mesh), []
     for _ in range(2):
-        state = create_state(MODEL, optimizer, mesh, 0)
+        state = create_state(MODEL, optimizer, target, 0)
         start = np.asarray(state.parameters["mask_token"])
         for _ in range(4):  # the final layer and the gates start at zero
             state = update(state, batch)

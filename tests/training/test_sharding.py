@@ -81,10 +81,11 @@ from mpdit_jax.config import base_config, resolve
 from mpdit_jax.mesh import make_mesh
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.training.optimizer import make_optimizer
-from mpdit_jax.training.state import create_state
+from mpdit_jax.training.state import abstract_state, create_state
 mesh = make_mesh(data=1, fsdp=8)
 config = ModelConfig(depths=(2, 1), hidden_size=128, num_heads=4, input_size=8, num_classes=10)
-state = create_state(config, make_optimizer(resolve(base_config()).optimizer), mesh, 0)
+optimizer = make_optimizer(resolve(base_config()).optimizer)
+state = create_state(config, optimizer, abstract_state(config, optimizer, mesh), 0)
 whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 share = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
 print(share / whole)
@@ -119,8 +120,8 @@ def pointers(state):
     return [shard.data.unsafe_buffer_pointer() for leaf in leaves for shard in leaf.addressable_shards]
 
 with jax.set_mesh(mesh):
-    before = create_state(model, optimizer, mesh, 0)
-    update = jit_step(step, abstract_state(model, optimizer, mesh), mesh)
+    target = abstract_state(model, optimizer, mesh)
+    before, update = create_state(model, optimizer, target, 0), jit_step(step, target, mesh)
     batch = place_batch(batch, local_rows(16, mesh), 16, mesh)
     share = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(before))
     print(update.lower(before, batch).compile().memory_analysis().alias_size_in_bytes - share)

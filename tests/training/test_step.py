@@ -37,7 +37,7 @@ def prepare(config, **options):
     target = abstract_state(model_of(config), optimizer, mesh)
     random = np.random.default_rng(0)
     batch = {"x": random.standard_normal((8, 4, 4, 1), np.float32), "y": random.integers(0, 3, 8, np.int32)}
-    return create_state(model_of(config), optimizer, mesh, 0), jit_step(step, target, mesh), batch
+    return create_state(model_of(config), optimizer, target, 0), jit_step(step, target, mesh), batch
 
 
 def trained(steps, config, **options):
