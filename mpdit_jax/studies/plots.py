@@ -47,24 +47,36 @@ def _draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
-    for color, preset in enumerate(sorted({entry["preset"] for entry in entries})):
+    presets = sorted({entry["preset"] for entry in entries})
+    figure, panels = pyplot.subplots(
+        1, len(presets), figsize=(10, 4), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for preset, axes in zip(presets, panels[0], strict=True):
         own = [entry for entry in entries if entry["preset"] == preset]
-        axes.plot(
-            [entry["chips"] for entry in own], [value(entry) for entry in own], "o", color=f"C{color}", label=preset
-        )
-        for entry in own:
-            axes.annotate(
-                f" {entry['batch_size']}", (entry["chips"], value(entry)), fontsize=7, va="center", color=f"C{color}"
-            )
+        axes.plot([entry["chips"] for entry in own], [value(entry) for entry in own], "o")
+        for chips, height, batches in _labels([(entry["chips"], value(entry), entry["batch_size"]) for entry in own]):
+            above = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+            axes.annotate(batches, (chips, height), fontsize=7, **above)
         if preset in models:
             scale = 1e12 if predicted == "flops" else GIB
             beyond = [models[preset].predict(n, IMAGES_BEYOND * n, CHIPS["v5e"])[predicted] / scale for n in _BEYOND]
-            axes.plot(_BEYOND, beyond, "--", color=f"C{color}")
-    axes.set(xscale="log", yscale="log", xlabel="TPU v5e chips", ylabel=label)
-    axes.set_xscale("log", base=2)
-    axes.set_title("points: compiled, with their batch; dashes: cost model at 4 images a chip", fontsize=8)
-    axes.legend(fontsize=8)
+            axes.plot(_BEYOND, beyond, "--", color="C0")
+        axes.set(yscale="log", xlabel="TPU v5e chips", title=preset)
+        axes.set_xscale("log", base=2)
+        axes.margins(y=0.2)  # room for labels
+    panels[0][0].set_ylabel(label)
+    figure.suptitle("points: compiled, with their batch; dashes: cost model at 4 images a chip", fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
     return path
+
+
+def _labels(points: list[tuple[int, float, int]]) -> list[tuple[int, float, str]]:
+    """Batches beside their points (chips, value, batch): those of points that lie on each other in one."""
+    labels: list[tuple[int, float, str]] = []
+    for chips, height, batch in sorted(points):
+        if labels and labels[-1][0] == chips and height < 1.1 * labels[-1][1]:
+            labels[-1] = (chips, height, f"{batch}\n{labels[-1][2]}")
+        else:
+            labels.append((chips, height, str(batch)))
+    return labels
