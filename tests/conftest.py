@@ -1,4 +1,5 @@
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -18,12 +19,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # The processes that tests start compile the same few programs; one session compiles each once.
     CACHE = tempfile.mkdtemp(prefix="mpdit_jax_tests_")
     atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+# Tracing makes objects by the million, few of them garbage: looking for it as often as Python does by default takes a
+# tenth of the time of tests that trace.
+gc.set_threshold(50_000, 20, 50)
 
 # A shell that starts the suite in the background has it ignore Ctrl-C, and the processes that tests start with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -66,11 +66,12 @@ def test_wrong_arguments(arguments, sentence, capsys):
     ("--config.model.num_classes=5", r"set model\.num_classes=10"),
     ("--config.model.in_channels=3", r"in_channels=1"),
     ("--config.data.name=cifar10", "expected one of digits"),
-    ("--config.data.split=none", "expected one of all"),
+    ("--config.data.name=digits --config.data.split=none", "expected one of all"),
     ("--config.mesh.data=3", r"does not fit \d+ cpu device"),
 ])  # fmt: skip
 def test_wrong_values_are_one_sentence_before_anything_is_written(tmp_path, monkeypatch, capsys, override, sentence):
-    assert re.search(sentence, refusal(train.main, train_arguments(tmp_path / "run", override), monkeypatch, capsys))
+    arguments = train_arguments(tmp_path / "run", *override.split())
+    assert re.search(sentence, refusal(train.main, arguments, monkeypatch, capsys))
     assert not (tmp_path / "run").exists()
 
 

@@ -6,6 +6,7 @@ of its own that does what `python -m mpdit_jax.COMMAND` does from there on. Noth
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import json
 import os
@@ -109,6 +110,7 @@ def serve():
     """Answer one request a line."""
     for name in (*(f"mpdit_jax.{module}" for module in MODULES), *IMPORTED):
         importlib.import_module(name)
+    gc.freeze()  # what is imported is nobody's garbage, and looking at it would copy its pages
     children = {}
     for line in sys.stdin:
         request = json.loads(line)

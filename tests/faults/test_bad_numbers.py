@@ -54,12 +54,12 @@ def bad_examples(*arguments):
             return indices
 
     chosen = [int(batch_at(Indices(), 8, 0, step - 1)[2]) for step in BAD_STEPS]
-    return BadExamples(sources.load_digits(), frozenset(chosen))
+    return BadExamples(sources.load_arrays(*arguments), frozenset(chosen))
 
 
 @pytest.fixture
 def bad_data(monkeypatch):
-    monkeypatch.setitem(sources.SOURCES, "digits", bad_examples)
+    monkeypatch.setitem(sources.SOURCES, "arrays", bad_examples)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def with_skips(tmp_path_factory):
     script = (
         "import sys; from mpdit_jax import cli, train; from mpdit_jax.data import sources\n"
         "from tests.faults.test_bad_numbers import bad_examples\n"
-        "sources.SOURCES['digits'] = bad_examples\n"
+        "sources.SOURCES['arrays'] = bad_examples\n"
         "cli.run(train.main)"
     )
     done = subprocess.run(

@@ -18,11 +18,12 @@ from tests.tiny import ROOT, assert_same_bits, run, saved_arrays
 
 KILLS = int(os.environ.get("MPDIT_JAX_KILLS", "50"))
 STEPS = 80
-TINY = [
+TINY = [  # of one level: the time of a save is that of its number of arrays
     f"--config={ROOT / 'configs/digits.py'}", "--config.data.name=arrays", "--config.batch_size=4",
-    "--config.model.hidden_size=16", "--config.model.num_heads=2", "--config.model.depths=1,1",
-    "--config.model.time_embedding=sinusoidal", f"--config.steps={STEPS}", "--config.log.every=1",
-    "--config.checkpoint.every=2", "--config.checkpoint.keep=2", "--config.sample.every=0", "--config.eval.every=0",
+    "--config.model.patch_sizes=2,", "--config.model.depths=1,", "--config.model.hidden_size=16",
+    "--config.model.num_heads=2", "--config.model.time_embedding=sinusoidal", f"--config.steps={STEPS}",
+    "--config.log.every=1", "--config.checkpoint.every=2", "--config.checkpoint.keep=2", "--config.sample.every=0",
+    "--config.eval.every=0",
 ]  # fmt: skip
 
 

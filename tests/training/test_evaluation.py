@@ -17,7 +17,7 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.checkpoint import load_checkpoint
 from mpdit_jax.data import sources
-from mpdit_jax.data.sources import ArraySource, load_arrays, load_digits
+from mpdit_jax.data.sources import ArraySource, load_arrays
 from mpdit_jax.errors import ConfigError, InputError, WeightsError
 from mpdit_jax.evaluation import inception_weights
 from mpdit_jax.evaluation.agreement import portable
@@ -33,7 +33,7 @@ from mpdit_jax.training import evaluation, reference
 from mpdit_jax.training.curves import note_settings
 from tests.evaluation.conftest import digits as digits
 from tests.evaluation.conftest import tiny_inception as tiny_inception
-from tests.tiny import train_arguments
+from tests.tiny import digits_file, train_arguments
 from tests.training.test_processes import launch
 
 EVAL = [
@@ -168,9 +168,9 @@ def test_one_curve_of_two_kinds_is_told_and_noted(undisturbed, tmp_path, capsys)
 
 def test_other_images_under_the_same_labels_are_looked_at_anew(undisturbed, tmp_path, monkeypatch, capsys):
     """A run may go on with them, but neither what was seen of the old ones nor a classifier of them is used."""
-    workdir, digits = shutil.copytree(undisturbed, tmp_path / "run"), load_digits()
-    repaired = dataclasses.replace(digits, images=16 - digits.images, contents="of others")
-    monkeypatch.setitem(sources.SOURCES, "digits", lambda path, split: repaired)
+    workdir, digits = shutil.copytree(undisturbed, tmp_path / "run"), load_arrays(str(digits_file()))
+    repaired = dataclasses.replace(digits, images=255 - digits.images, contents="of others")
+    monkeypatch.setitem(sources.SOURCES, "arrays", lambda path, split: repaired)
     (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines(workdir)[:-1]))
     assert main(train_arguments(workdir, *EVAL)) == 0
     before, now = ({path.name for path in (of / "evaluation").iterdir()} for of in (undisturbed, workdir))
