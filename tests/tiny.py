@@ -20,17 +20,21 @@ import pytest
 from mpdit_jax import cli
 
 ROOT = Path(__file__).parent.parent
-OVERRIDES = [
+OVERRIDES = [  # one level: a start takes a fifth less; TWO_LEVELS where the model matters
     "--config.steps=8",
     "--config.batch_size=8",
     "--config.model.hidden_size=16",
     "--config.model.num_heads=2",
-    "--config.model.depths=2,1",
+    "--config.model.patch_sizes=2,",
+    "--config.model.depths=2,",
     "--config.log.every=3",
     "--config.checkpoint.every=4",
     "--config.sample.every=0",
     "--config.eval.every=0",
 ]
+
+
+TWO_LEVELS = ["--config.model.patch_sizes=2,1", "--config.model.depths=2,1"]
 
 
 @cache

@@ -103,7 +103,7 @@ def test_a_run_starts_from_a_converted_workdir(tmp_path, capsys):
     from mpdit_jax.interop.own_files import save_own
 
     config, workdir, *tiny = train_arguments(tmp_path / "run", "--config.steps=6")  # a step that other tests compile
-    model = random_model(patch_sizes=(2, 1), depths=(2, 1), in_channels=1, num_classes=10)
+    model = random_model(patch_sizes=(2,), depths=(2,), in_channels=1, num_classes=10)
     save_own(tmp_path / "model.safetensors", model, step=5)
     source = f"--source={tmp_path / 'model.safetensors'}"
     assert convert.main([source, f"--out={tmp_path / 'run'}", config, *tiny]) == 0

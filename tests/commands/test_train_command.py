@@ -60,7 +60,7 @@ def test_wrong_arguments(arguments, sentence, capsys):
     ("--config.guard.spike_factor=0.5", r"spike_factor=0\.5: expected 0"),
     ("--config.time.distribution=normal", "did you mean 'logit_normal'"),
     ("--config.model.preset=mpdit_bb", "unknown preset 'mpdit_bb'"),
-    ("--config.model.patch_sizes=3,1", "multiples of 3"),
+    ("--config.model.patch_sizes=3,1 --config.model.depths=2,1", "multiples of 3"),
     ("--config.model.hidden_size=30", "not divisible by 4"),
     ("--config.model.num_heads=3", "num_heads=3"),
     ("--config.model.num_classes=5", r"set model\.num_classes=10"),

@@ -296,10 +296,12 @@ def test_digests_notice_every_bit():
 
 
 def test_what_digests_cost(tmp_path):
-    """Beside saving the same arrays, in one process and one after the other; the share is printed."""
+    """Beside saving the same arrays, one after the other and compiled as for users; the share is printed."""
     draw = np.random.default_rng(0)
     tree = {str(number): jax.numpy.asarray(draw.normal(size=(2**20, 8)).astype(np.float32)) for number in range(2)}
+    jax.config.update("jax_disable_most_optimizations", False)
     integrity.digests(tree)  # compiled
+    jax.config.update("jax_disable_most_optimizations", True)
     seconds = {"digests": [], "saving": []}
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         for step in range(1, 4):

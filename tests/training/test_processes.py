@@ -12,6 +12,7 @@ from mpdit_jax.stored import list_steps
 from tests.tiny import (
     COMPARABLE,
     ROOT,
+    TWO_LEVELS,
     assert_near,
     free_port,
     join_flags,
@@ -23,7 +24,7 @@ from tests.tiny import (
 )
 
 STEPS = 20
-LONG = [f"--config.steps={STEPS}", "--config.checkpoint.every=10", "--config.log.every=1", COMPARABLE]
+LONG = [f"--config.steps={STEPS}", "--config.checkpoint.every=10", "--config.log.every=1", COMPARABLE, *TWO_LEVELS]
 
 
 def launch(count, devices, *arguments, **options):

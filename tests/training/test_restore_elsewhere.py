@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.tiny import environment, free_port, run, saved_arrays, train_arguments
+from tests.tiny import TWO_LEVELS, environment, free_port, run, saved_arrays, train_arguments
 
 STEPS = 4
 READ = """
@@ -44,7 +44,7 @@ print(json.dumps({"devices": min(held), "digests": digests}))
 def eight_devices(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("eight") / "run"
     mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=8"]
-    status, _, stderr = run("train", train_arguments(workdir, *mesh, f"--config.steps={STEPS}"), devices=8)
+    status, _, stderr = run("train", train_arguments(workdir, *mesh, *TWO_LEVELS, f"--config.steps={STEPS}"), devices=8)
     assert status == 0, stderr
     arrays = saved_arrays(workdir, STEPS)
     return workdir, {path: hashlib.sha256(array.tobytes()).hexdigest() for path, array in arrays.items()}

@@ -11,7 +11,13 @@ import pytest
 from mpdit_jax.errors import CheckpointError, InputError
 from mpdit_jax.stored import list_steps
 from mpdit_jax.train import main
-from tests.tiny import assert_same_bits, environment, run, saved_arrays, start, train_arguments
+from tests import tiny
+from tests.tiny import TWO_LEVELS, assert_same_bits, environment, run, saved_arrays, start
+
+
+def train_arguments(workdir, *more):
+    """Those of the tiny run, of a model that is MPDiT's."""
+    return tiny.train_arguments(workdir, *TWO_LEVELS, *more)
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import pytest
 
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.mesh import _arranged, check_batch, make_mesh, parameter_sharding
-from tests.tiny import COMPARABLE, assert_near, environment, losses, run, saved_arrays, train_arguments
+from tests.tiny import COMPARABLE, TWO_LEVELS, assert_near, environment, losses, run, saved_arrays, train_arguments
 
 STEPS = 20
-LONG = [f"--config.steps={STEPS}", "--config.checkpoint.every=10", "--config.log.every=1", COMPARABLE]
+LONG = [f"--config.steps={STEPS}", "--config.checkpoint.every=10", "--config.log.every=1", COMPARABLE, *TWO_LEVELS]
 
 
 @pytest.fixture(scope="module")
