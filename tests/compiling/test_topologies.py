@@ -79,7 +79,7 @@ def test_what_a_split_state_saves_and_sends():
 def test_a_step_too_large_for_its_chip_is_told_and_a_smaller_one_found():
     arguments = [
         f"--config={ROOT / 'configs/mpdit_b_256.py'}", "--topology=v5e:2x2", "--format=json", "--no_sampler",
-        "--config.batch_size=1024", "--config.model.remat=none",
+        "--config.batch_size=640", "--config.model.remat=none",
     ]  # fmt: skip
     status, stdout, stderr = run("compile", arguments, extra=OPTIMIZED)
     assert status == 1, stderr
