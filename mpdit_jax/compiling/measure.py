@@ -104,7 +104,8 @@ def _sampler(
     say(as_text(f"sampler of {batch_size} images, {config.sample.steps} steps", sampler))
     if sampler.get("fits", True) or not search:
         return {"sampler": sampler}
-    for size in smaller_batches(batch_size, mesh.size) if sampler["arguments"] < sampler["hbm"] else ():
+    parameters_fit = sampler["arguments"] < sampler["hbm"]  # fewer images make them no smaller
+    for size in smaller_batches(batch_size, mesh.size) if parameters_fit else ():
         flags = f"--sample_batch={size}"
         say(f"trying {flags} ...")
         other = measured(size)
