@@ -8,7 +8,7 @@ from sklearn.svm import SVC
 import mpdit_jax as mp
 from mpdit_jax.data.sources import load_source
 from mpdit_jax.images import to_uint8
-from tests.tiny import ROOT, run
+from tests.tiny import OPTIMIZED, ROOT, optimized, run
 
 
 def features(images):
@@ -28,8 +28,7 @@ def test_guided_samples_show_the_digit_asked_for(tmp_path):
     config = f"--config={ROOT / 'configs/digits.py'}"
     arguments = [config, f"--workdir={tmp_path / 'run'}", "--config.data.split=train", "--config.sample.every=0"]
     arguments.append("--config.eval.every=0")
-    optimized = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}  # for 800 real steps
-    process = run("train", arguments, extra=optimized)
+    process = run("train", arguments, extra=OPTIMIZED)  # 800 real steps
     assert process[0] == 0, process[2]
 
     judge = SVC(C=10, gamma=0.3).fit(*real("test"))
@@ -37,9 +36,8 @@ def test_guided_samples_show_the_digit_asked_for(tmp_path):
 
     labels = np.repeat(np.arange(10), 20)
     model = mp.load_checkpoint(tmp_path / "run")
-    jax.config.update("jax_disable_most_optimizations", False)
-    latents = mp.make_sampler(steps=50, guidance_scale=2.0)(model, labels, jax.random.key(0))
-    jax.config.update("jax_disable_most_optimizations", True)
+    with optimized():
+        latents = mp.make_sampler(steps=50, guidance_scale=2.0)(model, labels, jax.random.key(0))
     drawn = features(to_uint8(np.asarray(latents)))
     assert judge.score(drawn, labels) >= 0.95
     # Not copies of one image a class, and not copies of the training set.

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -71,6 +71,23 @@ def environment(devices=1):
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
+
+
+# Variables of a process, with one device, that compiles as users' do, unlike the rest of the suite (tests/conftest.py).
+OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
+
+
+@contextmanager
+def optimized():
+    """What is compiled meanwhile in this process is optimized, by the emitters it has."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def start(command, arguments, devices=1, extra=None, before="", **options):

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.tiny import ROOT, run
+from tests.tiny import OPTIMIZED, ROOT, run
 
 pytestmark = [
     pytest.mark.slow,
@@ -14,9 +14,6 @@ pytestmark = [
         importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[test,tpu]'"
     ),
 ]
-
-
-OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}  # unlike the rest of the suite
 
 
 def compiled(topology, *fields, only_step=True):
