@@ -99,7 +99,8 @@ def first_modulation(output_rms: float, hidden_size: int = 768, learning_rate: f
     z = np.linspace(-8, 8, 4001)
     density = np.exp(-(z**2) / 2) / np.exp(-(z**2) / 2).sum()
     entries = z * output_rms
-    return float(learning_rate * hidden_size * (density * np.abs(entries / (1 + np.exp(-entries)))).sum())
+    sigmoid = np.exp(-np.logaddexp(0, -entries))
+    return float(learning_rate * hidden_size * (density * np.abs(entries * sigmoid)).sum())
 
 
 def training_config(init: str, width: int, steps: int) -> ConfigDict:
@@ -156,15 +157,17 @@ def as_tables(start: list[Record], trained: list[Record]) -> str:
         f"{r['gradient_norm']:.2f} ± {r['gradient_norm_std']:.2f} | {first_modulation(r['output_rms']):.2f} |"
         for r in start
     ]
-    lines += ["", f"| fno_init | fno_width | loss, first {_EVERY} steps | last {_EVERY} | largest gradient norm |"]
-    lines += ["|---|---|---|---|---|"]
+    columns = f"loss, first {_EVERY} steps | last {_EVERY} | largest gradient norm | steps left out"
+    lines += ["", f"| fno_init | fno_width | {columns} |"]
+    lines += ["|---|---|---|---|---|---|"]
     for init in FNO_INITS:
         for width in TRAINED_WIDTHS:
             runs = [record for record in trained if (record["init"], record["width"]) == (init, width)]
             first, last = (np.array([run["losses"][at] for run in runs]) for at in (0, -1))
-            largest = np.array([max(run["gradient_norms"]) for run in runs])
+            # fmax, for the mean of ten steps that were all left out is NaN.
+            largest = np.array([np.fmax.reduce(run["gradient_norms"]) for run in runs])
             cells = [f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" for values in (first, last, largest)]
-            lines.append(f"| {init} | {width} | {' | '.join(cells)} |")
+            lines.append(f"| {init} | {width} | {' | '.join(cells)} | {sum(run['skipped'] for run in runs):.0f} |")
     return "\n".join(lines)
 
 

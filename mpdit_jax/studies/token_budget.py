@@ -147,6 +147,12 @@ def measure(settings: Record, path: str) -> Record:
     points = []
     for step, state in enumerate(trainer.states(settings["seed"]), start=1):
         if step in at:
+            if skipped := int(state.window["skipped"]):
+                raise DivergedError(
+                    f"{name}, seed {settings['seed']}: {skipped} of the first {step} of {steps} steps were left out, "
+                    "since loss or gradient was not finite: the budget was not spent; lower the learning rate in "
+                    "`training_config`, for all models."
+                )
             points.append(
                 {
                     "gmacs": round(step * BATCH_SIZE * training_macs(name) / 1e9, 2),
@@ -154,11 +160,6 @@ def measure(settings: Record, path: str) -> Record:
                     "accuracy": accuracy(trainer, state.ema_parameters, settings["samples"], settings["seed"], path),
                 }
             )
-    if skipped := int(state.window["skipped"]):
-        raise DivergedError(
-            f"{name}, seed {settings['seed']}: {skipped} of {steps} steps were left out, since loss or gradient was "
-            "not finite: the budget was not spent; lower config.optimizer.learning_rate for all models."
-        )
     macs = round(count_macs(trainer.model) / 1e6, 2)
     return {"parameters": count_trained(trainer.model), "forward_mmacs": macs, "steps": steps, "points": points}
 

@@ -51,7 +51,7 @@ class Trainer:
             for _, batch in zip(range(self.config.steps), feed, strict=False):
                 state = self._update(state, jax.tree.map(jnp.asarray, dict(batch)))
                 yield state
-            if int(state.guard["skipped_in_a_row"]) >= RUINED:
+            if int(state.window["most_skipped_in_a_row"]) >= RUINED:  # a later step may have counted
                 raise DivergedError(
                     f"in {self.config.steps} steps with seed {seed}, an update made of finite gradients was not finite "
                     "or its squares overflowed: lower config.optimizer.learning_rate."

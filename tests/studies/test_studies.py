@@ -86,7 +86,7 @@ def test_steps_left_out_are_a_result_of_the_one_study_and_not_of_the_other(reckl
     monkeypatch.setattr(token_budget, "_trainer", lambda *_: reckless)
     for name in ("held_out_loss", "accuracy"):
         monkeypatch.setattr(token_budget, name, lambda *_: 0.0)
-    with pytest.raises(DivergedError, match="coarse, seed 3: 10 of 10 steps were left out"):
+    with pytest.raises(DivergedError, match="coarse, seed 3: 2 of the first 2 of 10 steps were left out"):
         token_budget.measure({"model": "coarse", "budget": 1, "seed": 3, "samples": 1}, "")
 
 
@@ -99,7 +99,7 @@ def fake_records():
         for width in fno_width.WIDTHS
     ]  # fmt: skip
     trained = [
-        {"init": init, "width": width, "losses": [1.0, 0.5 + 0.1 * seed], "gradient_norms": [3.0, 1.0]}
+        {"init": init, "width": width, "losses": [1.0, 0.5 + 0.1 * seed], "gradient_norms": [3.0, np.nan], "skipped": 2}
         for init in ("paper", "scaled")
         for width in fno_width.TRAINED_WIDTHS
         for seed in range(3)
@@ -110,7 +110,7 @@ def fake_records():
 def test_tables():
     start, trained = fake_records()
     text = fno_width.as_tables(start, trained)
-    assert text.count("| 1.000 ± 0.000 | 0.600 ± 0.100 | 3.000 ± 0.000 |") == 4
+    assert text.count("| 1.000 ± 0.000 | 0.600 ± 0.100 | 3.000 ± 0.000 | 6 |") == 4
     text = token_budget.as_table(budget_records())
     assert text.count("| 2,000 | 0.6000 ± 0.1000 | 0.900 ± 0.000 |") == 2
 
