@@ -20,6 +20,7 @@ from mpdit_jax.studies.scaling_grid import FSDP
 Results = Mapping[str, Mapping[str, Any]]
 
 IMAGES_BEYOND = 4  # a chip, beyond what was compiled: the recipe's batch on 256 chips
+_LEAST = 3  # steps: as many as a fit has terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +76,9 @@ class CostModel:
 
 
 def fit(results: Results) -> dict[str, CostModel]:
-    """A model of each preset that has steps enough: three to fit to."""
+    """A model of each preset that has steps enough to fit to."""
     presets = sorted({entry["preset"] for entry in results.values()})
-    return {preset: _fit(entries) for preset in presets if len(entries := fitted(results, preset)) >= 3}
+    return {preset: _fit(entries) for preset in presets if len(entries := fitted(results, preset)) >= _LEAST}
 
 
 def fitted(results: Results, preset: str) -> list[Mapping[str, Any]]:
@@ -89,17 +90,17 @@ def fitted(results: Results, preset: str) -> list[Mapping[str, Any]]:
     ]
 
 
-def missed_beyond(results: Results, preset: str) -> dict[str, float] | None:
-    """What an extrapolation is worth: by how much a model fitted to smaller slices misses the steps on the largest.
+def missed_beyond(results: Results, preset: str) -> tuple[int, dict[str, float]] | None:
+    """What an extrapolation is worth: the largest slice's chips, and how a model fitted to smaller ones misses it.
 
     None where smaller slices have too few steps to fit to.
     """
     steps = fitted(results, preset)
     most = max(entry["chips"] for entry in steps)
     smaller = [entry for entry in steps if entry["chips"] < most]
-    if len(smaller) < 3:
+    if len(smaller) < _LEAST:
         return None
-    return _fit(smaller).missed(entry for entry in steps if entry["chips"] == most)
+    return most, _fit(smaller).missed(entry for entry in steps if entry["chips"] == most)
 
 
 def _fit(entries: list[Mapping[str, Any]]) -> CostModel:
@@ -165,10 +166,10 @@ def table(results: Results, models: Mapping[str, CostModel]) -> str:
         steps = fitted(results, preset)
         lines.append(f"- {preset}: fitted to {len(steps)} steps; largest residuals: {_as_text(model.missed(steps))}.")
         if beyond := missed_beyond(results, preset):
-            most = max(entry["chips"] for entry in steps)
+            most, errors = beyond
             lines.append(
                 f"- {preset}: fitted to fewer than {most} chips alone, it misses the steps on {most} by at most: "
-                f"{_as_text(beyond)}."
+                f"{_as_text(errors)}."
             )
     if models:
         lines += [

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mpdit_jax.chips import CHIPS, GIB
-from mpdit_jax.errors import MissingExtraError
+from mpdit_jax.errors import DataError, MissingExtraError
 from mpdit_jax.studies.cost_model import IMAGES_BEYOND, CostModel, Results
 
 _BEYOND = (512, 1024, 2048, 4096)  # chips
@@ -16,12 +16,15 @@ def draw(results: Results, models: Mapping[str, CostModel], folder: Path) -> lis
     """Memory, operations and traffic per chip against the number of chips; the files.
 
     Raises:
+        DataError: there is no step to draw.
         MissingExtraError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("--plots needs matplotlib: pip install 'mpdit_jax[docs]'.")
-    folder.mkdir(parents=True, exist_ok=True)
     whole = [entry for entry in results.values() if not entry["refused"]]
+    if not whole:
+        raise DataError("--plots: no step in the results was compiled to its end: there is nothing to draw.")
+    folder.mkdir(parents=True, exist_ok=True)
 
     pictures: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], float]]] = {
         "memory": ("peak memory a chip, GiB", "peak", lambda entry: entry["peak"] / GIB),

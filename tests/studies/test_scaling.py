@@ -6,8 +6,8 @@ import json
 import pytest
 
 from mpdit_jax.chips import CHIPS
-from mpdit_jax.errors import InputError
-from mpdit_jax.studies import scaling
+from mpdit_jax.errors import DataError, InputError
+from mpdit_jax.studies import plots, scaling
 from mpdit_jax.studies.cost_model import fit, fitted, flops_spread, missed_beyond, table
 from mpdit_jax.studies.scaling_grid import GRID
 from tests.tiny import ROOT
@@ -57,9 +57,11 @@ def test_the_cost_model_is_recovered_and_extrapolates(results):
 
 def test_an_extrapolation_is_held_against_the_largest_slices(results):
     """Three steps of its form on fewer chips; one on the most has twice the temporaries."""
-    assert missed_beyond(results, "mpdit_b")["temporaries"] < 1e-6
+    _, missed = missed_beyond(results, "mpdit_b")
+    assert missed["temporaries"] < 1e-6
     results["mpdit_b/256/8192"]["temporaries"] *= 2
-    missed = missed_beyond(results, "mpdit_b")
+    most, missed = missed_beyond(results, "mpdit_b")
+    assert most == 256
     assert missed["temporaries"] == pytest.approx(0.5)
     assert missed["operations"] < 1e-6
     expected = "fitted to fewer than 256 chips alone, it misses the steps on 256 by at most: temporaries 50.0%"
@@ -125,11 +127,17 @@ def test_another_file_is_refused(tmp_path):
 
 
 def test_pictures_are_drawn(results, tmp_path):
-    from mpdit_jax.studies.plots import draw
-
-    paths = draw(results, fit(results), tmp_path)
+    paths = plots.draw(results, fit(results), tmp_path)
     assert [path.name for path in paths] == ["scaling_memory.png", "scaling_flops.png", "scaling_traffic.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    with pytest.raises(DataError, match="there is nothing to draw"):
+        plots.draw({name: entry | {"refused": True} for name, entry in results.items()}, {}, tmp_path)
+
+
+def test_points_that_lie_on_each_other_have_one_label():
+    """The highest batch on top; points a tenth apart, or of other chips, keep their own."""
+    points = [(64, 1.0, 512), (16, 1.0, 256), (16, 1.05, 512), (16, 2.0, 1024)]
+    assert plots._labels(points) == [(16, 1.05, "512\n256"), (16, 2.0, "1024"), (64, 1.0, "512")]
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="the study has no results yet")
