@@ -60,7 +60,7 @@ def measure(
     mesh = make_mesh(**resolved.mesh, devices=found)
     sample_batch = sample_batch or 8 * mesh.size
     check_batch(sample_batch, mesh, name="--sample_batch")  # before minutes of compilation
-    where = topology or f"{mesh.size} virtual CPU devices"
+    where = topology or f"{mesh.size} {'virtual CPU ' if devices else ''}devices"
     shape = f"data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}"
     say(f"{where}: {mesh.size} chips as {shape}, batches of {resolved.batch_size}, remat {resolved.model.remat}")
     report: Report = {"where": where, "chips": mesh.size, "mesh": shape, "batch_size": resolved.batch_size}
@@ -76,14 +76,14 @@ def _step(config: FrozenConfigDict, mesh: Mesh, chip: Chip | None, search: bool,
     say(as_text("train step", step))
     if step.get("fits", True) or not search:
         return {"step": step}
-    states = {config.mesh.fsdp: step["arguments"]}  # what a chip holds of the state hangs on its split alone
+    given = {config.mesh.fsdp: step["arguments"]}  # state and batch: how much of it, hangs on the split alone
     for flags, candidate in smaller(config, mesh.size):
-        if states.get(candidate.mesh.fsdp, 0) >= step["hbm"]:
+        if given.get(candidate.mesh.fsdp, 0) >= step["hbm"]:
             continue
         say(f"trying {flags} ...")
         other_mesh = make_mesh(**candidate.mesh, devices=list(mesh.devices.flat))
         other = describe(compile_step(candidate, other_mesh), step_flops(candidate), mesh.size, chip)
-        states[candidate.mesh.fsdp] = other["arguments"]
+        given[candidate.mesh.fsdp] = other["arguments"]
         if other["fits"]:
             say(as_text(f"nearest setting that would fit: {flags}; train step", other))
             return {"step": step, "nearest_fit": {"flags": flags, **other}}

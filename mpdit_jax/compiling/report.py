@@ -13,7 +13,7 @@ from mpdit_jax.compiling.programs import Program
 from mpdit_jax.config import model_of
 from mpdit_jax.model.accounting import count_macs, recomputed_macs, training_flops
 
-_IMAGES_IN_A_PART = 8  # on a chip, at the least, before `full` is tried: 512 rows of 64 coarse tokens
+_IMAGES_IN_A_PART = 8  # on a chip, at the least, before `full` is tried: of 64 coarse tokens, 512 rows of a product
 
 
 def step_flops(config: FrozenConfigDict) -> float:
@@ -57,7 +57,7 @@ def describe(program: Program, flops: float, chips: int, chip: Chip | None) -> d
 
 
 def smaller(config: FrozenConfigDict, chips: int) -> Iterator[tuple[str, FrozenConfigDict]]:
-    """Settings that need less memory, the least recomputation first: as flags, and as configs.
+    """Settings that need less memory, those that cost the least time first: as flags, and as configs.
 
     Each way of remat is tried with the state split as it is and over as many chips as the model's width divides over,
     then with the batch cut into parts. That computes nothing again, but gathers the parameters once a part, and

@@ -15,7 +15,7 @@ from mpdit_jax.errors import CheckpointError, DamageWarning
 from mpdit_jax.model.parameters import abstract, merge, split
 from mpdit_jax.model.presets import model_config
 from tests.conftest import Golden
-from tests.tiny import ROOT, refusal, run, saved_arrays, start, train_arguments
+from tests.tiny import ROOT, TWO_LEVELS, refusal, run, saved_arrays, start, train_arguments
 
 DIT = {"patch_sizes": (2,), "depths": (1,), "time_embedding": "sinusoidal", "class_tokens": 16}
 DIT |= {"condition": "vector", "modulation": "per_block"}
@@ -102,8 +102,8 @@ def test_a_run_starts_from_a_converted_workdir(tmp_path, capsys):
     """The step goes on where the file's ended, from its weights, by the config given."""
     from mpdit_jax.interop.own_files import save_own
 
-    config, workdir, *tiny = train_arguments(tmp_path / "run", "--config.steps=6")  # a step that other tests compile
-    model = random_model(patch_sizes=(2,), depths=(2,), in_channels=1, num_classes=10)
+    config, workdir, *tiny = train_arguments(tmp_path / "run", "--config.steps=6", *TWO_LEVELS)
+    model = random_model(patch_sizes=(2, 1), depths=(2, 1), in_channels=1, num_classes=10)
     save_own(tmp_path / "model.safetensors", model, step=5)
     source = f"--source={tmp_path / 'model.safetensors'}"
     assert convert.main([source, f"--out={tmp_path / 'run'}", config, *tiny]) == 0

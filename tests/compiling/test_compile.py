@@ -220,9 +220,9 @@ def test_the_nearest_setting_that_fits_is_looked_for(monkeypatch, capsys):
     assert "does NOT fit 15.75 GiB" in capsys.readouterr().out
 
 
-def test_nothing_is_tried_where_the_state_alone_is_too_large(monkeypatch, capsys):
+def test_what_is_too_large_by_the_state_alone_is_not_tried(monkeypatch, capsys):
     """Of two chips: not split, one holds 32 GiB of state; split, 16; the sampler's parameters take 17."""
-    tried = []
+    tried, sampled = [], []
 
     def step(config, mesh):
         tried.append(config.mesh.fsdp)
@@ -230,6 +230,7 @@ def test_nothing_is_tried_where_the_state_alone_is_too_large(monkeypatch, capsys
         return Program(state, 2**20, state, state + 2**20, None, None, None, 1.0, refused=True)
 
     def sampler(config, mesh, batch_size):
+        sampled.append(batch_size)
         return Program(17 * 2**30, 2**20, 2**20, 17 * 2**30 + 2**20, 10, {}, 0, 1.0)
 
     monkeypatch.setattr("mpdit_jax.compiling.measure.compile_step", step)
@@ -238,14 +239,16 @@ def test_nothing_is_tried_where_the_state_alone_is_too_large(monkeypatch, capsys
     monkeypatch.setattr("mpdit_jax.compile.prepare", lambda devices: None)
     assert compile_command([f"--config={ROOT / 'configs/digits.py'}", "--topology=v5e:1x2"]) == 1
     out = capsys.readouterr().out
-    assert tried == [1, 2]
+    assert tried == [1, 2]  # as asked, and split; no remat, no parts of either
+    assert sampled == [16]
     assert "nothing tried fits: take more chips or a smaller batch_size" in out
     assert "no batch tried fits: every chip holds all parameters" in out
 
 
 def test_the_devices_that_were_asked_for_are_there():
-    with pytest.raises(ConfigError, match="--devices=3: JAX has 1; unset XLA_FLAGS and JAX_PLATFORMS"):
-        measure(base_config(), devices=3)
+    here = jax.device_count()
+    with pytest.raises(ConfigError, match=f"--devices={here + 2}: JAX has {here}; unset XLA_FLAGS and JAX_PLATFORMS"):
+        measure(base_config(), devices=here + 2)
 
 
 def test_the_largest_batch_to_sample_that_fits_is_looked_for(monkeypatch, capsys):

@@ -106,7 +106,8 @@ def test_a_signal_while_a_weak_reference_dies_is_not_lost():
 
 def test_before_the_first_step(nursery, tmp_path):
     """There is nothing to save: it ends at once, even while it compiles."""
-    child = nursery.start("train", train_arguments(tmp_path / "run", *LONG))
+    alone = "--config.model.hidden_size=24"  # no other test has compiled its step
+    child = nursery.start("train", train_arguments(tmp_path / "run", *LONG, alone))
     wait_until(lambda: "starting at step 0" in child.text(), child)
     os.kill(child.pid, signal.SIGTERM)
     assert child.wait() == 0

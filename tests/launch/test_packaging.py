@@ -65,9 +65,9 @@ def test_ci_covers_every_supported_python(setup_arguments):
 
 def test_ci_has_what_some_tests_are_skipped_without():
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
-    for job, needed in (("tpu", "-e '.[test,tpu]'"), ("slurm", "slurm-wlm")):
+    for job, needed in (("tpu", ["-e '.[test,tpu]'"]), ("slurm", ["slurm-wlm", "munge", "procps"])):
         *before, last = (step["run"] for step in jobs[job]["steps"] if "run" in step)
-        assert any(needed in command for command in before)
+        assert any(all(name in command for name in needed) for command in before)
         command, path = last.split()
         assert Path(command).name == "pytest"
         assert (ROOT / path).exists()
