@@ -11,10 +11,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from types import TracebackType
 
 from mpdit_jax.interrupt import say_last
+from mpdit_jax.roll_call import Joined, turn_away
 
 _ALIVE, _DONE, _FAILED, _LOST = b"aqel"  # what one byte says; the number of the lost process follows the last one
 _EVERY = 5.0  # seconds between signs of life
@@ -27,17 +27,17 @@ _MARGIN = 5.0  # seconds by which a process that serves the others outlives them
 class PeerWatch(threading.Thread):
     """A thread that watches the other processes, and ends this one when one of them is lost."""
 
-    def __init__(self, index: int, count: int, connections: Mapping[int, socket.socket]) -> None:
+    def __init__(self, index: int, count: int, joined: Joined) -> None:
         """Not started yet.
 
         Args:
             index: of this process.
             count: of all.
-            connections: to every other process on process 0, to process 0 on the others.
+            joined: what the roll call has left open.
         """
         super().__init__(name="peers", daemon=True)
         self._index, self._count = index, count
-        self._peers = dict(connections)
+        self._peers, self._listener = dict(joined.connections), joined.listener
         self._heard = dict.fromkeys(self._peers, time.monotonic())
         self._farewell: dict[int, float | None] = {}  # who ends by itself, and when it said so if with an error
         self._ending = False
@@ -46,6 +46,9 @@ class PeerWatch(threading.Thread):
         for number, connection in self._peers.items():
             connection.setblocking(False)
             self._selector.register(connection, selectors.EVENT_READ, number)
+        if self._listener is not None:
+            self._listener.setblocking(False)
+            self._selector.register(self._listener, selectors.EVENT_READ)
 
     def leave(self, *, failed: bool) -> bool:
         """Say that this process ends by itself, so that it is not taken for lost.
@@ -74,7 +77,10 @@ class PeerWatch(threading.Thread):
         beat = time.monotonic()
         while True:
             for key, _ in self._selector.select(1.0):
-                self._hear(key.data, self._peers[key.data])
+                if self._listener is not None and key.fileobj is self._listener:
+                    turn_away(self._listener)
+                else:
+                    self._hear(key.data, self._peers[key.data])
             now = time.monotonic()
             if now - beat >= _EVERY:
                 beat = now
@@ -134,9 +140,9 @@ class PeerWatch(threading.Thread):
                 continue  # it is found out when it is read from
 
 
-def start_watch(index: int, count: int, connections: Mapping[int, socket.socket]) -> None:
+def start_watch(index: int, count: int, joined: Joined) -> None:
     """Watch the other processes until `leave`. An error that nobody catches waits for what the watch finds out."""
-    watch = PeerWatch(index, count, connections)
+    watch = PeerWatch(index, count, joined)
     watch.start()
     print_traceback = sys.excepthook
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
+import jaxlib
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -21,7 +22,7 @@ from mpdit_jax.clusters import Cluster, find_cluster, find_pod, on_cloud_tpu
 from mpdit_jax.errors import ConfigError, MPDiTError, ProcessError
 from mpdit_jax.files import code_fingerprint
 from mpdit_jax.peers import start_watch
-from mpdit_jax.roll_call import Facts, roll_call, tell_apart
+from mpdit_jax.roll_call import REMEDY, Facts, roll_call, tell_apart
 from mpdit_jax.waiting import wait_for_all
 
 _SENTENCE_LIMIT = 4096  # bytes
@@ -47,7 +48,7 @@ def join(options: argparse.Namespace, facts: Facts) -> None:
 
     Args:
         options: parsed flags, see `add_flags`.
-        facts: what every process must have in common with process 0, beside the version of this package.
+        facts: what every process must have in common with process 0, beside the versions of this package and of JAX.
 
     Raises:
         ConfigError: flags or variables that describe no cluster.
@@ -69,6 +70,7 @@ def join(options: argparse.Namespace, facts: Facts) -> None:
     if cluster is None or cluster.count == 1:
         return
     facts = {**facts, "version": __version__, "code": code_fingerprint()}
+    facts |= {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
     start_watch(cluster.index, cluster.count, roll_call(cluster, facts, options.join_timeout))
     jax.distributed.initialize(
         cluster.coordinator,
@@ -80,7 +82,7 @@ def join(options: argparse.Namespace, facts: Facts) -> None:
     )
 
 
-def compare_facts(facts: Facts, remedy: str = "start the same command on all machines") -> None:
+def compare_facts(facts: Facts, remedy: str = REMEDY) -> None:
     """Raise ProcessError, on every process, unless all have process 0's facts; all must ask at the same point.
 
     For facts that are known after the roll call; the sentence ends with the remedy.

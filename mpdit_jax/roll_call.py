@@ -1,11 +1,14 @@
 """The roll call that processes hold before JAX connects them, on the port after the coordinator's.
 
 JAX itself ends a process that waits in vain with a stack trace; the roll call ends it with a sentence that names who is
-missing, or who was started with another config or version. Its connections stay open: see `mpdit_jax.peers`.
+missing, or who was started with another config or version. Its connections stay open: see `mpdit_jax.peers`. So does
+the port, as long as process 0 lives: JAX would let another run listen on the coordinator's, and both would end.
 """
 
+import dataclasses
 import errno
 import json
+import os
 import resource
 import socket
 import time
@@ -25,94 +28,134 @@ _LONGEST_SILENCE = 5.0  # seconds in which whoever connects must have said who i
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _OTHER_FILES = 1024  # that a training may have open beside its connections
 _MOST_SHOWN = 5  # facts a process
+_UNDER_WAY = b'{"under_way": true}\n'
+REMEDY = "start the same command on all machines"
 
 
-def roll_call(cluster: Cluster, facts: Facts, timeout: float) -> dict[int, socket.socket]:
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """What remains open after a roll call.
+
+    Attributes:
+        connections: to every other process on process 0, to process 0 on the others.
+        listener: the port, on process 0; see `turn_away`.
+    """
+
+    connections: dict[int, socket.socket]
+    listener: socket.socket | None = None
+
+    def close(self) -> None:
+        """Close all of it."""
+        for connection in self.connections.values():
+            connection.close()
+        if self.listener is not None:
+            self.listener.close()
+
+
+def roll_call(cluster: Cluster, facts: Facts, timeout: float) -> Joined:
     """Return when every process of the cluster is there with the same facts.
-
-    Returns:
-        Open connections: to every other process on process 0, to process 0 on the others.
 
     Raises:
         ProcessError: one is missing after `timeout` seconds, or differs; every process that is there raises it.
     """
     host, _, port = cluster.coordinator.rpartition(":")
-    if cluster.index == 0:
-        problem, connections = _hear_all(int(port) + 1, cluster, facts, timeout)
+    if cluster.index:
+        problem, joined = _answer(host.strip("[]"), int(port) + 1, cluster, facts, timeout)
     else:
-        problem, connections = _answer(host, int(port) + 1, cluster, facts, timeout)
+        _listen(int(port)).close()  # JAX's own, which may be somebody else's
+        listener = _listen(int(port) + 1)
+        problem, connections = _hear_all(listener, cluster, facts, timeout)
+        joined = Joined(connections, listener)
     if problem:
-        for connection in connections.values():
-            connection.close()
+        joined.close()
         raise ProcessError(problem)
-    return connections
+    return joined
 
 
-def _hear_all(port: int, cluster: Cluster, facts: Facts, timeout: float) -> tuple[str, dict[int, socket.socket]]:
+def turn_away(listener: socket.socket) -> None:
+    """Answer one who comes when the roll call is over: it may try again, or belongs to another run."""
+    try:
+        late, _ = listener.accept()
+        with late:
+            late.settimeout(1.0)
+            late.recv(65536)  # a connection closed before it is read takes the answer with it
+            late.sendall(_UNDER_WAY)
+    except OSError:
+        return
+
+
+def _listen(port: int) -> socket.socket:
+    """A server on every address, as JAX's is."""
+    try:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+        return socket.create_server(("", port))
+    except OSError as error:
+        raise ProcessError(
+            f"process 0 cannot listen on port {port} ({os.strerror(error.errno or 0)}): is another run using it? "
+            "Choose another port for the coordinator's address; the one after it is needed as well."
+        ) from error
+
+
+def _hear_all(
+    server: socket.socket, cluster: Cluster, facts: Facts, timeout: float
+) -> tuple[str, dict[int, socket.socket]]:
     deadline, differing = time.monotonic() + timeout, list[str]()
     present, connections, strangers = {0}, dict[int, socket.socket](), list[socket.socket]()
     named = set[int]()  # that came and cannot be counted
     _allow_files(cluster.count)
-    try:
-        server = socket.create_server(("", port))
-    except OSError as error:
-        return (
-            f"process 0 cannot listen on port {port} ({error.strerror}): is another run using it? Choose another port "
-            "for --coordinator_address; the one after it is needed as well."
-        ), {}
-    with server:
-        while (left := deadline - time.monotonic()) > 0:
+    while (left := deadline - time.monotonic()) > 0:
+        if present | named >= {*range(cluster.count)}:
+            _lose_ended(present, connections)  # such a one may be started again
             if present | named >= {*range(cluster.count)}:
-                _lose_ended(present, connections)  # such a one may be started again
-                if present | named >= {*range(cluster.count)}:
-                    break
-            server.settimeout(left)
-            try:
-                peer, _ = server.accept()
-            except OSError as error:
-                if error.errno in _FULL:
-                    differing.append(
-                        f"process 0 cannot hold another connection beside {len(connections)} ({error.strerror}): raise "
-                        "`ulimit -n` where it runs"
-                    )
-                    named.update(range(cluster.count))  # whoever is not there is not at fault
-                continue
-            try:
-                peer.settimeout(min(max(left, 0.1), _LONGEST_SILENCE))  # others wait behind a stranger who says nothing
-                message = parse_json(_read_line(peer))
-                index, count, theirs = int(message["index"]), int(message["count"]), dict(message["facts"])
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # not one of ours
-            if index in present:
-                _lose_ended(present, connections)
-            if count != cluster.count or not 0 < index < cluster.count or index in present:
+                break
+        server.settimeout(left)
+        try:
+            peer, _ = server.accept()
+        except OSError as error:
+            if error.errno in _FULL:
                 differing.append(
-                    f"process {index} was started as one of {count} and process 0 as one of {cluster.count}"
-                    if count != cluster.count
-                    else f"a second process calls itself number {index}"
+                    f"process 0 cannot hold another connection beside {len(connections)} ({error.strerror}): raise "
+                    "`ulimit -n` where it runs"
                 )
-                strangers.append(peer)
-                named.add(index)
-                continue
-            if sentence := tell_apart(index, theirs, facts):
-                differing.append(sentence)
-            present.add(index)
-            connections[index] = peer
-        missing = [str(index) for index in range(1, cluster.count) if index not in present | named]
-        if missing:
-            verb = "process" if len(missing) == 1 else "processes"
+                named.update(range(cluster.count))  # whoever is not there is not at fault
+            continue
+        try:
+            peer.settimeout(min(max(left, 0.1), _LONGEST_SILENCE))  # others wait behind a stranger who says nothing
+            message = parse_json(_read_line(peer))
+            index, count, theirs = int(message["index"]), int(message["count"]), dict(message["facts"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not one of ours
+        if index in present:
+            _lose_ended(present, connections)
+        if count != cluster.count or not 0 < index < cluster.count or index in present:
             differing.append(
-                f"{verb} {', '.join(missing)} of {cluster.count} did not join within {timeout:g} s: see its log, and "
-                f"whether its host reaches {cluster.coordinator} (and the port after it)."
+                f"process {index} was started as one of {count} and process 0 as one of {cluster.count}"
+                if count != cluster.count
+                else f"a second process calls itself number {index}"
             )
-        problem = "; ".join(differing)
-        for peer in (*connections.values(), *strangers):
-            try:
-                peer.sendall(json.dumps({"problem": problem}).encode() + b"\n")
-            except OSError:
-                continue  # it will say itself that it lost process 0
-        for peer in strangers:
-            peer.close()
+            strangers.append(peer)
+            named.add(index)
+            continue
+        if sentence := tell_apart(index, theirs, facts):
+            differing.append(f"{sentence}: {REMEDY}")
+        present.add(index)
+        connections[index] = peer
+    missing = [str(index) for index in range(1, cluster.count) if index not in present | named]
+    if missing:
+        verb = "process" if len(missing) == 1 else "processes"
+        differing.append(
+            f"{verb} {', '.join(missing)} of {cluster.count} did not join within {timeout:g} s: see its log, and "
+            f"whether its host reaches {cluster.coordinator} (and the port after it)."
+        )
+    problem = "; ".join(differing)
+    for peer in (*connections.values(), *strangers):
+        try:
+            peer.sendall(json.dumps({"problem": problem}).encode() + b"\n")
+        except OSError:
+            continue  # it will say itself that it lost process 0
+    for peer in strangers:
+        peer.close()
     return problem, connections
 
 
@@ -147,43 +190,50 @@ def _has_ended(connection: socket.socket) -> bool:
         connection.settimeout(patience)
 
 
-def _answer(
-    host: str, port: int, cluster: Cluster, facts: Facts, timeout: float
-) -> tuple[str, dict[int, socket.socket]]:
-    deadline = time.monotonic() + timeout
+def _answer(host: str, port: int, cluster: Cluster, facts: Facts, timeout: float) -> tuple[str, Joined]:
+    deadline, under_way = time.monotonic() + timeout, False
     message = json.dumps({"index": cluster.index, "count": cluster.count, "facts": dict(facts)}).encode() + b"\n"
     while (left := deadline - time.monotonic()) > 0:
         try:
             connection = socket.create_connection((host, port), timeout=left)
         except OSError:
+            under_way = False
             time.sleep(0.2)  # it may not be listening yet
             continue
         try:
             connection.settimeout(left + _REPLY_GRACE)
             connection.sendall(message)
-            return str(parse_json(_read_line(connection))["problem"]), {0: connection}
+            reply = parse_json(_read_line(connection))
+            under_way = "under_way" in reply
+            return str(reply["problem"]), Joined({0: connection})
         except TimeoutError:
             connection.close()
             return (
                 f"process 0 at {cluster.coordinator} was still waiting for others when process {cluster.index} had "
                 f"waited {timeout:g} s for it: its log names them; start all within --join_timeout of each other."
-            ), {}
-        except (OSError, ValueError, KeyError):
+            ), Joined({})
+        except (OSError, ValueError, KeyError, TypeError):
             connection.close()
             time.sleep(0.2)
+    if under_way:
+        return (
+            f"process 0 at {cluster.coordinator} belongs to a run that began without process {cluster.index}, and "
+            f"still did after {timeout:g} s: end that run, or choose another port for the coordinator's address."
+        ), Joined({})
     return (
         f"process 0 at {cluster.coordinator} did not answer process {cluster.index} within {timeout:g} s: see its log, "
         "and whether this host reaches it (and the port after it)."
-    ), {}
+    ), Joined({})
 
 
 def _read_line(connection: socket.socket) -> bytes:
+    """All of it and not a byte more: what comes after it is for the watch."""
     data = b""
     while not data.endswith(b"\n"):
-        part = connection.recv(65536)
+        part = connection.recv(65536, socket.MSG_PEEK)
         if not part or len(data) > _MESSAGE_LIMIT:
             raise ConnectionError("the connection ended before the message did")
-        data += part
+        data += connection.recv(part.find(b"\n") + 1 or len(part))
     return data
 
 
@@ -191,4 +241,6 @@ def tell_apart(index: int, theirs: Facts, facts: Facts) -> str:
     """What a process has that process 0 has otherwise, or nothing."""
     changed = [name for name in sorted({*facts, *theirs}) if facts.get(name) != theirs.get(name)]
     shown = ", ".join(f"{name}={theirs.get(name)} instead of {facts.get(name)}" for name in changed[:_MOST_SHOWN])
+    if len(changed) > _MOST_SHOWN:
+        shown += f" and {len(changed) - _MOST_SHOWN} more"
     return f"process {index} was started with {shown}, unlike process 0" if changed else ""

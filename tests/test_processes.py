@@ -4,6 +4,8 @@ import argparse
 import signal
 import time
 
+import jax
+import jaxlib
 import numpy as np
 import pytest
 
@@ -36,7 +38,7 @@ def test_under_slurm_a_process_drives_all_gpus_of_its_node(monkeypatch):
     for name, value in (step | {"SLURM_LOCALID": "0"}).items():
         monkeypatch.setenv(name, value)
     asked = []
-    monkeypatch.setattr("mpdit_jax.processes.roll_call", lambda cluster, facts, timeout: asked.append(facts) or {})
+    monkeypatch.setattr("mpdit_jax.processes.roll_call", lambda cluster, facts, timeout: asked.append(facts))
     monkeypatch.setattr("mpdit_jax.processes.start_watch", lambda *arguments: None)
     monkeypatch.setattr("jax.distributed.initialize", lambda *given, **named: asked.append((given, named)))
     parser = argparse.ArgumentParser()
@@ -44,7 +46,9 @@ def test_under_slurm_a_process_drives_all_gpus_of_its_node(monkeypatch):
     join(parser.parse_args([]), {})
     facts, (given, named) = asked
     # Of every command: two installations would mix what they write.
-    assert facts == {"version": mpdit_jax.__version__, "code": code_fingerprint()}
+    assert facts == {"version": mpdit_jax.__version__, "code": code_fingerprint(), "jax": jax.__version__} | {
+        "jaxlib": jaxlib.__version__
+    }
     assert given == ("n1:49166", 4, 1)
     assert named["cluster_detection_method"] == "deactivate"
     assert "local_device_ids" not in named

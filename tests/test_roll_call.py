@@ -13,7 +13,7 @@ import pytest
 
 from mpdit_jax.clusters import Cluster
 from mpdit_jax.errors import ProcessError
-from mpdit_jax.roll_call import roll_call
+from mpdit_jax.roll_call import _listen, _read_line, roll_call, tell_apart, turn_away
 from tests.tiny import ROOT, free_port
 
 
@@ -46,10 +46,9 @@ def test_a_stranger_who_says_nothing_keeps_nobody_out(monkeypatch):
     for thread in (first, second):
         thread.join(15)
     stranger.close()
-    assert {index: list(connections) for index, connections in found.items()} == {0: [1], 1: [0]}
-    for connections in found.values():
-        for connection in connections.values():
-            connection.close()
+    assert {index: list(joined.connections) for index, joined in found.items()} == {0: [1], 1: [0]}
+    for joined in found.values():
+        joined.close()
 
 
 def test_who_has_heard_nothing_yet_says_so(monkeypatch):
@@ -87,6 +86,57 @@ def test_whoever_is_not_expected_is_named(said, sentence):
     assert sentence in problem
 
 
+def test_a_long_difference_is_cut_and_says_so():
+    sentence = tell_apart(1, {f"config.f{number}": "1" for number in range(8)}, {})
+    assert sentence.endswith("config.f4=1 instead of None and 3 more, unlike process 0")
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_a_port_that_somebody_has_is_not_taken_from_them(behind):
+    """JAX's own port, and the one after it; of the first, JAX would not notice."""
+    port = free_port()
+    sentence = f"process 0 cannot listen on port {port + behind} .*another run"
+    with socket.create_server(("", port + behind)), pytest.raises(ProcessError, match=sentence):
+        roll_call(Cluster(f"127.0.0.1:{port}", 2, 0), {}, 5.0)
+
+
+def test_the_answer_ends_where_the_watch_begins():
+    """Process 0 may say more before its answer is read."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b'{"problem": ""}\na')
+        assert _read_line(ours) == b'{"problem": ""}\n'
+        assert ours.recv(5) == b"a"
+
+
+def test_who_comes_to_a_run_that_is_under_way(monkeypatch):
+    """A process of another run, by mistake, or one that was started again: it tries until its time is over."""
+    port = free_port()
+    sentence = "belongs to a run that began without process 1, and still did after 1 s: end that run"
+    with _listen(port + 1) as listener:
+        threading.Thread(target=lambda: [turn_away(listener) for _ in range(100)], daemon=True).start()
+        with pytest.raises(ProcessError, match=sentence):
+            roll_call(Cluster(f"127.0.0.1:{port}", 2, 1), {}, 1.0)
+
+
+def test_a_coordinator_by_its_ipv6_address():
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    port, found = free_port(), {}
+
+    def call(index):
+        found[index] = roll_call(Cluster(f"[::1]:{port}", 2, index), {}, 20.0)
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(15)
+    assert {index: list(joined.connections) for index, joined in found.items()} == {0: [1], 1: [0]}
+    for joined in found.values():
+        joined.close()
+
+
 def test_who_was_started_again_takes_its_own_place():
     """While others are still missing: its first connection has ended with the process."""
     port, found = free_port(), {}
@@ -103,17 +153,16 @@ def test_who_was_started_again_takes_its_own_place():
         thread.start()
     for thread in threads:
         thread.join(15)
-    assert {index: sorted(connections) for index, connections in found.items()} == {0: [1, 2], 1: [0], 2: [0]}
-    for connections in found.values():
-        for connection in connections.values():
-            connection.close()
+    assert {index: sorted(joined.connections) for index, joined in found.items()} == {0: [1, 2], 1: [0], 2: [0]}
+    for joined in found.values():
+        joined.close()
 
 
 _MANY = """
 import os, resource, signal, socket, sys, time
 from mpdit_jax.interrupt import StopRequest
 from mpdit_jax.peers import start_watch
-from mpdit_jax.roll_call import _allow_files
+from mpdit_jax.roll_call import Joined, _allow_files
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 _allow_files(1000)
@@ -125,7 +174,7 @@ with StopRequest(saved=lambda: "nothing") as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.5)
     print(stop.name, flush=True)
-    start_watch(0, 2, {1: ours})
+    start_watch(0, 2, Joined({1: ours}))
     theirs.close()
     time.sleep(20)
 """
@@ -141,10 +190,7 @@ def test_a_thousand_processes_can_be_watched():
 
 def test_a_process_that_may_have_too_few_files_open(monkeypatch):
     class Full:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
+        def close(self):
             pass
 
         def settimeout(self, seconds):
@@ -153,6 +199,6 @@ def test_a_process_that_may_have_too_few_files_open(monkeypatch):
         def accept(self):
             raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(socket, "create_server", lambda *arguments: Full())
+    monkeypatch.setattr("mpdit_jax.roll_call._listen", lambda port: Full())
     with pytest.raises(ProcessError, match=r"another connection beside 0 \(Too many open files\): raise `ulimit -n`"):
         roll_call(Cluster("127.0.0.1:9", 2, 0), {}, 5.0)

@@ -27,9 +27,9 @@ BOUND = 60  # seconds in which the remaining process must have ended
 LONG = ["--config.steps=100000", "--config.checkpoint.every=20", "--config.log.every=5"]
 
 
-def start_both(workdir, *more, second=(), **options):
+def start_both(workdir, *more, second=(), port=None, **options):
     """Both processes; arguments of the second alone, and options of its start."""
-    port, arguments = free_port(), train_arguments(workdir, *more)
+    port, arguments = port or free_port(), train_arguments(workdir, *more)
     return [
         start("train", [*arguments, *join_flags(port, 2, 0)]),
         start("train", [*arguments, *second, *join_flags(port, 2, 1)], **options),
@@ -167,6 +167,27 @@ def test_a_disk_that_is_full_for_one(tmp_path):
     assert list_steps(tmp_path / "run") == []
 
 
+@pytest.mark.slow
+def test_another_run_on_the_same_port_does_no_harm(tmp_path):
+    """As when two are started with local_multiprocess.sh, whose port is always the same."""
+    port = free_port()
+    both = start_both(tmp_path / "run", *LONG, port=port)
+    try:
+        wait_for_step(tmp_path / "run", both[0], 20)
+        intruders = start_both(tmp_path / "other", *LONG, "--join_timeout=3", port=port)
+        (_, first), (_, second) = outputs_of(intruders, BOUND)
+        assert first.startswith(f"error: process 0 cannot listen on port {port} (Address already in use)")
+        assert "belongs to a run that began without process 1, and still did after 3 s" in second
+        assert [len(text.splitlines()) for text in (first, second)] == [1, 1]
+        assert not (tmp_path / "other").exists()
+        wait_for_step(tmp_path / "run", both[0], max(list_steps(tmp_path / "run")) + 20)
+    finally:
+        for process in both:
+            process.send_signal(signal.SIGTERM)
+        outputs = outputs_of(both, BOUND)
+    assert [process.returncode for process in both] == [0, 0], outputs
+
+
 @pytest.mark.parametrize("fault", ["an error", "a bug"])
 def test_an_error_of_one_ends_all(fault):
     """Whoever waits for it hears of it and ends, and it does not wait for them."""
@@ -182,8 +203,9 @@ def test_an_error_of_one_ends_all(fault):
 WATCH = """
 import socket, sys, time
 from mpdit_jax import peers
+from mpdit_jax.roll_call import Joined
 connection = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
-peers.start_watch(1, 3, {0: connection})
+peers.start_watch(1, 3, Joined({0: connection}))
 print("ready", flush=True)
 time.sleep(30)
 """
