@@ -64,7 +64,7 @@ def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, rep
     from mpdit_jax.model.parameters import abstract, merge
     from mpdit_jax.training.optimizer import make_optimizer
     from mpdit_jax.training.state import abstract_state, create_state
-    from mpdit_jax.training.step import jit_step, make_draw, make_loss, make_step
+    from mpdit_jax.training.step import jit_step, step_of
 
     config = base_config()
     config.batch_size, config.model.preset = batch, preset
@@ -77,11 +77,7 @@ def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, rep
     structure, random = abstract(model)[0], np.random.default_rng(0)
     with jax.set_mesh(mesh):
         state = create_state(model, optimizer, abstract_state(model, optimizer, mesh), seed=0)
-        update = jit_step(
-            make_step(make_draw(config), make_loss(structure, config.mask_loss_weight), optimizer, config.ema_decay),
-            state,
-            mesh,
-        )
+        update = jit_step(step_of(config, structure, optimizer), state, mesh)
         x = jnp.asarray(random.standard_normal((batch, *model.input_size, model.in_channels), np.float32))
         y = jnp.asarray(random.integers(model.num_classes, size=batch), jnp.int32)
         t = jnp.asarray(random.uniform(size=batch), jnp.float32)

@@ -26,8 +26,9 @@ from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.parameters import abstract, merge
 from mpdit_jax.training.optimizer import make_optimizer
 from mpdit_jax.training.state import abstract_state
-from mpdit_jax.training.step import jit_step, make_draw, make_loss, make_step
+from mpdit_jax.training.step import jit_step, step_of
 
+_UNITS = {"M": GIB / 1024, "G": GIB, "T": 1024 * GIB}  # of memory, as libtpu writes them
 _VIEWS = 2  # of a store made with --flip=both
 
 
@@ -72,8 +73,12 @@ def topology_devices(topology: str) -> list[jax.Device]:
         )
     # On a real v4 the two cores of a chip are one device to JAX; libtpu's description must be told.
     cores = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    rows, columns, *_ = map(int, topology.partition(":")[2].split("x"))
+    host = (min(rows, 2), min(columns, 2), 1)  # libtpu takes every host for one of 2x2 chips, and refuses fewer
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **cores)
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, chips_per_host_bounds=host, **cores
+        )
         return list(described.devices)
     except Exception as error:  # libtpu has no exceptions of its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -91,14 +96,7 @@ def compile_step(config: FrozenConfigDict, mesh: Mesh) -> Program:
     state = abstract_state(model, optimizer, mesh)
     channels = model.in_channels
     latents = LatentSpace((0.0,) * channels, (1.0,) * channels, "") if config.data.name == "latents" else None
-    step = make_step(
-        make_draw(config, latents),
-        make_loss(abstract(model)[0], config.mask_loss_weight),
-        optimizer,
-        config.ema_decay,
-        accumulation=config.gradient_accumulation,
-        spike_factor=config.guard.spike_factor,
-    )
+    step = step_of(config, abstract(model)[0], optimizer, latents)
 
     def of_batch(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=batch_sharding(mesh))
@@ -175,18 +173,18 @@ def _refused(message: str, arguments: Any, seconds: float) -> Program:
     Raises:
         ConfigError: it says anything else.
     """
-    estimate = re.search(r"memory required for HLO temporaries \(([\d.]+)G\)", message)
-    used = re.search(r"Used ([\d.]+)G of ", message)
+    estimate = re.search(r"memory required for HLO temporaries \(([\d.]+)([MGT])\)", message)
+    used = re.search(r"Used ([\d.]+)([MGT]) of ", message)
     if estimate is None and used is None:
         raise ConfigError(f"the compiler refuses this program: {message.strip().splitlines()[0][:300]}")
     given = sum(
         leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(arguments)
     )
     if estimate:
-        temporaries = int(float(estimate[1]) * GIB)
+        temporaries = int(float(estimate[1]) * _UNITS[estimate[2]])
         peak = given + temporaries
     else:
         assert used is not None
-        peak = int(float(used[1]) * GIB)
+        peak = int(float(used[1]) * _UNITS[used[2]])
         temporaries = max(peak - given, 0)
     return Program(given, temporaries, 0, peak, None, None, None, seconds, refused=True)

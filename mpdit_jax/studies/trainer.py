@@ -16,7 +16,7 @@ from mpdit_jax.model.parameters import abstract
 from mpdit_jax.training.guard import RUINED
 from mpdit_jax.training.optimizer import make_optimizer
 from mpdit_jax.training.state import TrainState, abstract_state, create_state
-from mpdit_jax.training.step import jit_step, make_draw, make_loss, make_step
+from mpdit_jax.training.step import jit_step, step_of
 
 
 class Trainer:
@@ -28,12 +28,7 @@ class Trainer:
         self.structure, _ = abstract(self.model)
         self.source = load_source(**self.config.data)
         self._optimizer, self._mesh = make_optimizer(self.config.optimizer), make_mesh(devices=jax.devices()[:1])
-        step = make_step(
-            make_draw(self.config, self.source.latents),
-            make_loss(self.structure, self.config.mask_loss_weight),
-            self._optimizer,
-            self.config.ema_decay,
-        )
+        step = step_of(self.config, self.structure, self._optimizer, self.source.latents)
         self._target = abstract_state(self.model, self._optimizer, self._mesh)
         self._update = jit_step(step, self._target, self._mesh)
 

@@ -38,7 +38,7 @@ from mpdit_jax.training.observe import Report
 from mpdit_jax.training.optimizer import make_optimizer, make_schedule
 from mpdit_jax.training.profiling import Profiler
 from mpdit_jax.training.state import TrainState, abstract_state, create_state, from_items, to_items
-from mpdit_jax.training.step import jit_step, make_draw, make_loss, make_step
+from mpdit_jax.training.step import jit_step, step_of
 from mpdit_jax.training.stopwatch import Stopwatch
 from mpdit_jax.training.window import empty_window, skipped_steps, window_means
 from mpdit_jax.training.writers import METRICS_FILE, check_wandb
@@ -108,15 +108,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         if speaks:
             _introduce(config, workdir, step, state, len(source), mesh)
 
-        plain_step = make_step(
-            make_draw(config, source.latents),
-            make_loss(structure, config.mask_loss_weight),
-            optimizer,
-            config.ema_decay,
-            accumulation=config.gradient_accumulation,
-            spike_factor=config.guard.spike_factor,
-        )
-        update = jit_step(plain_step, target, mesh)
+        update = jit_step(step_of(config, structure, optimizer, source.latents), target, mesh)
         done = jax.jit(jnp.copy)  # the state itself is taken over by the next step
         fresh_window = jax.jit(empty_window, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target.window))
         learning_rate = make_schedule(config.optimizer)

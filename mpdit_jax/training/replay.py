@@ -36,7 +36,7 @@ from mpdit_jax.training.step import (
     jit_step,
     make_draw,
     make_loss,
-    make_step,
+    step_of,
 )
 
 _NAMED = 8  # examples and arrays that are named; more are counted
@@ -87,16 +87,9 @@ def replay(config: ConfigDict | FrozenConfigDict, workdir: str | Path, number: i
         target = abstract_state(model_config, optimizer, mesh)
         before, lines = _newest_before(workdir, number, to_items(target))
         state = from_items(before) if before else create_state(model_config, optimizer, target, config.seed)
-        step = make_step(
-            draw,
-            loss,
-            optimizer,
-            config.ema_decay,
-            accumulation=config.gradient_accumulation,
-            spike_factor=config.guard.spike_factor,
-        )
         rows = local_rows(config.batch_size, mesh)
-        update, start = jit_step(step, target, mesh), int(state.step)
+        update = jit_step(step_of(config, structure, optimizer, source.latents), target, mesh)
+        start = int(state.step)
         lines.append(f"steps {start + 1} to {number - 1} are run again first" if start < number - 1 else "ready")
         data = batches(source, config.batch_size, config.seed, start=start, rows=rows)
         for _ in range(start, number - 1):

@@ -113,6 +113,30 @@ def drop_labels(key: jax.Array, labels: jax.Array, rate: float, null: int) -> ja
     return jnp.where(jax.random.bernoulli(key, rate, labels.shape), null, labels)
 
 
+def step_of(
+    config: FrozenConfigDict,
+    structure: Structure,
+    optimizer: optax.GradientTransformation,
+    latents: LatentSpace | None = None,
+) -> Step:
+    """The step of a config's run, which is what is trained, replayed, compiled ahead of time and timed.
+
+    Args:
+        config: the run's, resolved.
+        structure: of its model.
+        optimizer: from gradients to updates.
+        latents: the space of the batches' moments; None where they hold images.
+    """
+    return make_step(
+        make_draw(config, latents),
+        make_loss(structure, config.mask_loss_weight),
+        optimizer,
+        config.ema_decay,
+        accumulation=config.gradient_accumulation,
+        spike_factor=config.guard.spike_factor,
+    )
+
+
 def make_step(
     draw: Draw,
     loss: LossFunction,

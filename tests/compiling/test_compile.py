@@ -95,9 +95,13 @@ def test_chips_and_topologies():
             chip_of(name)
 
 
-@pytest.mark.parametrize(("topology", "asked"), [("v4:2x2x4", {"chip_config_name": "megacore"}), ("v5e:4x4", {})])
-def test_both_cores_of_a_v4_are_one_device(monkeypatch, topology, asked):
-    """As on a real v4, where JAX refuses to make a mesh of cores."""
+@pytest.mark.parametrize(("topology", "asked"), [
+    ("v4:2x2x4", {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}),
+    ("v5e:4x4", {"chips_per_host_bounds": (2, 2, 1)}),
+    ("v5e:1x1", {"chips_per_host_bounds": (1, 1, 1)}),
+])  # fmt: skip
+def test_what_libtpu_is_told_of_a_topology(monkeypatch, topology, asked):
+    """Both cores of a v4 are one device: on a real one, JAX refuses to make a mesh of cores."""
 
     def described(**arguments):
         assert arguments == {"platform": "tpu", "topology_name": topology} | asked
@@ -126,6 +130,8 @@ def test_what_does_not_fit_is_said_and_bounded():
      "available HBM (15.75G).", 26.55),
     ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.00G of "
      "15.75G hbm. Exceeded hbm capacity by 4.25G.", 20 - 1 / 1024),
+    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (1.02T) exceeds "
+     "available HBM (15.75G).", 1.02 * 1024),
 ])  # fmt: skip
 def test_a_compiler_that_gives_up_for_want_of_memory_is_heard(message, temporaries):
     whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])

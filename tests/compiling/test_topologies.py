@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
-from tests.tiny import OPTIMIZED, ROOT, run
+from tests.tiny import OPTIMIZED, ROOT, environment, run
 
 pytestmark = [
     pytest.mark.slow,
@@ -85,6 +87,13 @@ def test_a_step_too_large_for_its_chip_is_told_and_a_smaller_one_found():
     assert report["step"]["peak"] > report["step"]["hbm"]
     assert report["nearest_fit"]["fits"]
     assert report["nearest_fit"]["flags"] in stderr
+
+
+@pytest.mark.parametrize(("topology", "chips"), [("v5e:1x1", 1), ("v6e:1x1", 1), ("v5e:2x4", 8)])
+def test_a_slice_of_one_host(topology, chips):
+    code = f"from mpdit_jax.compiling.programs import topology_devices; print(len(topology_devices({topology!r})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    assert done.stdout == f"{chips}\n"
 
 
 def test_a_topology_that_libtpu_does_not_know():
