@@ -15,7 +15,7 @@ set -euo pipefail
 
 case ${1:-} in
   '' | -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "${BASH_SOURCE[0]}" && exit ;;
-  *[!0-9]* | 0) echo "Error: N=$1: expected a number of processes, 1 or more." >&2 && exit 2 ;;
+  *[!0-9]* | 0*) echo "Error: N=$1: expected a number of processes, 1 or more." >&2 && exit 2 ;;
 esac
 [ $# -ge 2 ] || { echo "Error: which command? Such as: $0 $1 train --config=... --workdir=..." >&2 && exit 2; }
 count=$1 command=$2

@@ -62,7 +62,10 @@ def measure(
     check_batch(sample_batch, mesh, name="--sample_batch")  # before minutes of compilation
     where = topology or f"{mesh.size} {'virtual CPU ' if devices else ''}devices"
     shape = f"data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}"
-    say(f"{where}: {mesh.size} {'chip' if mesh.size == 1 else 'chips'} as {shape}, batches of {resolved.batch_size}, remat {resolved.model.remat}")
+    chips = f"{mesh.size} {'chip' if mesh.size == 1 else 'chips'}"
+    say(f"{where}: {chips} as {shape}, batches of {resolved.batch_size}, remat {resolved.model.remat}")
+    if not topology:
+        say("memory is what the CPU's compiler needs; GPUs share products and traffic, and take other temporaries")
     report: Report = {"where": where, "chips": mesh.size, "mesh": shape, "batch_size": resolved.batch_size}
     report |= _step(resolved, mesh, chip, search, say)
     if sampler:

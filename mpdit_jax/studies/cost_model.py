@@ -4,7 +4,7 @@ A chip holds its share of the state, and temporaries of which some grow with its
 take; and it gathers and reduces parameters whatever the batch.
 
     temporaries = a + b * images a chip
-    bytes sent  = c + d * images a chip + e * (data > 1: gradients are also summed over copies of the state)
+    bytes sent  = c + d * images a chip + e * (data > 1: the state has copies, and XLA other collectives)
     operations  = f * images a chip
 """
 
@@ -31,7 +31,7 @@ class CostModel:
         arguments: bytes of the state and the batch a chip, with the state split 16 ways.
         results: bytes of the state it returns.
         temporaries: (a, b), bytes and bytes an image.
-        sent: (c, d, e), bytes, bytes an image, bytes more where there are copies.
+        sent: (c, d, e), bytes, bytes an image, bytes more or less where there are copies.
         flops: operations an image.
     """
 

@@ -1,7 +1,7 @@
 """`python -m mpdit_jax.studies.scaling`: the train step compiled for more and more chips; the page docs/scaling.md.
 
 Every point is written to the file as soon as it is compiled, and none is compiled twice: stopped, the command goes on
-where it was. A point takes about a minute of one quiet core.
+where it was. A point takes a minute or two.
 """
 
 import argparse

@@ -155,7 +155,10 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                 if step + 1 < config.steps:
                     with watch.of("data_wait"):
                         feed.prefetch()
-                if profiler.finish(step, state):
+                if profiler.ends_with(step):
+                    jax.block_until_ready(state)
+                    with watch.of("other"):
+                        profiler.finish()
                     report.say(f"profile of {config.profile.steps} steps written to {workdir / 'tensorboard'}")
                 step += 1
                 last = step == config.steps

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -39,11 +38,11 @@ class Profiler:
         else:
             yield
 
-    def finish(self, step: int, state: Any) -> bool:
-        """After step `step`: True if that was the last of the window and the recording has been written."""
-        if not self._recording or step + 1 < self._end:
-            return False
-        jax.block_until_ready(state)
+    def ends_with(self, step: int) -> bool:
+        """Whether `step`, which has been dispatched, is the last to record: `finish` when the device is done."""
+        return self._recording and step + 1 >= self._end
+
+    def finish(self) -> None:
+        """Write the recording."""
         jax.profiler.stop_trace()
         self._recording = False
-        return True

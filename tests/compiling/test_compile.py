@@ -282,8 +282,8 @@ def test_the_largest_batch_to_sample_that_fits_is_looked_for(monkeypatch, capsys
     assert "trying" not in capsys.readouterr().err
 
 
-def test_the_shipped_policy_of_the_xl_config_is_the_one_that_was_measured():
-    """docs/scaling.md: a v5e holds a step of 64 images without remat."""
+def test_the_xl_config_recomputes_nothing_by_default():
+    """test_topologies.py shows that it fits."""
     config = runpy.run_path(str(ROOT / "configs/mpdit_xl_256.py"))["get_config"]()
     assert config.model.remat == "none"
 

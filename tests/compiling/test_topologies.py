@@ -50,7 +50,7 @@ def test_the_sampler():
 
 
 def test_what_the_xl_config_needs_by_how_much_is_recomputed():
-    """On 16 chips of v5e, as docs/scaling.md has it; the config recomputes nothing."""
+    """On 16 chips of v5e, as docs/scaling.md has it; the config has remat `none`."""
     arguments = [
         f"--config={ROOT / 'configs/mpdit_xl_256.py'}", "--topology=v5e:4x4", "--config.mesh.fsdp=16",
         "--no_sampler", "--no_search", "--format=json",

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -69,8 +70,11 @@ def test_tpu_pod_quotes_for_both_shells():
 
 @pytest.mark.parametrize("command", ["train", "prepare", "sample", "evaluate"])
 def test_every_command_that_the_scripts_name_runs_on_many_processes(command, capsys):
-    for script in ("slurm.sbatch", "tpu_pod.sh", "k8s_jobset.yaml"):
-        assert command in (ROOT / "launch" / script).read_text()
+    for script in ("slurm.sbatch", "tpu_pod.sh"):
+        header, *started = (ROOT / "launch" / script).read_text().split('"mpdit_jax.${COMMAND:-train}"')
+        (listed,) = re.findall(r"COMMAND=train \(the default\), (.*?) starts", header)
+        assert command in ("train", *re.findall(r"prepare|sample|evaluate", listed))
+        assert len(started) == 1
     with pytest.raises(SystemExit) as done:
         importlib.import_module(f"mpdit_jax.{command}").main(["--help"])
     assert done.value.code == 0
@@ -114,6 +118,7 @@ def test_jobsets_describe_the_cluster_that_the_command_finds():
 
 def test_what_is_missing_is_said(tmp_path):
     assert "expected NAME ZONE ARGUMENTS" in run("tpu_pod.sh", "my-pod").stderr
-    assert "N=two: expected a number of processes" in run("local_multiprocess.sh", "two", "train").stderr
+    for number in ("two", "0", "00"):
+        assert f"N={number}: expected a number of processes" in run("local_multiprocess.sh", number, "train").stderr
     assert "which command?" in run("local_multiprocess.sh", "2").stderr
     assert "does not run" in run("local_multiprocess.sh", "2", "train", PYTHON=str(tmp_path / "none")).stderr

@@ -140,7 +140,6 @@ def test_points_that_lie_on_each_other_have_one_label():
     assert plots._labels(points) == [(16, 1.05, "512\n256"), (16, 2.0, "1024"), (64, 1.0, "512")]
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="the study has no results yet")
 def test_the_page_shows_the_numbers_and_operations_are_shared_out():
     """Per-chip operations times chips stay within 2 % over all sizes."""
     found = scaling.read(RESULTS)
