@@ -11,6 +11,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.tiny import OPTIMIZED
+
 ROOT = Path(__file__).resolve().parents[2]
 PYTHONS = ["3.11", "3.12", "3.13"]
 
@@ -63,14 +65,25 @@ def test_ci_covers_every_supported_python(setup_arguments):
     assert jobs["parity"]["steps"][-1]["run"] == "bash launch/test.sh --parity"
 
 
-def test_ci_has_what_some_tests_are_skipped_without():
+@pytest.mark.parametrize(("job", "needed"), [
+    ("tpu", ["-e '.[test,tpu]'"]),
+    ("slurm", ["slurm-wlm", "munge", "procps"]),
+    ("optimized", ["-e '.[test]'"]),
+])  # fmt: skip
+def test_ci_has_what_some_tests_are_skipped_without_and_some_are_run_twice(job, needed):
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
-    for job, needed in (("tpu", ["-e '.[test,tpu]'"]), ("slurm", ["slurm-wlm", "munge", "procps"])):
-        *before, last = (step["run"] for step in jobs[job]["steps"] if "run" in step)
-        assert any(all(name in command for name in needed) for command in before)
-        command, path = last.split()
-        assert Path(command).name == "pytest"
-        assert (ROOT / path).exists()
+    *before, last = (step["run"] for step in jobs[job]["steps"] if "run" in step)
+    assert any(all(name in command for name in needed) for command in before)
+    command, *arguments = last.split()
+    assert Path(command).name == "pytest"
+    paths = [argument for argument in arguments if argument.startswith("tests/")]
+    assert paths
+    assert all((ROOT / path).exists() for path in paths)
+
+
+def test_ci_compiles_as_users_do_once():
+    variables = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["optimized"]["env"]
+    assert variables == OPTIMIZED
 
 
 @pytest.mark.slow
