@@ -3,12 +3,11 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
+from unittest import mock
 
 import pytest
 
-from tests.tiny import OPTIMIZED, ROOT, environment, run
+from tests.tiny import OPTIMIZED, ROOT, run
 
 pytestmark = [
     pytest.mark.slow,
@@ -91,9 +90,12 @@ def test_a_step_too_large_for_its_chip_is_told_and_a_smaller_one_found():
 
 @pytest.mark.parametrize(("topology", "chips"), [("v5e:1x1", 1), ("v6e:1x1", 1), ("v5e:2x4", 8)])
 def test_a_slice_of_one_host(topology, chips):
-    code = f"from mpdit_jax.compiling.programs import topology_devices; print(len(topology_devices({topology!r})))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
-    assert done.stdout == f"{chips}\n"
+    from mpdit_jax.compiling.environment import prepare
+    from mpdit_jax.compiling.programs import topology_devices
+
+    with mock.patch.dict(os.environ):
+        prepare()
+        assert len(topology_devices(topology)) == chips
 
 
 def test_a_topology_that_libtpu_does_not_know():
@@ -110,8 +112,7 @@ def test_meshes_that_cut_an_axis_of_the_torus(topology, fsdp):
     from mpdit_jax.compiling.programs import topology_devices
     from mpdit_jax.mesh import make_mesh
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.environ", dict(os.environ))
+    with mock.patch.dict(os.environ):  # the real one, which libtpu reads
         prepare()
         mesh = make_mesh(fsdp=fsdp, devices=topology_devices(topology))
     assert mesh.shape["fsdp"] == fsdp
