@@ -25,7 +25,10 @@ _MARGIN = 5.0  # seconds by which a process that serves the others outlives them
 
 
 class PeerWatch(threading.Thread):
-    """A thread that watches the other processes, and ends this one when one of them is lost."""
+    """A thread that watches the other processes, and ends this one when one of them is lost.
+
+    On process 0 it also turns away who comes after the roll call.
+    """
 
     def __init__(self, index: int, count: int, joined: Joined) -> None:
         """Not started yet.

@@ -5,6 +5,7 @@ missing, or who was started with another config or version. Its connections stay
 the port, as long as process 0 lives: JAX would let another run listen on the coordinator's, and both would end.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -29,7 +30,7 @@ _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _OTHER_FILES = 1024  # that a training may have open beside its connections
 _MOST_SHOWN = 5  # facts a process
 _UNDER_WAY = b'{"under_way": true}\n'
-REMEDY = "start the same command on all machines"
+REMEDY = "start the same command of the same installation on all machines"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,11 @@ def roll_call(cluster: Cluster, facts: Facts, timeout: float) -> Joined:
     else:
         _listen(int(port)).close()  # JAX's own, which may be somebody else's
         listener = _listen(int(port) + 1)
-        problem, connections = _hear_all(listener, cluster, facts, timeout)
+        try:
+            problem, connections = _hear_all(listener, cluster, facts, timeout)
+        except BaseException:
+            listener.close()
+            raise
         joined = Joined(connections, listener)
     if problem:
         joined.close()
@@ -73,27 +78,36 @@ def roll_call(cluster: Cluster, facts: Facts, timeout: float) -> Joined:
 
 
 def turn_away(listener: socket.socket) -> None:
-    """Answer one who comes when the roll call is over: it may try again, or belongs to another run."""
+    """Answer one who comes when the roll call is over, in a second: it may try again, or belongs to another run."""
     try:
         late, _ = listener.accept()
-        with late:
-            late.settimeout(1.0)
-            late.recv(65536)  # a connection closed before it is read takes the answer with it
-            late.sendall(_UNDER_WAY)
-    except OSError:
+    except OSError as error:
+        if error.errno in _FULL:
+            time.sleep(0.1)  # it stays where it is, and would be tried without a pause
         return
+    end, part = time.monotonic() + 1.0, b""
+    with late, contextlib.suppress(OSError):
+        while not part.endswith(b"\n"):  # a connection closed before it is read takes the answer with it
+            late.settimeout(max(end - time.monotonic(), 1e-3))
+            part = late.recv(65536)
+            if not part or time.monotonic() > end:
+                return
+        late.sendall(_UNDER_WAY)
 
 
 def _listen(port: int) -> socket.socket:
     """A server on every address, as JAX's is."""
     try:
         if socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+            with contextlib.suppress(OSError):  # where IPv6 is known and switched off
+                return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
         return socket.create_server(("", port))
     except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        guess = ", perhaps by another run" if error.errno == errno.EADDRINUSE else ""
         raise ProcessError(
-            f"process 0 cannot listen on port {port} ({os.strerror(error.errno or 0)}): is another run using it? "
-            "Choose another port for the coordinator's address; the one after it is needed as well."
+            f"process 0 cannot listen on port {port} ({reason}{guess}): choose another port for the coordinator's "
+            "address; the one after it is needed as well."
         ) from error
 
 
@@ -123,9 +137,11 @@ def _hear_all(
         try:
             peer.settimeout(min(max(left, 0.1), _LONGEST_SILENCE))  # others wait behind a stranger who says nothing
             message = parse_json(_read_line(peer))
-            index, count, theirs = int(message["index"]), int(message["count"]), dict(message["facts"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # not one of ours
+            index, count = int(message["index"]), int(message["count"])
+            theirs = {str(name): str(value) for name, value in dict(message["facts"]).items()}
+        except (OSError, ArithmeticError, ValueError, KeyError, TypeError):
+            peer.close()  # not one of ours, or one that will try again
+            continue
         if index in present:
             _lose_ended(present, connections)
         if count != cluster.count or not 0 < index < cluster.count or index in present:
@@ -196,8 +212,8 @@ def _answer(host: str, port: int, cluster: Cluster, facts: Facts, timeout: float
     while (left := deadline - time.monotonic()) > 0:
         try:
             connection = socket.create_connection((host, port), timeout=left)
-        except OSError:
-            under_way = False
+        except OSError as error:
+            under_way = under_way and not isinstance(error, ConnectionRefusedError)
             time.sleep(0.2)  # it may not be listening yet
             continue
         try:
@@ -217,8 +233,9 @@ def _answer(host: str, port: int, cluster: Cluster, facts: Facts, timeout: float
             time.sleep(0.2)
     if under_way:
         return (
-            f"process 0 at {cluster.coordinator} belongs to a run that began without process {cluster.index}, and "
-            f"still did after {timeout:g} s: end that run, or choose another port for the coordinator's address."
+            f"process 0 at {cluster.coordinator} has all its processes, and had after {timeout:g} s: process "
+            f"{cluster.index} was started twice, or is of another run. End the one that is running, or choose another "
+            "port for the coordinator's address."
         ), Joined({})
     return (
         f"process 0 at {cluster.coordinator} did not answer process {cluster.index} within {timeout:g} s: see its log, "

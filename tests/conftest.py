@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # of one can be compared with those of another.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 # XLA's way to code for fused loops, through MLIR and in 32 parts, takes four fifths of a small program's compilation;
-# without it, XLA uses the emitters of its single operations. CI's job `parity` runs with it.
+# without it, XLA uses the emitters of its single operations. CI's jobs `parity` and `optimized` run with it.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 # Several processes share the cores, where OpenBLAS's threads wait for each other by spinning.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

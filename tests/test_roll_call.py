@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -67,6 +68,8 @@ def test_who_has_heard_nothing_yet_says_so(monkeypatch):
     ({"index": 1, "facts": {}}, "process 1 of 2 did not join within 2 s"),
     ({"index": 1, "count": "x", "facts": {}}, "process 1 of 2 did not join within 2 s"),
     (["no", "dictionary"], "process 1 of 2 did not join within 2 s"),
+    ({"index": math.inf, "count": 2, "facts": {}}, "process 1 of 2 did not join within 2 s"),
+    ({"index": 1, "count": 2, "facts": [[1, "a"]]}, "process 1 was started with 1=a instead of None"),
 ])  # fmt: skip
 def test_whoever_is_not_expected_is_named(said, sentence):
     port, found = free_port(), []
@@ -95,7 +98,7 @@ def test_a_long_difference_is_cut_and_says_so():
 def test_a_port_that_somebody_has_is_not_taken_from_them(behind):
     """JAX's own port, and the one after it; of the first, JAX would not notice."""
     port = free_port()
-    sentence = f"process 0 cannot listen on port {port + behind} .*another run"
+    sentence = f"process 0 cannot listen on port {port + behind} .*by another run"
     with socket.create_server(("", port + behind)), pytest.raises(ProcessError, match=sentence):
         roll_call(Cluster(f"127.0.0.1:{port}", 2, 0), {}, 5.0)
 
@@ -112,16 +115,51 @@ def test_the_answer_ends_where_the_watch_begins():
 def test_who_comes_to_a_run_that_is_under_way(monkeypatch):
     """A process of another run, by mistake, or one that was started again: it tries until its time is over."""
     port = free_port()
-    sentence = "belongs to a run that began without process 1, and still did after 1 s: end that run"
+    sentence = "has all its processes, and had after 1 s: process 1 was started twice, or is of another run"
     with _listen(port + 1) as listener:
+        listener.settimeout(0.1)
         threading.Thread(target=lambda: [turn_away(listener) for _ in range(100)], daemon=True).start()
         with pytest.raises(ProcessError, match=sentence):
             roll_call(Cluster(f"127.0.0.1:{port}", 2, 1), {}, 1.0)
 
 
+_UNDER_WAY = """
+import socket, sys, time
+from mpdit_jax.peers import start_watch
+from mpdit_jax.roll_call import Joined, _listen
+start_watch(0, 1, Joined({}, _listen(int(sys.argv[1]))))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_watch_answers_who_comes_late():
+    """Also behind one who says nothing."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-c", _UNDER_WAY, str(port)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        with connected(port) as silent, connected(port) as late:
+            late.settimeout(20)
+            late.sendall(b"{}")
+            time.sleep(0.2)
+            late.sendall(b"\n")
+            assert late.recv(100) == b'{"under_way": true}\n'
+            silent.settimeout(20)
+            assert silent.recv(100) == b""
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_a_coordinator_by_its_ipv6_address():
-    if not socket.has_dualstack_ipv6():
-        pytest.skip("no IPv6 here")
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
     port, found = free_port(), {}
 
     def call(index):

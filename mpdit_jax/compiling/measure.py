@@ -64,7 +64,7 @@ def measure(
     shape = f"data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}"
     chips = f"{mesh.size} {'chip' if mesh.size == 1 else 'chips'}"
     say(f"{where}: {chips} as {shape}, batches of {resolved.batch_size}, remat {resolved.model.remat}")
-    if not topology:
+    if not topology and found[0].platform == "cpu":
         say("memory is what the CPU's compiler needs; GPUs share products and traffic, and take other temporaries")
     report: Report = {"where": where, "chips": mesh.size, "mesh": shape, "batch_size": resolved.batch_size}
     report |= _step(resolved, mesh, chip, search, say)

@@ -73,9 +73,9 @@ def topology_devices(topology: str) -> list[jax.Device]:
         )
     # On a real v4 the two cores of a chip are one device to JAX; libtpu's description must be told.
     cores = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
-    rows, columns, *_ = map(int, topology.partition(":")[2].split("x"))
-    host = (min(rows, 2), min(columns, 2), 1)  # libtpu takes every host for one of 2x2 chips, and refuses fewer
     try:
+        rows, columns, *_ = map(int, topology.partition(":")[2].split("x"))
+        host = (min(rows, 2), min(columns, 2), 1)  # libtpu takes every host for one of 2x2 chips, and refuses fewer
         described = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, chips_per_host_bounds=host, **cores
         )

@@ -76,9 +76,10 @@ class Stopwatch:
         """Means over the window, and begin the next; the device must have finished the window's steps.
 
         `seconds_step` is their sum: `seconds_data_wait` (the device waiting for a batch), `seconds_other`
-        (checkpoints and sample grids, as far as the step had to wait for them) and `seconds_device`. Rates leave
-        `seconds_other` out. `mfu` is the model's operations (three forward passes) over the devices' peak;
-        `device_memory_gib` the most that this process's fullest device has held. Unknown figures are missing.
+        (checkpoints, grids, evaluations and a profile's writing, as far as the step had to wait for them) and
+        `seconds_device`. Rates leave `seconds_other` out. `mfu` is the model's operations (three forward passes) over
+        the devices' peak; `device_memory_gib` the most that this process's fullest device has held. Unknown figures
+        are missing.
         """
         seconds, steps = time.perf_counter() - self._start, self._steps
         spent = dict(self._spent)
