@@ -173,18 +173,21 @@ def _refused(message: str, arguments: Any, seconds: float) -> Program:
     Raises:
         ConfigError: it says anything else.
     """
-    estimate = re.search(r"memory required for HLO temporaries \(([\d.]+)([MGT])\)", message)
-    used = re.search(r"Used ([\d.]+)([MGT]) of ", message)
-    if estimate is None and used is None:
-        raise ConfigError(f"the compiler refuses this program: {message.strip().splitlines()[0][:300]}")
     given = sum(
         leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(arguments)
     )
-    if estimate:
-        temporaries = int(float(estimate[1]) * _UNITS[estimate[2]])
+    temporaries = _size(r"memory required for HLO temporaries \((SIZE)\)", message)
+    used = _size("Used (SIZE) of ", message)
+    if temporaries is not None:
         peak = given + temporaries
+    elif used is not None:
+        peak, temporaries = used, max(used - given, 0)
     else:
-        assert used is not None
-        peak = int(float(used[1]) * _UNITS[used[2]])
-        temporaries = max(peak - given, 0)
+        raise ConfigError(f"the compiler refuses this program: {message.strip().splitlines()[0][:300]}")
     return Program(given, temporaries, 0, peak, None, None, None, seconds, refused=True)
+
+
+def _size(pattern: str, message: str) -> int | None:
+    """Bytes that a message names where the pattern has SIZE, such as 26.55G."""
+    found = re.search(pattern.replace("SIZE", r"[\d.]+[MGT]"), message)
+    return int(float(found[1][:-1]) * _UNITS[found[1][-1]]) if found else None

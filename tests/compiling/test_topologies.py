@@ -29,6 +29,16 @@ def compiled(topology, *fields, only_step=True):
     return json.loads(stdout)
 
 
+def described(topology):
+    """Its chips, in this process."""
+    from mpdit_jax.compiling.environment import prepare
+    from mpdit_jax.compiling.programs import topology_devices
+
+    with mock.patch.dict(os.environ):  # the real one, which libtpu reads
+        prepare()
+        return topology_devices(topology)
+
+
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_every_kind_of_chip(topology):
     report = compiled(topology)
@@ -90,12 +100,7 @@ def test_a_step_too_large_for_its_chip_is_told_and_a_smaller_one_found():
 
 @pytest.mark.parametrize(("topology", "chips"), [("v5e:1x1", 1), ("v6e:1x1", 1), ("v5e:2x4", 8)])
 def test_a_slice_of_one_host(topology, chips):
-    from mpdit_jax.compiling.environment import prepare
-    from mpdit_jax.compiling.programs import topology_devices
-
-    with mock.patch.dict(os.environ):
-        prepare()
-        assert len(topology_devices(topology)) == chips
+    assert len(described(topology)) == chips
 
 
 def test_a_topology_that_libtpu_does_not_know():
@@ -108,12 +113,8 @@ def test_a_topology_that_libtpu_does_not_know():
 @pytest.mark.parametrize(("topology", "fsdp"), [("v6e:8x8", 16), ("v4:4x4x4", 8), ("v5p:4x4x4", 32), ("v6e:4x8", 2)])
 def test_meshes_that_cut_an_axis_of_the_torus(topology, fsdp):
     """Which `jax.make_mesh` does for v5e alone."""
-    from mpdit_jax.compiling.environment import prepare
-    from mpdit_jax.compiling.programs import topology_devices
     from mpdit_jax.mesh import make_mesh
 
-    with mock.patch.dict(os.environ):  # the real one, which libtpu reads
-        prepare()
-        mesh = make_mesh(fsdp=fsdp, devices=topology_devices(topology))
+    mesh = make_mesh(fsdp=fsdp, devices=described(topology))
     assert mesh.shape["fsdp"] == fsdp
     assert len({device.id for device in mesh.devices.flat}) == mesh.size
