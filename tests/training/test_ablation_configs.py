@@ -15,7 +15,7 @@ from mpdit_jax.model.paper import ROWS
 from mpdit_jax.model.parameters import abstract
 from mpdit_jax.training.optimizer import make_optimizer
 from mpdit_jax.training.state import abstract_state
-from mpdit_jax.training.step import make_draw, make_loss, make_step
+from mpdit_jax.training.step import step_of
 
 FILES = {path.stem: path for path in sorted((Path(__file__).parents[2] / "configs/ablations").glob("*.py"))}
 ELSEWHERE = {"mpdit_xl_512", "mpdit3_xl_512"}  # in configs/
@@ -47,8 +47,7 @@ def test_model_and_step(name):
     TRACED.add((model, config.mask_ratio))
     optimizer, mesh = make_optimizer(config.optimizer), make_mesh(1, 1, jax.devices()[:1])
     state = abstract_state(model, optimizer, mesh)
-    loss = make_loss(abstract(model)[0], config.mask_loss_weight)
-    step = make_step(make_draw(config, LatentSpace(PAPER_MEAN, PAPER_STD, "")), loss, optimizer, config.ema_decay)
+    step = step_of(config, abstract(model)[0], optimizer, LatentSpace(PAPER_MEAN, PAPER_STD, ""))
     moments = jax.ShapeDtypeStruct((config.batch_size, 2, 32, 32, 4), jnp.float16)
     batch = {"mean": moments, "std": moments, "y": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}
     after = jax.eval_shape(step, state, batch)

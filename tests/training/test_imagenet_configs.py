@@ -13,7 +13,7 @@ from mpdit_jax.mesh import make_mesh
 from mpdit_jax.model.parameters import abstract
 from mpdit_jax.training.optimizer import make_optimizer
 from mpdit_jax.training.state import abstract_state
-from mpdit_jax.training.step import make_draw, make_loss, make_step
+from mpdit_jax.training.step import step_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Epochs, and trained parameters in millions (position tables are constants).
@@ -47,7 +47,7 @@ def test_state_and_step(name):
     assert sum(leaf.size for leaf in state.parameters.values()) / 1e6 == pytest.approx(millions, rel=2e-3)
     assert all(leaf.dtype == jnp.float32 for leaf in state.parameters.values())
     space = LatentSpace(PAPER_MEAN, PAPER_STD, "")
-    step = make_step(make_draw(config, space), make_loss(abstract(model)[0]), optimizer, config.ema_decay)
+    step = step_of(config, abstract(model)[0], optimizer, space)
     moments = jax.ShapeDtypeStruct((config.batch_size, 2, *model.input_size, 4), jnp.float16)
     batch = {"mean": moments, "std": moments, "y": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}
     after = jax.eval_shape(step, state, batch)
