@@ -27,6 +27,25 @@ def connected(port):
     raise TimeoutError(port)
 
 
+def calls(coordinator, count):
+    """Threads that each answer the roll call as one process, not started, and what each has from it."""
+    found = {}
+
+    def call(index):
+        found[index] = roll_call(Cluster(coordinator, count, index), {}, 20.0)
+
+    return [threading.Thread(target=call, args=(index,)) for index in range(count)], found
+
+
+def connections_of(threads, found):
+    """Whom each process is connected with when all have been called; the connections are closed."""
+    for thread in threads:
+        thread.join(15)
+    for joined in found.values():
+        joined.close()
+    return {index: sorted(joined.connections) for index, joined in found.items()}
+
+
 def test_nobody_answers():
     with pytest.raises(ProcessError, match=r"process 0 at 127\.0\.0\.1:9 did not answer process 1 within 0\.5 s"):
         roll_call(Cluster("127.0.0.1:9", 2, 1), {}, 0.5)
@@ -34,22 +53,12 @@ def test_nobody_answers():
 
 def test_a_stranger_who_says_nothing_keeps_nobody_out(monkeypatch):
     monkeypatch.setattr("mpdit_jax.roll_call._LONGEST_SILENCE", 0.5)
-    port, found = free_port(), {}
-
-    def call(index):
-        found[index] = roll_call(Cluster(f"127.0.0.1:{port}", 2, index), {}, 20.0)
-
-    first = threading.Thread(target=call, args=(0,))
+    port = free_port()
+    (first, second), found = calls(f"127.0.0.1:{port}", 2)
     first.start()
-    stranger = connected(port + 1)
-    second = threading.Thread(target=call, args=(1,))
-    second.start()
-    for thread in (first, second):
-        thread.join(15)
-    stranger.close()
-    assert {index: list(joined.connections) for index, joined in found.items()} == {0: [1], 1: [0]}
-    for joined in found.values():
-        joined.close()
+    with connected(port + 1):
+        second.start()
+        assert connections_of((first, second), found) == {0: [1], 1: [0]}
 
 
 def test_who_has_heard_nothing_yet_says_so(monkeypatch):
@@ -112,7 +121,7 @@ def test_the_answer_ends_where_the_watch_begins():
         assert ours.recv(5) == b"a"
 
 
-def test_who_comes_to_a_run_that_is_under_way(monkeypatch):
+def test_who_comes_to_a_run_that_is_under_way():
     """A process of another run, by mistake, or one that was started again: it tries until its time is over."""
     port = free_port()
     sentence = "has all its processes, and had after 1 s: process 1 was started twice, or is of another run"
@@ -124,7 +133,7 @@ def test_who_comes_to_a_run_that_is_under_way(monkeypatch):
 
 
 _UNDER_WAY = """
-import socket, sys, time
+import sys, time
 from mpdit_jax.peers import start_watch
 from mpdit_jax.roll_call import Joined, _listen
 start_watch(0, 1, Joined({}, _listen(int(sys.argv[1]))))
@@ -160,40 +169,23 @@ def test_a_coordinator_by_its_ipv6_address():
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError as error:
         pytest.skip(f"no IPv6 here: {error}")
-    port, found = free_port(), {}
-
-    def call(index):
-        found[index] = roll_call(Cluster(f"[::1]:{port}", 2, index), {}, 20.0)
-
-    threads = [threading.Thread(target=call, args=(index,)) for index in range(2)]
+    threads, found = calls(f"[::1]:{free_port()}", 2)
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(15)
-    assert {index: list(joined.connections) for index, joined in found.items()} == {0: [1], 1: [0]}
-    for joined in found.values():
-        joined.close()
+    assert connections_of(threads, found) == {0: [1], 1: [0]}
 
 
 def test_who_was_started_again_takes_its_own_place():
     """While others are still missing: its first connection has ended with the process."""
-    port, found = free_port(), {}
-
-    def call(index):
-        found[index] = roll_call(Cluster(f"127.0.0.1:{port}", 3, index), {}, 20.0)
-
-    threads = [threading.Thread(target=call, args=(index,)) for index in range(3)]
+    port = free_port()
+    threads, found = calls(f"127.0.0.1:{port}", 3)
     threads[0].start()
     with connected(port + 1) as killed:
         killed.sendall(json.dumps({"index": 1, "count": 3, "facts": {}}).encode() + b"\n")
         time.sleep(0.5)
     for thread in threads[1:]:
         thread.start()
-    for thread in threads:
-        thread.join(15)
-    assert {index: sorted(joined.connections) for index, joined in found.items()} == {0: [1, 2], 1: [0], 2: [0]}
-    for joined in found.values():
-        joined.close()
+    assert connections_of(threads, found) == {0: [1, 2], 1: [0], 2: [0]}
 
 
 _MANY = """
