@@ -9,7 +9,7 @@ are kept, fine patterns blur (docs/images/vae_fashion.png). docs/latents.md goes
 
 from ml_collections import ConfigDict
 
-from mpdit_jax.training.vae_config import base_vae_config
+from mpdit_jax.train.vae_config import base_vae_config
 
 
 def get_config() -> ConfigDict:

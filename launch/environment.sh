@@ -12,7 +12,7 @@ UNFINISHED=$VENV/mpdit_jax.unfinished # there from before .venv is made until it
 STAMP=$VENV/mpdit_jax.installed       # what the last complete installation was made from
 PIP_LOG=$VENV/pip.log
 
-# Huge pages where the system leaves them to whoever asks: XLA's arrays on a CPU (mpdit_jax/hugepages.py). Read by glibc
+# Huge pages where the system leaves them to whoever asks: XLA's arrays on a CPU (mpdit_jax/runtime/hugepages.py). Read by glibc
 # from 2.35 on when a process starts, ignored by everything else.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 

@@ -7,11 +7,12 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from mpdit_jax.interrupt import guard_imports
-from mpdit_jax.memory import keep_few_arenas
+from mpdit_jax.runtime.memory import keep_few_arenas
+from mpdit_jax.runtime.signals import guard_imports
+from mpdit_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from mpdit_jax.checkpoint import load_checkpoint as load_checkpoint
+    from mpdit_jax.checkpoint.load import load_checkpoint as load_checkpoint
     from mpdit_jax.errors import MPDiTError as MPDiTError
     from mpdit_jax.flow.conventions import as_velocity as as_velocity
     from mpdit_jax.flow.objective import flow_matching_loss as flow_matching_loss
@@ -21,10 +22,8 @@ if TYPE_CHECKING:
     from mpdit_jax.model.accounting import count as count
     from mpdit_jax.model.presets import create_model as create_model
     from mpdit_jax.model.presets import presets as presets
-    from mpdit_jax.sampling.generate import generate as generate
+    from mpdit_jax.sample.generate import generate as generate
     from mpdit_jax.vae.vae import load_vae as load_vae
-
-__version__ = "0.1.0"
 
 # `python -m mpdit_jax.COMMAND`, and Python has not come to the command itself yet.
 if sys.argv[:1] == ["-m"] and "mpdit_jax." in sys.orig_argv[-len(sys.argv)]:
@@ -36,7 +35,7 @@ _HOME = {
     "count": "mpdit_jax.model.accounting",
     "create_model": "mpdit_jax.model.presets",
     "flow_matching_loss": "mpdit_jax.flow.objective",
-    "generate": "mpdit_jax.sampling.generate",
+    "generate": "mpdit_jax.sample.generate",
     "load_checkpoint": "mpdit_jax.checkpoint",
     "as_velocity": "mpdit_jax.flow.conventions",
     "load_torch": "mpdit_jax.interop.torch_weights",

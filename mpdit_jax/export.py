@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from mpdit_jax.cli import Parser, make_parser, run
 from mpdit_jax.errors import InputError
+from mpdit_jax.runtime.cli import Parser, make_parser, run
 
 _EXAMPLES = """\
   python -m mpdit_jax.export --workdir=runs/digits --guidance_scale=2.0 --steps=50 --out=sampler.bin
@@ -13,7 +13,7 @@ _EXAMPLES = """\
 
 def make_export_parser() -> Parser:
     """The command's arguments."""
-    from mpdit_jax.sampling.options import add_model_options, add_sampler_options
+    from mpdit_jax.sample.options import add_model_options, add_sampler_options
 
     parser = make_parser(
         "export",
@@ -40,11 +40,11 @@ def main(arguments: Sequence[str]) -> int:
     if options.guide:
         raise InputError(f"--guide={options.guide}: a file holds one model; export without autoguidance.")
 
-    from mpdit_jax.checkpoint import load_checkpoint
-    from mpdit_jax.data.facts import read_facts
-    from mpdit_jax.files import check_writable, replacing
-    from mpdit_jax.sampling.exporting import export_sampler
-    from mpdit_jax.sampling.options import check_heeded, sampler_from
+    from mpdit_jax.checkpoint.load import load_checkpoint
+    from mpdit_jax.data.info import read_facts
+    from mpdit_jax.io.files import check_writable, replacing
+    from mpdit_jax.sample.exporting import export_sampler
+    from mpdit_jax.sample.options import check_heeded, sampler_from
 
     sampler = sampler_from(options)
     check_heeded(options)

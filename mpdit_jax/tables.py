@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mpdit_jax.cli import make_parser, run
+from mpdit_jax.runtime.cli import make_parser, run
 
 _EXAMPLES = """\
   python -m mpdit_jax.tables
@@ -50,8 +50,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def rows() -> list[dict[str, Any]]:
     """Every row as plain numbers and strings: what we count, what the paper prints, and how far they are apart."""
+    from mpdit_jax.config.paper import ROWS
     from mpdit_jax.model.accounting import count, masked_macs, paper_macs
-    from mpdit_jax.model.paper import ROWS
 
     found = []
     for name, row in ROWS.items():

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpdit_jax.checks import check_image_size, check_seed
-from mpdit_jax.cli import make_parser, run
 from mpdit_jax.errors import InputError
+from mpdit_jax.runtime.cli import make_parser, run
+from mpdit_jax.validation import check_image_size, check_seed
 
 _EXAMPLES = """\
   python -m mpdit_jax.train_classifier --data=digits --out=digits.safetensors
@@ -43,12 +43,12 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError(f"--learning_rate={options.learning_rate}: expected a positive number.")
     check_seed(options.seed, "--seed")
 
+    from mpdit_jax.data.decoded import DecodedImages
+    from mpdit_jax.data.image_sets import ImageArrays, ImageFolder, open_images
     from mpdit_jax.data.sources import SOURCES, Batched, load_source
-    from mpdit_jax.evaluation.classifier import save_classifier
-    from mpdit_jax.evaluation.classifier_training import train_classifier
-    from mpdit_jax.files import check_writable
-    from mpdit_jax.preparing.decoded import DecodedImages
-    from mpdit_jax.preparing.image_sets import ImageArrays, ImageFolder, open_images
+    from mpdit_jax.evaluate.classifier import save_classifier
+    from mpdit_jax.evaluate.classifier_training import train_classifier
+    from mpdit_jax.io.files import check_writable
 
     check_writable(options.out)
     pictures: Batched

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpdit_jax.cli import make_parser, run, stopped_line
-from mpdit_jax.config_arguments import parse_with_config
+from mpdit_jax.config.flags import parse_with_config
 from mpdit_jax.errors import InputError
-from mpdit_jax.interrupt import stopped_status
+from mpdit_jax.runtime.cli import make_parser, run, stopped_line
+from mpdit_jax.runtime.signals import stopped_status
 
 _EXAMPLES = """\
   python -m mpdit_jax.train_vae --config=configs/vae_fashion.py --workdir=runs/vae_fashion
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     if not options.workdir or "://" in options.workdir:
         raise InputError(f"--workdir={options.workdir}: expected a folder, such as runs/vae.")
 
-    from mpdit_jax.training.vae import train_vae
+    from mpdit_jax.train.vae import train_vae
 
     workdir = Path(options.workdir)
     step = train_vae(config, workdir)

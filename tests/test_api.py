@@ -26,7 +26,7 @@ def test_unknown_name():
 def test_training_needs_neither_tensorflow_nor_torch():
     script = """
 import sys
-import mpdit_jax.training.loop, mpdit_jax.sample, mpdit_jax.train, mpdit_jax.interop.torch_weights
+import mpdit_jax.train.loop, mpdit_jax.sample, mpdit_jax.train, mpdit_jax.interop.torch_weights
 print([m for m in ("tensorflow", "torch") if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

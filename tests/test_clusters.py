@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from mpdit_jax.clusters import Cluster, find_cluster, find_pod, first_host, on_cloud_tpu
+from mpdit_jax.distributed.clusters import Cluster, find_cluster, find_pod, first_host, on_cloud_tpu
 from mpdit_jax.errors import ConfigError
 
 
@@ -107,7 +107,7 @@ def test_a_pod_by_its_metadata(metadata, monkeypatch):
 
 def test_a_pod_whose_metadata_describe_none(metadata, monkeypatch):
     environment, answers = metadata
-    monkeypatch.setattr("mpdit_jax.clusters._TRY_AGAIN", 0.0)
+    monkeypatch.setattr("mpdit_jax.distributed.clusters._TRY_AGAIN", 0.0)
     answers |= {"agent-worker-number": "7", "worker-network-endpoints": "t0,t1"}
     with pytest.raises(ConfigError, match=r"worker-network-endpoints='t0,t1', agent-worker-number='7': .*expected 0"):
         find_pod(environment)

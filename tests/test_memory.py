@@ -13,7 +13,7 @@ _PROGRAM = """
 import ctypes
 from pathlib import Path
 
-from mpdit_jax.memory import return_freed
+from mpdit_jax.runtime.memory import return_freed
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -32,7 +32,7 @@ print((before - resident()) // 2**20)
 # Eight threads with something in memory at the same time.
 _THREADS = """
 import ctypes, threading
-from mpdit_jax.memory import keep_few_arenas
+from mpdit_jax.runtime.memory import keep_few_arenas
 
 assert keep_few_arenas()
 libc, meeting = ctypes.CDLL(None), threading.Barrier(9)
@@ -56,7 +56,7 @@ _CHECKPOINTS = """
 import gc, sys, tempfile
 from pathlib import Path
 import jax.numpy as jnp
-from mpdit_jax.checkpoint import Checkpoints
+from mpdit_jax.checkpoint.manager import Checkpoints
 
 def in_use():
     gc.collect()

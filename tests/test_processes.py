@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 import mpdit_jax
+from mpdit_jax.distributed.processes import add_flags, code_fingerprint, compare_facts, join
 from mpdit_jax.errors import ConfigError, ProcessError
-from mpdit_jax.files import code_fingerprint
-from mpdit_jax.processes import add_flags, compare_facts, join
 from tests.tiny import start_joined
 
 
@@ -38,8 +37,10 @@ def test_under_slurm_a_process_drives_all_gpus_of_its_node(monkeypatch):
     for name, value in (step | {"SLURM_LOCALID": "0"}).items():
         monkeypatch.setenv(name, value)
     asked = []
-    monkeypatch.setattr("mpdit_jax.processes.roll_call", lambda cluster, facts, timeout: asked.append(facts))
-    monkeypatch.setattr("mpdit_jax.processes.start_watch", lambda *arguments: None)
+    monkeypatch.setattr(
+        "mpdit_jax.distributed.processes.roll_call", lambda cluster, facts, timeout: asked.append(facts)
+    )
+    monkeypatch.setattr("mpdit_jax.distributed.processes.start_watch", lambda *arguments: None)
     monkeypatch.setattr("jax.distributed.initialize", lambda *given, **named: asked.append((given, named)))
     parser = argparse.ArgumentParser()
     add_flags(parser)
@@ -67,7 +68,7 @@ def test_facts_that_are_known_late_are_compared_too(monkeypatch):
         width = max([len(array), *map(len, rows)])
         return np.stack([np.pad(row, (0, width - len(row))) for row in (array, array, *rows)])
 
-    monkeypatch.setattr("mpdit_jax.processes.multihost_utils.process_allgather", gathered)
+    monkeypatch.setattr("mpdit_jax.distributed.processes.multihost_utils.process_allgather", gathered)
     compare_facts(ours)
     others.append(b'{"config.seed": "1", "version": "1"}')
     with pytest.raises(
@@ -85,7 +86,7 @@ if options.process_id == 0:
 
 COUNTED = """
 import socket
-from mpdit_jax.processes import count_machines
+from mpdit_jax.distributed.processes import count_machines
 print("machines:", count_machines(), flush=True)
 socket.gethostname = lambda: f"machine {options.process_id}"
 print("machines:", count_machines(), flush=True)

@@ -7,7 +7,7 @@ from sklearn.svm import SVC
 
 import mpdit_jax as mp
 from mpdit_jax.data.sources import load_source
-from mpdit_jax.images import to_uint8
+from mpdit_jax.io.pictures import to_uint8
 from tests.tiny import OPTIMIZED, ROOT, optimized, run
 
 

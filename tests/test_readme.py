@@ -7,7 +7,7 @@ import numpy as np
 import mpdit_jax as mp
 from mpdit_jax import export
 from mpdit_jax.model.presets import model_config
-from tests.sampling.conftest import make_workdir
+from tests.sample.conftest import make_workdir
 from tests.tiny import ROOT
 
 README = (ROOT / "README.md").read_text()

@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from mpdit_jax.clusters import Cluster
+from mpdit_jax.distributed.clusters import Cluster
+from mpdit_jax.distributed.roll_call import _listen, _read_line, roll_call, tell_apart, turn_away
 from mpdit_jax.errors import ProcessError
-from mpdit_jax.roll_call import _listen, _read_line, roll_call, tell_apart, turn_away
 from tests.tiny import ROOT, free_port
 
 
@@ -52,7 +52,7 @@ def test_nobody_answers():
 
 
 def test_a_stranger_who_says_nothing_keeps_nobody_out(monkeypatch):
-    monkeypatch.setattr("mpdit_jax.roll_call._LONGEST_SILENCE", 0.5)
+    monkeypatch.setattr("mpdit_jax.distributed.roll_call._LONGEST_SILENCE", 0.5)
     port = free_port()
     (first, second), found = calls(f"127.0.0.1:{port}", 2)
     first.start()
@@ -63,7 +63,7 @@ def test_a_stranger_who_says_nothing_keeps_nobody_out(monkeypatch):
 
 def test_who_has_heard_nothing_yet_says_so(monkeypatch):
     """Process 0 came late, and still waits for a third one."""
-    monkeypatch.setattr("mpdit_jax.roll_call._REPLY_GRACE", 0.1)
+    monkeypatch.setattr("mpdit_jax.distributed.roll_call._REPLY_GRACE", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         with pytest.raises(ProcessError, match=r"was still waiting for others when process 1 had waited 0\.5 s for it"):
@@ -134,8 +134,8 @@ def test_who_comes_to_a_run_that_is_under_way():
 
 _UNDER_WAY = """
 import sys, time
-from mpdit_jax.peers import start_watch
-from mpdit_jax.roll_call import Joined, _listen
+from mpdit_jax.distributed.peers import start_watch
+from mpdit_jax.distributed.roll_call import Joined, _listen
 start_watch(0, 1, Joined({}, _listen(int(sys.argv[1]))))
 print("ready", flush=True)
 time.sleep(60)
@@ -190,9 +190,9 @@ def test_who_was_started_again_takes_its_own_place():
 
 _MANY = """
 import os, resource, signal, socket, sys, time
-from mpdit_jax.interrupt import StopRequest
-from mpdit_jax.peers import start_watch
-from mpdit_jax.roll_call import Joined, _allow_files
+from mpdit_jax.runtime.signals import StopRequest
+from mpdit_jax.distributed.peers import start_watch
+from mpdit_jax.distributed.roll_call import Joined, _allow_files
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 _allow_files(1000)
@@ -229,6 +229,6 @@ def test_a_process_that_may_have_too_few_files_open(monkeypatch):
         def accept(self):
             raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("mpdit_jax.roll_call._listen", lambda port: Full())
+    monkeypatch.setattr("mpdit_jax.distributed.roll_call._listen", lambda port: Full())
     with pytest.raises(ProcessError, match=r"another connection beside 0 \(Too many open files\): raise `ulimit -n`"):
         roll_call(Cluster("127.0.0.1:9", 2, 0), {}, 5.0)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpdit_jax import cli
+from mpdit_jax.runtime import cli
 
 ROOT = Path(__file__).parent.parent
 OVERRIDES = [  # one level: a start takes a fifth less; TWO_LEVELS where the model matters
@@ -149,10 +149,10 @@ def join_flags(port, count, index):
 _JOINED = """
 import argparse, time
 import jax
-from mpdit_jax import cli
+from mpdit_jax.runtime import cli
 from mpdit_jax.errors import InputError
-from mpdit_jax.processes import add_flags, join
-from mpdit_jax.waiting import wait_for_all
+from mpdit_jax.distributed.processes import add_flags, join
+from mpdit_jax.distributed.waiting import wait_for_all
 
 def main(arguments):
     parser = argparse.ArgumentParser()

@@ -7,7 +7,7 @@ The paper reports FID 30.91 after 80 epochs, unguided. It has not been trained w
 
 from ml_collections import ConfigDict
 
-from mpdit_jax.recipes import ablation_config
+from mpdit_jax.config.ablation import ablation_config
 
 
 def get_config() -> ConfigDict:

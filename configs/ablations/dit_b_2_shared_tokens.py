@@ -8,7 +8,7 @@ holds. It has not been trained with this code yet.
 
 from ml_collections import ConfigDict
 
-from mpdit_jax.recipes import ablation_config
+from mpdit_jax.config.ablation import ablation_config
 
 
 def get_config() -> ConfigDict:

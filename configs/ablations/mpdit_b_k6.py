@@ -8,7 +8,7 @@ This is the base of the B rows. The paper prints 104.8 M parameters and 16.6 GFL
 
 from ml_collections import ConfigDict
 
-from mpdit_jax.recipes import ablation_config
+from mpdit_jax.config.ablation import ablation_config
 
 
 def get_config() -> ConfigDict:

@@ -7,7 +7,7 @@ The paper reports that its training is unstable. It has not been trained with th
 
 from ml_collections import ConfigDict
 
-from mpdit_jax.recipes import ablation_config
+from mpdit_jax.config.ablation import ablation_config
 
 
 def get_config() -> ConfigDict:

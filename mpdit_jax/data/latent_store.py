@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from mpdit_jax.data.npz import read_npy
 from mpdit_jax.errors import DataError
-from mpdit_jax.files import digest_of, parse_json
+from mpdit_jax.io.files import digest_of, parse_json
+from mpdit_jax.io.npz import read_npy
 
 SCHEMA_VERSION = 1
 MANIFEST, LABELS, REJECTED = "manifest.json", "labels.npy", "rejected.jsonl"

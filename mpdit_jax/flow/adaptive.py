@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpdit_jax.checks import is_real
 from mpdit_jax.errors import ConfigError, InputError, MissingExtraError
 from mpdit_jax.flow.fields import Field, Segment
 from mpdit_jax.flow.solvers import Increments, Solution
 from mpdit_jax.flow.times import TimeGrid
+from mpdit_jax.validation import is_real
 
 METHODS = {"dopri5": "Dopri5", "tsit5": "Tsit5"}  # ours to diffrax's
 _STAGES = 6  # new evaluations a step: both methods have seven stages, the first of which is the step before's last

@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mpdit_jax.checks import is_whole
 from mpdit_jax.errors import ConfigError, InputError
-from mpdit_jax.flow.catalogue import find_solver
 from mpdit_jax.flow.fields import Field, model_field
 from mpdit_jax.flow.guidance import guided_field
 from mpdit_jax.flow.inputs import (
@@ -29,8 +27,10 @@ from mpdit_jax.flow.inputs import (
 )
 from mpdit_jax.flow.protocols import Castable, ClassConditional
 from mpdit_jax.flow.randomness import GivenIncrements, draw_noise, noise_increments, threefry
+from mpdit_jax.flow.registry import find_solver
 from mpdit_jax.flow.solvers import Solution, Solver
 from mpdit_jax.flow.times import TimeGrid, check_times, find_time_grid
+from mpdit_jax.validation import is_whole
 
 PRECISIONS = ("float32", "bfloat16")
 

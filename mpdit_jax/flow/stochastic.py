@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpdit_jax.checks import is_real, suggest
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.flow.fields import Field
 from mpdit_jax.flow.solvers import Increments, Solution, march, prepare
 from mpdit_jax.flow.times import TimeGrid
+from mpdit_jax.validation import is_real, suggest
 
 # How strong the noise is at time t: w(t) over `norm`, or with `norm` inside where its form has one.
 DIFFUSIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {

@@ -5,8 +5,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from mpdit_jax.checks import suggest
 from mpdit_jax.errors import ConfigError
+from mpdit_jax.validation import suggest
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ import numpy as np
 from mpdit_jax.errors import ConfigError, InputError, WeightsError
 from mpdit_jax.interop.files import Weights, normalize_state_dict, read_weights
 from mpdit_jax.interop.infer import find_problems, infer_config, is_table
-from mpdit_jax.interop.own_files import PUBLISHED, from_own, stored_config
+from mpdit_jax.interop.native_files import PUBLISHED, from_own, stored_config
 from mpdit_jax.interop.published_names import expected_shapes, is_dit, is_mpdit, position_tables, trained_entries
 from mpdit_jax.model.config import CONVENTIONS, ModelConfig
 from mpdit_jax.model.mpdit import MPDiT

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mpdit_jax.mesh import constrain_batch
+from mpdit_jax.distributed.mesh import constrain_batch
 from mpdit_jax.model.conditioning import MODULATIONS
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.kernels import attention_kernel

@@ -6,8 +6,8 @@ import numbers
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from mpdit_jax.checks import is_whole, suggest
 from mpdit_jax.errors import ConfigError
+from mpdit_jax.validation import is_whole, suggest
 
 TIME_EMBEDDINGS = ("fno", "sinusoidal")
 FNO_INITS = ("paper", "scaled")

@@ -21,7 +21,7 @@ grows with w.
 1/√(2w) in a spectral convolution and 1/√w in the other maps ("equalized learning rate", Karras et al. 2018). Features
 keep their size, |h| ~ √w in all, as by weights of variance c². The gradient of all features is c √w |g| ~ |g|, and that
 of the weights has the constant as a factor as well: c |h| |g| ~ |g|. Neither depends on w.
-`python -m mpdit_jax.studies.fno_width` measures it (docs/fno_width.md).
+`python -m studies.fno_width` measures it (docs/fno_width.md).
 
 The mean over the grid at the end is the constant mode, so that of the last layer's spectral weights only the real part
 of that mode matters. The others are kept as published.

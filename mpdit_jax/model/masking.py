@@ -10,8 +10,8 @@ Sampling runs every block on every token.
 import jax
 import jax.numpy as jnp
 
+from mpdit_jax.distributed.mesh import constrain_batch
 from mpdit_jax.errors import InputError
-from mpdit_jax.mesh import constrain_batch
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.embeddings import patchify
 from mpdit_jax.model.mpdit import MPDiT

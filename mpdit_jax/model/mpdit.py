@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mpdit_jax.distributed.mesh import constrain_batch
 from mpdit_jax.errors import InputError
-from mpdit_jax.mesh import constrain_batch
 from mpdit_jax.model.blocks import BlockStack, layer_norm, modulate
 from mpdit_jax.model.conditioning import CONDITIONS, MODULATIONS, ClassEmbedding
 from mpdit_jax.model.config import ModelConfig

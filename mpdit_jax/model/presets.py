@@ -5,10 +5,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from mpdit_jax.checks import is_whole, suggest
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.mpdit import MPDiT
+from mpdit_jax.validation import is_whole, suggest
 
 _SMALL = {"hidden_size": 384, "num_heads": 6}
 _BASE = {"hidden_size": 768, "num_heads": 12}

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
+from mpdit_jax.distributed.mesh import AXES, batch_sharding, replicated
 from mpdit_jax.errors import ConfigError, InputError
-from mpdit_jax.mesh import AXES, batch_sharding, replicated
 from mpdit_jax.vae.autoencoder import mean_and_std
 from mpdit_jax.vae.config import AutoencoderConfig
 from mpdit_jax.vae.hub import locate
@@ -36,8 +36,8 @@ def load_vae(
             such as "stabilityai/sd-vae-ft-ema" or "owner/pipeline/vae" (needs the extra [hub] and a network once).
             None or "none" for pixel space: RGB images that are their own latents, with no spread.
         dtype: compute dtype, "float32" or "bfloat16"; parameters stay float32.
-        mesh: a mesh with the axes `data` and `fsdp` (`mpdit_jax.mesh.make_mesh`): batches are split over both,
-            parameters replicated. Default: one device.
+        mesh: a mesh with the axes `data` and `fsdp` (`mpdit_jax.distributed.mesh.make_mesh`): batches are split over
+            both, parameters replicated. Default: one device.
         tiling: cut images larger than a tile into overlapping tiles. Default: never.
 
     Raises:
@@ -78,7 +78,7 @@ class VAE:
         if mesh is not None and not set(AXES) <= set(mesh.axis_names):
             raise ConfigError(
                 f"VAE mesh has the axes {', '.join(mesh.axis_names)}: expected {' and '.join(AXES)}; use "
-                "mpdit_jax.mesh.make_mesh()."
+                "mpdit_jax.distributed.mesh.make_mesh()."
             )
         if tiling is not None:
             tiling.check(config.downsample_factor)

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 import mpdit_jax as mp
-from mpdit_jax import convert, evaluate, export, sample
+from mpdit_jax import export
+from mpdit_jax.convert import __main__ as convert
 from mpdit_jax.errors import CheckpointError, DamageWarning
+from mpdit_jax.evaluate import __main__ as evaluate
 from mpdit_jax.model.parameters import abstract, merge, split
 from mpdit_jax.model.presets import model_config
+from mpdit_jax.sample import __main__ as sample
 from tests.conftest import Golden
 from tests.tiny import ROOT, TWO_LEVELS, refusal, run, saved_arrays, start, train_arguments
 
@@ -85,7 +88,7 @@ def test_all_the_way_round(golden, tmp_path, capsys):
 
 def test_variants_keep_their_config(tmp_path, capsys):
     """What has no published names has our own: also the scaled FNO, whose constants are in the config."""
-    from mpdit_jax.interop.own_files import save_own
+    from mpdit_jax.interop.native_files import save_own
 
     model = random_model(upsampler="linear_mlp", fno_init="scaled", mlp_ratio=3.0)
     save_own(tmp_path / "model.safetensors", model, step=7)
@@ -100,7 +103,7 @@ def test_variants_keep_their_config(tmp_path, capsys):
 
 def test_a_run_starts_from_a_converted_workdir(tmp_path, capsys):
     """The step goes on where the file's ended, from its weights, by the config given."""
-    from mpdit_jax.interop.own_files import save_own
+    from mpdit_jax.interop.native_files import save_own
 
     config, workdir, *tiny = train_arguments(tmp_path / "run", "--config.steps=6", *TWO_LEVELS)
     model = random_model(patch_sizes=(2, 1), depths=(2, 1), in_channels=1, num_classes=10)
@@ -155,7 +158,7 @@ def test_what_cannot_be_read(golden, tmp_path, monkeypatch, capsys):
 def test_one_of_ours_that_is_damaged(tmp_path):
     import safetensors.numpy
 
-    from mpdit_jax.interop.own_files import save_own
+    from mpdit_jax.interop.native_files import save_own
 
     model = random_model()
     path = tmp_path / "model.safetensors"
@@ -188,7 +191,7 @@ def test_a_pickle_that_carries_code_is_refused_by_name(tmp_path):
 
 
 def test_a_dit_is_no_run(tmp_path):
-    from mpdit_jax.interop.own_files import save_own
+    from mpdit_jax.interop.native_files import save_own
 
     sit = tmp_path / "sit.safetensors"
     save_own(sit, random_model(**DIT, convention="sit"), 1)
@@ -255,8 +258,8 @@ def test_a_dit_of_ours_becomes_a_run_of_its_config(tmp_path, capsys):
 
 def test_a_model_for_another_machine_is_the_same_model(tmp_path, capsys, monkeypatch):
     """It is verified before it takes its place: nothing stays of what is not the same."""
-    from mpdit_jax.converting import forms
-    from mpdit_jax.interop.own_files import save_own
+    from mpdit_jax.convert import forms
+    from mpdit_jax.interop.native_files import save_own
 
     save_own(tmp_path / "gpu.safetensors", random_model(platform="gpu", dtype="bfloat16"), 3)
     source, out = f"--source={tmp_path / 'gpu.safetensors'}", tmp_path / "out.safetensors"
@@ -278,7 +281,7 @@ def changed(model, name="class_embedding.table"):
 
 def test_a_check_sum_is_of_every_parameter():
     """Also of the rows of other classes, and of a model that computes nothing yet."""
-    from mpdit_jax.converting.checksum import checksum
+    from mpdit_jax.convert.checksum import checksum
 
     model = random_model()
     structure, parameters = split(model)
@@ -293,6 +296,6 @@ def test_a_check_sum_is_of_every_parameter():
 
 @pytest.mark.parametrize(("step", "expected"), [("7", 7), ("7²", None), ("", None), ("-1", None), ("9" * 5000, None)])
 def test_a_step_that_is_none(step, expected):
-    from mpdit_jax.interop.own_files import stored_step
+    from mpdit_jax.interop.native_files import stored_step
 
     assert stored_step({"step": step}) == expected

@@ -6,8 +6,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mpdit_jax as mp
-from mpdit_jax import sample
 from mpdit_jax.errors import CheckpointError
+from mpdit_jax.sample import __main__ as sample
 from tests.tiny import refusal, run, train_arguments
 
 
@@ -113,7 +113,7 @@ def test_unwritable_output(workdir, tmp_path, monkeypatch, capsys):
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
-    from mpdit_jax.files import replacing
+    from mpdit_jax.io.files import replacing
 
     path = tmp_path / "kept"
     path.write_bytes(b"old")

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from mpdit_jax import tables
+from mpdit_jax.config.paper import ROWS
 from mpdit_jax.model.accounting import paper_macs
-from mpdit_jax.model.paper import ROWS
 
 # Parameters in millions and "GFLOPs", as the paper prints them.
 PRINTED = {

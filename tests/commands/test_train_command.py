@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from mpdit_jax import train
 from mpdit_jax.errors import ConfigError, InputError
+from mpdit_jax.train import __main__ as train
 from tests.tiny import ROOT, refusal, run, train_arguments
 
 
@@ -139,8 +139,8 @@ def test_a_diverged_run_ends_with_a_sentence(tmp_path):
 
 def parsed(*arguments):
     """The config a command line makes, as `train` reads it."""
-    from mpdit_jax.cli import make_parser
-    from mpdit_jax.config_arguments import parse_with_config
+    from mpdit_jax.config.flags import parse_with_config
+    from mpdit_jax.runtime.cli import make_parser
 
     return parse_with_config(make_parser("train", "", ""), [f"--config={ROOT / 'configs/digits.py'}", *arguments])[1]
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mpdit_jax.data.facts import claim_data, read_facts
+from mpdit_jax.data.info import claim_data, read_facts
 from mpdit_jax.data.sources import ArraySource
 from mpdit_jax.errors import CheckpointError
 

@@ -25,7 +25,7 @@ from mpdit_jax.data.latents import LatentSpace
 from mpdit_jax.data.pipeline import batch_at, batches
 from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import CheckpointError, DataError, InputError
-from mpdit_jax.training.step import sample_latents
+from mpdit_jax.train.step import sample_latents
 
 
 def make_store(folder, count=40, shape=(4, 4, 2), views=2, fingerprint="f" * 64, shard_size=16):
@@ -195,8 +195,8 @@ def config_of(store, steps=2):
 
 
 def test_a_run_keeps_what_sampling_needs_and_refuses_another_vae(store, tmp_path):
-    from mpdit_jax.sampling.decoding import make_decode
-    from mpdit_jax.training.loop import train
+    from mpdit_jax.sample.decoding import make_decode
+    from mpdit_jax.train.loop import train
 
     workdir = tmp_path / "run"
     train(config_of(store), workdir)
@@ -211,7 +211,7 @@ def test_a_run_keeps_what_sampling_needs_and_refuses_another_vae(store, tmp_path
 
 
 def test_latents_of_another_shape_are_refused(store, tmp_path):
-    from mpdit_jax.training.loop import train
+    from mpdit_jax.train.loop import train
 
     config = config_of(store)
     config.model.in_channels = 3

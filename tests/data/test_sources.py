@@ -4,9 +4,9 @@ import struct
 import numpy as np
 import pytest
 
-from mpdit_jax.data.idx import read_idx
 from mpdit_jax.data.sources import check_fits, load_source
 from mpdit_jax.errors import DataError
+from mpdit_jax.io.idx import read_idx
 
 
 def idx_bytes(array):

@@ -1,6 +1,6 @@
 import pytest
 
-from mpdit_jax.train import main
+from mpdit_jax.train.__main__ import main
 from tests.tiny import train_arguments
 
 

@@ -21,9 +21,9 @@ from tests.tiny import ROOT, environment
 
 MODULES = ("train", "train_vae", "sample", "prepare", "evaluate")  # what is killed
 IMPORTED = (
-    "mpdit_jax.training.loop", "mpdit_jax.training.replay", "mpdit_jax.sampling.command", "mpdit_jax.preparing.store",
-    "mpdit_jax.sampling.decoding", "mpdit_jax.sampling.options", "mpdit_jax.preparing.image_sets",
-    "mpdit_jax.evaluation.command", "mpdit_jax.evaluation.runs", "mpdit_jax.training.vae", "sklearn.datasets",
+    "mpdit_jax.train.loop", "mpdit_jax.train.replay", "mpdit_jax.sample.command", "mpdit_jax.prepare.store",
+    "mpdit_jax.sample.decoding", "mpdit_jax.sample.options", "mpdit_jax.data.image_sets",
+    "mpdit_jax.evaluate.command", "mpdit_jax.evaluate.runs", "mpdit_jax.train.vae", "sklearn.datasets",
 )  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def serve():
 
 def live(request):
     """The life of a child; it does not return."""
-    from mpdit_jax import cli
+    from mpdit_jax.runtime import cli
 
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

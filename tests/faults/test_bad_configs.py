@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from mpdit_jax.config import defaults, model_of, resolve
 from mpdit_jax.data.sources import check_fits, load_source
+from mpdit_jax.distributed.mesh import check_batch, make_mesh
 from mpdit_jax.errors import MPDiTError
-from mpdit_jax.mesh import check_batch, make_mesh
 from mpdit_jax.model.parameters import abstract
-from mpdit_jax.train import main
-from mpdit_jax.training.optimizer import make_optimizer
-from mpdit_jax.training.state import abstract_state, create_state
-from mpdit_jax.training.step import make_draw, make_loss, make_step
+from mpdit_jax.train.__main__ import main
+from mpdit_jax.train.optimizer import make_optimizer
+from mpdit_jax.train.state import abstract_state, create_state
+from mpdit_jax.train.step import make_draw, make_loss, make_step
 from tests.faults.configs import TINY, mutated
 from tests.faults.damage import MUTATIONS, REAL, TUPLE, WHOLE, WORD, bulk
 from tests.tiny import ROOT
@@ -132,7 +132,7 @@ def test_what_is_traced_is_run():
 
 @pytest.mark.slow
 def test_a_whole_run_of_many_changes(tmp_path):
-    from mpdit_jax.training.loop import train
+    from mpdit_jax.train.loop import train
 
     changes = {"gradient_accumulation": 2, "guard.spike_factor": 5.0, "data.max_examples": 9, "optimizer.name": "muon"}
     changes |= {"data.class_balance": True, "time.distribution": "uniform", "model.dtype": "bfloat16"}
@@ -169,8 +169,8 @@ def test_command_lines(monkeypatch, capsys):
         resolve(config)
         raise Reached("fine")
 
-    monkeypatch.setattr("mpdit_jax.training.loop.train", reached)
-    monkeypatch.setattr("mpdit_jax.training.replay.replay", lambda config, workdir, step: reached(config, workdir))
+    monkeypatch.setattr("mpdit_jax.train.loop.train", reached)
+    monkeypatch.setattr("mpdit_jax.train.replay.replay", lambda config, workdir, step: reached(config, workdir))
     monkeypatch.setattr("mpdit_jax.train.join", lambda options, facts: None)
 
     @bulk(MUTATIONS // 4)

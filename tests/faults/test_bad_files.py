@@ -17,20 +17,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mpdit_jax as mp
-from mpdit_jax.checkpoint import load_config
-from mpdit_jax.data.facts import read_facts
-from mpdit_jax.data.idx import read_idx
+from mpdit_jax.checkpoint.load import load_config
+from mpdit_jax.checkpoint.reader import is_complete
+from mpdit_jax.data.crop import to_mode, to_square
+from mpdit_jax.data.image_sets import open_folder
+from mpdit_jax.data.info import read_facts
 from mpdit_jax.data.latent_store import LatentStore
 from mpdit_jax.data.sources import load_arrays
 from mpdit_jax.errors import CheckpointError, DataError, InputError, MPDiTError, WeightsError
-from mpdit_jax.files import parse_json
-from mpdit_jax.preparing.claiming import _claim_settings
-from mpdit_jax.preparing.image_sets import open_folder
-from mpdit_jax.preparing.pictures import to_mode, to_square
-from mpdit_jax.preparing.shards import Work, _read
-from mpdit_jax.sampling.blocks import Block, BlockFolder
-from mpdit_jax.stored import is_complete
-from mpdit_jax.train import main
+from mpdit_jax.io.files import parse_json
+from mpdit_jax.io.idx import read_idx
+from mpdit_jax.prepare.claiming import _claim_settings
+from mpdit_jax.prepare.shards import Work, _read
+from mpdit_jax.sample.blocks import Block, BlockFolder
+from mpdit_jax.train.__main__ import main
 from tests.data.test_latents import make_store
 from tests.faults.damage import DAMAGE, MUTATIONS, bulk, damaged, json_survives, survives
 from tests.tiny import train_arguments
@@ -69,7 +69,7 @@ def test_npz_bomb(tmp_path, monkeypatch):
     path = tmp_path / "bomb.npz"
     np.savez_compressed(path, images=np.zeros((2**15, 32, 32, 1), np.uint8), labels=np.zeros(2**15, np.int64))
     assert path.stat().st_size < 2**16
-    monkeypatch.setattr("mpdit_jax.data.npz._memory", lambda: 2**24)
+    monkeypatch.setattr("mpdit_jax.io.npz._memory", lambda: 2**24)
     with pytest.raises(DataError, match="do not fit into this machine's memory"):
         load_arrays(str(path))
 

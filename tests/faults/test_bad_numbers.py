@@ -11,14 +11,14 @@ import time
 import numpy as np
 import pytest
 
+from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.data import pipeline, sources
 from mpdit_jax.errors import DataError, DivergedError
-from mpdit_jax.stored import list_steps
-from mpdit_jax.train import main
-from mpdit_jax.training import loop
-from mpdit_jax.training import step as step_module
-from mpdit_jax.training.feed import Feed
-from mpdit_jax.training.observe import LossSpikes, Report
+from mpdit_jax.train import loop
+from mpdit_jax.train import step as step_module
+from mpdit_jax.train.__main__ import main
+from mpdit_jax.train.logger import LossSpikes, Report
+from mpdit_jax.train.prefetcher import Feed
 from tests.tiny import ROOT, environment, train_arguments
 
 BAD_STEPS = (5, 6)

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.config import defaults
 from mpdit_jax.errors import MPDiTError
-from mpdit_jax.evaluation.classifier import ClassifierConfig, initialize, save_classifier
-from mpdit_jax.stored import list_steps
-from mpdit_jax.training.loop import train
+from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, save_classifier
+from mpdit_jax.train.loop import train
 from tests.faults.configs import mutated
 from tests.faults.damage import bulk
 

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 
 from mpdit_jax.errors import ConfigError, InputError, WeightsError
-from mpdit_jax.evaluation.classifier import ClassifierConfig, initialize, load_classifier, save_classifier
-from mpdit_jax.evaluation.extraction import FeatureFolder
-from mpdit_jax.evaluation.extractors import build_classifier
-from mpdit_jax.evaluation.sets import ArrayImages, open_npz
-from mpdit_jax.evaluation.statistics import holds_statistics, load_statistics, save_statistics
-from mpdit_jax.interop.own_files import save_own, stored_step
+from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, load_classifier, save_classifier
+from mpdit_jax.evaluate.extraction import FeatureFolder
+from mpdit_jax.evaluate.extractors import build_classifier
+from mpdit_jax.evaluate.sets import ArrayImages, open_npz
+from mpdit_jax.evaluate.statistics import holds_statistics, load_statistics, save_statistics
+from mpdit_jax.interop.native_files import save_own, stored_step
 from mpdit_jax.interop.torch_weights import load_with_metadata
 from mpdit_jax.vae.weights import load_folder
-from tests.evaluation.conftest import collect
+from tests.evaluate.conftest import collect
 from tests.faults.damage import MUTATIONS, json_survives, survives
 from tests.flow.toys import tiny_model
-from tests.preparing.conftest import make_vae
+from tests.prepare.conftest import make_vae
 
 FEW = MUTATIONS // 12
 

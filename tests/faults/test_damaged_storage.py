@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 
 import mpdit_jax as mp
-from mpdit_jax import integrity
-from mpdit_jax.checkpoint import Checkpoints, load_config
+from mpdit_jax.checkpoint import digests as integrity
+from mpdit_jax.checkpoint.load import load_config
+from mpdit_jax.checkpoint.manager import Checkpoints
+from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.config import model_of
+from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import CheckpointError, DamageWarning, UnavailableError
-from mpdit_jax.mesh import make_mesh
 from mpdit_jax.model.parameters import split
-from mpdit_jax.stored import list_steps
-from mpdit_jax.training.optimizer import make_optimizer
-from mpdit_jax.training.state import abstract_state, to_items
-from mpdit_jax.training.writers import MetricsFile
+from mpdit_jax.train.optimizer import make_optimizer
+from mpdit_jax.train.state import abstract_state, to_items
+from mpdit_jax.train.writers import MetricsFile
 from tests.tiny import assert_same_bits, optimized, run, saved_arrays, train_arguments
 
 # What Orbax's readers leave behind when a file is damaged.

@@ -10,13 +10,13 @@ import subprocess
 import pytest
 from PIL import Image
 
+from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.errors import CheckpointError, InputError
-from mpdit_jax.files import take_lock
-from mpdit_jax.stored import list_steps
-from mpdit_jax.train import main
-from mpdit_jax.training.observe import Report
+from mpdit_jax.io.files import take_lock
+from mpdit_jax.train.__main__ import main
+from mpdit_jax.train.logger import Report
 from tests.faults.nursery import Nursery, wait_until
-from tests.preparing.conftest import make_vae
+from tests.prepare.conftest import make_vae
 from tests.tiny import assert_same_bits, saved_arrays, train_arguments
 
 EVERY = ["--config.steps=12", "--config.checkpoint.every=1", "--config.checkpoint.keep=100", "--config.log.every=1"]

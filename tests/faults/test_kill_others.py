@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mpdit_jax.evaluation.classifier import ClassifierConfig, initialize, save_classifier
+from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, save_classifier
 from tests.faults.nursery import Nursery, wait_until
-from tests.preparing.conftest import make_vae
-from tests.sampling.conftest import make_workdir, read_npz
+from tests.prepare.conftest import make_vae
+from tests.sample.conftest import make_workdir, read_npz
 from tests.tiny import assert_same_bits, saved_arrays, train_arguments
 
 KILLS = 4

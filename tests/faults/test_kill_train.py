@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from mpdit_jax.stored import is_complete
+from mpdit_jax.checkpoint.reader import is_complete
 from tests.faults.nursery import Nursery, wait_until
 from tests.tiny import ROOT, assert_same_bits, run, saved_arrays
 

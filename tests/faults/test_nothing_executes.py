@@ -11,13 +11,13 @@ import pytest
 from PIL import UnidentifiedImageError
 
 import mpdit_jax as mp
+from mpdit_jax.data.image_sets import open_images
 from mpdit_jax.data.latent_store import LatentStore, read_manifest
 from mpdit_jax.data.sources import load_arrays
 from mpdit_jax.errors import ConfigError, DataError, MPDiTError, WeightsError
-from mpdit_jax.evaluation.sets import open_folder
+from mpdit_jax.evaluate.sets import open_folder
 from mpdit_jax.interop.files import read_state_dict
-from mpdit_jax.preparing.image_sets import open_images
-from mpdit_jax.train import main
+from mpdit_jax.train.__main__ import main
 from tests.tiny import ROOT
 
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from mpdit_jax.stored import list_steps
+from mpdit_jax.checkpoint.reader import list_steps
 from tests.tiny import (
     ROOT,
     assert_same_bits,
@@ -204,8 +204,8 @@ def test_an_error_of_one_ends_all(fault):
 
 WATCH = """
 import socket, sys, time
-from mpdit_jax import peers
-from mpdit_jax.roll_call import Joined
+from mpdit_jax.distributed import peers
+from mpdit_jax.distributed.roll_call import Joined
 connection = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
 peers.start_watch(1, 3, Joined({0: connection}))
 print("ready", flush=True)

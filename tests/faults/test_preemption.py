@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.errors import InputError
-from mpdit_jax.interrupt import Terminated, ending_by_exception
-from mpdit_jax.stored import list_steps
-from mpdit_jax.train import main
+from mpdit_jax.runtime.signals import Terminated, ending_by_exception
+from mpdit_jax.train.__main__ import main
 from tests.faults.nursery import Nursery, wait_until
 from tests.tiny import ROOT, assert_same_bits, environment, run, saved_arrays, start, train_arguments
 
@@ -323,7 +323,7 @@ def test_a_second_signal_in_the_middle_of_a_save(nursery, tmp_path):
 
 SLEEPER = """
 import os, signal, time
-from mpdit_jax.interrupt import StopRequest
+from mpdit_jax.runtime.signals import StopRequest
 with StopRequest(grace=float({grace}), saved=lambda: "the checkpoint of step 7") as stop:
     print("ready", flush=True)
     # The main thread is inside a library and hears nothing: without handlers of its own Python would wait for it.
@@ -335,7 +335,7 @@ with StopRequest(grace=float({grace}), saved=lambda: "the checkpoint of step 7")
 
 UNHEARD = """
 import os, signal, sys, time
-from mpdit_jax.interrupt import StopRequest
+from mpdit_jax.runtime.signals import StopRequest
 with StopRequest(saved=lambda: "nothing") as stop:
     sys.stdin.readline()
     print("nobody reads this", flush=True)

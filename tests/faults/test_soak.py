@@ -3,7 +3,7 @@
 import pytest
 
 from mpdit_jax.errors import InputError
-from mpdit_jax.studies.soak import Sample, SoakError, judge, main
+from studies.soak import Sample, SoakError, judge, main
 
 
 def samples(growth):

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 from PIL import Image
 
+from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.errors import CheckpointError, DivergedError
-from mpdit_jax.stored import list_steps
+from mpdit_jax.train import vae
 from mpdit_jax.train_vae import main
-from mpdit_jax.training import vae
 from tests.tiny import ROOT
 
 

@@ -6,7 +6,7 @@ import pytest
 import mpdit_jax as mp
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.flow.objective import LogitNormal, Uniform, interpolate
-from mpdit_jax.training.step import drop_labels
+from mpdit_jax.train.step import drop_labels
 
 
 def zero(x, t, y):

@@ -8,8 +8,8 @@ import pytest
 import mpdit_jax as mp
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.flow.adaptive import Adaptive
-from mpdit_jax.flow.catalogue import SOLVERS, find_solver
 from mpdit_jax.flow.fields import FunctionField
+from mpdit_jax.flow.registry import SOLVERS, find_solver
 from mpdit_jax.flow.solvers import DPMpp2M, Euler, Heun, Midpoint
 from mpdit_jax.flow.stochastic import DIFFUSIONS, EulerMaruyama
 from mpdit_jax.flow.times import QuadraticGrid, ShiftedGrid, UniformGrid, find_time_grid

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mpdit_jax as mp
-from mpdit_jax import convert
+from mpdit_jax.convert import __main__ as convert
 from mpdit_jax.vae.weights import save_folder
 from tests.conftest import Golden
 from tests.tiny import ROOT

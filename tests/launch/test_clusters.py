@@ -84,7 +84,7 @@ def test_every_command_that_the_scripts_name_runs_on_many_processes(command, cap
 def test_jobsets_describe_the_cluster_that_the_command_finds():
     import yaml
 
-    from mpdit_jax.clusters import Cluster, find_cluster
+    from mpdit_jax.distributed.clusters import Cluster, find_cluster
 
     gpu, tpu = yaml.safe_load_all((ROOT / "launch/k8s_jobset.yaml").read_text())
     for jobset in (gpu, tpu):

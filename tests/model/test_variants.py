@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 import mpdit_jax as mp
+from mpdit_jax.distributed.mesh import PARAMETER_RULES, parameter_sharding
 from mpdit_jax.errors import ConfigError
-from mpdit_jax.mesh import PARAMETER_RULES, parameter_sharding
 from mpdit_jax.model import blocks
 from mpdit_jax.model.conditioning import CONDITIONS
 from mpdit_jax.model.conditioning import MODULATIONS as MODULATION_PARTS
@@ -21,7 +21,7 @@ from mpdit_jax.model.parameters import abstract, merge
 from mpdit_jax.model.presets import model_config
 from mpdit_jax.model.upsample import UPSAMPLERS as UPSAMPLER_PARTS
 from mpdit_jax.model.upsample import Upsample
-from mpdit_jax.studies.fno_width import initial_sizes
+from studies.fno_width import initial_sizes
 
 SMALL = {"hidden_size": 16, "num_heads": 2, "num_classes": 3, "input_size": 8, "depths": (1, 1), "class_tokens": 2}
 ONE_LEVEL = {"patch_sizes": (2,), "depths": (2,)}

@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from mpdit_jax.chips import CHIPS
 from mpdit_jax.errors import DataError, InputError
-from mpdit_jax.studies import plots, scaling
-from mpdit_jax.studies.cost_model import fit, fitted, flops_spread, missed_beyond, table
-from mpdit_jax.studies.scaling_grid import GRID
+from mpdit_jax.runtime.hardware import CHIPS
+from studies import plots, scaling
+from studies.cost_model import fit, fitted, flops_spread, missed_beyond, table
+from studies.scaling_grid import GRID
 from tests.tiny import ROOT
 
 PAGE = ROOT / "docs/scaling.md"

@@ -8,9 +8,9 @@ import pytest
 from mpdit_jax.data.sources import ArraySource
 from mpdit_jax.errors import DataError, DivergedError, InputError
 from mpdit_jax.model.accounting import count_trained
-from mpdit_jax.studies import fno_width, token_budget
-from mpdit_jax.studies.records import Records
-from mpdit_jax.studies.trainer import Trainer
+from studies import fno_width, token_budget
+from studies.records import Records
+from studies.trainer import Trainer
 
 RUNS = [{"model": name, "seed": seed} for name in ("a", "b") for seed in (0, 1)]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mpdit_jax.benchmarks.torch_operators import import_diffusers
+from mpdit_jax.benchmark.torch_operators import import_diffusers
 from mpdit_jax.errors import WeightsError
 from mpdit_jax.vae import AutoencoderConfig, load_folder, load_vae, save_folder
 from mpdit_jax.vae.config import config_to_diffusers

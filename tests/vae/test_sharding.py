@@ -5,8 +5,8 @@ import jax
 import numpy as np
 import pytest
 
+from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import InputError
-from mpdit_jax.mesh import make_mesh
 from mpdit_jax.vae import VAE
 from tests.conftest import relative_error
 from tests.tiny import environment
@@ -15,7 +15,7 @@ from tests.vae.conftest import TINY, random_images
 _ON_EIGHT_DEVICES = """
 import jax, numpy as np, pytest
 from mpdit_jax.errors import InputError
-from mpdit_jax.mesh import make_mesh
+from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.vae import VAE, Tiling
 from tests.conftest import relative_error
 from tests.vae.conftest import TINY, random_images, random_parameters

@@ -1,0 +1,217 @@
+"""Latents a second from a store, beside a folder of one .npy file an example read as PyTorch trainings do."""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from mpdit_jax.data.latent_store import LABELS, MANIFEST, Manifest, Shard, manifest_to_json, record_dtype, sha256
+from mpdit_jax.data.latents import load_latents
+from mpdit_jax.data.pipeline import batches
+from mpdit_jax.errors import InputError
+from mpdit_jax.runtime.cli import Parser, make_parser
+
+_EXAMPLES = """\
+  python -m mpdit_jax.benchmark data
+  python -m mpdit_jax.benchmark data --examples=50000 --batch_size=1024 --format=json
+"""
+_SHARD = 4096  # examples
+_TINY = (2, 2, 4)  # latents of the large store, of which only the number of records matters
+_WORKERS = 2
+
+
+def make_data_parser() -> Parser:
+    """The benchmark's arguments."""
+    parser = make_parser(
+        "benchmark data",
+        "Measure the input pipeline: shuffled 32x32x4 latents a second from a store with a warm page cache, beside a "
+        "folder of one .npy file an example read by PyTorch's DataLoader with two workers (by two worker processes "
+        "where PyTorch is not installed); the two take turns. Then the time from opening a store of --many examples "
+        "to its first batch. Everything read is synthetic and made first, in a temporary folder.",
+        _EXAMPLES,
+    )
+    parser.add_argument("--examples", type=int, default=30_000, help="latents of 32x32x4 (default: %(default)s)")
+    parser.add_argument("--many", type=int, default=1_281_167, help="records of the large store (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=256, help="latents a batch (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="epochs to take the median of (default: %(default)s)")
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="(default: %(default)s)")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure as the arguments say and print; exit status."""
+    options = make_data_parser().parse_args(arguments)
+    for name in ("examples", "many", "batch_size", "repeats"):
+        if vars(options)[name] < 1:
+            raise InputError(f"--{name}={vars(options)[name]}: expected 1 or more.")
+    if options.batch_size > options.examples:
+        raise InputError(f"--batch_size={options.batch_size}: expected at most --examples={options.examples}.")
+    report = measure(options)
+    print(json.dumps(report, indent=2) if options.format == "json" else _as_text(report))
+    return 0
+
+
+def measure(options: Namespace) -> dict[str, Any]:
+    """Run the benchmark; the report as plain numbers and strings."""
+    with tempfile.TemporaryDirectory() as scratch:
+        _progress("making two data sets of the same latents")
+        store, files = Path(scratch) / "store", Path(scratch) / "files"
+        make_store(store, options.examples, (32, 32, 4))
+        make_files(files, options.examples)
+        steps = options.examples // options.batch_size
+        name, epoch = _reader(files, options.examples, options.batch_size)
+        source = load_latents(str(store))
+
+        def from_store() -> int:
+            # A new iterator each time, as the DataLoader has: one kept would read ahead while the other is timed.
+            epoch = batches(source, options.batch_size, seed=0)
+            return sum(len(next(epoch)["y"]) for _ in range(steps))
+
+        contestants = {"store": from_store, name: epoch}
+        times: dict[str, list[float]] = {contestant: [] for contestant in contestants}
+        for turn in range(options.repeats + 1):
+            for contestant, read in contestants.items():
+                start = time.perf_counter()
+                count = read()
+                if turn:  # the first fills the page cache and starts workers
+                    times[contestant].append((time.perf_counter() - start) / count)
+            _progress(f"turn {turn} of {options.repeats}")
+        rates = {contestant: 1 / statistics.median(seconds) for contestant, seconds in times.items()}
+        _progress(f"making a store of {options.many:,} small records")
+        many = Path(scratch) / "many"
+        make_store(many, options.many, _TINY)
+        start = time.perf_counter()
+        next(batches(load_latents(str(many)), options.batch_size, seed=0))
+        first = time.perf_counter() - start
+    return {
+        "examples": options.examples,
+        "batch_size": options.batch_size,
+        "files_reader": name,
+        "store_latents_per_s": rates["store"],
+        "files_latents_per_s": rates[name],
+        "store_over_files": rates["store"] / rates[name],
+        "many_examples": options.many,
+        "seconds_to_first_batch": first,
+    }
+
+
+def make_store(folder: Path, count: int, shape: tuple[int, int, int]) -> None:
+    """A store of `count` random moments; large ones repeat the first few thousand."""
+    folder.mkdir()
+    random, shards = np.random.default_rng(0), []
+    records = np.zeros(min(count, _SHARD), record_dtype(shape, 1, 8))
+    records["mean"] = random.normal(size=records["mean"].shape)
+    records["std"] = 0.1
+    records["label"] = np.arange(len(records)) % 1000
+    contents = [record.tobytes() for record in records]
+    for start in range(0, count, _SHARD):
+        path = folder / f"shard-{start // _SHARD:05d}.array_record"
+        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        examples = min(_SHARD, count - start)
+        for content in contents[:examples]:
+            writer.write(content)
+        writer.close()
+        shards.append(Shard(path.name, examples, path.stat().st_size, ""))
+    labels = np.concatenate([records["label"][: shard.examples] for shard in shards]).astype(np.int32)
+    np.save(folder / LABELS, labels)
+    manifest = Manifest(
+        latent_shape=shape,
+        views=1,
+        key_bytes=8,
+        image_size=8 * shape[0],
+        vae_fingerprint="",
+        class_names=tuple(map(str, range(1000))),
+        class_counts=tuple(np.bincount(labels, minlength=1000).tolist()),
+        latent_mean=(0.0,) * shape[2],
+        latent_std=(1.0,) * shape[2],
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        rejected=0,
+        source="random",
+        labels_sha256=sha256(folder / LABELS),
+        shards=tuple(shards),
+    )
+    (folder / MANIFEST).write_text(manifest_to_json(manifest))
+
+
+def make_files(folder: Path, count: int) -> None:
+    """The same moments as `features/I.npy` float16 (2, 32, 32, 4) and `labels/I.npy`."""
+    (folder / "features").mkdir(parents=True)
+    (folder / "labels").mkdir()
+    random = np.random.default_rng(0)
+    for index in range(count):
+        np.save(folder / "features" / f"{index}.npy", random.normal(size=(2, 32, 32, 4)).astype(np.float16))
+        np.save(folder / "labels" / f"{index}.npy", np.array([index % 1000]))
+
+
+class Files:
+    """What a PyTorch training calls a map-style data set."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return (
+            np.load(self.folder / "features" / f"{index}.npy", allow_pickle=False),
+            np.load(self.folder / "labels" / f"{index}.npy", allow_pickle=False),
+        )
+
+
+def _reader(folder: Path, count: int, batch_size: int) -> tuple[str, Callable[[], int]]:
+    """A name, and a function that reads one shuffled epoch and returns the number of examples."""
+    files = Files(folder, count)
+    if find_spec("torch"):
+        from torch.utils.data import DataLoader
+
+        loader: Any = DataLoader(
+            files,  # type: ignore[arg-type,unused-ignore]
+            batch_size,
+            shuffle=True,
+            num_workers=_WORKERS,
+            drop_last=True,
+            persistent_workers=True,
+            multiprocessing_context="spawn",
+        )
+        return "DataLoader", lambda: sum(len(labels) for _, labels in loader)
+    pool, random = ProcessPoolExecutor(_WORKERS, mp_context=get_context("spawn")), np.random.default_rng(0)
+
+    def chunks() -> Iterator[list[int]]:
+        order = random.permutation(count)[: count // batch_size * batch_size]
+        return (rows.tolist() for rows in order.reshape(-1, batch_size))
+
+    return "worker processes", lambda: sum(
+        len(labels) for _, labels in pool.map(_load, *zip(*((files, chunk) for chunk in chunks()), strict=True))
+    )
+
+
+def _load(files: Files, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    features, labels = zip(*(files[row] for row in rows), strict=True)
+    return np.stack(features), np.stack(labels)
+
+
+def _as_text(report: Mapping[str, Any]) -> str:
+    return (
+        f"{report['examples']:,} latents of 32x32x4, batches of {report['batch_size']}, shuffled, page cache warm\n"
+        f"  store of ArrayRecord shards       {report['store_latents_per_s']:10,.0f} latents/s\n"
+        f"  one .npy an example, {report['files_reader']:<13}{report['files_latents_per_s']:10,.0f} latents/s\n"
+        f"  store over files                  {report['store_over_files']:10.1f}x\n"
+        f"first batch of {report['many_examples']:,} examples after {report['seconds_to_first_batch']:.2f} s"
+    )
+
+
+def _progress(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,175 @@
+"""Images a second through FID's Inception, beside pytorch-fid's when it is installed; precision and recall by size."""
+
+import json
+import statistics
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from mpdit_jax.benchmark.workers import Worker, peak_memory
+from mpdit_jax.errors import InputError
+from mpdit_jax.runtime.cli import Parser, make_parser
+from mpdit_jax.validation import check_image_size
+
+_EXAMPLES = """\
+  python -m mpdit_jax.benchmark evaluate
+  python -m mpdit_jax.benchmark evaluate --batch_size=32 --repeats=10 --format=json > evaluate.json
+  python -m mpdit_jax.benchmark evaluate --repeats=0 --neighbours=50000
+"""
+
+
+def make_evaluate_parser() -> Parser:
+    """The benchmark's arguments."""
+    parser = make_parser(
+        "benchmark evaluate",
+        "Measure Inception's features in images per second, resizing included, beside pytorch-fid's (extra [parity]) "
+        "in the same run: the two take turns, with random weights, and the ratio is of their median times.",
+        _EXAMPLES,
+    )
+    parser.add_argument("--image_size", type=int, default=256, help="side in pixels (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="images a call (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="calls to take the median of (default: %(default)s)")
+    parser.add_argument(
+        "--neighbours", type=int, default=0, metavar="N", help="also time precision and recall of N by N images"
+    )
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="(default: %(default)s)")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure as the arguments say and print; exit status."""
+    options = make_evaluate_parser().parse_args(arguments)
+    check_image_size(options.image_size, "--image_size", least=8)
+    for name, least in (("batch_size", 1), ("repeats", 0), ("neighbours", 0)):
+        if vars(options)[name] < least:
+            raise InputError(f"--{name}={vars(options)[name]}: expected {least} or more.")
+    report = measure(options)
+    print(json.dumps(report, indent=2) if options.format == "json" else _as_text(report))
+    return 0
+
+
+def measure(options: Namespace) -> dict[str, Any]:
+    """Run the benchmark; the report as plain numbers and strings.
+
+    Raises:
+        MPDiTError: a contestant could not start.
+    """
+    report: dict[str, Any] = {key: vars(options)[key] for key in ("image_size", "batch_size", "repeats")}
+    if options.repeats:
+        with ExitStack() as stack:
+            setups = {"jax": set_up_jax}
+            if find_spec("pytorch_fid"):
+                setups["pytorch_fid"] = set_up_pytorch_fid
+            workers = []
+            for name, setup in setups.items():
+                _progress(f"loading and warming up {name}")
+                workers.append(stack.enter_context(Worker(name, setup, options.image_size, options.batch_size)))
+            times: dict[str, list[float]] = {worker.name: [] for worker in workers}
+            for turn in range(options.repeats):
+                for worker in workers:
+                    times[worker.name].append(worker.time("features"))
+                _progress(f"turn {turn + 1} of {options.repeats}")
+            for worker in workers:
+                rate = options.batch_size / statistics.median(times[worker.name])
+                report[worker.name] = {**worker.about, "images_per_s": rate}
+        if len(workers) == 2:
+            report["jax_over_pytorch_fid"] = report["jax"]["images_per_s"] / report["pytorch_fid"]["images_per_s"]
+    if options.neighbours:
+        _progress(f"precision and recall of {options.neighbours} by {options.neighbours} images")
+        seconds = time_neighbours(options.neighbours)
+        report["neighbours"] = {"images": options.neighbours, "seconds": seconds, "peak_bytes": peak_memory()}
+    return report
+
+
+def time_neighbours(count: int, dimension: int = 2048) -> float:
+    """Seconds of precision and recall between two sets of so many random features, compilation included."""
+    from mpdit_jax.evaluate.metrics import precision_recall
+
+    random = np.random.default_rng(0)
+    real, fake = (random.standard_normal((count, dimension), np.float32) for _ in range(2))
+    start = time.perf_counter()
+    precision_recall(real, fake)
+    return time.perf_counter() - start
+
+
+def set_up_jax(image_size: int, batch_size: int) -> tuple[dict[str, Callable[[], np.ndarray]], dict[str, Any]]:
+    """Our extractor with random weights, compiled; runs in a worker."""
+    import jax
+    from flax import nnx
+
+    from mpdit_jax.evaluate.extractors import build_inception
+    from mpdit_jax.evaluate.inception import Inception
+
+    model, key = Inception(), jax.random.key(0)
+    state = nnx.state(model, nnx.Param)
+    random = jax.tree.map(lambda leaf: 0.02 * jax.random.normal(key, leaf.shape), state)
+    nnx.update(model, random)
+    extractor = build_inception(model, batch_size=batch_size)
+    images = _images(image_size, batch_size)
+    extractor(images)
+    device = jax.devices()[0]
+    about = {"version": jax.__version__, "device": f"{device.platform} ({device.device_kind})"}
+    return {"features": lambda: extractor(images)["pool"]}, about
+
+
+def set_up_pytorch_fid(image_size: int, batch_size: int) -> tuple[dict[str, Callable[[], np.ndarray]], dict[str, Any]]:
+    """pytorch-fid's network with random weights, on a GPU if PyTorch has one; runs in a worker."""
+    from mpdit_jax.benchmark.torch_operators import import_torchvision
+
+    import_torchvision()
+    import pytorch_fid.inception as port
+    import torch
+
+    # It fetches its weights by itself and only so; any of the right shapes do here.
+    plain = port._inception_v3(num_classes=1008, aux_logits=False, weights=None)
+    port.load_state_dict_from_url = lambda *args, **kwargs: plain.state_dict()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = port.InceptionV3([3]).to(device).eval()
+    images = _images(image_size, batch_size)
+
+    def features() -> np.ndarray:
+        with torch.inference_mode():
+            x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
+            return np.asarray(network(x)[0][:, :, 0, 0].cpu().numpy())
+
+    features()
+    return {"features": features}, {"version": torch.__version__, "device": device}
+
+
+def _images(image_size: int, batch_size: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (batch_size, image_size, image_size, 3), dtype=np.uint8)
+
+
+def _as_text(report: Mapping[str, Any]) -> str:
+    lines = []
+    if "jax" in report:
+        size = report["image_size"]
+        lines.append(f"Inception, {size}x{size} pixels in batches of {report['batch_size']}, float32")
+        for name in ("jax", "pytorch_fid"):
+            if name in report:
+                row = report[name]
+                lines.append(
+                    f"{name + ' ' + row['version'] + ', ' + row['device']:40}{row['images_per_s']:9.2f} images/s"
+                )
+        if "jax_over_pytorch_fid" in report:
+            lines.append(f"{'jax over pytorch_fid':40}{report['jax_over_pytorch_fid']:9.2f}x")
+        else:
+            lines.append("pytorch-fid is not installed; `pip install 'mpdit_jax[parity]'` adds it to compare.")
+    if "neighbours" in report:
+        count, seconds = report["neighbours"]["images"], report["neighbours"]["seconds"]
+        peak = report["neighbours"]["peak_bytes"] / 2**30
+        lines.append(
+            f"precision and recall of {count:,} by {count:,} images, 2048 features: {seconds:.1f} s, "
+            f"at most {peak:.2f} GiB in memory"
+        )
+    return "\n".join(lines)
+
+
+def _progress(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,94 @@
+"""Reading a trained model, and the config of its run, from a workdir."""
+
+import warnings
+from functools import partial
+from pathlib import Path
+
+import jax
+from ml_collections import FrozenConfigDict
+
+from mpdit_jax.checkpoint.reader import CHECKPOINTS, list_steps, numbered_folders, read_step
+from mpdit_jax.config.base import from_json, model_of
+from mpdit_jax.distributed.mesh import make_mesh, replicated
+from mpdit_jax.distributed.processes import first_does, told_by_first
+from mpdit_jax.errors import CheckpointError, ConfigError, DamageWarning
+from mpdit_jax.model.mpdit import MPDiT
+from mpdit_jax.model.parameters import abstract, merge
+
+CONFIG = "config.json"
+
+
+def load_config(workdir: str | Path) -> FrozenConfigDict:
+    """The resolved config stored in a workdir.
+
+    Raises:
+        CheckpointError: no run there, or its config cannot be read.
+    """
+    path = Path(workdir) / CONFIG
+    if Path(workdir).is_file():
+        raise CheckpointError(
+            f"{workdir} is a file, and a workdir is a folder: `python -m mpdit_jax.convert --source={workdir} "
+            "--out=FOLDER` makes one of an MPDiT's weights; docs/weights.md shows how to sample a DiT or SiT."
+        )
+    if not path.is_file():
+        raise CheckpointError(
+            f"{workdir} holds no run ({CONFIG} is missing): train one with "
+            f"`python -m mpdit_jax.train --config=configs/digits.py --workdir={workdir}`."
+        )
+    try:
+        return from_json(path.read_text())
+    except (ConfigError, UnicodeDecodeError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def load_checkpoint(workdir: str | Path, step: int | None = None, ema: bool = True) -> MPDiT:
+    """A trained model from a workdir, replicated over this process's devices; see `load_step`."""
+    return load_step(workdir, step, ema)[1]
+
+
+def load_together(workdir: str | Path, step: int | None = None, ema: bool = True) -> tuple[int, MPDiT]:
+    """As `load_step`, by all processes together: which checkpoint is the newest, process 0 alone decides.
+
+    The run may still be training, and its next checkpoint may come while they look.
+    """
+    loaded = first_does(partial(load_step, workdir, step, ema))
+    found = told_by_first(loaded[0] if loaded is not None else 0)
+    return loaded if loaded is not None else load_step(workdir, found, ema)
+
+
+def load_step(workdir: str | Path, step: int | None = None, ema: bool = True) -> tuple[int, MPDiT]:
+    """A trained model from a workdir, replicated over this process's devices, and the step it is of.
+
+    Arrays that JAX has not been told to put on one device go with it as they are; with several devices, those that
+    have been need `jax.device_put(x, jax.sharding.NamedSharding(...))` over all of them first.
+
+    Args:
+        workdir: the folder given to `train`.
+        step: which checkpoint; default the newest that is whole, with a DamageWarning if newer ones are not.
+        ema: the moving average of the parameters (what one samples from), or the parameters themselves.
+
+    Raises:
+        CheckpointError: no run, no checkpoint, none at `step` (the message lists those there are), or a damaged one.
+    """
+    config, steps = load_config(workdir), list_steps(workdir)
+    if not steps:
+        raise CheckpointError(f"{workdir} has no finished checkpoint yet; train first, or wait for the first one.")
+    if step is not None and step not in numbered_folders(workdir):
+        raise CheckpointError(f"{workdir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
+    structure, shapes = abstract(model_of(config))
+    everywhere = replicated(make_mesh(devices=jax.local_devices()))
+    target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere) for name, leaf in shapes.items()}
+    item = "ema_parameters" if ema else "parameters"
+    folder = Path(workdir).resolve() / CHECKPOINTS
+    problems = []
+    for candidate in sorted(numbered_folders(workdir), reverse=True) if step is None else [step]:
+        try:
+            items, notes = read_step(folder / str(candidate), {item: target})
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for note in [*(f"{problem}; step {candidate} is used" for problem in problems), *notes]:
+            warnings.warn(f"{note}.", DamageWarning, stacklevel=3)
+        return candidate, merge(structure, items[item])
+    older = [str(other) for other in steps if other != step]
+    raise CheckpointError(f"{problems[0]}: move it away to use another (there are: {', '.join(older) or 'none'}).")

@@ -1,0 +1,59 @@
+"""`python -m mpdit_jax.compile`: will it fit, and what will it move, on machines that are not here."""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from mpdit_jax.compile.environment import prepare
+from mpdit_jax.config.flags import make_config_parser, parse_with_config
+from mpdit_jax.errors import InputError
+from mpdit_jax.runtime.cli import run
+
+_EXAMPLES = """\
+  python -m mpdit_jax.compile --config=configs/mpdit_xl_256.py --topology=v5e:16x16
+  python -m mpdit_jax.compile --config=configs/mpdit_xl_256.py --topology=v4:4x4x4 --config.mesh.fsdp=16
+  python -m mpdit_jax.compile --config=configs/mpdit_b_256.py --devices=8 --format=json
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compile as the arguments say and print; exit status 1 if it does not fit."""
+    parser = make_config_parser(
+        "compile",
+        "Compile a config's train step and sampler for a TPU topology (extra [tpu]; no TPU is needed) or for virtual "
+        "CPU devices, and print what each chip needs: memory, traffic, a bound on the time. Where it does not fit, "
+        "settings with less memory are tried in turn.",
+        _EXAMPLES,
+    )
+    parser.usage = f"{parser.prog} --config=FILE (--topology=CHIP:SIZE | --devices=N) [--config.FIELD=VALUE ...]"
+    parser.add_argument("--topology", default="", help="of v4, v5e, v5p or v6e, such as v5e:16x16 or v4:4x4x4")
+    parser.add_argument("--devices", type=int, default=0, help="virtual CPU devices, for meshes as of GPUs")
+    parser.add_argument("--sample_batch", type=int, default=0, help="images the sampler draws (default: 8 a chip)")
+    parser.add_argument("--no_sampler", action="store_true", help="the train step alone")
+    parser.add_argument("--no_search", action="store_true", help="do not look for a setting that fits")
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="(default: %(default)s)")
+    options, config = parse_with_config(parser, arguments)
+    if bool(options.topology) == bool(options.devices):
+        parser.error("give either --topology or --devices")
+    if options.devices < 0 or options.sample_batch < 0:
+        raise InputError(f"--devices={options.devices}, --sample_batch={options.sample_batch}: expected 1 or more.")
+    prepare(options.devices)
+    from mpdit_jax.compile.measure import measure
+
+    report = measure(
+        config,
+        topology=options.topology,
+        devices=options.devices,
+        sample_batch=options.sample_batch,
+        sampler=not options.no_sampler,
+        search=not options.no_search,
+        say=print if options.format == "text" else lambda text: print(text, file=sys.stderr),
+    )
+    if options.format == "json":
+        print(json.dumps(report, indent=2))
+    fit = (report[program].get("fits", True) for program in ("step", "sampler") if program in report)
+    return 0 if all(fit) else 1
+
+
+if __name__ == "__main__":
+    run(main)

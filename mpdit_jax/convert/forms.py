@@ -1,0 +1,187 @@
+"""Reading a model from any of its forms, and writing it in any."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mpdit_jax.checkpoint.load import load_step
+from mpdit_jax.checkpoint.manager import Checkpoints
+from mpdit_jax.checkpoint.workdir import claim_workdir
+from mpdit_jax.config.base import base_config, model_of, resolve
+from mpdit_jax.convert.checksum import Checksum, checksum
+from mpdit_jax.distributed.mesh import make_mesh
+from mpdit_jax.errors import CheckpointError, ConfigError, InputError, MissingExtraError, WeightsError
+from mpdit_jax.interop.native_files import PUBLISHED, metadata_of, save_own, stored_step
+from mpdit_jax.interop.torch_weights import check_agreement, load_with_metadata, to_torch
+from mpdit_jax.io.files import check_writable, replacing, staged
+from mpdit_jax.model.config import ModelConfig
+from mpdit_jax.model.mpdit import MPDiT
+from mpdit_jax.model.parameters import split
+from mpdit_jax.train.optimizer import make_optimizer
+from mpdit_jax.train.state import abstract_state, create_state, to_items
+
+TORCH_SUFFIXES = (".pt", ".pth")
+# How a model is run, which does not change what its parameters are.
+_OF_THE_MACHINE = ("dtype", "remat", "attention", "platform")
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A model, the step of training it is from (1 where the file does not say), and what was read."""
+
+    model: MPDiT
+    step: int
+    description: str
+
+
+def read(
+    source: Path, *, num_heads: int | None = None, convention: str | None = None, step: int | None = None
+) -> Found:
+    """The model of a workdir (its moving average), a PyTorch file or a `.safetensors`.
+
+    Args:
+        source: the folder or file.
+        num_heads, convention: as `load_torch`; of a workdir or a file that knows its own, only to agree with them.
+        step: which checkpoint of a workdir; default the newest that is whole.
+
+    Raises:
+        CheckpointError, WeightsError: nothing there, or nothing that can be read.
+        InputError: a step of a file.
+    """
+    if source.is_dir():
+        at, model = load_step(source, step, ema=True)
+        check_agreement(model.config, num_heads, convention, str(source))
+        return Found(model, at, f"{source}: moving average of step {at}")
+    if step is not None:
+        raise InputError(f"--step={step}: {source} is no workdir and has no steps.")
+    model, metadata = load_with_metadata(source, num_heads, convention)
+    kept = stored_step(metadata)
+    kind = f"mpdit_jax, step {'unknown' if kept is None else kept}" if metadata else "published names"
+    return Found(model, kept or 1, f"{source}: {kind}")
+
+
+def check_target(out: Path, config: ConfigDict | None) -> None:
+    """Raise unless something can be written to `out` without replacing anything.
+
+    Raises:
+        CheckpointError: a run is there.
+        InputError: anything else is there, an ending that means nothing, no right to write, or a run's config for a
+            file, which has none.
+    """
+    if out.is_dir() and any(out.iterdir()):
+        raise CheckpointError(f"{out} is not empty, and a run is never overwritten: choose another --out.")
+    if out.is_file():
+        raise InputError(f"{out} exists: choose another --out, or move it away.")
+    to_file = out.suffix in (".safetensors", *TORCH_SUFFIXES) and not out.is_dir()
+    # A number behind a dot, as in runs/v1.0, is no ending.
+    if out.suffix[1:2].isalpha() and not to_file and not out.is_dir():
+        raise InputError(
+            f"--out={out}: expected .safetensors, .pt or .pth, or a name without an ending for a workdir (or make that "
+            "folder first)."
+        )
+    if to_file and config is not None:
+        raise InputError(f"--config is of a run, and --out={out} is a file: leave it out, or write a workdir.")
+    check_writable(out / "config.json" if out.is_dir() else out)
+
+
+def write(out: Path, found: Found, config: ConfigDict | None, expected: Checksum) -> tuple[str, Checksum]:
+    """Write the model in the form that `out` names, read it back and compare; what was written, and its check sum.
+
+    Args:
+        out: as `check_target` allows.
+        found: what to write.
+        config: the run's, of a workdir.
+        expected: the model's check sum.
+
+    Raises:
+        ConfigError: a model that this form cannot hold.
+        WeightsError: what was read back is another model; nothing of it stays.
+    """
+    workdir = out.is_dir() or out.suffix not in (".safetensors", *TORCH_SUFFIXES)
+    with staged(out) as place:
+        if workdir:
+            _write_workdir(place, found, config)
+            kind = f"workdir of step {found.step}, parameters and moving average the same, optimizer new"
+        elif out.suffix == ".safetensors":
+            save_own(place, found.model, found.step)
+            kind = f"{_size(place)}, this project's names, the model's config in the metadata"
+        else:
+            _write_torch(place, found)
+            kind = f'{_size(place)}, published names under "ema", the model\'s config under "metadata"'
+        after = checksum(read(place).model)
+        if after != expected:
+            raise WeightsError(f"{out} would be another model than its source ({after} after {expected}): not written.")
+    return f"{out}: {kind}", after
+
+
+def _write_torch(out: Path, found: Found) -> None:
+    state = to_torch(found.model)
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{out.name} is a PyTorch file: install the extra with `pip install 'mpdit_jax[torch]'`, or write "
+            ".safetensors."
+        ) from error
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
+    with replacing(out) as file:
+        try:
+            torch.save({"ema": tensors, "metadata": metadata_of(found.model, found.step) | {"names": PUBLISHED}}, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk, of which PyTorch tells in its own words
+                raise error.__context__ from error
+            raise
+
+
+def _write_workdir(out: Path, found: Found, config: ConfigDict | None) -> None:
+    resolved = resolve(_run_config(found.model.config, config))
+    if _parameters_of(model_of(resolved)) != _parameters_of(found.model.config):
+        differing = {
+            name: (value, vars(found.model.config)[name])
+            for name, value in vars(model_of(resolved)).items()
+            if name not in _OF_THE_MACHINE and value != vars(found.model.config)[name]
+        }
+        told = ", ".join(
+            f"config.model.{name}={ours!r} (the file: {theirs!r})" for name, (ours, theirs) in differing.items()
+        )
+        raise ConfigError(f"--config is of another model: {told}.")
+    mesh, optimizer = make_mesh(devices=jax.local_devices()[:1]), make_optimizer(resolved.optimizer)
+    target = abstract_state(model_of(resolved), optimizer, mesh)
+    state = create_state(model_of(resolved), optimizer, target, resolved.seed)
+    parameters = jax.device_put(split(found.model)[1], jax.tree.map(lambda leaf: leaf.sharding, state.parameters))
+    state = dataclasses.replace(
+        state,
+        step=jnp.asarray(found.step, jnp.int32),
+        parameters=parameters,
+        ema_parameters=jax.tree.map(jnp.copy, parameters),
+    )
+    with claim_workdir(out, resolved), Checkpoints(out, keep=1) as checkpoints:
+        checkpoints.save(found.step, to_items(state))
+
+
+def _run_config(model: ModelConfig, config: ConfigDict | None) -> ConfigDict:
+    """The config given, or the default recipe with the model's fields."""
+    if config is not None:
+        return config
+    if model.convention != "velocity":
+        raise ConfigError(
+            f"a model that predicts by the convention {model.convention!r} cannot be trained here, and a workdir is of "
+            "a run: write .safetensors or .pt, and sample from Python as docs/weights.md shows."
+        )
+    if model.decoder_depth:
+        raise ConfigError(f"model.decoder_depth={model.decoder_depth}: give the --config of its masked training.")
+    run = base_config()
+    run.model.update(dataclasses.asdict(model))
+    return run
+
+
+def _parameters_of(model: ModelConfig) -> ModelConfig:
+    return model.replace(**{name: vars(ModelConfig())[name] for name in _OF_THE_MACHINE})
+
+
+def _size(path: Path) -> str:
+    return f"{path.stat().st_size / 1e6:.1f} MB"

@@ -1,0 +1,1 @@
+"""Devices and processes: mesh and sharding rules, start-up, collectives."""

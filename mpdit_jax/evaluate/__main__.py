@@ -1,0 +1,268 @@
+"""`python -m mpdit_jax.evaluate`: how close generated images are to real ones."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mpdit_jax.config.evaluation import PREPROCESSINGS, choose_metrics, metric_names
+from mpdit_jax.distributed.processes import add_flags, join
+from mpdit_jax.errors import InputError
+from mpdit_jax.io.files import expand
+from mpdit_jax.runtime.cli import Parser, add_tile_option, make_parser, run
+from mpdit_jax.validation import check_image_size, check_seed
+
+_EXAMPLES = """\
+  python -m mpdit_jax.evaluate --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz
+  python -m mpdit_jax.evaluate --samples=samples.npz --reference=stats.npz --metrics=fid,is --inception=weights.pth
+  python -m mpdit_jax.evaluate --samples=photos/ --image_size=256 --save_stats=photos_stats.npz
+  python -m mpdit_jax.evaluate --samples=samples.npz --reference=data:digits --features=classifier:digits.safetensors
+  python -m mpdit_jax.evaluate --workdir=runs/xl --vae=vae/ --num_samples=50000 --guidance_scale=1.5,1.0 --steps=250
+"""
+T = TypeVar("T")
+
+
+def make_evaluate_parser() -> Parser:
+    """The command's arguments."""
+    from mpdit_jax.sample.options import add_sampler_options
+
+    parser = make_parser(
+        "evaluate",
+        "Compare images with a reference: FID, sFID, Inception Score, precision, recall, KID. Give --samples, or "
+        "--workdir to draw them from a run first, once for every combination of --guidance_scale, --steps and "
+        "--solver. FID needs Inception's weights; other networks give an FD(NAME), which compares with none but "
+        "itself. Features that are finished are kept beside --out until the end: the same command continues after an "
+        "interruption of any kind.",
+        _EXAMPLES,
+    )
+    parser.add_argument("--samples", default="", metavar="SET", help="an .npz with arr_0 (uint8 NHWC), a folder of")
+    parser.add_argument(
+        "--reference",
+        default="",
+        metavar="SET",
+        help="the same, an ADM reference batch, or saved statistics (default with --workdir: what it was trained on, "
+        "50,000 images at most)",
+    )
+    parser.add_argument("--workdir", default="", help="a run of mpdit_jax.train to draw samples from")
+    parser.add_argument(
+        "--metrics", default="", help="fid,sfid,is,precision,recall,kid; fd for another network's Fréchet distance"
+    )
+    parser.add_argument("--out", default="", metavar="FILE.json", help="numbers and settings (default: beside the set)")
+    parser.add_argument("--save_stats", default="", metavar="FILE.npz", help="keep the samples' mean and covariance")
+    parser.add_argument("--save_features", action="store_true", help="and their features, for precision and recall")
+    parser.add_argument(
+        "--num_samples", type=int, help="how many, spread over the set (default: all; of a run, 8 a class)"
+    )
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="cut the images of a reference's folder to squares, or those of --samples for --save_stats alone; samples "
+        "that are compared must have this size",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of samples, and of KID's subsets (default: 0)")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")
+    group = parser.add_argument_group("extractor")
+    group.add_argument(
+        "--features",
+        default="",
+        help="inception | efficientnet_lite0 | classifier:FILE (default: inception if its weights are found)",
+    )
+    group.add_argument(
+        "--inception",
+        default="",
+        metavar="FILE",
+        help="weights: .pth of pytorch-fid or torch-fidelity, or .safetensors (default: MPDIT_JAX_INCEPTION, then "
+        "~/.cache/mpdit_jax)",
+    )
+    group.add_argument(
+        "--save_inception", default="", metavar="FILE.safetensors", help="write those weights so, and do nothing else"
+    )
+    group.add_argument(
+        "--preprocessing",
+        choices=PREPROCESSINGS,
+        help="of Inception: as ADM and torch-fidelity, or as pytorch-fid (default: tensorflow)",
+    )
+    group.add_argument(
+        "--feature_size", type=int, default=0, metavar="PIXELS", help="what efficientnet_lite0 sees (224)"
+    )
+    group.add_argument("--k", type=int, default=3, help="neighbour of precision and recall (default: %(default)s)")
+    group.add_argument("--splits", type=int, default=10, help="of the Inception Score (default: %(default)s)")
+    group = parser.add_argument_group("drawing from --workdir")
+    group.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    group.add_argument("--no_ema", action="store_true", help="use the raw parameters, not their moving average")
+    group.add_argument("--labels", default="balanced", help="balanced | random | classes, such as 3,5")
+    group.add_argument("--vae", default="", help="of latents, drawn or stored: folder or hub name of their VAE")
+    group.add_argument("--vae_dtype", choices=("float32", "bfloat16"), default="float32", help="it computes in")
+    add_tile_option(parser)
+    add_sampler_options(parser)
+    # The three settings that one compares may have several values here, in place of the sampler's own flags.
+    parser.conflict_handler = "resolve"
+    group = parser.add_argument_group("sampler, several values at once")
+    group.add_argument("--guidance_scale", type=_list_of(float), default=[1.0], metavar="W,...", help="(default: 1.0)")
+    group.add_argument("--steps", type=_list_of(int), metavar="N,...", help="velocity evaluations (default: 250)")
+    group.add_argument("--solver", type=_list_of(str), default=["euler"], metavar="NAME,...", help="(default: euler)")
+    add_flags(parser)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Evaluate as the arguments say; exit status."""
+    parser = make_evaluate_parser()
+    options = parser.parse_args(arguments)
+    _check_files(options)
+    if options.save_inception:
+        from mpdit_jax.evaluate.inception_weights import convert_inception, locate_inception
+
+        source = locate_inception(options.inception)
+        _check_other("save_inception", options.save_inception, "inception", str(source))
+        convert_inception(source, options.save_inception)
+        print(f"Inception's weights in {options.save_inception}")
+        return 0
+    _check(options)
+    _check_heeded(options, parser)
+    join(options, {f"--{name}": str(value) for name, value in vars(options).items() if name != "process_id"})
+
+    import jax
+
+    from mpdit_jax.checkpoint.load import load_config
+    from mpdit_jax.distributed.waiting import wait_for_all
+    from mpdit_jax.evaluate import command
+    from mpdit_jax.evaluate.report import table, write_json
+    from mpdit_jax.evaluate.scratch import claimed, clear
+    from mpdit_jax.evaluate.statistics import check_count, check_metrics, save_statistics
+    from mpdit_jax.io.files import check_writable
+
+    if options.workdir:
+        load_config(options.workdir)  # before any weights: there may be no run
+    features = command.choose_features(options.features, options.metrics, options.inception, options.reference)
+    wanted = options.reference or options.workdir or options.metrics
+    metrics = choose_metrics(options.metrics, features) if wanted else ()
+    out = _place(options)
+    check_writable(out)
+    if options.save_stats:
+        check_writable(options.save_stats)
+    if options.num_samples is not None:
+        check_count(options.num_samples, metrics, options.k, "samples")
+    extractor = command.prepare_extractor(options, features)
+    check_metrics(metrics, extractor)
+    scratch = out.with_name(f"{out.name}.unfinished")
+    written = [out, *([Path(options.save_stats)] if options.save_stats else [])]
+    with claimed(scratch, written):
+        if options.workdir:
+            from mpdit_jax.evaluate.runs import evaluate_run, prepare_run
+
+            drawing = prepare_run(options, extractor, metrics)
+            reference = command.reference_of(options, extractor, metrics, scratch, {"shape": drawing.shape})
+            results = evaluate_run(options, drawing, extractor, metrics, reference, scratch)
+        else:
+            statistics, result = command.evaluate_set(options, extractor, metrics, scratch)
+            results = [] if result is None else [result]
+            if options.save_stats and jax.process_index() == 0:
+                save_statistics(options.save_stats, statistics, features=options.save_features)
+                print(f"statistics of {statistics.count} images in {options.save_stats}")
+        wait_for_all("nobody reads what is cleared")
+        if jax.process_index() > 0:
+            return 0
+        if results:
+            write_json(out, {"results": [dataclasses.asdict(row) for row in results]})
+            print(f"{table(results)}\nwith their settings in {out}")
+        clear(scratch)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    if bool(options.samples) == bool(options.workdir):
+        raise InputError("give either --samples=SET or --workdir=FOLDER: what is to be evaluated.")
+    asked = set(metric_names(options.metrics))
+    if options.samples and not options.reference and asked != {"is"} and (asked or not options.save_stats):
+        raise InputError("--reference is missing: expected what to compare with (or --save_stats=FILE.npz alone).")
+    if options.save_features and not options.save_stats:
+        raise InputError("--save_features goes with --save_stats=FILE.npz, the file they are kept in.")
+    if options.workdir and options.save_stats:
+        raise InputError("--save_stats is of --samples; draw them first with `python -m mpdit_jax.sample`.")
+    for name in ("batch_size", "k", "splits"):
+        if vars(options)[name] < 1:
+            raise InputError(f"--{name}={vars(options)[name]}: expected 1 or more.")
+    check_seed(options.seed, "--seed")
+    if options.image_size:
+        check_image_size(options.image_size, "--image_size")
+
+
+def _check_heeded(options: argparse.Namespace, parser: Parser) -> None:
+    """Raise InputError for a flag of drawing where nothing is drawn, or of cutting where nothing is cut."""
+    from mpdit_jax.sample.options import add_sampler_options
+
+    sampler = argparse.ArgumentParser(add_help=False)
+    add_sampler_options(sampler)
+    for name in ("step", "no_ema", "labels", *vars(sampler.parse_args([]))):
+        value = vars(options)[name]
+        if options.samples and value != parser.get_default(name):
+            raise InputError(
+                f"{_as_given(name, value)} is of what is drawn from --workdir, and --samples={options.samples} is "
+                "drawn already: leave it out, or give --workdir=FOLDER in place of --samples."
+            )
+    if options.workdir and options.image_size and not _may_be_photographs(options.reference):
+        raise InputError(
+            f"--image_size={options.image_size} cuts the images of a reference's folder, and "
+            f"{f'--reference={options.reference}' if options.reference else 'the data of the run'} is none: leave it "
+            "out, or give --reference=FOLDER."
+        )
+
+
+def _as_given(name: str, value: Any) -> str:
+    if value is True:
+        return f"--{name}"
+    pairs = [f"{one}:{other}" for one, other in value.items()] if isinstance(value, dict) else None
+    parts = pairs or (value if isinstance(value, list | tuple) else [value])
+    return f"--{name}={','.join(map(str, parts))}"
+
+
+def _may_be_photographs(place: str) -> bool:
+    """Whether a reference may be a folder of images; what is not there is refused by those who look for it."""
+    from mpdit_jax.data.latent_store import MANIFEST
+
+    if not place or place.startswith("data:"):
+        return False
+    path = expand(place)
+    return not path.is_file() and not (path / MANIFEST).is_file()
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    for written, ending in (("out", ".json"), ("save_stats", ".npz"), ("save_inception", ".safetensors")):
+        to = vars(options)[written]
+        if to and not to.endswith(ending):
+            raise InputError(f"--{written}={to}: expected a name that ends in {ending}.")
+        for read in ("samples", "reference", "inception"):
+            _check_other(written, to, read, vars(options)[read])
+
+
+def _check_other(written: str, to: str, read: str, of: str) -> None:
+    """Raise InputError if what is written would replace what is read."""
+    if to and of and Path(to).resolve() == Path(of).resolve():
+        raise InputError(f"--{written}={to} is what --{read} reads: give another name, or it would be lost.")
+
+
+def _place(options: argparse.Namespace) -> Path:
+    if options.out:
+        return Path(options.out)
+    if options.workdir:
+        return Path(options.workdir) / "evaluation" / "results.json"
+    beside = options.samples.replace(":", "_") if options.samples.startswith("data:") else options.samples.rstrip("/")
+    return Path(f"{beside}.metrics.json")
+
+
+def _list_of(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
+    def parse(text: str) -> list[T]:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected values with commas between them") from error
+
+    return parse
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""Files: atomic writes, locks, pictures, .npz and IDX."""

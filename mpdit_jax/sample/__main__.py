@@ -1,0 +1,120 @@
+"""`python -m mpdit_jax.sample`: draw images from a trained model."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpdit_jax.distributed.processes import add_flags, join
+from mpdit_jax.errors import InputError
+from mpdit_jax.runtime.cli import Parser, add_tile_option, make_parser, run
+from mpdit_jax.validation import check_seed
+
+_EXAMPLES = """\
+  python -m mpdit_jax.sample --workdir=runs/digits --out=samples.png
+  python -m mpdit_jax.sample --workdir=runs/digits --labels=3,5 --num_samples=16 --guidance_scale=2.0 --out=grid.png
+  python -m mpdit_jax.sample --workdir=runs/digits --solver=heun --steps=40 --out=sheet.png --grid --trajectory
+  python -m mpdit_jax.sample --workdir=runs/digits --num_samples=50000 --labels=balanced --out=samples.npz
+"""
+
+
+def make_sample_parser() -> Parser:
+    """The command's arguments."""
+    from mpdit_jax.sample.options import add_model_options, add_sampler_options
+
+    parser = make_parser(
+        "sample",
+        "Draw images from a checkpoint of a run. Samples go round the labels in turn; the picture has one row a label. "
+        "Finished blocks are kept in a folder beside --out until all are done: the same command continues after an "
+        "interruption of any kind.",
+        _EXAMPLES,
+    )
+    add_model_options(parser)
+    add_flags(parser)
+    parser.add_argument(
+        "--out", required=True, help=".png for a grid of up to 100 classes; .npz for arr_0 (uint8 NHWC) and labels"
+    )
+    parser.add_argument(
+        "--labels", default="balanced", help="balanced | random | classes, such as 3,5 (default: balanced)"
+    )
+    parser.add_argument("--num_samples", type=int, help="images in all (default: 8 a label)")
+    parser.add_argument("--seed", type=int, default=0, help="image i depends on seed, i and its label (default: 0)")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time, a block (default: %(default)s)")
+    parser.add_argument("--png_folder", default="", metavar="FOLDER", help="write each image as FOLDER/INDEX_LABEL.png")
+    parser.add_argument(
+        "--grid",
+        nargs="?",
+        const="beside",
+        default="",
+        metavar="FILE.png",
+        help="a contact sheet with class names, 8 images each of up to 100 classes (default: --out with .png)",
+    )
+    parser.add_argument(
+        "--trajectory",
+        nargs="?",
+        const="beside",
+        default="",
+        metavar="FILE.gif",
+        help="the denoising of the first image of up to 8 labels, as GIF and film strip (default: "
+        "--out's name with _trajectory.gif and .png)",
+    )
+    parser.add_argument("--class_names", default="", metavar="FILE", help="one name a line, for --grid")
+    parser.add_argument("--vae", default="", help="for a run on latents: the folder or hub name of their VAE")
+    parser.add_argument("--vae_dtype", choices=("float32", "bfloat16"), default="float32", help="the VAE computes in")
+    add_tile_option(parser)
+    add_sampler_options(parser)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Draw as the arguments say; exit status."""
+    options = make_sample_parser().parse_args(arguments)
+    out = _checked_out(options)
+    join(options, {f"--{name}": str(value) for name, value in vars(options).items() if name != "process_id"})
+
+    import jax
+
+    from mpdit_jax.checkpoint.load import load_together
+    from mpdit_jax.io.files import check_writable
+    from mpdit_jax.sample import command
+    from mpdit_jax.sample.decoding import make_decode
+    from mpdit_jax.sample.options import check_heeded, sampler_from
+
+    sampler = sampler_from(options)
+    check_heeded(options)
+    check_writable(out)
+    decode = make_decode(options.workdir, options.vae, options.vae_dtype, options.vae_tile)
+    options.step, model = load_together(options.workdir, options.step, ema=not options.no_ema)
+    request = command.Request(
+        options=options,
+        sampler=sampler,
+        model=model,
+        guide=load_together(options.guide)[1] if options.guide else None,
+        labels=command.parse_labels(options.labels, options.num_samples, model.num_classes, options.seed),
+        decode=decode,
+    )
+    missing = command.draw(request, out)
+    if jax.process_index() == 0:
+        for index in missing[:20]:
+            print(f"error: image {index} (label {request.labels[index]}) holds NaN or Inf; left out.", file=sys.stderr)
+        if len(missing) > 20:
+            print(f"error: and {len(missing) - 20} more.", file=sys.stderr)
+    return 1 if len(missing) else 0
+
+
+def _checked_out(options: argparse.Namespace) -> Path:
+    if not options.out.endswith((".png", ".npz")):
+        raise InputError(f"--out={options.out}: expected a name that ends in .png or .npz.")
+    for name, value, ending in (("grid", options.grid, ".png"), ("trajectory", options.trajectory, ".gif")):
+        if value not in ("", "beside") and not value.endswith(ending):
+            raise InputError(f"--{name}={value}: expected a name that ends in {ending}.")
+    if not options.workdir:
+        raise InputError("--workdir is empty: expected the folder of a run, such as runs/digits.")
+    if options.batch_size < 1:
+        raise InputError(f"--batch_size={options.batch_size}: expected 1 or more.")
+    check_seed(options.seed, "--seed")
+    return Path(options.out)
+
+
+if __name__ == "__main__":
+    run(main)

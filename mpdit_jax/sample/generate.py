@@ -1,0 +1,107 @@
+"""Pictures in one call, for notebooks."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from mpdit_jax.checkpoint.load import load_checkpoint
+from mpdit_jax.errors import InputError
+from mpdit_jax.flow.inputs import check_labels, check_model, check_scale
+from mpdit_jax.flow.randomness import seed_key
+from mpdit_jax.flow.sampler import make_sampler
+from mpdit_jax.io import pictures as images
+from mpdit_jax.sample.decoding import make_decode
+from mpdit_jax.sample.run import Decode, check_drawable, finish
+from mpdit_jax.validation import check_seed, is_whole
+
+
+def generate(
+    workdir_or_model: str | Path | nnx.Module,
+    labels: int | Sequence[int] | np.ndarray,
+    *,
+    seed: int = 0,
+    solver: Any = "euler",
+    steps: int = 250,
+    guidance_scale: Any = 1.0,
+    batch_size: int = 64,
+    step: int | None = None,
+    ema: bool = True,
+    vae: str | Path | None = None,
+    decode: Decode | None = None,
+    negative_labels: Any = None,
+    guide: nnx.Module | None = None,
+    **settings: Any,
+) -> list[Image.Image]:
+    """Draw one picture for each label.
+
+    Args:
+        workdir_or_model: the folder of a run, or a model.
+        labels: one class or several.
+        seed: picture i depends on (seed, i, labels[i]) and the settings alone, not on the other labels.
+        solver: see `make_sampler`.
+        steps: velocity evaluations.
+        guidance_scale: one number, or one for each label.
+        batch_size: pictures at a time.
+        step: which checkpoint of a workdir; default the newest.
+        ema: a workdir's moving average of the parameters, or the parameters themselves.
+        vae: folder or hub name of the VAE whose latents the run of a workdir was trained on; a run on images, or on a
+            store of pixels, needs none.
+        decode: from latents (n, h, w, c) to pictures (n, H, W, 1 or 3) in [-1, 1], in place of what `vae` gives; of a
+            model that comes without a workdir.
+        negative_labels: what to guide away from; see the sampler's call.
+        guide: a weaker model to guide away from; see the sampler's call.
+        **settings: more of `make_sampler`: guidance_interval, time_grid, precision, the solver's options.
+
+    Returns:
+        PIL images, greyscale or RGB, in the order of the labels. One that holds NaN or Inf is white, with a warning
+        that tells its number.
+
+    Raises:
+        CheckpointError: no run or checkpoint there.
+        ConfigError, InputError: impossible settings or labels; a run on latents without their VAE.
+    """
+    if vae is not None and (decode is not None or not isinstance(workdir_or_model, str | Path)):
+        raise InputError(
+            f"vae={vae}: it belongs to the folder of a run, with no decode; give decode alone for a model."
+        )
+    if isinstance(workdir_or_model, str | Path):
+        model: nnx.Module = load_checkpoint(workdir_or_model, step, ema)
+        if decode is None:
+            decode = make_decode(str(workdir_or_model), None if vae is None else str(vae), argument="vae")
+    else:
+        model = workdir_or_model
+    target = check_model(model)
+    values = np.atleast_1d(np.asarray(labels))
+    check_labels(values, target.num_classes)
+    check_drawable(target.input_shape, decode)
+    if not is_whole(batch_size) or batch_size < 1:
+        raise InputError(f"batch_size={batch_size!r}: expected a whole number of images, 1 or more.")
+    check_seed(seed, "seed")
+    sampler = make_sampler(solver, steps, check_scale(guidance_scale, len(values)), **settings)
+    scale, width = np.asarray(sampler.guidance_scale), min(batch_size, len(values))
+    one_each = isinstance(negative_labels, list | tuple | jax.Array)
+    negatives = np.asarray(negative_labels) if one_each else negative_labels
+    pictures: list[Image.Image] = []
+    for start in range(0, len(values), width):
+        rows = np.arange(start, min(start + width, len(values)))
+        filled = np.resize(rows, width)  # the last batch is filled up, so that there is one compilation
+        latents = sampler(
+            model,
+            values[filled],
+            seed_key(seed),
+            indices=filled,
+            guidance_scale=scale[filled] if scale.ndim else None,
+            negative_labels=negatives[filled] if isinstance(negatives, np.ndarray) and negatives.ndim else negatives,
+            guide=guide,
+        )
+        block = finish(np.asarray(latents if decode is None else decode(latents))[: len(rows)], values[rows], rows)
+        for index in block.indices[~block.finite]:
+            warnings.warn(f"picture {index} (label {values[index]}) holds NaN or Inf and is left white.", stacklevel=2)
+        pictures.extend(images.to_pil(image) for image in block.images)
+    return pictures

@@ -1,0 +1,38 @@
+"""What classes are called."""
+
+from pathlib import Path
+
+from ml_collections import FrozenConfigDict
+
+from mpdit_jax.data.info import read_facts
+from mpdit_jax.data.sources import FASHION_MNIST_CLASSES
+from mpdit_jax.errors import InputError
+
+_KNOWN = {"digits": tuple(str(digit) for digit in range(10)), "fashion_mnist": FASHION_MNIST_CLASSES}
+
+
+def class_names(workdir: str | Path, config: FrozenConfigDict, path: str = "") -> tuple[str, ...]:
+    """A name for every class of a run: those of its data set, those in a file, or "class 7".
+
+    Args:
+        workdir: of the run.
+        config: the run's.
+        path: a text file with one name a line, in label order.
+
+    Raises:
+        InputError: the file cannot be read, or has fewer names than the model has classes.
+    """
+    count = config.model.num_classes
+    facts = read_facts(workdir)
+    stored = facts.class_names if facts is not None else _KNOWN.get(config.data.name, ())
+    names = _read(path) if path else stored
+    if path and len(names) < count:
+        raise InputError(f"--class_names={path} has {len(names)} names: this model has {count} classes, one line each.")
+    return (*(names[label] if label < len(names) else f"class {label}" for label in range(count)), "no class")
+
+
+def _read(path: str) -> tuple[str, ...]:
+    try:
+        return tuple(line.strip() for line in Path(path).read_text().splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--class_names={path} cannot be read: expected a text file with one name a line.") from error

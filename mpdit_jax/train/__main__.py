@@ -1,0 +1,81 @@
+"""`python -m mpdit_jax.train`: train a model, or continue a run."""
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpdit_jax.config.base import facts as config_facts
+from mpdit_jax.config.flags import make_config_parser, parse_with_config
+from mpdit_jax.distributed.processes import add_flags, join
+from mpdit_jax.errors import DivergedError, InputError
+from mpdit_jax.runtime.cli import run, stopped_line
+from mpdit_jax.runtime.signals import stopped_status
+
+_CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # whoever sets it has a place for compiled programs already
+
+_EXAMPLES = """\
+  python -m mpdit_jax.train --config=configs/digits.py --workdir=runs/digits
+  python -m mpdit_jax.train --config=configs/digits.py --workdir=runs/mine --config.optimizer.learning_rate=3e-4
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train as the arguments say; exit status."""
+    parser = make_config_parser(
+        "train",
+        "Train the model of a config. A workdir that holds a run of the same config is continued from its newest "
+        "checkpoint; one that holds another run is refused. Ctrl-C or SIGTERM finishes the step, saves and exits.",
+        _EXAMPLES,
+    )
+    parser.usage = f"{parser.prog} --config=FILE --workdir=FOLDER [--config.FIELD=VALUE ...]"
+    parser.add_argument("--workdir", required=True, help="folder of the run: config, checkpoints, metrics, logs, grids")
+    parser.add_argument(
+        "--replay_step",
+        type=int,
+        metavar="N",
+        help="run step N of the log again, from the checkpoint before it, and say what in it is not finite; writes "
+        "nothing, status 3 if it does not count",
+    )
+    add_flags(parser)
+    options, config = parse_with_config(parser, arguments)
+    if not options.workdir:
+        parser.error("--workdir is empty: expected a folder, such as runs/mine")
+    if "://" in options.workdir:
+        raise InputError(
+            f"--workdir={options.workdir}: expected a folder that every process sees; mount the bucket, or use a disk."
+        )
+    workdir = Path(options.workdir)
+    join(options, config_facts(config) | {"workdir": str(workdir.resolve())})
+
+    import jax
+
+    from mpdit_jax.data.info import read_facts
+    from mpdit_jax.train.evaluator import is_missing
+    from mpdit_jax.train.loop import train
+    from mpdit_jax.train.replay import replay
+
+    if options.replay_step is not None:
+        found = replay(config, workdir, options.replay_step)
+        print("\n".join(found.lines))
+        return 0 if found.sound else DivergedError.exit_status
+
+    if _CACHE_VARIABLE not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
+    state = train(config, workdir)
+    step = int(state.step)
+    stopped = step < config.steps or is_missing(config, workdir, step)  # or in its last evaluation
+    if jax.process_index() == 0 and stopped:
+        print(stopped_line("train", arguments, step, config.steps))
+    elif jax.process_index() == 0:
+        facts = read_facts(workdir)
+        vae = " --vae=FOLDER" if facts is not None and facts.latents is not None else ""
+        print(
+            f"done: checkpoints in {workdir / 'checkpoints'}, logs in {workdir / 'tensorboard'}; draw with:\n"
+            f"  python -m mpdit_jax.sample --workdir={shlex.quote(options.workdir)}{vae} --out=samples.png"
+        )
+    return stopped_status() if stopped else 0
+
+
+if __name__ == "__main__":
+    run(main, resumable=True)

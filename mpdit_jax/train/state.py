@@ -1,0 +1,104 @@
+"""Everything a training run is, between two steps."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from mpdit_jax.distributed.mesh import parameter_sharding, replicated
+from mpdit_jax.model.config import ModelConfig
+from mpdit_jax.model.parameters import Parameters, split
+from mpdit_jax.model.presets import build_model
+from mpdit_jax.train.guard import Guard, new_guard
+from mpdit_jax.train.metric_window import Window, empty_window
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "seed", "parameters", "ema_parameters", "optimizer_state", "guard", "window"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class TrainState:
+    """A plain pytree. Random keys come from (seed, step), so the state alone decides every later step.
+
+    Attributes:
+        step: updates done so far, int32 scalar.
+        seed: uint32 scalar.
+        parameters: flat dict, float32.
+        ema_parameters: their exponential moving average, float32.
+        optimizer_state: Optax's.
+        guard: what decides whether the next step counts, see `training.guard`.
+        window: metrics since the last line of the log, see `training.window`.
+    """
+
+    step: jax.Array
+    seed: jax.Array
+    parameters: Parameters
+    ema_parameters: Parameters
+    optimizer_state: optax.OptState
+    guard: Guard
+    window: Window
+
+
+def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:
+    """The state before the first step; the EMA starts at the initial parameters."""
+    _, parameters = split(build_model(config, jax.random.key(seed)))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        seed=jnp.asarray(seed, jnp.uint32),
+        parameters=parameters,
+        ema_parameters=jax.tree.map(jnp.copy, parameters),  # donated buffers may not be shared
+        optimizer_state=optimizer.init(parameters),
+        guard=new_guard(),
+        window=empty_window(),
+    )
+
+
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, nothing allocated."""
+    shapes = jax.eval_shape(partial(initial_state, config, optimizer), jnp.uint32(0))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(mesh, path, leaf)), shapes
+    )
+
+
+def create_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, target: TrainState, seed: int
+) -> TrainState:
+    """The initial state, made where `target`, an `abstract_state`, has it: no device ever holds more than its share."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+    create = jax.jit(partial(initial_state, config, optimizer), out_shardings=shardings)
+    return create(jnp.uint32(seed))
+
+
+def to_items(state: TrainState) -> dict[str, Any]:
+    """The state as the named parts of a checkpoint, so that a sampler can read the EMA alone."""
+    return {
+        "parameters": state.parameters,
+        "ema_parameters": state.ema_parameters,
+        "optimizer": state.optimizer_state,
+        "progress": {"step": state.step, "seed": state.seed, "guard": state.guard, "window": state.window},
+    }
+
+
+def from_items(items: dict[str, Any]) -> TrainState:
+    """Inverse of `to_items`."""
+    return TrainState(
+        parameters=items["parameters"],
+        ema_parameters=items["ema_parameters"],
+        optimizer_state=items["optimizer"],
+        **items["progress"],
+    )
+
+
+def _sharding(mesh: Mesh, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    # Optimizer moments sit in the same flat dict as the parameters, so the last key is the parameter's name.
+    last = path[-1]
+    if isinstance(last, jax.tree_util.DictKey) and leaf.ndim:
+        return parameter_sharding(mesh, last.key, leaf.shape)
+    return replicated(mesh)

@@ -1,0 +1,256 @@
+"""One training step: what is drawn, loss, gradients, update, moving average, and when a step is left out."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
+
+from mpdit_jax.config.base import model_of
+from mpdit_jax.data.latents import LatentSpace
+from mpdit_jax.distributed.mesh import batch_sharding
+from mpdit_jax.flow.objective import flow_matching_loss, interpolate, time_distribution
+from mpdit_jax.model.masking import draw_kept, masked_velocity, split_error
+from mpdit_jax.model.parameters import Parameters, Structure, merge
+from mpdit_jax.train.guard import accept, judge
+from mpdit_jax.train.metric_window import add_step
+from mpdit_jax.train.state import TrainState
+
+Batch: TypeAlias = dict[str, jax.Array]
+"""`y` int32 (B,), and `x` float32 (B, H, W, C) or, of latents, `mean` and `std` float16 (B, views, H, W, C)."""
+
+
+class Examples(NamedTuple):
+    """A batch with everything random drawn, so that its loss is a plain function of it."""
+
+    x: jax.Array  # (B, H, W, C)
+    y: jax.Array  # (B,), the null class where the label was dropped
+    t: jax.Array  # (B,)
+    noise: jax.Array  # (B, H, W, C)
+    kept: jax.Array | None = None  # (B, K), the tokens that the trunk sees; None for all
+
+
+Draw: TypeAlias = Callable[[Batch, jax.Array], Examples]
+LossFunction: TypeAlias = Callable[[Parameters, Examples], tuple[jax.Array, jax.Array]]
+"""(parameters, examples) to the mean loss and the losses of the examples (B,)."""
+Step: TypeAlias = Callable[[TrainState, Batch], TrainState]
+
+
+def make_draw(config: FrozenConfigDict, latents: LatentSpace | None = None) -> Draw:
+    """What is random in a step, a function of (batch, key): label dropout, times, noise, latents, hidden tokens.
+
+    Args:
+        config: the run's.
+        latents: the space of the batches' moments; None where they hold images.
+    """
+    times = time_distribution(config.time.distribution, config.time.mean, config.time.std)
+    null, model, ratio = config.model.num_classes, model_of(config), config.mask_ratio
+
+    def draw(batch: Batch, key: jax.Array) -> Examples:
+        dropout_key, flow_key = jax.random.split(key)
+        time_key, noise_key = jax.random.split(flow_key)
+        x = batch["x"] if latents is None else sample_latents(jax.random.fold_in(key, 2), batch, latents)
+        return Examples(
+            x=x,
+            y=drop_labels(dropout_key, batch["y"], config.label_dropout, null),
+            t=times.sample(time_key, x.shape[0]),
+            noise=jax.random.normal(noise_key, x.shape),
+            kept=draw_kept(jax.random.fold_in(key, 3), model, ratio, x.shape[0]) if ratio else None,
+        )
+
+    return draw
+
+
+def sample_latents(key: jax.Array, batch: Batch, space: LatentSpace) -> jax.Array:
+    """One normalized sample from each posterior, of the image or its mirror image where both are stored.
+
+    Args:
+        key: of this visit.
+        batch: `mean` and `std`, (B, views, H, W, C).
+        space: the constants of the normalization.
+
+    Returns:
+        float32 (B, H, W, C).
+    """
+    view_key, noise_key = jax.random.split(key)
+    count, views = batch["mean"].shape[:2]
+    chosen = jax.random.randint(view_key, (count, 1, 1, 1, 1), 0, views)
+
+    def of_view(moments: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(moments, chosen, axis=1)[:, 0].astype(jnp.float32)  # (B, H, W, C)
+
+    mean, std = of_view(batch["mean"]), of_view(batch["std"])
+    sample = mean + std * jax.random.normal(noise_key, mean.shape)
+    return (sample - jnp.asarray(space.mean, jnp.float32)) / jnp.asarray(space.std, jnp.float32)
+
+
+def make_loss(structure: Structure, mask_loss_weight: float = 0.0) -> LossFunction:
+    """The flow-matching loss of a model's parameters.
+
+    Where the examples say which tokens are kept, it is the mean over those tokens plus `mask_loss_weight` times the
+    mean over the hidden ones. There the noise cannot be known, and what can be learned of the velocity is minus the
+    image: MaskDiT's reconstruction.
+    """
+
+    def loss(parameters: Parameters, examples: Examples) -> tuple[jax.Array, jax.Array]:
+        model = merge(structure, parameters)
+        if examples.kept is None:
+            return flow_matching_loss(model, examples.x, examples.y, t=examples.t, noise=examples.noise)
+        z, velocity = interpolate(examples.x, examples.noise, examples.t)
+        error = masked_velocity(model, z, examples.t, examples.y, examples.kept) - velocity
+        seen, hidden = split_error(jnp.square(error), examples.kept, model.config.patch_sizes[0])  # (B,) each
+        per_example = seen + mask_loss_weight * hidden
+        return per_example.mean(), per_example
+
+    return loss
+
+
+def drop_labels(key: jax.Array, labels: jax.Array, rate: float, null: int) -> jax.Array:
+    """Replace each label by the null class with probability `rate`; labels (B,)."""
+    return jnp.where(jax.random.bernoulli(key, rate, labels.shape), null, labels)
+
+
+def step_of(
+    config: FrozenConfigDict,
+    structure: Structure,
+    optimizer: optax.GradientTransformation,
+    latents: LatentSpace | None = None,
+) -> Step:
+    """The step of a config's run, which is what is trained, replayed, compiled ahead of time and timed.
+
+    Args:
+        config: the run's, resolved.
+        structure: of its model.
+        optimizer: from gradients to updates.
+        latents: the space of the batches' moments; None where they hold images.
+    """
+    return make_step(
+        make_draw(config, latents),
+        make_loss(structure, config.mask_loss_weight),
+        optimizer,
+        config.ema_decay,
+        accumulation=config.gradient_accumulation,
+        spike_factor=config.guard.spike_factor,
+    )
+
+
+def make_step(
+    draw: Draw,
+    loss: LossFunction,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    *,
+    accumulation: int = 1,
+    spike_factor: float = 0.0,
+) -> Step:
+    """The update as a pure function of (state, batch); not yet jitted.
+
+    Args:
+        draw: what is random, for the whole batch at once, so that it does not depend on `accumulation`.
+        loss: of parameters and examples.
+        optimizer: from gradients to updates.
+        ema_decay: of the moving average.
+        accumulation: parts the batch is cut into; their gradients are averaged, at the memory of one part.
+        spike_factor: leave out a step whose gradient norm is more than this many times the running mean of those
+            before it; 0 for never. One whose loss or gradient is not finite always is (`training.guard`).
+    """
+
+    def step(state: TrainState, batch: Batch) -> TrainState:
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        examples = draw(batch, key)
+        value, per_example, gradients = accumulated(loss, state.parameters, examples, accumulation)
+        gradient_norm = optax.tree.norm(gradients)
+        # Judged before the update is made: new and old need not lie in memory side by side until it is known which of
+        # them counts.
+        made = judge(state.guard, value, gradient_norm, spike_factor)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
+        parameters = optax.apply_updates(state.parameters, updates)
+        ema_parameters = moving_average(state.ema_parameters, parameters, ema_decay)
+        metrics = {
+            "loss": value,
+            "gradient_norm": gradient_norm,
+            "update_norm": optax.tree.norm(updates),
+            "parameter_norm": optax.tree.norm(parameters),
+        }
+        kept = _select(
+            made,
+            (parameters, ema_parameters, optimizer_state),
+            (state.parameters, state.ema_parameters, state.optimizer_state),
+        )
+        finite = jnp.isfinite(metrics["update_norm"]) & jnp.isfinite(metrics["parameter_norm"])
+        guard = accept(state.guard, made, finite, gradient_norm)
+        return TrainState(
+            step=state.step + 1,
+            seed=state.seed,
+            parameters=kept[0],
+            ema_parameters=kept[1],
+            optimizer_state=kept[2],
+            guard=guard,
+            window=add_step(
+                state.window,
+                state.step + 1,
+                made,
+                finite,
+                metrics,
+                examples.t,
+                per_example,
+                guard["skipped_in_a_row"],
+            ),
+        )
+
+    return step
+
+
+def _select(made: jax.Array, new: optax.OptState, old: optax.OptState) -> optax.OptState:
+    return jax.tree.map(lambda yes, no: jnp.where(made, yes, no), new, old)
+
+
+def accumulated(
+    loss: LossFunction, parameters: Parameters, examples: Examples, parts: int
+) -> tuple[jax.Array, jax.Array, Parameters]:
+    """Mean loss, losses of the examples (B,) and mean gradient, `parts` equal shares of the batch one at a time."""
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        (value, per_example), gradients = gradient(parameters, examples)
+        return value, per_example, gradients
+
+    def interleaved(x: jax.Array) -> jax.Array:
+        # Every part takes rows from everywhere, so that each device has its share of each.
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)  # (parts, B / parts, ...)
+
+    def add(total: tuple[jax.Array, Parameters], part: Examples) -> tuple[tuple[jax.Array, Parameters], jax.Array]:
+        (value, per_example), gradients = gradient(parameters, part)
+        return jax.tree.map(jnp.add, total, (value, gradients)), per_example
+
+    nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, parameters))
+    (value, gradients), per_example = jax.lax.scan(add, nothing, jax.tree.map(interleaved, examples))
+    mean = jax.tree.map(lambda total: total / parts, gradients)
+    return value / parts, per_example.swapaxes(0, 1).reshape(-1), mean
+
+
+def moving_average(average: Parameters, parameters: Parameters, decay: float) -> Parameters:
+    """decay * average + (1 - decay) * parameters."""
+    return jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, average, parameters)
+
+
+# XLA's CPU backend copies parameters and moments before it writes their successors over them, unless it is told to
+# find out that it need not. (A jaxlib without this option says "No such compile option": then leave it out.)
+_CPU_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
+
+
+def jit_step(step: Step, state: TrainState, mesh: Mesh) -> Step:
+    """Compile for the mesh: state laid out as `state` says (arrays or shapes) and donated, batch split over devices.
+
+    Call it under `jax.set_mesh(mesh)`, which the model's activation constraints read.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=shardings,
+        donate_argnums=0,
+        compiler_options=_CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None,
+    )

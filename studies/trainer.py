@@ -1,0 +1,53 @@
+"""Training in memory, for studies of many short runs: no workdir, the program compiled once for all seeds."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mpdit_jax.config import model_of, resolve
+from mpdit_jax.data.pipeline import batches
+from mpdit_jax.data.sources import load_source
+from mpdit_jax.distributed.mesh import make_mesh
+from mpdit_jax.errors import DivergedError
+from mpdit_jax.model.parameters import abstract
+from mpdit_jax.train.guard import RUINED
+from mpdit_jax.train.optimizer import make_optimizer
+from mpdit_jax.train.state import TrainState, abstract_state, create_state
+from mpdit_jax.train.step import jit_step, step_of
+
+
+class Trainer:
+    """The step of a config on one device."""
+
+    def __init__(self, config: ConfigDict) -> None:
+        self.config = resolve(config)
+        self.model = model_of(self.config)
+        self.structure, _ = abstract(self.model)
+        self.source = load_source(**self.config.data)
+        self._optimizer, self._mesh = make_optimizer(self.config.optimizer), make_mesh(devices=jax.devices()[:1])
+        step = step_of(self.config, self.structure, self._optimizer, self.source.latents)
+        self._target = abstract_state(self.model, self._optimizer, self._mesh)
+        self._update = jit_step(step, self._target, self._mesh)
+
+    def states(self, seed: int) -> Iterator[TrainState]:
+        """The state after each of `config.steps` updates; the one before is gone by then.
+
+        Raises:
+            DivergedError: after the last of them, if an update was not finite. Steps that were left out are counted
+                in the state's window, which is never emptied.
+        """
+        rows = np.arange(self.config.batch_size)
+        feed = batches(self.source, self.config.batch_size, seed, start=0, rows=rows)
+        with jax.set_mesh(self._mesh):
+            state = create_state(self.model, self._optimizer, self._target, seed)
+            for _, batch in zip(range(self.config.steps), feed, strict=False):
+                state = self._update(state, jax.tree.map(jnp.asarray, dict(batch)))
+                yield state
+            if int(state.window["most_skipped_in_a_row"]) >= RUINED:  # a later step may have counted
+                raise DivergedError(
+                    f"in {self.config.steps} steps with seed {seed}, an update made of finite gradients was not finite "
+                    "or its squares overflowed: lower config.optimizer.learning_rate."
+                )

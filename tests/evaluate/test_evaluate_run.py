@@ -1,0 +1,164 @@
+"""`python -m mpdit_jax.evaluate --workdir`: what a row depends on, and what it says of itself."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from ml_collections import FrozenConfigDict
+
+from mpdit_jax.data.sources import load_digits
+from mpdit_jax.errors import InputError
+from mpdit_jax.evaluate import __main__ as evaluate
+from mpdit_jax.evaluate import command, runs
+from mpdit_jax.evaluate.extraction import FeatureFolder, extract
+from mpdit_jax.evaluate.runs import DrawnImages
+from mpdit_jax.evaluate.statistics import save_statistics
+from mpdit_jax.sample.blocks import Block, BlockFolder
+from mpdit_jax.train.reference import Reference
+from mpdit_jax.vae import load_vae
+from tests.evaluate.conftest import collect
+from tests.prepare.conftest import make_vae
+from tests.sample.conftest import make_workdir
+
+FEW = ("--num_samples=20", "--steps=1", "--batch_size=20")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return make_workdir(tmp_path_factory.mktemp("runs") / "run")
+
+
+def evaluated(capsys, out, *arguments):
+    """What was printed, and the only row."""
+    assert evaluate.main([*FEW, f"--out={out}", *map(str, arguments)]) == 0
+    (row,) = json.loads(out.read_text())["results"]
+    return capsys.readouterr().out, row
+
+
+def test_a_row_is_of_one_reference_and_says_what_was_used(
+    workdir, tmp_path, extractor, classifier_file, capsys, digits, monkeypatch
+):
+    stats, out = tmp_path / "stats.npz", tmp_path / "numbers.json"
+    real = collect(extractor, [extractor(digits[0])], {"path": "digits", "shape": [8, 8, 1]})
+    save_statistics(stats, real, features=True)
+    arguments = (f"--workdir={workdir}", f"--features=classifier:{classifier_file}", f"--reference={stats}")
+    metrics = "--metrics=fd, is, precision, kid"
+    _, first = evaluated(capsys, out, *arguments, metrics)
+    said, second = evaluated(capsys, out, *arguments, metrics)
+    assert "done before" in said
+    assert second == first
+    settings = first["settings"]
+    assert settings["reference"]["file"]["path"] == str(stats)
+    assert settings["reference"]["path"] == "digits"
+    assert (settings["reference"]["count"], settings["reference"]["features_count"]) == (1797, 1797)
+    assert (settings["splits"], settings["kid"], settings["k"]) == (10, {"subsets": 100, "subset_size": 10}, 3)
+    sampler = settings["sampler"]
+    assert (sampler["checkpoint"], sampler["precision"], sampler["vae_fingerprint"]) == (1, "float32", None)
+    assert sampler["label_counts"] == {"classes": 10, "fewest": 2, "most": 2}
+    monkeypatch.setattr(runs, "__version__", "99.0")  # it may compute otherwise
+    said, of_later = evaluated(capsys, out, *arguments, metrics)
+    assert "done before" not in said
+    assert of_later["metrics"] == first["metrics"]
+    # Another content under the same name: another row.
+    save_statistics(stats, collect(extractor, [extractor(255 - digits[0])], real.about), features=True)
+    said, third = evaluated(capsys, out, *arguments, metrics)
+    assert "done before" not in said
+    assert third["metrics"]["FD(classifier)"] != first["metrics"]["FD(classifier)"]
+
+
+def test_a_row_is_of_the_runs_data_as_they_are_now(tmp_path, classifier_file, capsys, digits):
+    """Repaired images under the same labels make another row; a copy of the same ones does not."""
+    workdir, data, out = make_workdir(tmp_path / "run"), tmp_path / "data.npz", tmp_path / "numbers.json"
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"] |= {"name": "arrays", "path": str(data)}
+    (workdir / "config.json").write_text(json.dumps(config))
+    arguments = (f"--workdir={workdir}", f"--features=classifier:{classifier_file}", "--metrics=fd")
+    numbers, known = [], []
+    for images in (digits[0][:90], digits[0][:90], 255 - digits[0][:90]):
+        np.savez(data, images=images, labels=digits[1][:90])
+        said, row = evaluated(capsys, out, *arguments)
+        known.append("done before" in said)
+        numbers.append(row["metrics"]["FD(classifier)"])
+    assert known == [False, True, False]
+    assert numbers[0] == numbers[1] != numbers[2]
+
+
+def test_statistics_and_batches_of_another_size_are_refused_before_anything_is_drawn(
+    workdir, tmp_path, extractor, classifier_file, digits, monkeypatch
+):
+    stats, features = tmp_path / "stats.npz", f"--features=classifier:{classifier_file}"
+    save_statistics(stats, collect(extractor, [extractor(digits[0][:90])], {"shape": [16, 16, 1]}))
+    np.savez(tmp_path / "samples.npz", arr_0=digits[0][:90])
+    for samples in (f"--workdir={workdir}", f"--samples={tmp_path / 'samples.npz'}"):
+        with pytest.raises(InputError, match="the samples are 8x8 pixels and the reference is 16x16"):
+            evaluate.main([samples, features, f"--reference={stats}", "--metrics=fd", f"--out={tmp_path / 'o.json'}"])
+    assert not (tmp_path / "o.json.unfinished").exists()
+    config = FrozenConfigDict({"eval": {"reference": str(stats), "metrics": "fd", "features": features[11:]}})
+    with pytest.raises(InputError, match="the samples are 8x8 pixels and the reference is 16x16"):  # as while training
+        Reference(config, tmp_path, load_digits(), None, ["fd"], lambda: False).check(extractor)
+    # A foreign file says nothing of a size, but the images in it do.
+    as_inception(monkeypatch, dataclasses.replace(extractor, name="inception"))
+    with np.load(stats) as archive:
+        np.savez(stats, mu=archive["mu"], sigma=archive["sigma"], arr_0=np.zeros((9, 16, 16, 3), np.uint8))
+    with pytest.raises(InputError, match="the samples are 8x8 pixels and the reference is 16x16"):
+        evaluate.main([f"--workdir={workdir}", f"--reference={stats}", "--metrics=fid", f"--out={tmp_path / 'o.json'}"])
+
+
+def as_inception(monkeypatch, extractor):
+    """Whatever is asked for."""
+    monkeypatch.setattr(command, "choose_features", lambda *given: "inception")
+    monkeypatch.setattr(command, "prepare_extractor", lambda *given: extractor)
+
+
+def test_of_a_runs_own_data_no_more_than_a_limit_is_looked_at(workdir, monkeypatch):
+    monkeypatch.setattr(command, "MOST_REAL", 100)
+    options = evaluate.make_evaluate_parser().parse_args([f"--workdir={workdir}"])
+    images = command.reference_images(options, 1)
+    assert (len(images), images.about["count"], images.about["shape"]) == (100, 100, [8, 8, 1])
+    assert images.about["of"] == 898
+
+
+def test_a_run_on_latents_is_decoded_by_its_vae(tmp_path, capsys, monkeypatch, tiny_inception):
+    as_inception(monkeypatch, tiny_inception)
+    vae = make_vae(tmp_path / "vae", seed=0)
+    workdir = make_workdir(tmp_path / "run", in_channels=2)
+    fingerprint = load_vae(str(vae)).fingerprint
+    space = {"mean": [0.0, 0.0], "std": [1.0, 1.0], "vae_fingerprint": fingerprint}
+    facts = {"class_names": [str(label) for label in range(10)], "latents": space}
+    (workdir / "data.json").write_text(json.dumps(facts))
+    np.savez(tmp_path / "real.npz", arr_0=np.random.default_rng(0).integers(0, 256, (70, 16, 16, 1), np.uint8))
+    arguments = (f"--workdir={workdir}", f"--vae={vae}", f"--reference={tmp_path / 'real.npz'}", "--metrics=fid")
+    _, row = evaluated(capsys, tmp_path / "o.json", *arguments)
+    assert row["settings"]["sampler"]["vae_fingerprint"] == fingerprint
+    assert row["settings"]["samples"]["shape"] == [16, 16, 1]
+    assert row["metrics"]["FID"] > 0
+
+
+def test_a_block_is_read_once_however_few_images_are_looked_at(tmp_path, tiny_inception, monkeypatch):
+    drawn = np.random.default_rng(0).integers(0, 256, (25, 8, 8, 1), np.uint8)
+    blocks, read, numbers = BlockFolder(tmp_path / "blocks", {}), BlockFolder.read, []
+    for number in range(3):
+        part = drawn[10 * number : 10 * number + 10]
+        labels, rows = np.zeros(len(part), int), 10 * number + np.arange(len(part))
+        blocks.write(number, Block(part, labels, rows, np.ones(len(part), bool)))
+    monkeypatch.setattr(BlockFolder, "read", lambda self, number: (numbers.append(number), read(self, number))[1])
+    images = DrawnImages(blocks, 10, 25, {})
+    extractor = dataclasses.replace(tiny_inception, batch_size=4)
+    folder = FeatureFolder(tmp_path / "features", extractor, images, ["pool"])
+    extract(extractor, images, ["pool"], folder)
+    assert numbers == [0, 1, 2]
+    np.testing.assert_array_equal(folder.read(0)["pool"], extractor(drawn)["pool"])
+    np.testing.assert_array_equal(images.read(np.array([21, 3, 12])), drawn[[21, 3, 12]])
+
+
+def test_a_drawn_image_that_is_not_finite_is_named(tmp_path):
+    folder = BlockFolder(tmp_path / "blocks", {})
+    for number in range(2):
+        finite = np.array([True, True, number == 0])
+        rows = np.arange(3) + 3 * number
+        folder.write(number, Block(np.zeros((3, 8, 8, 1), np.uint8), np.zeros(3, int), rows, finite))
+    images = DrawnImages(folder, 3, 6, {})
+    assert images.read(np.arange(5)).shape == (5, 8, 8, 1)
+    with pytest.raises(InputError, match="image 5 that the model drew holds NaN or Inf"):
+        images.read(np.arange(6))

@@ -1,0 +1,144 @@
+"""The same run by one process and by several, started as a user starts them; and processes that do not fit together."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mpdit_jax.checkpoint.reader import list_steps
+from tests.tiny import (
+    COMPARABLE,
+    ROOT,
+    TWO_LEVELS,
+    assert_near,
+    free_port,
+    join_flags,
+    losses,
+    run,
+    saved_arrays,
+    start,
+    train_arguments,
+)
+
+STEPS = 20
+LONG = [f"--config.steps={STEPS}", "--config.checkpoint.every=10", "--config.log.every=1", COMPARABLE, *TWO_LEVELS]
+
+
+def launch(count, devices, *arguments, **options):
+    """`launch/local_multiprocess.sh`, its output and errors together."""
+    settings = {"PYTHON": sys.executable, "DEVICES": str(devices), "PORT": str(free_port())}
+    script = ROOT / "launch/local_multiprocess.sh"
+    return subprocess.Popen(
+        ["bash", str(script), str(count), *arguments],
+        env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
+    )  # fmt: skip
+
+
+def all_refuse(processes, sentence):
+    """Each ends with status 1 and says so."""
+    for process in processes:
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert sentence in stderr
+        assert "Traceback" not in stderr
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    status, _, stderr = run("train", train_arguments(workdir, *LONG))
+    assert status == 0, stderr
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "fsdp"), [(2, 1), (2, 2), (4, 1), (4, 8)])
+def test_several_processes_give_the_same_run(one_process, tmp_path, processes, fsdp):
+    """On eight devices: with whole copies of the state, four copies split in two, and one copy split over all."""
+    workdir, mesh = tmp_path / "run", f"--config.mesh.fsdp={fsdp}"
+    process = launch(processes, 8 // processes, "train", *train_arguments(workdir, *LONG, mesh))
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert f"8 cpu device(s) of {processes} processes" in output
+    assert output.count("done: checkpoints in") == 1  # the first process alone speaks
+    np.testing.assert_allclose(losses(workdir), losses(one_process), rtol=1e-5)
+    assert_near(saved_arrays(workdir, STEPS), saved_arrays(one_process, STEPS))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path):
+    """Also with another status than 0, which the others do not take for a failure."""
+    workdir, port = tmp_path / "run", free_port()
+    more = ["--config.steps=4000", "--config.checkpoint.every=100000", "--config.log.every=10"]
+    first, second = (
+        start(
+            "train",
+            [*train_arguments(workdir, *more), *join_flags(port, 2, index)],
+            extra={"MPDIT_JAX_STOPPED_STATUS": "75"},
+        )
+        for index in range(2)
+    )
+    for line in first.stdout:
+        if "images/s" in line:
+            break
+    second.send_signal(signal.SIGTERM)
+    (output, errors), (_, others) = (process.communicate(timeout=300) for process in (first, second))
+    assert (first.returncode, second.returncode) == (75, 75), errors + others
+    (stopped,) = list_steps(workdir)
+    assert f"stopped at step {stopped} of 4000, saved; continue with:" in output
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_terminal_of_several_processes(tmp_path):
+    """It goes to the script and to what it has started."""
+    workdir, more = tmp_path / "run", ["--config.steps=4000", "--config.checkpoint.every=100000"]
+    process = launch(2, 1, "train", *train_arguments(workdir, *more, "--config.log.every=10"), process_group=0)
+    for line in process.stdout:
+        if "images/s" in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    (stopped,) = list_steps(workdir)
+    assert f"stopped at step {stopped} of 4000, saved; continue with:" in output
+
+
+@pytest.mark.slow
+def test_processes_with_other_data_are_told_apart(tmp_path):
+    """A stale copy on one of the machines, by the same path."""
+    port, pair = free_port(), []
+    for index in range(2):
+        np.savez(
+            tmp_path / f"{index}.npz",
+            images=np.zeros((20 + index, 8, 8, 1), np.uint8),
+            labels=np.zeros(20 + index, int),
+        )
+        data = ["--config.data.name=arrays", f"--config.data.path={tmp_path / f'{index}.npz'}"]
+        pair.append(start("train", [*train_arguments(tmp_path / "run", *data), *join_flags(port, 2, index)]))
+    all_refuse(pair, "process 1 was started with data=21 ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_never_joins_is_named(tmp_path):
+    port = free_port()
+    arguments = train_arguments(tmp_path / "run", "--join_timeout=5")
+    both = [start("train", [*arguments, *join_flags(port, 3, index)]) for index in (0, 2)]
+    for process in both:
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert stderr.startswith("error: process 1 of 3 did not join within 5 s")
+        assert len(stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_other_configs_are_told_apart(tmp_path):
+    port = free_port()
+    pair = [
+        start("train", [*train_arguments(tmp_path / "run", f"--config.batch_size={size}"), *join_flags(port, 2, index)])
+        for index, size in enumerate((8, 16))
+    ]
+    all_refuse(pair, "process 1 was started with config.batch_size=16 instead of 8, unlike process 0")
+    assert not (tmp_path / "run").exists()
