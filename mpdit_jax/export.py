@@ -41,18 +41,18 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError(f"--guide={options.guide}: a file holds one model; export without autoguidance.")
 
     from mpdit_jax.checkpoint.load import load_checkpoint
-    from mpdit_jax.data.info import read_facts
-    from mpdit_jax.io.files import check_writable, replacing
+    from mpdit_jax.data.info import read_dataset_info
+    from mpdit_jax.io.files import atomic_write, check_writable
     from mpdit_jax.sample.exporting import export_sampler
-    from mpdit_jax.sample.options import check_heeded, sampler_from
+    from mpdit_jax.sample.options import reject_unused_flags, sampler_from
 
     sampler = sampler_from(options)
-    check_heeded(options)
+    reject_unused_flags(options)
     check_writable(options.out)
     model = load_checkpoint(options.workdir, options.step, ema=not options.no_ema)
     batch = None if options.batch == "any" else int(options.batch)
     data = export_sampler(sampler, model, platforms, batch, options.negative_labels)
-    with replacing(options.out) as file:
+    with atomic_write(options.out) as file:
         file.write(data)
     scale = f", jnp.float32({options.guidance_scale:g})" if options.guidance_scale != 1 else ""
     labels = "[0, 1, 2]" if batch is None else f"[0] * {batch}"
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         f"  latents = sampler.call(jnp.array({labels}, jnp.int32), jnp.uint32(0){scale})  # labels, seed"
         f"{', guidance scale' if scale else ''}"
     )
-    facts = read_facts(options.workdir)
+    facts = read_dataset_info(options.workdir)
     if facts is not None and facts.latents is not None:
         print(
             "The latents are normalized, as the run was trained on them; before they are decoded, undo that:\n"

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from mpdit_jax.config import base_config
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import replacing
+from mpdit_jax.io.files import atomic_write
 from mpdit_jax.model.config import FNO_INITS, ModelConfig
 from mpdit_jax.model.fno import FNOTime
 from mpdit_jax.runtime.cli import make_parser, run
@@ -143,7 +143,7 @@ def draw(start: list[Record], trained: list[Record], path: Path) -> None:
     losses.set(xlabel="step", title=f"digits: training loss\n(mean and range of {SEEDS} seeds)")
     losses.legend()
     figure.tight_layout()
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from mpdit_jax.compile.environment import prepare
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import replacing
+from mpdit_jax.io.files import atomic_write
 from mpdit_jax.runtime.cli import make_parser, run
 from studies.scaling_grid import FSDP, GRID, SIZES, Point
 
@@ -84,7 +84,7 @@ def _replace_table(page: Path, text: str) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise InputError(f"--page={page}: expected the lines {BEGIN} and {END}, between which the table goes.")
-    with replacing(page) as file:
+    with atomic_write(page) as file:
         file.write(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
 
 
@@ -96,7 +96,7 @@ def _compile_missing(options: argparse.Namespace, results: dict[str, dict[str, A
         remaining = f", {left / 60:.0f} min left" if done else ""
         print(f"{done + 1} of {len(missing)}: {point.name}{remaining} ...", file=sys.stderr, flush=True)
         results[point.name] = measure(point)
-        with replacing(options.out) as file:
+        with atomic_write(options.out) as file:
             file.write((json.dumps(results, indent=1, sort_keys=True) + "\n").encode())
 
 

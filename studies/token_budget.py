@@ -25,7 +25,7 @@ from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import DivergedError, InputError
 from mpdit_jax.flow.objective import flow_matching_loss
 from mpdit_jax.flow.sampler import make_sampler
-from mpdit_jax.io.files import replacing
+from mpdit_jax.io.files import atomic_write
 from mpdit_jax.io.pictures import to_uint8
 from mpdit_jax.model.accounting import count_macs, count_trained, masked_macs
 from mpdit_jax.model.config import ModelConfig
@@ -207,7 +207,7 @@ def draw(found: list[Record], path: Path) -> None:
         axes.minorticks_off()
     panels[0].legend()
     figure.tight_layout()
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mpdit_jax.config import model_of, resolve
+from mpdit_jax.config import model_config, resolve
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.data.sources import load_source
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import DivergedError
 from mpdit_jax.model.parameters import abstract
-from mpdit_jax.train.guard import RUINED
+from mpdit_jax.train.guard import NONFINITE_UPDATE
 from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.state import TrainState, abstract_state, create_state
-from mpdit_jax.train.step import jit_step, step_of
+from mpdit_jax.train.step import build_train_step, jit_step
 
 
 class Trainer:
@@ -24,11 +24,11 @@ class Trainer:
 
     def __init__(self, config: ConfigDict) -> None:
         self.config = resolve(config)
-        self.model = model_of(self.config)
+        self.model = model_config(self.config)
         self.structure, _ = abstract(self.model)
         self.source = load_source(**self.config.data)
         self._optimizer, self._mesh = make_optimizer(self.config.optimizer), make_mesh(devices=jax.devices()[:1])
-        step = step_of(self.config, self.structure, self._optimizer, self.source.latents)
+        step = build_train_step(self.config, self.structure, self._optimizer, self.source.latents)
         self._target = abstract_state(self.model, self._optimizer, self._mesh)
         self._update = jit_step(step, self._target, self._mesh)
 
@@ -46,7 +46,7 @@ class Trainer:
             for _, batch in zip(range(self.config.steps), feed, strict=False):
                 state = self._update(state, jax.tree.map(jnp.asarray, dict(batch)))
                 yield state
-            if int(state.window["most_skipped_in_a_row"]) >= RUINED:  # a later step may have counted
+            if int(state.window["most_skipped_in_a_row"]) >= NONFINITE_UPDATE:  # a later step may have counted
                 raise DivergedError(
                     f"in {self.config.steps} steps with seed {seed}, an update made of finite gradients was not finite "
                     "or its squares overflowed: lower config.optimizer.learning_rate."

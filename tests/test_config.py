@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mpdit_jax.config import base_config, differences, from_json, model_of, resolve, to_json
+from mpdit_jax.config import base_config, differences, from_json, model_config, resolve, to_json
 from mpdit_jax.errors import ConfigError
 
 
@@ -18,7 +18,7 @@ def test_a_run_of_a_version_without_some_fields_stays_readable():
     del stored["profile"], stored["model"]["convention"], stored["optimizer"]["clip_norm"]
     config = from_json(json.dumps(stored))
     assert config == resolve(base_config())
-    assert model_of(config).convention == "velocity"
+    assert model_config(config).convention == "velocity"
 
 
 def test_a_run_of_a_version_that_took_switches_without_effect_stays_readable():

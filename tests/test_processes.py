@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mpdit_jax
-from mpdit_jax.distributed.processes import add_flags, code_fingerprint, compare_facts, join
+from mpdit_jax.distributed.processes import add_flags, assert_equal_across_processes, code_fingerprint, join
 from mpdit_jax.errors import ConfigError, ProcessError
 from tests.tiny import start_joined
 
@@ -58,7 +58,7 @@ def test_under_slurm_a_process_drives_all_gpus_of_its_node(monkeypatch):
 def test_facts_that_are_known_late_are_compared_too(monkeypatch):
     """What is known after the roll call."""
     ours, others = {"config.seed": "0", "version": "1"}, []
-    compare_facts(ours)  # alone
+    assert_equal_across_processes(ours)  # alone
 
     def gathered(array):
         """As JAX stacks what every process gives: the length of its facts, then the facts."""
@@ -69,12 +69,12 @@ def test_facts_that_are_known_late_are_compared_too(monkeypatch):
         return np.stack([np.pad(row, (0, width - len(row))) for row in (array, array, *rows)])
 
     monkeypatch.setattr("mpdit_jax.distributed.processes.multihost_utils.process_allgather", gathered)
-    compare_facts(ours)
+    assert_equal_across_processes(ours)
     others.append(b'{"config.seed": "1", "version": "1"}')
     with pytest.raises(
         ProcessError, match=r"^process 2 was started with config.seed=1 instead of 0, unlike process 0:"
     ):
-        compare_facts(ours)
+        assert_equal_across_processes(ours)
 
 
 WAITING = """

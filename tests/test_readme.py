@@ -6,7 +6,7 @@ import numpy as np
 
 import mpdit_jax as mp
 from mpdit_jax import export
-from mpdit_jax.model.presets import model_config
+from mpdit_jax.model.presets import preset_config
 from tests.sample.conftest import make_workdir
 from tests.tiny import ROOT
 
@@ -19,7 +19,7 @@ def test_preset_table():
     )
     assert [row[0] for row in rows] == [name for name in mp.presets() if name.startswith("mpdit") or name == "dit_xl_2"]
     for name, *cells in rows:
-        config = model_config(name)
+        config = preset_config(name)
         parameters, macs = mp.count(config)
         patches, depths = (", ".join(map(str, values)) for values in (config.patch_sizes, config.depths))
         size = str(config.input_size[0])

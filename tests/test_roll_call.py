@@ -190,7 +190,7 @@ def test_who_was_started_again_takes_its_own_place():
 
 _MANY = """
 import os, resource, signal, socket, sys, time
-from mpdit_jax.runtime.signals import StopRequest
+from mpdit_jax.runtime.signals import PreemptionHandler
 from mpdit_jax.distributed.peers import start_watch
 from mpdit_jax.distributed.roll_call import Joined, _allow_files
 
@@ -199,7 +199,7 @@ _allow_files(1000)
 files = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
 ours, theirs = socket.socketpair()
 assert ours.fileno() > 1024
-with StopRequest(saved=lambda: "nothing") as stop:
+with PreemptionHandler(saved=lambda: "nothing") as stop:
     stop.nothing_to_save = False
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.5)

@@ -152,7 +152,7 @@ import jax
 from mpdit_jax.runtime import cli
 from mpdit_jax.errors import InputError
 from mpdit_jax.distributed.processes import add_flags, join
-from mpdit_jax.distributed.waiting import wait_for_all
+from mpdit_jax.distributed.waiting import barrier
 
 def main(arguments):
     parser = argparse.ArgumentParser()
@@ -161,7 +161,7 @@ def main(arguments):
     join(options, {})
     jax.devices()  # where JAX itself lets the processes wait for each other
 BODY
-    wait_for_all("a test")
+    barrier("a test")
     return 0
 
 cli.run(main)

@@ -49,12 +49,12 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.flow.randomness import draw_noise
     from mpdit_jax.flow.sampler import make_sampler
     from mpdit_jax.model.parameters import abstract, merge, split
-    from mpdit_jax.model.presets import model_config
+    from mpdit_jax.model.presets import preset_config
 
     sampler = make_sampler(options.solver, options.steps, options.guidance_scale, precision=options.precision)
     if isinstance(sampler.settings.solver, Adaptive):
         raise InputError(f"--solver={options.solver}: it takes as many steps as it needs; choose one of fixed steps.")
-    structure, shapes = abstract(model_config(options.preset))
+    structure, shapes = abstract(preset_config(options.preset))
     # Random weights, for a fresh model's last layer is zero and its outputs could not be compared.
     random = np.random.default_rng(0)
     parameters = {

@@ -56,7 +56,7 @@ def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, rep
     import jax.numpy as jnp
     import numpy as np
 
-    from mpdit_jax.config.base import base_config, model_of, resolve
+    from mpdit_jax.config.base import base_config, model_config, resolve
     from mpdit_jax.distributed.mesh import make_mesh
     from mpdit_jax.errors import ConfigError
     from mpdit_jax.model.accounting import count_macs
@@ -64,7 +64,7 @@ def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, rep
     from mpdit_jax.runtime.hardware import matrix_product, published_flops
     from mpdit_jax.train.optimizer import make_optimizer
     from mpdit_jax.train.state import abstract_state, create_state
-    from mpdit_jax.train.step import jit_step, step_of
+    from mpdit_jax.train.step import build_train_step, jit_step
 
     config = base_config()
     config.batch_size, config.model.preset = batch, preset
@@ -73,11 +73,11 @@ def measure(preset: str, batch: int, dtype: str, attention: str, remat: str, rep
     device = jax.devices()[0]
     if attention == "cudnn" and device.platform != "gpu":
         raise ConfigError(f"--attention=cudnn needs an NVIDIA GPU and this is {device.platform}: use xla.")
-    model, optimizer, mesh = model_of(config), make_optimizer(config.optimizer), make_mesh(devices=[device])
+    model, optimizer, mesh = model_config(config), make_optimizer(config.optimizer), make_mesh(devices=[device])
     structure, random = abstract(model)[0], np.random.default_rng(0)
     with jax.set_mesh(mesh):
         state = create_state(model, optimizer, abstract_state(model, optimizer, mesh), seed=0)
-        update = jit_step(step_of(config, structure, optimizer), state, mesh)
+        update = jit_step(build_train_step(config, structure, optimizer), state, mesh)
         x = jnp.asarray(random.standard_normal((batch, *model.input_size, model.in_channels), np.float32))
         y = jnp.asarray(random.integers(model.num_classes, size=batch), jnp.int32)
         t = jnp.asarray(random.uniform(size=batch), jnp.float32)

@@ -8,9 +8,9 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from mpdit_jax.checkpoint.reader import CHECKPOINTS, list_steps, numbered_folders, read_step
-from mpdit_jax.config.base import from_json, model_of
+from mpdit_jax.config.base import from_json, model_config
 from mpdit_jax.distributed.mesh import make_mesh, replicated
-from mpdit_jax.distributed.processes import first_does, told_by_first
+from mpdit_jax.distributed.processes import broadcast, run_on_process_0
 from mpdit_jax.errors import CheckpointError, ConfigError, DamageWarning
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import abstract, merge
@@ -51,8 +51,8 @@ def load_together(workdir: str | Path, step: int | None = None, ema: bool = True
 
     The run may still be training, and its next checkpoint may come while they look.
     """
-    loaded = first_does(partial(load_step, workdir, step, ema))
-    found = told_by_first(loaded[0] if loaded is not None else 0)
+    loaded = run_on_process_0(partial(load_step, workdir, step, ema))
+    found = broadcast(loaded[0] if loaded is not None else 0)
     return loaded if loaded is not None else load_step(workdir, found, ema)
 
 
@@ -75,7 +75,7 @@ def load_step(workdir: str | Path, step: int | None = None, ema: bool = True) ->
         raise CheckpointError(f"{workdir} has no finished checkpoint yet; train first, or wait for the first one.")
     if step is not None and step not in numbered_folders(workdir):
         raise CheckpointError(f"{workdir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
-    structure, shapes = abstract(model_of(config))
+    structure, shapes = abstract(model_config(config))
     everywhere = replicated(make_mesh(devices=jax.local_devices()))
     target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere) for name, leaf in shapes.items()}
     item = "ema_parameters" if ema else "parameters"

@@ -28,7 +28,7 @@ from mpdit_jax.checkpoint.reader import (
     read_together,
 )
 from mpdit_jax.checkpoint.reader import list_steps as list_steps
-from mpdit_jax.distributed.processes import first_does, first_sentence, told_by_first
+from mpdit_jax.distributed.processes import broadcast, first_sentence, run_on_process_0
 from mpdit_jax.errors import CheckpointError, ProcessError, UnavailableError
 from mpdit_jax.io.files import reason
 from mpdit_jax.runtime.memory import without_byte_counts
@@ -154,7 +154,7 @@ class Checkpoints:
             except CheckpointError as error:
                 problems[step] = str(error)
                 continue
-            return Restored(step, items, [*notes, *(first_does(partial(self._set_aside, step, problems)) or [])])
+            return Restored(step, items, [*notes, *(run_on_process_0(partial(self._set_aside, step, problems)) or [])])
         if problems:
             newest = max(problems)
             others = f", and neither can the other {len(problems) - 1}" if len(problems) > 1 else ""
@@ -171,7 +171,7 @@ class Checkpoints:
         """
         step = 2**31 - 1
         while True:
-            step = told_by_first(max((one for one in numbered_folders(self._workdir) if one < step), default=-1))
+            step = broadcast(max((one for one in numbered_folders(self._workdir) if one < step), default=-1))
             if step < 0:
                 return
             folder = self._folder / str(step)

@@ -14,16 +14,16 @@ from mpdit_jax.checkpoint.manager import DAMAGED, SAVED
 from mpdit_jax.checkpoint.reader import CHECKPOINTS, list_steps, numbered_folders
 from mpdit_jax.config.base import differences, to_json
 from mpdit_jax.data.info import FACTS, FACTS_FILE
-from mpdit_jax.distributed.processes import first_does, first_sentence
+from mpdit_jax.distributed.processes import first_sentence, run_on_process_0
 from mpdit_jax.errors import CheckpointError, MPDiTError, ProcessError
 from mpdit_jax.io.files import (
     Lock,
+    atomic_write,
     check_place,
     check_writable,
     is_json_with,
     parse_json,
-    remove_leftovers,
-    replacing,
+    remove_stale_tmp,
     take_lock,
 )
 
@@ -47,7 +47,7 @@ class Claim:
 
     def check(self) -> None:
         """Raise CheckpointError, on every process, if the workdir was deleted or replaced since; all must ask."""
-        first_does(self._check)
+        run_on_process_0(self._check)
 
     def _check(self) -> None:
         if self._lock is not None:
@@ -55,7 +55,7 @@ class Claim:
 
 
 @contextmanager
-def claim_workdir(workdir: Path, config: FrozenConfigDict) -> Iterator[Claim]:
+def lock_workdir(workdir: Path, config: FrozenConfigDict) -> Iterator[Claim]:
     """Hold the workdir for one run: store `config` there, or check that it continues what is stored.
 
     Raises:
@@ -63,7 +63,7 @@ def claim_workdir(workdir: Path, config: FrozenConfigDict) -> Iterator[Claim]:
             differences are shown), or checkpoints without a config.
         InputError: the workdir cannot be written, or a file is where a folder is to go.
     """
-    lock, note = first_does(partial(_claim, workdir, config)) or (None, "")
+    lock, note = run_on_process_0(partial(_claim, workdir, config)) or (None, "")
     try:
         _check_shared(workdir)
         yield Claim(lock, note)
@@ -107,8 +107,8 @@ def _claim(workdir: Path, config: FrozenConfigDict) -> tuple[Lock, str]:
         )
     try:
         for name in (CONFIG, _METRICS, FACTS_FILE):
-            remove_leftovers(workdir, name)
-        remove_leftovers(workdir / _SAMPLES)
+            remove_stale_tmp(workdir, name)
+        remove_stale_tmp(workdir / _SAMPLES)
         return lock, _claim_config(workdir, config)
     except BaseException:
         lock.close()
@@ -132,7 +132,7 @@ def _claim_config(workdir: Path, config: FrozenConfigDict) -> str:
         raise CheckpointError(f"{workdir} has checkpoints but no {CONFIG}; restore that file or use another workdir.")
     if max(list_steps(workdir), default=0) >= config.steps:
         return note  # the run is done already: what is stored says how far it went
-    with replacing(workdir / CONFIG) as file:
+    with atomic_write(workdir / CONFIG) as file:
         file.write(to_json(config).encode())
     return note
 

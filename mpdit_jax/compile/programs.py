@@ -15,7 +15,7 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.compile.collectives import traffic
 from mpdit_jax.compile.flops import product_flops
-from mpdit_jax.config.base import model_of
+from mpdit_jax.config.base import model_config
 from mpdit_jax.data.latents import LatentSpace
 from mpdit_jax.distributed.mesh import batch_sharding, check_batch, replicated
 from mpdit_jax.errors import ConfigError, MissingExtraError
@@ -26,7 +26,7 @@ from mpdit_jax.model.parameters import abstract, merge
 from mpdit_jax.runtime.hardware import GIB
 from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.state import abstract_state
-from mpdit_jax.train.step import jit_step, step_of
+from mpdit_jax.train.step import build_train_step, jit_step
 
 _UNITS = {"M": GIB / 1024, "G": GIB, "T": 1024 * GIB}  # of memory, as libtpu writes them
 _VIEWS = 2  # of a store made with --flip=both
@@ -96,7 +96,7 @@ def compile_step(config: FrozenConfigDict, mesh: Mesh) -> Program:
     state = abstract_state(model, optimizer, mesh)
     channels = model.in_channels
     latents = LatentSpace((0.0,) * channels, (1.0,) * channels, "") if config.data.name == "latents" else None
-    step = step_of(config, abstract(model)[0], optimizer, latents)
+    step = build_train_step(config, abstract(model)[0], optimizer, latents)
 
     def of_batch(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=batch_sharding(mesh))
@@ -136,7 +136,7 @@ def compile_sampler(config: FrozenConfigDict, mesh: Mesh, batch_size: int) -> Pr
 
 def _model_for(config: FrozenConfigDict, mesh: Mesh) -> ModelConfig:
     """The model with the arithmetic of the mesh's devices; virtual CPU devices stand for GPUs."""
-    model, platform = model_of(config), mesh.devices.flat[0].platform
+    model, platform = model_config(config), mesh.devices.flat[0].platform
     return model.replace(platform="gpu" if platform == "cpu" else platform) if model.platform == "auto" else model
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from mpdit_jax.compile.programs import Program
-from mpdit_jax.config.base import model_of
+from mpdit_jax.config.base import model_config
 from mpdit_jax.model.accounting import count_macs, recomputed_macs, training_flops
 from mpdit_jax.runtime.hardware import GIB, Chip
 
@@ -21,7 +21,7 @@ def step_flops(config: FrozenConfigDict) -> float:
 
     What remat computes again is included.
     """
-    model = model_of(config)
+    model = model_config(config)
     recomputed = 2 * recomputed_macs(model, config.mask_ratio)
     return float(config.batch_size * (training_flops(model, config.mask_ratio) + recomputed))
 
@@ -30,7 +30,7 @@ def sampler_flops(config: FrozenConfigDict, batch_size: int) -> float:
     """Floating-point operations of a guided sampling run over all chips."""
     return (
         2.0
-        * count_macs(model_of(config))
+        * count_macs(model_config(config))
         * batch_size
         * config.sample.steps
         * (1 + (config.sample.guidance_scale != 1))
@@ -66,7 +66,7 @@ def smaller(config: FrozenConfigDict, chips: int) -> Iterator[tuple[str, FrozenC
     ways = ["none", "dots", "full"]
     ways = ways[ways.index(config.model.remat) :]
     now = chips // config.mesh.data if config.mesh.fsdp == -1 else config.mesh.fsdp
-    most = math.gcd(chips, model_of(config).hidden_size)  # a width that does not divide is not split
+    most = math.gcd(chips, model_config(config).hidden_size)  # a width that does not divide is not split
     splits = [config.mesh.fsdp]
     if most > now:
         splits.append(most)

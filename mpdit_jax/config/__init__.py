@@ -2,26 +2,26 @@
 
 from mpdit_jax.config.base import (
     base_config,
+    data_identity,
     defaults,
     differences,
     facts,
     from_json,
     leave_out_idle,
-    model_of,
+    model_config,
     resolve,
     to_json,
-    what_is_read,
 )
 
 __all__ = [
     "base_config",
+    "data_identity",
     "defaults",
     "differences",
     "facts",
     "from_json",
     "leave_out_idle",
-    "model_of",
+    "model_config",
     "resolve",
     "to_json",
-    "what_is_read",
 ]

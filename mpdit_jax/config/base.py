@@ -12,7 +12,7 @@ from mpdit_jax.config.checks import check_fields, check_values, expect, leaves
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.io.files import parse_json
 from mpdit_jax.model.config import ModelConfig, without_idle
-from mpdit_jax.model.presets import PRESETS, model_config
+from mpdit_jax.model.presets import PRESETS, preset_config
 
 # What a continued run may change. Everything else decides the numbers of the run from its first step.
 CONTINUABLE = (
@@ -144,19 +144,19 @@ def resolve(config: ConfigDict) -> FrozenConfigDict:
     expect(config, "model.preset", isinstance(config.model.preset, str | None), "the name of a preset, or None")
     resolved = ConfigDict(_with_floats(config.to_dict(), base_config().to_dict()))
     fields = {key: value for key, value in resolved.model.items() if key != "preset" and value is not None}
-    model = model_config(resolved.model.preset, **fields) if resolved.model.preset else ModelConfig().replace(**fields)
+    model = preset_config(resolved.model.preset, **fields) if resolved.model.preset else ModelConfig().replace(**fields)
     with resolved.model.ignore_type():  # a size that was given as one number is a tuple now
         resolved.model.update(dataclasses.asdict(model))
     check_values(resolved)
     return FrozenConfigDict(resolved)
 
 
-def model_of(config: FrozenConfigDict) -> ModelConfig:
+def model_config(config: FrozenConfigDict) -> ModelConfig:
     """The ModelConfig of a resolved config."""
     return ModelConfig(**{key: value for key, value in config.model.items() if key != "preset"})
 
 
-def what_is_read(data: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
+def data_identity(data: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
     """`config.data` without what changes no example: that by which statistics of the data are known again."""
     return {name: value for name, value in data.to_dict().items() if name != "threads"}
 

@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from mpdit_jax.model.config import ModelConfig
-from mpdit_jax.model.presets import model_config
+from mpdit_jax.model.presets import preset_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Row:
     @property
     def model(self) -> ModelConfig:
         """The whole config."""
-        return model_config(self.preset, **self.fields)
+        return preset_config(self.preset, **self.fields)
 
 
 SHARED = {"modulation": "shared"}

@@ -10,14 +10,14 @@ from ml_collections import ConfigDict
 
 from mpdit_jax.checkpoint.load import load_step
 from mpdit_jax.checkpoint.manager import Checkpoints
-from mpdit_jax.checkpoint.workdir import claim_workdir
-from mpdit_jax.config.base import base_config, model_of, resolve
+from mpdit_jax.checkpoint.workdir import lock_workdir
+from mpdit_jax.config.base import base_config, model_config, resolve
 from mpdit_jax.convert.checksum import Checksum, checksum
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import CheckpointError, ConfigError, InputError, MissingExtraError, WeightsError
 from mpdit_jax.interop.native_files import PUBLISHED, metadata_of, save_own, stored_step
 from mpdit_jax.interop.torch_weights import check_agreement, load_with_metadata, to_torch
-from mpdit_jax.io.files import check_writable, replacing, staged
+from mpdit_jax.io.files import atomic_dir, atomic_write, check_writable
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import split
@@ -102,7 +102,7 @@ def write(out: Path, found: Found, config: ConfigDict | None, expected: Checksum
         WeightsError: what was read back is another model; nothing of it stays.
     """
     workdir = out.is_dir() or out.suffix not in (".safetensors", *TORCH_SUFFIXES)
-    with staged(out) as place:
+    with atomic_dir(out) as place:
         if workdir:
             _write_workdir(place, found, config)
             kind = f"workdir of step {found.step}, parameters and moving average the same, optimizer new"
@@ -128,7 +128,7 @@ def _write_torch(out: Path, found: Found) -> None:
             ".safetensors."
         ) from error
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
-    with replacing(out) as file:
+    with atomic_write(out) as file:
         try:
             torch.save({"ema": tensors, "metadata": metadata_of(found.model, found.step) | {"names": PUBLISHED}}, file)
         except RuntimeError as error:
@@ -139,10 +139,10 @@ def _write_torch(out: Path, found: Found) -> None:
 
 def _write_workdir(out: Path, found: Found, config: ConfigDict | None) -> None:
     resolved = resolve(_run_config(found.model.config, config))
-    if _parameters_of(model_of(resolved)) != _parameters_of(found.model.config):
+    if _parameters_of(model_config(resolved)) != _parameters_of(found.model.config):
         differing = {
             name: (value, vars(found.model.config)[name])
-            for name, value in vars(model_of(resolved)).items()
+            for name, value in vars(model_config(resolved)).items()
             if name not in _OF_THE_MACHINE and value != vars(found.model.config)[name]
         }
         told = ", ".join(
@@ -150,8 +150,8 @@ def _write_workdir(out: Path, found: Found, config: ConfigDict | None) -> None:
         )
         raise ConfigError(f"--config is of another model: {told}.")
     mesh, optimizer = make_mesh(devices=jax.local_devices()[:1]), make_optimizer(resolved.optimizer)
-    target = abstract_state(model_of(resolved), optimizer, mesh)
-    state = create_state(model_of(resolved), optimizer, target, resolved.seed)
+    target = abstract_state(model_config(resolved), optimizer, mesh)
+    state = create_state(model_config(resolved), optimizer, target, resolved.seed)
     parameters = jax.device_put(split(found.model)[1], jax.tree.map(lambda leaf: leaf.sharding, state.parameters))
     state = dataclasses.replace(
         state,
@@ -159,7 +159,7 @@ def _write_workdir(out: Path, found: Found, config: ConfigDict | None) -> None:
         parameters=parameters,
         ema_parameters=jax.tree.map(jnp.copy, parameters),
     )
-    with claim_workdir(out, resolved), Checkpoints(out, keep=1) as checkpoints:
+    with lock_workdir(out, resolved), Checkpoints(out, keep=1) as checkpoints:
         checkpoints.save(found.step, to_items(state))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from mpdit_jax.data.latents import LatentSpace
 from mpdit_jax.data.sources import Source
 from mpdit_jax.errors import CheckpointError
-from mpdit_jax.io.files import parse_json, replacing
+from mpdit_jax.io.files import atomic_write, parse_json
 
 FACTS_FILE = "data.json"
 FACTS = ("class_names", "latents")
@@ -18,7 +18,7 @@ FACTS = ("class_names", "latents")
 
 
 @dataclasses.dataclass(frozen=True)
-class DataFacts:
+class DatasetInfo:
     """What identifies a run's data.
 
     Attributes:
@@ -32,7 +32,7 @@ class DataFacts:
     labels: str | None = None
 
 
-def claim_data(workdir: Path, source: Source, *, trained: bool) -> None:
+def record_dataset(workdir: Path, source: Source, *, trained: bool) -> None:
     """Store a source's facts, or check that they continue those stored.
 
     Args:
@@ -43,8 +43,8 @@ def claim_data(workdir: Path, source: Source, *, trained: bool) -> None:
     Raises:
         CheckpointError: the run was trained on latents of another VAE or normalization, or on other examples.
     """
-    facts = DataFacts(tuple(source.class_names), source.latents, _identify(source.labels))
-    stored = read_facts(workdir) if trained else None
+    facts = DatasetInfo(tuple(source.class_names), source.latents, _identify(source.labels))
+    stored = read_dataset_info(workdir) if trained else None
     if stored is not None and stored.latents != facts.latents:
         raise CheckpointError(
             f"{workdir} was trained on latents of another VAE or normalization ({_say(stored.latents)}) than those of "
@@ -55,7 +55,7 @@ def claim_data(workdir: Path, source: Source, *, trained: bool) -> None:
             f"{workdir} was trained on other examples (number and digest of the labels: {stored.labels}) than those of "
             f"config.data.path ({facts.labels}): give the data it was trained on, or use another --workdir."
         )
-    with replacing(workdir / FACTS_FILE) as file:
+    with atomic_write(workdir / FACTS_FILE) as file:
         file.write((json.dumps(dataclasses.asdict(facts), indent=1) + "\n").encode())
 
 
@@ -64,7 +64,7 @@ def identity(source: Source) -> dict[str, str]:
     return {"data": _identify(source.labels), "latents": _say(source.latents)}
 
 
-def read_facts(workdir: str | Path) -> DataFacts | None:
+def read_dataset_info(workdir: str | Path) -> DatasetInfo | None:
     """The facts of a run; None if it has none, as when its folder was put together by hand.
 
     Raises:
@@ -80,7 +80,7 @@ def read_facts(workdir: str | Path) -> DataFacts | None:
             latents = LatentSpace(
                 tuple(map(float, latents["mean"])), tuple(map(float, latents["std"])), str(latents["vae_fingerprint"])
             )
-        return DataFacts(tuple(map(str, stored["class_names"])), latents, stored.get("labels"))
+        return DatasetInfo(tuple(map(str, stored["class_names"])), latents, stored.get("labels"))
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}); delete it and repeat the training command, which writes it anew."

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from mpdit_jax.distributed.clusters import Cluster, find_cluster, find_pod, on_cloud_tpu
 from mpdit_jax.distributed.peers import start_watch
 from mpdit_jax.distributed.roll_call import REMEDY, Facts, roll_call, tell_apart
-from mpdit_jax.distributed.waiting import wait_for_all
+from mpdit_jax.distributed.waiting import barrier
 from mpdit_jax.errors import ConfigError, MPDiTError, ProcessError
 from mpdit_jax.version import __version__
 
@@ -82,7 +82,7 @@ def join(options: argparse.Namespace, facts: Facts) -> None:
     )
 
 
-def compare_facts(facts: Facts, remedy: str = REMEDY) -> None:
+def assert_equal_across_processes(facts: Facts, remedy: str = REMEDY) -> None:
     """Raise ProcessError, on every process, unless all have process 0's facts; all must ask at the same point.
 
     For facts that are known after the roll call; the sentence ends with the remedy.
@@ -97,7 +97,7 @@ def compare_facts(facts: Facts, remedy: str = REMEDY) -> None:
         raise ProcessError(f"{'; '.join(differing)}: {remedy}.")
 
 
-def first_does(action: Callable[[], T]) -> T | None:
+def run_on_process_0(action: Callable[[], T]) -> T | None:
     """Run `action` on process 0 alone and wait for it everywhere, however long; its result there, None on the others.
 
     Raises:
@@ -119,11 +119,11 @@ def first_does(action: Callable[[], T]) -> T | None:
     return result
 
 
-def told_by_first(value: int) -> int:
+def broadcast(value: int) -> int:
     """Process 0's whole number below 2**31, on every process; all must ask at the same point."""
     if jax.process_count() == 1:
         return value
-    wait_for_all("the first tells")
+    barrier("the first tells")
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
@@ -132,11 +132,11 @@ def first_sentence(sentence: str, place: str) -> str:
 
     Args:
         sentence: what this process has to say, or "".
-        place: what to call the moment, see `wait_for_all`.
+        place: what to call the moment, see `barrier`.
     """
     if jax.process_count() == 1:
         return sentence
-    wait_for_all(place)
+    barrier(place)
     text = np.zeros(_SENTENCE_LIMIT, np.uint8)
     encoded = np.frombuffer(sentence.encode()[:_SENTENCE_LIMIT], np.uint8)
     text[: len(encoded)] = encoded
@@ -148,7 +148,7 @@ def count_machines() -> int:
     """On how many machines the processes run, told apart by host names; every process must ask at the same point."""
     if jax.process_count() == 1:
         return 1
-    wait_for_all("machines are counted")
+    barrier("machines are counted")
     name = np.frombuffer(hashlib.sha256(socket.gethostname().encode()).digest(), np.uint8)
     return len(np.unique(_rows_of_all(name), axis=0))
 
@@ -162,7 +162,7 @@ def any_process(flag: bool) -> bool:
     """Whether `flag` holds on any process; every process must ask at the same point."""
     if jax.process_count() == 1:
         return flag
-    wait_for_all("all answer")
+    barrier("all answer")
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 

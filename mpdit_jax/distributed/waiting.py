@@ -15,7 +15,7 @@ from mpdit_jax.errors import ProcessError
 _LIMIT = 20 * 24 * 3600 * 1000  # milliseconds: 20 days, which 32 bits still hold
 
 
-def wait_for_all(place: str) -> None:
+def barrier(place: str) -> None:
     """Return when every process has come to `place`; at once where there is one process.
 
     A process that is lost ends the wait with a sentence (see `peers`), and a signal interrupts it.

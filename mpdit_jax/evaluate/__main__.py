@@ -122,13 +122,13 @@ def main(arguments: Sequence[str]) -> int:
         print(f"Inception's weights in {options.save_inception}")
         return 0
     _check(options)
-    _check_heeded(options, parser)
+    reject_unused_flags(options, parser)
     join(options, {f"--{name}": str(value) for name, value in vars(options).items() if name != "process_id"})
 
     import jax
 
     from mpdit_jax.checkpoint.load import load_config
-    from mpdit_jax.distributed.waiting import wait_for_all
+    from mpdit_jax.distributed.waiting import barrier
     from mpdit_jax.evaluate import command
     from mpdit_jax.evaluate.report import table, write_json
     from mpdit_jax.evaluate.scratch import claimed, clear
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str]) -> int:
             if options.save_stats and jax.process_index() == 0:
                 save_statistics(options.save_stats, statistics, features=options.save_features)
                 print(f"statistics of {statistics.count} images in {options.save_stats}")
-        wait_for_all("nobody reads what is cleared")
+        barrier("nobody reads what is cleared")
         if jax.process_index() > 0:
             return 0
         if results:
@@ -191,7 +191,7 @@ def _check(options: argparse.Namespace) -> None:
         check_image_size(options.image_size, "--image_size")
 
 
-def _check_heeded(options: argparse.Namespace, parser: Parser) -> None:
+def reject_unused_flags(options: argparse.Namespace, parser: Parser) -> None:
     """Raise InputError for a flag of drawing where nothing is drawn, or of cutting where nothing is cut."""
     from mpdit_jax.sample.options import add_sampler_options
 

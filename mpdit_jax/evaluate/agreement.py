@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from mpdit_jax.distributed.processes import compare_facts, first_sentence
-from mpdit_jax.distributed.waiting import wait_for_all
+from mpdit_jax.distributed.processes import assert_equal_across_processes, first_sentence
+from mpdit_jax.distributed.waiting import barrier
 
 _OF_ONE_PLACE = {"path", "files", "workdir", "png_folder"}
 
@@ -28,9 +28,9 @@ def agree(facts: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    wait_for_all("what is looked at is compared")
+    barrier("what is looked at is compared")
     told = {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
-    compare_facts(told, remedy="give all machines the same files")
+    assert_equal_across_processes(told, remedy="give all machines the same files")
 
 
 def name_of_first(name: str) -> str:

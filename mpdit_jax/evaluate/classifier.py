@@ -17,7 +17,7 @@ from flax import nnx
 
 from mpdit_jax.errors import WeightsError
 from mpdit_jax.evaluate.layers import Conv, assign
-from mpdit_jax.io.files import expand, parse_json, replacing
+from mpdit_jax.io.files import atomic_write, expand, parse_json
 
 _KEY, _FORMAT = "mpdit_jax", "classifier 1"
 _SMALLEST = 4  # pixels a side that the images are brought down to, by halves
@@ -81,7 +81,7 @@ def save_classifier(path: str | Path, model: Classifier) -> None:
     arrays = {".".join(map(str, name)): np.asarray(leaf[...]) for name, leaf in flat}
     # One entry: several would be written in an order that changes from one time to the next.
     metadata = {_KEY: json.dumps({"format": _FORMAT, **dataclasses.asdict(model.config)}, sort_keys=True)}
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(safetensors.numpy.save(arrays, metadata=metadata))
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 
 from mpdit_jax.checkpoint.load import load_config
-from mpdit_jax.config.base import what_is_read
+from mpdit_jax.config.base import data_identity
 from mpdit_jax.config.evaluation import ALIASES, MOST_REAL, metric_names
 from mpdit_jax.data.sources import load_source, rows_of
 from mpdit_jax.errors import InputError, MissingExtraError, WeightsError
 from mpdit_jax.evaluate.agreement import agree
-from mpdit_jax.evaluate.compute import kept, look, needed
+from mpdit_jax.evaluate.compute import compute_statistics, kept, needed
 from mpdit_jax.evaluate.decoding import find_decode
 from mpdit_jax.evaluate.extractors import Extractor, make_extractor
 from mpdit_jax.evaluate.inception_weights import VARIABLE, locate_inception
@@ -120,7 +120,7 @@ def reference_of(
         images = reference_images(options, extractor.channels)
         check_same_size(images.about, samples or {})
         check_count(len(images), real, options.k, "in the reference")
-        return look(extractor, images, needed(real), kept(real), scratch, verb)
+        return compute_statistics(extractor, images, needed(real), kept(real), scratch, verb)
     path = expand(options.reference)
     stored = load_statistics(path, extractor)
     agree({"reference": stored.file["sha256"]})
@@ -128,7 +128,7 @@ def reference_of(
     if single and stored.features is None and "arr_0" in npz_names(path):  # as in ADM's batches
         images = open_npz(path)
         check_count(len(images), real, options.k, "in the reference")
-        seen = look(extractor, images, ["pool"], ["pool"], scratch, verb)
+        seen = compute_statistics(extractor, images, ["pool"], ["pool"], scratch, verb)
         stored = dataclasses.replace(stored, features=seen.features, about={**stored.about, "images": images.about})
     check_reference(stored, real)
     if single:
@@ -144,11 +144,11 @@ def reference_images(options: argparse.Namespace, channels: int) -> ImageBlocks:
     source = load_source(**config.data)
     if config.data.name == "latents":
         store = open_set(config.data.path, find=_find(options))
-        about = {**store.about, "count": len(source), "data": what_is_read(config.data)}
+        about = {**store.about, "count": len(source), "data": data_identity(config.data)}
         images: ImageBlocks = SomeImages(store, rows_of(source), about)
     else:
         about = about_source(f"the data of {options.workdir}", source)
-        images = SourceImages(source, about | {"data": what_is_read(config.data)})
+        images = SourceImages(source, about | {"data": data_identity(config.data)})
     return limited(images, min(MOST_REAL, len(images)))
 
 
@@ -170,10 +170,10 @@ def evaluate_set(
     outputs = sorted({*needed(metrics), *spatial})
     keep = sorted({*kept(metrics), *(["pool"] if options.save_features else [])})
     if not metrics:
-        return look(extractor, samples, outputs, keep, scratch, verb), None
+        return compute_statistics(extractor, samples, outputs, keep, scratch, verb), None
     # The reference first: what is wrong with it is known before hours of looking at samples.
     reference = reference_of(options, extractor, metrics, scratch, samples.about)
-    statistics = look(extractor, samples, outputs, keep, scratch, verb)
+    statistics = compute_statistics(extractor, samples, outputs, keep, scratch, verb)
     name = Path(options.samples).name
     return statistics, make_result(name, reference, statistics, metrics, options, extractor, {})
 

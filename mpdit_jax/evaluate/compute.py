@@ -26,7 +26,7 @@ def kept(metrics: Sequence[str]) -> list[str]:
     return single + (["probs"] if "is" in metrics else [])
 
 
-def look(
+def compute_statistics(
     extractor: Extractor,
     images: ImageBlocks,
     outputs: Sequence[str],

@@ -6,12 +6,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mpdit_jax.distributed.waiting import wait_for_all
+from mpdit_jax.distributed.waiting import barrier
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.agreement import name_of_first
 from mpdit_jax.evaluate.extractors import Extractor, Features
 from mpdit_jax.evaluate.sets import ImageBlocks
-from mpdit_jax.io.files import digest_of, replacing
+from mpdit_jax.io.files import atomic_write, digest_of
 from mpdit_jax.io.npz import read_npz
 from mpdit_jax.runtime.progress import WorkBar
 
@@ -44,7 +44,7 @@ class FeatureFolder:
 
     def write(self, number: int, features: Features) -> None:
         """Keep a finished block."""
-        with replacing(self._file(number)) as file:
+        with atomic_write(self._file(number)) as file:
             np.savez(file, **features)  # type: ignore[arg-type]  # numpy's stub takes the names for allow_pickle
 
     def read(self, number: int) -> Features:
@@ -97,4 +97,4 @@ def extract(
                 found.append({name: array for name, array in seen.items() if name in outputs})
                 bar.advance(len(part))
             folder.write(number, {name: np.concatenate([part[name] for part in found]) for name in found[0]})
-    wait_for_all("every image has been looked at")
+    barrier("every image has been looked at")

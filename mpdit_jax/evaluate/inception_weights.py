@@ -13,7 +13,7 @@ from mpdit_jax.errors import WeightsError
 from mpdit_jax.evaluate.inception import Inception
 from mpdit_jax.evaluate.layers import assign, entry, fold
 from mpdit_jax.interop.files import read_state_dict
-from mpdit_jax.io.files import expand, replacing
+from mpdit_jax.io.files import atomic_write, expand
 
 VARIABLE = "MPDIT_JAX_INCEPTION"
 CACHE = Path("~/.cache/mpdit_jax")
@@ -85,7 +85,7 @@ def convert_inception(source: str | Path, target: str | Path) -> None:
     state = read_state_dict(source)
     from_torch(state, str(source))
     kept = {name: np.ascontiguousarray(array) for name, array in state.items() if not _IGNORED.fullmatch(name)}
-    with replacing(target) as file:
+    with atomic_write(target) as file:
         file.write(safetensors.numpy.save(kept, metadata={"format": "pt"}))
 
 

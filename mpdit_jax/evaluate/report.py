@@ -15,7 +15,7 @@ from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.bias import warn_of_bias
 from mpdit_jax.evaluate.extractors import Extractor
 from mpdit_jax.evaluate.statistics import KID_SUBSETS, Statistics, check_same_size, compare, kid_subset_size
-from mpdit_jax.io.files import replacing
+from mpdit_jax.io.files import atomic_write
 from mpdit_jax.version import __version__
 
 
@@ -101,7 +101,7 @@ def _describe(statistics: Statistics) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Replace a file by this content."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write((json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
 

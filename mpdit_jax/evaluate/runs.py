@@ -13,21 +13,21 @@ import jax
 import numpy as np
 
 from mpdit_jax.checkpoint.load import load_together
-from mpdit_jax.data.info import read_facts
-from mpdit_jax.distributed.processes import any_process, first_does
+from mpdit_jax.data.info import read_dataset_info
+from mpdit_jax.distributed.processes import any_process, run_on_process_0
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.agreement import name_of_first
-from mpdit_jax.evaluate.compute import kept, look, needed
+from mpdit_jax.evaluate.compute import compute_statistics, kept, needed
 from mpdit_jax.evaluate.extractors import Extractor, check_images
 from mpdit_jax.evaluate.report import Result, make_result, write_json
 from mpdit_jax.evaluate.sets import count_labels
 from mpdit_jax.evaluate.statistics import Statistics, check_count
 from mpdit_jax.flow.adaptive import METHODS
-from mpdit_jax.io.files import digest_of, parse_json, remove_leftovers
+from mpdit_jax.io.files import digest_of, parse_json, remove_stale_tmp
 from mpdit_jax.sample.blocks import Block, BlockFolder
 from mpdit_jax.sample.command import Request, parse_labels, run_settings
 from mpdit_jax.sample.decoding import make_decode
-from mpdit_jax.sample.options import check_heeded, sampler_from
+from mpdit_jax.sample.options import reject_unused_flags, sampler_from
 from mpdit_jax.sample.run import Decode, draw_blocks
 from mpdit_jax.version import __version__
 
@@ -57,7 +57,7 @@ def prepare_run(options: argparse.Namespace, extractor: Extractor, metrics: Sequ
     requests = [
         Request(chosen, sampler_from(chosen), model, guide, labels, decode) for chosen in _combinations(options)
     ]
-    check_heeded(options)
+    reject_unused_flags(options)
     check_count(len(labels), metrics, options.k, "samples")
     shape = _shape((min(options.batch_size, len(labels)), *model.input_shape), decode)
     check_images(np.zeros((1, *shape), np.uint8))
@@ -86,7 +86,7 @@ def evaluate_run(
         InputError: the model gives NaN or Inf, or a damaged file.
     """
     workdir, model, labels = Path(options.workdir), drawing.model, drawing.labels
-    facts = read_facts(workdir)
+    facts = read_dataset_info(workdir)
     more = {
         "checkpoint": options.step,
         "ema": not options.no_ema,
@@ -106,12 +106,12 @@ def evaluate_run(
         file = scratch.parent / f"{name.replace(', ', '_').replace(' ', '')}_{digest_of(decides)}.json"
         # One process decides, for the others may see the file later.
         if any_process(jax.process_index() == 0 and file.is_file()):
-            row = first_does(partial(_read_row, name, file))
+            row = run_on_process_0(partial(_read_row, name, file))
             results += [] if row is None else [row]
             say(f"{name}: done before, in {file}")
             continue
         say(name)
-        first_does(partial(remove_leftovers, file.parent, glob.escape(file.name)))
+        run_on_process_0(partial(remove_stale_tmp, file.parent, glob.escape(file.name)))
         with BlockFolder(scratch / f"samples_{name_of_first(digest_of(drawn))}", settings) as folder:
             draw_blocks(
                 request.sampler,
@@ -125,7 +125,9 @@ def evaluate_run(
             )
             about = {"path": str(workdir), "shape": list(drawing.shape), **drawn}
             samples = DrawnImages(folder, options.batch_size, len(labels), about)
-            statistics = look(extractor, samples, needed(metrics), kept(metrics), scratch, "looking at samples:")
+            statistics = compute_statistics(
+                extractor, samples, needed(metrics), kept(metrics), scratch, "looking at samples:"
+            )
             result = make_result(name, reference, statistics, metrics, options, extractor, drawn)
             if jax.process_index() == 0:
                 write_json(file, {"metrics": result.metrics, "settings": result.settings})

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from mpdit_jax.distributed.processes import first_does
+from mpdit_jax.distributed.processes import run_on_process_0
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import Lock, check_writable, remove_leftovers, take_lock
+from mpdit_jax.io.files import Lock, check_writable, remove_stale_tmp, take_lock
 
 _LOCK = ".lock"
 
@@ -27,7 +27,7 @@ def claimed(scratch: Path, written: Sequence[Path]) -> Iterator[None]:
     Raises:
         InputError: another command holds it, or it cannot be written.
     """
-    lock = first_does(partial(_take, scratch, written))
+    lock = run_on_process_0(partial(_take, scratch, written))
     try:
         yield
     finally:
@@ -57,7 +57,7 @@ def _take(scratch: Path, written: Sequence[Path]) -> Lock:
         raise InputError(f"another evaluation has just finished with {scratch}: repeat the command.")
     shutil.rmtree(_cleared(scratch), ignore_errors=True)
     for path in written:
-        remove_leftovers(path.parent, glob.escape(path.name))
+        remove_stale_tmp(path.parent, glob.escape(path.name))
     return lock
 
 

@@ -21,7 +21,7 @@ from mpdit_jax.evaluate.metrics import (
     precision_recall,
 )
 from mpdit_jax.evaluate.sets import open_npz
-from mpdit_jax.io.files import parse_json, replacing
+from mpdit_jax.io.files import atomic_write, parse_json
 from mpdit_jax.io.npz import npz_names, read_npz
 from mpdit_jax.version import __version__
 
@@ -130,7 +130,7 @@ def save_statistics(path: str | Path, statistics: Statistics, *, features: bool 
         arrays |= {mean: gaussian.mean, covariance: gaussian.covariance}
     if features and statistics.features is not None:
         arrays["features"] = statistics.features
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the names for allow_pickle
 
 

@@ -16,17 +16,17 @@ from jax.tree_util import register_dataclass
 from mpdit_jax.errors import InputError
 from mpdit_jax.flow.protocols import ClassConditional, Factored
 
-Point: TypeAlias = Any
+Prepared: TypeAlias = Any
 """One prepared time: a pytree whose leaves have a leading axis of 1 (a time for the whole batch) or B (one each)."""
 
 
 class Field(Protocol):
     """A velocity field of a batch."""
 
-    def prepare(self, times: jax.Array) -> Point:
+    def prepare(self, times: jax.Array) -> Prepared:
         """Points for times (n, 1) or (n, B): a pytree with leading axes (n, 1) or (n, B)."""
 
-    def __call__(self, z: jax.Array, point: Point) -> jax.Array:
+    def __call__(self, z: jax.Array, point: Prepared) -> jax.Array:
         """Velocities (B, H, W, C) at latents z (B, H, W, C) and one entry of `prepare`."""
 
     def segments(self, start: float, end: float) -> "Sequence[Segment]":
@@ -49,11 +49,11 @@ class FunctionField:
 
     function: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(metadata={"static": True})
 
-    def prepare(self, times: jax.Array) -> Point:
+    def prepare(self, times: jax.Array) -> Prepared:
         """The times themselves."""
         return times
 
-    def __call__(self, z: jax.Array, point: Point) -> jax.Array:
+    def __call__(self, z: jax.Array, point: Prepared) -> jax.Array:
         """function(z, t)."""
         return self.function(z, point)
 
@@ -70,11 +70,11 @@ class PlainField:
     model: ClassConditional
     labels: jax.Array  # (B,)
 
-    def prepare(self, times: jax.Array) -> Point:
+    def prepare(self, times: jax.Array) -> Prepared:
         """The times themselves."""
         return times
 
-    def __call__(self, z: jax.Array, point: Point) -> jax.Array:
+    def __call__(self, z: jax.Array, point: Prepared) -> jax.Array:
         """The model at time `point`, (1,) or (B,)."""
         return _checked(self.model(z, jnp.broadcast_to(point, self.labels.shape), self.labels), z)
 
@@ -91,12 +91,12 @@ class FactoredField:
     model: Factored
     class_embedding: Any  # a pytree of (B, ...)
 
-    def prepare(self, times: jax.Array) -> Point:
+    def prepare(self, times: jax.Array) -> Prepared:
         """The modulation of every time."""
         modulation = self.model.modulation(times.reshape(-1))
         return jax.tree.map(lambda leaf: leaf.reshape(*times.shape, *leaf.shape[1:]), modulation)
 
-    def __call__(self, z: jax.Array, point: Point) -> jax.Array:
+    def __call__(self, z: jax.Array, point: Prepared) -> jax.Array:
         """The model's trunk."""
         return _checked(self.model.velocity(z, point, self.class_embedding), z)
 

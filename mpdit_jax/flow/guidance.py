@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from mpdit_jax.flow.fields import Field, Point, Segment, model_field
+from mpdit_jax.flow.fields import Field, Prepared, Segment, model_field
 from mpdit_jax.flow.protocols import ClassConditional
 
 
@@ -29,12 +29,12 @@ class ClassifierFree:
     both: Field  # of a label and of what to guide away from, in turn: (2B,)
     scale: jax.Array  # () or (B,)
 
-    def prepare(self, times: jax.Array) -> Point:
+    def prepare(self, times: jax.Array) -> Prepared:
         """Points of the model; those of one time for each example are doubled as the batch is."""
         points = self.both.prepare(times)
         return points if times.shape[1] == 1 else jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=1), points)
 
-    def __call__(self, z: jax.Array, point: Point) -> jax.Array:
+    def __call__(self, z: jax.Array, point: Prepared) -> jax.Array:
         """The guided velocity."""
         v = self.both(jnp.repeat(z, 2, axis=0), point)  # (2B, H, W, C)
         v = v.reshape(z.shape[0], 2, *z.shape[1:])  # (B, 2, H, W, C)
@@ -54,11 +54,11 @@ class AutoGuidance:
     guide: Field
     scale: jax.Array  # () or (B,)
 
-    def prepare(self, times: jax.Array) -> Point:
+    def prepare(self, times: jax.Array) -> Prepared:
         """Points of both models."""
         return self.model.prepare(times), self.guide.prepare(times)
 
-    def __call__(self, z: jax.Array, point: Point) -> jax.Array:
+    def __call__(self, z: jax.Array, point: Prepared) -> jax.Array:
         """The guided velocity."""
         return _push(self.model(z, point[0]), self.guide(z, point[1]), self.scale)
 
@@ -77,12 +77,12 @@ class LimitedInterval:
     low: float = dataclasses.field(metadata={"static": True})
     high: float = dataclasses.field(metadata={"static": True})
 
-    def prepare(self, times: jax.Array) -> Point:
+    def prepare(self, times: jax.Array) -> Prepared:
         """Points of both fields, and which of them holds; times (n, 1)."""
         inside = (times[:, 0] >= jnp.float32(self.low)) & (times[:, 0] <= jnp.float32(self.high))  # (n,)
         return inside, self.guided.prepare(times), self.plain.prepare(times)
 
-    def __call__(self, z: jax.Array, point: Point) -> jax.Array:
+    def __call__(self, z: jax.Array, point: Prepared) -> jax.Array:
         """The field that holds; the other one does not run."""
         inside, guided, plain = point
         return jax.lax.cond(inside, lambda: self.guided(z, guided), lambda: self.plain(z, plain))

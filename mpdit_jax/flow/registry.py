@@ -20,7 +20,7 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-def find_solver(solver: str | Solver, **options: Any) -> Solver:
+def get_solver(solver: str | Solver, **options: Any) -> Solver:
     """A solver by name, or the object itself, with fields replaced by `options`.
 
     Raises:

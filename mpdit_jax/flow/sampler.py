@@ -27,7 +27,7 @@ from mpdit_jax.flow.inputs import (
 )
 from mpdit_jax.flow.protocols import Castable, ClassConditional
 from mpdit_jax.flow.randomness import GivenIncrements, draw_noise, noise_increments, threefry
-from mpdit_jax.flow.registry import find_solver
+from mpdit_jax.flow.registry import get_solver
 from mpdit_jax.flow.solvers import Solution, Solver
 from mpdit_jax.flow.times import TimeGrid, check_times, find_time_grid
 from mpdit_jax.validation import is_whole
@@ -188,7 +188,7 @@ def make_sampler(
     interval = _check_interval(guidance_interval)
     grid = find_time_grid(time_grid)
     check_times(grid, int(steps))
-    settings = Settings(find_solver(solver, **solver_options), int(steps), grid, interval, precision)
+    settings = Settings(get_solver(solver, **solver_options), int(steps), grid, interval, precision)
     for value in (settings.solver, grid):
         try:
             hash(value)

@@ -60,7 +60,7 @@ class Euler:
         def step(z: jax.Array, t: jax.Array, t_next: jax.Array, point: Any) -> jax.Array:
             return z + (t_next - t) * field(z, point)
 
-        return march(step, z, times, prepare(field, times[:-1], z.dtype), steps, record)
+        return integrate(step, z, times, prepare(field, times[:-1], z.dtype), steps, record)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ class DPMpp2M:
             return keep * z + add * (data + more * (data - before)), data
 
         # The first `before` is multiplied by zero.
-        return march(step, (z, z), times, (points, coefficients), steps, record, of=lambda carry: carry[0])
+        return integrate(step, (z, z), times, (points, coefficients), steps, record, of=lambda carry: carry[0])
 
     @staticmethod
     def coefficients(times: np.ndarray) -> np.ndarray:
@@ -147,7 +147,7 @@ def prepare(field: Field, times: np.ndarray, dtype: jnp.dtype) -> Any:
     return field.prepare(jnp.asarray(times, dtype)[:, None])
 
 
-def march(
+def integrate(
     step: Callable[..., Any],
     carry: Any,
     times: np.ndarray,
@@ -174,7 +174,7 @@ def _march_pairs(
 ) -> Solution:
     """`steps // 2` intervals by `step`; a last one by Euler when `steps` is odd."""
     full = steps // 2
-    solution = march(step, z, times[: full + 1], _rows(points, 0, full), steps, record)
+    solution = integrate(step, z, times[: full + 1], _rows(points, 0, full), steps, record)
     if steps % 2 == 0:
         return solution
     start, end = jnp.asarray(times[full:], z.dtype)

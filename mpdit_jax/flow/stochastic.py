@@ -10,7 +10,7 @@ import numpy as np
 
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.flow.fields import Field
-from mpdit_jax.flow.solvers import Increments, Solution, march, prepare
+from mpdit_jax.flow.solvers import Increments, Solution, integrate, prepare
 from mpdit_jax.flow.times import TimeGrid
 from mpdit_jax.validation import is_real, suggest
 
@@ -76,7 +76,7 @@ class EulerMaruyama:
             z = z + (t_next - t) * (velocity - weight * score)
             return jax.lax.cond(number < steps - 1, lambda: z + spread * increments(number), lambda: z)
 
-        return march(step, z, times, points, steps, record)
+        return integrate(step, z, times, points, steps, record)
 
     def times(self, grid: TimeGrid, steps: int) -> np.ndarray:
         """Times of the `steps` evaluations, from `start` to `end`: float64 (steps,)."""

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.numpy
 
 from mpdit_jax.errors import ConfigError, WeightsError
-from mpdit_jax.io.files import parse_json, replacing
+from mpdit_jax.io.files import atomic_write, parse_json
 from mpdit_jax.model.config import ModelConfig, without_idle
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import abstract, merge, split
@@ -52,7 +52,7 @@ def stored_step(metadata: Mapping[str, str]) -> int | None:
 def save_own(path: str | Path, model: MPDiT, step: int) -> None:
     """Write the model's parameters and metadata, by another name first."""
     arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in split(model)[1].items()}
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(safetensors.numpy.save(arrays, metadata_of(model, step)))
 
 

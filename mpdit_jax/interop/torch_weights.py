@@ -15,7 +15,7 @@ from mpdit_jax.interop.published_names import expected_shapes, is_dit, is_mpdit,
 from mpdit_jax.model.config import CONVENTIONS, ModelConfig
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import Parameters, abstract, merge, split
-from mpdit_jax.model.presets import PRESETS, model_config
+from mpdit_jax.model.presets import PRESETS, preset_config
 
 StateDict = dict[str, np.ndarray]
 
@@ -186,7 +186,7 @@ def _with_heads(config: ModelConfig, num_heads: int | None, origin: str) -> Mode
     """
     width, kind = config.hidden_size, (config.condition, config.modulation)
     if num_heads is None:
-        presets = (model_config(preset) for preset in PRESETS)
+        presets = (preset_config(preset) for preset in PRESETS)
         known = {(preset.condition, preset.modulation, preset.hidden_size): preset.num_heads for preset in presets}
         num_heads = known.get((*kind, width))
     if num_heads is None:

@@ -35,7 +35,7 @@ _OWNER_LIMIT = 200  # characters
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     """A binary file that takes `path`'s place when the block ends, and vanishes when the block fails.
 
     Raises:
@@ -57,7 +57,7 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def staged(path: Path) -> Iterator[Path]:
+def atomic_dir(path: Path) -> Iterator[Path]:
     """A place of the same name, in a folder beside `path`: what is there when the block ends takes `path`'s place.
 
     Nothing of it stays when the block fails. An empty folder at `path` is replaced, one with anything in it is not.
@@ -70,13 +70,13 @@ def staged(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Delete what a killed `replacing` or `staged` has left in a folder, of outputs whose name fits a pattern.
+def remove_stale_tmp(folder: Path, name: str = "*") -> None:
+    """Delete what a killed `atomic_write` or `atomic_dir` has left in a folder, of outputs whose name fits a pattern.
 
     Only for those who hold the folder's lock, or to whom alone the files of that name belong.
     """
     for path in folder.glob(f".{name}.????????.tmp"):
-        if _LEFTOVER.fullmatch(path.name) and path.is_dir():  # of `staged`
+        if _LEFTOVER.fullmatch(path.name) and path.is_dir():  # of `atomic_dir`
             shutil.rmtree(path, ignore_errors=True)
         elif _LEFTOVER.fullmatch(path.name):
             path.unlink(missing_ok=True)

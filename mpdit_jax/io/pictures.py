@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import replacing
+from mpdit_jax.io.files import atomic_write
 
 _TILE = 40  # pixels; smaller images are enlarged by a whole factor so that a person can see them
 _GAP = 2  # pixels between tiles
@@ -64,13 +64,13 @@ def encode_png(picture: np.ndarray) -> bytes:
 def save_png(path: str | Path, picture: np.ndarray) -> None:
     """Write uint8 (H, W, 1) or (H, W, 3) as PNG."""
     data = encode_png(picture)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(data)
 
 
 def save_npz(path: str | Path, images: np.ndarray, labels: Sequence[int] | np.ndarray) -> None:
     """Write uint8 (N, H, W, C) as `arr_0`, as ADM's evaluator reads it, with int64 `labels` beside it."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         np.savez(file, arr_0=images, labels=np.asarray(labels, np.int64))
 
 
@@ -113,7 +113,7 @@ def save_gif(path: str | Path, frames: Sequence[np.ndarray], milliseconds: int =
     """Write pictures uint8 (H, W, 1 or 3) as an endless GIF that rests `last` milliseconds on the final one."""
     pictures = [Image.fromarray(_colour(frame)) for frame in frames]
     durations = [milliseconds] * (len(pictures) - 1) + [last]
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         pictures[0].save(
             file, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, disposal=1
         )

@@ -87,7 +87,7 @@ class FinalMap(nnx.Module):
         return shift, scale
 
 
-class Given(nnx.Module):
+class Identity(nnx.Module):
     """Takes what it is given: made elsewhere, or to be made later."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
@@ -125,8 +125,8 @@ class ModulationParts:
 
 
 MODULATIONS = {
-    "shared": ModulationParts(model=ModulationMap, block=Given, final=SharedFinal),
-    "per_block": ModulationParts(model=Given, block=ModulationMap, final=FinalMap),
+    "shared": ModulationParts(model=ModulationMap, block=Identity, final=SharedFinal),
+    "per_block": ModulationParts(model=Identity, block=ModulationMap, final=FinalMap),
 }
 
 

@@ -37,7 +37,7 @@ def presets() -> tuple[str, ...]:
     return tuple(PRESETS)
 
 
-def model_config(preset: str, **overrides: Any) -> ModelConfig:
+def preset_config(preset: str, **overrides: Any) -> ModelConfig:
     """The preset's ModelConfig with fields replaced.
 
     Raises:
@@ -63,7 +63,7 @@ def create_model(preset: str = "mpdit_b", *, seed: int = 0, **overrides: Any) ->
     """
     if not is_whole(seed) or not 0 <= seed < 2**32:
         raise ConfigError(f"seed={seed!r}: expected a whole number from 0 to 2**32 - 1.")
-    return build_model(model_config(preset, **overrides), jax.random.key(seed))
+    return build_model(preset_config(preset, **overrides), jax.random.key(seed))
 
 
 def build_model(config: ModelConfig, key: jax.Array) -> MPDiT:

@@ -27,7 +27,7 @@ CONV_KERNEL = 3  # side of the refining convolution
 TRANSPOSED_KERNEL = 2  # side of the transposed convolution, times its stride
 
 
-class Place(NamedTuple):
+class Geometry(NamedTuple):
     """Where tokens are opened: each of the coarse grid's (h, w) into factor x factor."""
 
     factor: int
@@ -45,7 +45,7 @@ def pixel_shuffle(x: jax.Array, grid: tuple[int, int], factor: int) -> jax.Array
 class LinearExpand(nnx.Module):
     """Linear(D -> D r²) and pixel shuffle."""
 
-    def __init__(self, place: Place, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, place: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
         width, self.place = config.hidden_size, place
         self.linear = linear(width, width * place.factor**2, rngs, dtype=config.dtype, platform=config.platform)
 
@@ -57,7 +57,7 @@ class LinearExpand(nnx.Module):
 class ConvExpand(nnx.Module):
     """A transposed convolution of stride r and kernel 2r."""
 
-    def __init__(self, place: Place, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, place: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
         width, self.grid = config.hidden_size, place.grid
         side = TRANSPOSED_KERNEL * place.factor
         self.conv = nnx.ConvTranspose(
@@ -81,7 +81,7 @@ class ConvExpand(nnx.Module):
 class NoRefine(nnx.Module):
     """Class tokens and opened tokens as they are."""
 
-    def __init__(self, place: Place, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, place: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
         pass
 
     def __call__(self, classes: jax.Array, image: jax.Array) -> jax.Array:
@@ -92,7 +92,7 @@ class NoRefine(nnx.Module):
 class LinearRefine(nnx.Module):
     """GELU of the opened tokens; then all tokens through norm and Linear(D -> D)."""
 
-    def __init__(self, place: Place, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, place: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.linear = linear(config.hidden_size, config.hidden_size, rngs, dtype=config.dtype, platform=config.platform)
 
     def __call__(self, classes: jax.Array, image: jax.Array) -> jax.Array:
@@ -103,7 +103,7 @@ class LinearRefine(nnx.Module):
 class MLPRefine(nnx.Module):
     """GELU of the opened tokens; then all tokens through norm and the blocks' MLP."""
 
-    def __init__(self, place: Place, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, place: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.mlp = MLP(config, rngs)
 
     def __call__(self, classes: jax.Array, image: jax.Array) -> jax.Array:
@@ -114,7 +114,7 @@ class MLPRefine(nnx.Module):
 class ConvRefine(nnx.Module):
     """GELU, norm and a 3x3 convolution of the opened tokens; class tokens pass beside."""
 
-    def __init__(self, place: Place, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, place: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
         rows, columns = place.grid
         self.grid, width = (rows * place.factor, columns * place.factor), config.hidden_size
         self.conv = nnx.Conv(
@@ -137,8 +137,8 @@ class ConvRefine(nnx.Module):
 class UpsamplerParts(NamedTuple):
     """What opens the image tokens, and what comes after."""
 
-    expand: Callable[[Place, ModelConfig, nnx.Rngs], nnx.Module]
-    refine: Callable[[Place, ModelConfig, nnx.Rngs], nnx.Module]
+    expand: Callable[[Geometry, ModelConfig, nnx.Rngs], nnx.Module]
+    refine: Callable[[Geometry, ModelConfig, nnx.Rngs], nnx.Module]
 
 
 UPSAMPLERS = {
@@ -154,7 +154,7 @@ class Upsample(nnx.Module):
     """Open every image token into r x r tokens, with the class tokens beside or refined together with them."""
 
     def __init__(self, factor: int, grid: tuple[int, int], config: ModelConfig, rngs: nnx.Rngs) -> None:
-        parts, place = UPSAMPLERS[config.upsampler], Place(factor, grid)
+        parts, place = UPSAMPLERS[config.upsampler], Geometry(factor, grid)
         self.class_tokens = config.prefix_tokens
         self.expand, self.refine = parts.expand(place, config, rngs), parts.refine(place, config, rngs)
 

@@ -97,15 +97,15 @@ def _prepare(options: argparse.Namespace, out: Path) -> int:
         batch_size=round_up(options.batch_size),
         threads=options.threads,
     )
-    speaks = jax.process_index() == 0
-    if speaks:
+    is_primary = jax.process_index() == 0
+    if is_primary:
         print(f"{len(images.keys):,} images of {len(names)} classes; interrupt at any time: the same command continues")
     manifest = prepare(plan, out)
     if manifest is None:
-        if speaks:
+        if is_primary:
             print("stopped; the same command continues")
         return 0
-    if speaks:
+    if is_primary:
         sizes = "x".join(map(str, manifest.latent_shape))
         rejected = f", {manifest.rejected} rejected (see {out / 'rejected.jsonl'})" if manifest.rejected else ""
         print(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mpdit_jax.data.latent_store import MANIFEST
-from mpdit_jax.distributed.processes import first_does
+from mpdit_jax.distributed.processes import run_on_process_0
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import Lock, check_writable, parse_json, remove_leftovers, replacing, take_lock
+from mpdit_jax.io.files import Lock, atomic_write, check_writable, parse_json, remove_stale_tmp, take_lock
 
 _SETTINGS, _LOCK = "prepare.json", ".lock"
 _MOST_SHOWN = 5  # settings that differ
@@ -23,7 +23,7 @@ def claim(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     Raises:
         InputError: it holds latents of other settings, is being written to, or cannot be written.
     """
-    lock = first_does(partial(_take, out, settings))
+    lock = run_on_process_0(partial(_take, out, settings))
     try:
         yield
     finally:
@@ -37,7 +37,7 @@ def _take(out: Path, settings: dict[str, Any]) -> Lock:
     if isinstance(lock, str):
         raise InputError(f"another prepare is writing to {out} ({lock}): wait for it to end, or use another --out.")
     try:
-        remove_leftovers(out)
+        remove_stale_tmp(out)
         _claim_settings(out, settings)
     except BaseException:
         lock.close()
@@ -50,7 +50,7 @@ def _claim_settings(out: Path, settings: dict[str, Any]) -> None:
     if not path.is_file():
         if (out / MANIFEST).is_file():
             raise InputError(f"{out} holds finished latents, and no {_SETTINGS} says of what: use another --out.")
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write((json.dumps(settings, indent=1) + "\n").encode())
         return
     try:

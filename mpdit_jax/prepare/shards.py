@@ -16,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from mpdit_jax.data.crop import to_square
 from mpdit_jax.data.image_sets import ImageSet, key_bytes_of
 from mpdit_jax.data.latent_store import Shard, record_dtype, sha256
-from mpdit_jax.io.files import parse_json, reason, replacing
+from mpdit_jax.io.files import atomic_write, parse_json, reason
 
 Encode: TypeAlias = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """Images float32 (B, size, size, channels) in [-1, 1] to mean and std, float16 (B, views, h, w, C)."""
@@ -101,7 +101,7 @@ def write_shard(path: Path, rows: range, work: Work, pool: Executor, advance: Ca
             writer.abandon()
         temporary.unlink(missing_ok=True)
     report = Report(shard, labels, total.tolist(), total_square.tolist(), positions, rejected)
-    with replacing(report_path(path)) as file:
+    with atomic_write(report_path(path)) as file:
         file.write(json.dumps(dataclasses.asdict(report)).encode())
     return report
 

@@ -23,13 +23,13 @@ from mpdit_jax.data.latent_store import (
     sha256,
 )
 from mpdit_jax.distributed.mesh import make_mesh
-from mpdit_jax.distributed.processes import any_process, compare_facts, first_does
+from mpdit_jax.distributed.processes import any_process, assert_equal_across_processes, run_on_process_0
 from mpdit_jax.errors import DataError, InputError, MPDiTError, ProcessError
-from mpdit_jax.io.files import replacing
+from mpdit_jax.io.files import atomic_write
 from mpdit_jax.prepare.claiming import claim, flat
 from mpdit_jax.prepare.shards import Encode, Report, Stopped, Work, read_report, report_path, write_shard
 from mpdit_jax.runtime.progress import WorkBar
-from mpdit_jax.runtime.signals import StopRequest
+from mpdit_jax.runtime.signals import PreemptionHandler
 from mpdit_jax.vae import VAE
 
 FLIPS = ("none", "both")
@@ -123,9 +123,9 @@ def prepare(plan: Plan, out: Path) -> Manifest | None:
     """
     settings = plan.settings()
     # What is under a path may differ from one machine to the next, and two VAEs in one store nobody would notice.
-    compare_facts({name: str(value) for name, value in flat(settings).items()})
-    with StopRequest() as stop, claim(out, settings):
-        if (out / MANIFEST).is_file() and not any_process(bool(first_does(partial(_needs_repair, out)))):
+    assert_equal_across_processes({name: str(value) for name, value in flat(settings).items()})
+    with PreemptionHandler() as stop, claim(out, settings):
+        if (out / MANIFEST).is_file() and not any_process(bool(run_on_process_0(partial(_needs_repair, out)))):
             return read_manifest(out)
         failure: MPDiTError | None = None
         try:
@@ -136,11 +136,11 @@ def prepare(plan: Plan, out: Path) -> Manifest | None:
             raise failure or ProcessError("another process failed: see its log; the same command continues.")
         if any_process(stopped):
             return None
-        first_does(partial(_finish, plan, out))
+        run_on_process_0(partial(_finish, plan, out))
         return read_manifest(out)
 
 
-def _encode_all(plan: Plan, out: Path, stop: StopRequest) -> bool:
+def _encode_all(plan: Plan, out: Path, stop: PreemptionHandler) -> bool:
     """This process's shards; whether it was asked to stop before the last of them."""
     names = plan.shard_names()
     mine = range(jax.process_index(), len(names), jax.process_count())
@@ -198,7 +198,7 @@ def _finish(plan: Plan, out: Path) -> None:
         raise DataError(f"{missing} is missing: does every process see the same {out}? Repeat the command.")
     finished = [report for report in reports if report is not None]
     rejected = [{"key": key, "reason": reason} for report in finished for key, reason in report.rejected]
-    with replacing(out / REJECTED) as file:
+    with atomic_write(out / REJECTED) as file:
         file.write("".join(json.dumps(line) + "\n" for line in rejected).encode())
     count = len(plan.images.keys)
     if len(rejected) > _MOST_REJECTED * count:
@@ -211,7 +211,7 @@ def _finish(plan: Plan, out: Path) -> None:
             "repeat the command, with another --out if images were removed."
         )
     labels = np.array([label for report in finished for label in report.labels], np.int32)
-    with replacing(out / LABELS) as file:
+    with atomic_write(out / LABELS) as file:
         np.save(file, labels, allow_pickle=False)
     mean, std = _statistics(finished)
     manifest = Manifest(
@@ -231,7 +231,7 @@ def _finish(plan: Plan, out: Path) -> None:
         labels_sha256=sha256(out / LABELS),
         shards=tuple(report.shard for report in finished),
     )
-    with replacing(out / MANIFEST) as file:
+    with atomic_write(out / MANIFEST) as file:
         file.write(manifest_to_json(manifest).encode())
 
 

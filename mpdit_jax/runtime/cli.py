@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import NoReturn, TextIO
 
 from mpdit_jax.distributed.peers import has_peers, leave
-from mpdit_jax.distributed.waiting import wait_for_all
+from mpdit_jax.distributed.waiting import barrier
 from mpdit_jax.errors import DamageWarning, MPDiTError, first_line
 from mpdit_jax.io.files import REFUSALS, expand
 from mpdit_jax.runtime.signals import KILLED_BY, LOST, Terminated, ending_by_exception, stopped_status, this_command
@@ -112,7 +112,7 @@ def _status_of(main: Callable[[Sequence[str]], int], resumable: bool) -> tuple[i
     """Run `main`; whatever it ends by has become a sentence and a status, and whether others need not wait for it."""
     try:
         status = main([_at_home(word) for word in sys.argv[1:]])
-        wait_for_all("the end")  # the first one may still be writing
+        barrier("the end")  # the first one may still be writing
         sys.stdout.flush()
         return status, False
     except MPDiTError as error:

@@ -126,7 +126,7 @@ def _would_be_lost(frame: FrameType | None) -> bool:
     return False
 
 
-class StopRequest:
+class PreemptionHandler:
     """While entered, the first SIGINT, SIGTERM or SIGHUP is noted in `name`; the next one ends the process at once.
 
     A thread listens for signals: Python itself heeds one only when the main thread is back from what it does in a
@@ -159,7 +159,7 @@ class StopRequest:
         self._stopped_status = stopped_status()
         self._main = threading.current_thread() is threading.main_thread()
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> "PreemptionHandler":
         if self._main:
             self._ours, self._theirs = socket.socketpair()
             self._theirs.setblocking(False)

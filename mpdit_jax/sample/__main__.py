@@ -78,10 +78,10 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.io.files import check_writable
     from mpdit_jax.sample import command
     from mpdit_jax.sample.decoding import make_decode
-    from mpdit_jax.sample.options import check_heeded, sampler_from
+    from mpdit_jax.sample.options import reject_unused_flags, sampler_from
 
     sampler = sampler_from(options)
-    check_heeded(options)
+    reject_unused_flags(options)
     check_writable(out)
     decode = make_decode(options.workdir, options.vae, options.vae_dtype, options.vae_tile)
     options.step, model = load_together(options.workdir, options.step, ema=not options.no_ema)

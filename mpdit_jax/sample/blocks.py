@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpdit_jax.distributed.processes import compare_facts, first_does
-from mpdit_jax.distributed.waiting import wait_for_all
+from mpdit_jax.distributed.processes import assert_equal_across_processes, run_on_process_0
+from mpdit_jax.distributed.waiting import barrier
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import Lock, check_writable, parse_json, replacing, take_lock
+from mpdit_jax.io.files import Lock, atomic_write, check_writable, parse_json, take_lock
 from mpdit_jax.io.npz import read_npz
 
 _LOCK, _SETTINGS = ".lock", "settings.json"
@@ -48,9 +48,9 @@ class BlockFolder:
                 differences are shown), blocks of which no settings are known, or cannot be written.
         """
         self.path, self._old = path, path.with_name(f"{path.name}.old")
-        wait_for_all("the settings are compared")
-        compare_facts({name: str(value) for name, value in settings.items() if name not in _PLACES})
-        self._lock = first_does(partial(self._claim, settings))  # None on all processes but the first
+        barrier("the settings are compared")
+        assert_equal_across_processes({name: str(value) for name, value in settings.items() if name not in _PLACES})
+        self._lock = run_on_process_0(partial(self._claim, settings))  # None on all processes but the first
 
     def _claim(self, settings: Mapping[str, Any]) -> Lock:
         check_writable(self.path / _SETTINGS)
@@ -90,7 +90,7 @@ class BlockFolder:
                 "the command."
             )
         else:
-            with replacing(stored) as file:
+            with atomic_write(stored) as file:
                 file.write(text.encode())
 
     def __enter__(self) -> "BlockFolder":
@@ -105,7 +105,7 @@ class BlockFolder:
 
     def write(self, number: int, block: Block) -> None:
         """Keep a finished block."""
-        with replacing(self._file(number)) as file:
+        with atomic_write(self._file(number)) as file:
             np.savez(file, **block._asdict())
 
     def read(self, number: int) -> Block:

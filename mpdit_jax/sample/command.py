@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from mpdit_jax.checkpoint.load import load_config
-from mpdit_jax.distributed.processes import first_does
+from mpdit_jax.distributed.processes import run_on_process_0
 from mpdit_jax.errors import DivergedError, InputError
 from mpdit_jax.flow.inputs import check_labels
 from mpdit_jax.flow.randomness import seed_key
@@ -92,14 +92,14 @@ def draw(request: Request, out: Path) -> np.ndarray:
     names = class_names(options.workdir, load_config(options.workdir), options.class_names)
     _check(request)
     blocks = unfinished_folder(out)
-    first_does(lambda: None if BlockFolder.is_begun(blocks) else places.check_fresh())
+    run_on_process_0(lambda: None if BlockFolder.is_begun(blocks) else places.check_fresh())
 
     def each(block: Block) -> None:
         if places.singles is not None:
             save_pngs(places.singles, block)
 
     with BlockFolder(blocks, run_settings(request)) as folder:
-        first_does(places.remove_leftovers)  # before any process writes single images
+        run_on_process_0(places.remove_stale_tmp)  # before any process writes single images
         count = draw_blocks(
             request.sampler,
             request.model,
@@ -111,7 +111,7 @@ def draw(request: Request, out: Path) -> np.ndarray:
             each=each,
             **request.call(),
         )
-        missing = first_does(partial(_write, request, places, names, folder, count))
+        missing = run_on_process_0(partial(_write, request, places, names, folder, count))
     return np.array([], np.int64) if missing is None else missing
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from mpdit_jax.checkpoint.load import load_config
-from mpdit_jax.data.info import read_facts
+from mpdit_jax.data.info import read_dataset_info
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import InputError
 from mpdit_jax.sample.run import Decode
@@ -30,7 +30,7 @@ def make_decode(
         InputError: a VAE is needed and not given, or given and not needed, or another one.
     """
     vae = "" if vae is None or vae == NO_VAE else vae
-    facts = read_facts(workdir)
+    facts = read_dataset_info(workdir)
     space = facts.latents if facts is not None else None
     if space is None:
         if vae:

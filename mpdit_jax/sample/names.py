@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ml_collections import FrozenConfigDict
 
-from mpdit_jax.data.info import read_facts
+from mpdit_jax.data.info import read_dataset_info
 from mpdit_jax.data.sources import FASHION_MNIST_CLASSES
 from mpdit_jax.errors import InputError
 
@@ -23,7 +23,7 @@ def class_names(workdir: str | Path, config: FrozenConfigDict, path: str = "") -
         InputError: the file cannot be read, or has fewer names than the model has classes.
     """
     count = config.model.num_classes
-    facts = read_facts(workdir)
+    facts = read_dataset_info(workdir)
     stored = facts.class_names if facts is not None else _KNOWN.get(config.data.name, ())
     names = _read(path) if path else stored
     if path and len(names) < count:

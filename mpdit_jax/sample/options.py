@@ -80,7 +80,7 @@ def sampler_from(options: argparse.Namespace) -> Sampler:
     )
 
 
-def check_heeded(options: argparse.Namespace) -> None:
+def reject_unused_flags(options: argparse.Namespace) -> None:
     """Raise InputError for a flag that none of the guidance scales, or none of the solvers, pays heed to."""
     scales, solvers = np.atleast_1d(options.guidance_scale), np.atleast_1d(options.solver)
     given = {

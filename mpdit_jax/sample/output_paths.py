@@ -6,7 +6,7 @@ import glob
 from pathlib import Path
 
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import check_writable, remove_leftovers
+from mpdit_jax.io.files import check_writable, remove_stale_tmp
 from mpdit_jax.sample.outputs import SINGLE
 
 
@@ -52,12 +52,12 @@ class Places:
                 "or move them away."
             )
 
-    def remove_leftovers(self) -> None:
+    def remove_stale_tmp(self) -> None:
         """Of an earlier start that was killed while it wrote."""
         for path in self.files():
-            remove_leftovers(path.parent, glob.escape(path.name))
+            remove_stale_tmp(path.parent, glob.escape(path.name))
         if self.singles is not None:
-            remove_leftovers(self.singles, SINGLE)
+            remove_stale_tmp(self.singles, SINGLE)
 
 
 def places_of(options: argparse.Namespace, out: Path) -> Places:

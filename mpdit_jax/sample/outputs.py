@@ -9,7 +9,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from mpdit_jax.io import pictures as images
-from mpdit_jax.io.files import replacing
+from mpdit_jax.io.files import atomic_write
 from mpdit_jax.sample.blocks import Block
 
 SINGLE = "[0-9]*_[0-9]*.png"  # names of single images, as a pattern
@@ -31,7 +31,7 @@ def save_npz(path: Path, blocks: Callable[[], Iterable[Block]]) -> int:
     """
     labels = np.concatenate([block.labels[block.finite] for block in blocks()])
     shape = next(iter(blocks())).images.shape[1:]
-    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as array:
             _write_array(array, (len(labels), *shape), "|u1", (block.images[block.finite] for block in blocks()))
         with archive.open("labels.npy", "w") as array:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from mpdit_jax.distributed.mesh import batch_sharding, make_mesh
-from mpdit_jax.distributed.waiting import wait_for_all
+from mpdit_jax.distributed.waiting import barrier
 from mpdit_jax.errors import InputError
 from mpdit_jax.flow.inputs import check_labels, check_model
 from mpdit_jax.flow.randomness import seed_key
@@ -80,7 +80,7 @@ def draw_blocks(
             each(block)
             folder.write(number, block)
             bar.advance(len(rows))
-    wait_for_all("every block is drawn")
+    barrier("every block is drawn")
     return count
 
 

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 
     import jax
 
-    from mpdit_jax.data.info import read_facts
+    from mpdit_jax.data.info import read_dataset_info
     from mpdit_jax.train.evaluator import is_missing
     from mpdit_jax.train.loop import train
     from mpdit_jax.train.replay import replay
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     if jax.process_index() == 0 and stopped:
         print(stopped_line("train", arguments, step, config.steps))
     elif jax.process_index() == 0:
-        facts = read_facts(workdir)
+        facts = read_dataset_info(workdir)
         vae = " --vae=FOLDER" if facts is not None and facts.latents is not None else ""
         print(
             f"done: checkpoints in {workdir / 'checkpoints'}, logs in {workdir / 'tensorboard'}; draw with:\n"

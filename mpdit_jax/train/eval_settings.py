@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpdit_jax.evaluate.report import write_json
-from mpdit_jax.io.files import parse_json, remove_leftovers
+from mpdit_jax.io.files import parse_json, remove_stale_tmp
 
 
 def note_settings(path: Path, step: int, settings: Mapping[str, str | int]) -> str:
@@ -26,7 +26,7 @@ def note_settings(path: Path, step: int, settings: Mapping[str, str | int]) -> s
     if before != settings:
         history.append({"from_step": step, "settings": dict(settings)})
     if history != stored:
-        remove_leftovers(path.parent, glob.escape(path.name))
+        remove_stale_tmp(path.parent, glob.escape(path.name))
         write_json(path, history)
     if before is None or before == settings:
         return ""

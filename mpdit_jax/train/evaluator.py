@@ -15,11 +15,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from mpdit_jax.config.base import what_is_read
+from mpdit_jax.config.base import data_identity
 from mpdit_jax.config.evaluation import choose_metrics, fewest_images
 from mpdit_jax.data.sources import Source
 from mpdit_jax.distributed.mesh import batch_sharding, make_mesh, replicated
-from mpdit_jax.distributed.processes import any_process, first_does
+from mpdit_jax.distributed.processes import any_process, run_on_process_0
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.evaluate.agreement import agree, name_of_first, portable
 from mpdit_jax.evaluate.bias import perfect_distance
@@ -35,7 +35,7 @@ from mpdit_jax.sample.decoding import Decode
 from mpdit_jax.sample.labels import balanced_labels
 from mpdit_jax.sample.run import finish
 from mpdit_jax.train.eval_settings import note_settings
-from mpdit_jax.train.partial_statistics import Shares, shares
+from mpdit_jax.train.partial_statistics import PartialStatistics, partial_statistics
 from mpdit_jax.train.reference import Reference
 from mpdit_jax.train.writers import METRICS_FILE
 from mpdit_jax.version import __version__
@@ -153,7 +153,7 @@ class Evaluator:
                 values["not_finite"] = left_out
             found |= {f"{PREFIX}{name}/guidance_{scale:g}": value for name, value in values.items()}
         settings = self._what_decides(extractor, real)
-        note = first_does(partial(note_settings, self._folder / "settings.json", step, settings))
+        note = run_on_process_0(partial(note_settings, self._folder / "settings.json", step, settings))
         if note:
             say(note)
         return found
@@ -177,8 +177,8 @@ class Evaluator:
         width = -(-settings.batch_size // mesh.size) * mesh.size
         with jax.set_mesh(mesh):
             key = seed_key(self._config.seed)
-        seen = Shares(extractor, self._metrics)
-        for rows in shares(len(labels), width, "drawing samples to evaluate:", "images", self._stopped):
+        seen = PartialStatistics(extractor, self._metrics)
+        for rows in partial_statistics(len(labels), width, "drawing samples to evaluate:", "images", self._stopped):
             if rows is None:
                 return None
             if not len(rows):
@@ -236,10 +236,10 @@ class Evaluator:
         settings, size = self._config.eval, self._config.eval.batch_size
         if settings.features == "classifier":
             # Named after what it is trained by, so that other settings or other images train another.
-            data = [what_is_read(self._config.data), self._source.contents]
+            data = [data_identity(self._config.data), self._source.contents]
             decides = [*data, settings.classifier_steps, self._config.seed]
             path = self._folder / f"classifier_{name_of_first(digest_of(decides))}.safetensors"
-            first_does(partial(self._train_classifier, path))
+            run_on_process_0(partial(self._train_classifier, path))
         with jax.set_mesh(self._mesh):
             if settings.features == "classifier":
                 extractor = build_classifier(load_classifier(path), batch_size=size)

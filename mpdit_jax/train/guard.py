@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 Guard: TypeAlias = dict[str, jax.Array]
-"""`accepted`, the steps that were made, and `skipped_in_a_row`, which is `RUINED` or more after an update that was not
-finite, int32; `gradient_norm` float32, the running mean before its start is corrected."""
+"""`accepted`, the number of applied steps, and `skipped_in_a_row`, which is `NONFINITE_UPDATE` or more after an update
+that was not finite, int32; `gradient_norm`, the running mean without bias correction, float32."""
 
 _DECAY = 0.99  # of the running mean of gradient norms
-RUINED = 2**30  # ends the run whatever config.guard.abort_after is
+NONFINITE_UPDATE = 2**30  # ends the run whatever config.guard.abort_after is
 _WARM = 100  # accepted steps before a norm can be called a spike: early ones fall by orders of magnitude
 
 
@@ -28,8 +28,8 @@ def new_guard() -> Guard:
     }
 
 
-def judge(guard: Guard, loss: jax.Array, gradient_norm: jax.Array, spike_factor: float) -> jax.Array:
-    """Whether a step with this loss and gradient norm (scalars) is to be made, a boolean scalar."""
+def should_apply(guard: Guard, loss: jax.Array, gradient_norm: jax.Array, spike_factor: float) -> jax.Array:
+    """Whether a step with this loss and gradient norm (scalars) is to be applied, a boolean scalar."""
     good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     if not spike_factor:
         return good
@@ -37,11 +37,11 @@ def judge(guard: Guard, loss: jax.Array, gradient_norm: jax.Array, spike_factor:
     return good & ((guard["accepted"] < _WARM) | (gradient_norm <= spike_factor * mean))
 
 
-def accept(guard: Guard, made: jax.Array, finite: jax.Array, gradient_norm: jax.Array) -> Guard:
-    """The guard after a step that was made or not, whose update was finite or not."""
+def update(guard: Guard, applied: jax.Array, finite: jax.Array, gradient_norm: jax.Array) -> Guard:
+    """The guard after a step that was applied or not, whose update was finite or not."""
     mean = _DECAY * guard["gradient_norm"] + (1 - _DECAY) * gradient_norm
     return {
-        "accepted": guard["accepted"] + made,
-        "gradient_norm": jnp.where(made, mean, guard["gradient_norm"]),
-        "skipped_in_a_row": jnp.where(made, jnp.where(finite, 0, RUINED), guard["skipped_in_a_row"] + 1),
+        "accepted": guard["accepted"] + applied,
+        "gradient_norm": jnp.where(applied, mean, guard["gradient_norm"]),
+        "skipped_in_a_row": jnp.where(applied, jnp.where(finite, 0, NONFINITE_UPDATE), guard["skipped_in_a_row"] + 1),
     }

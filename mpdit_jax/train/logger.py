@@ -15,24 +15,31 @@ from mpdit_jax.io.pictures import save_png
 from mpdit_jax.train.writers import METRICS_FILE, MetricsFile, TensorBoard, WeightsAndBiases, Writer
 
 
-class Report:
-    """Everything a run tells, in one place; a context manager. Unless it `speaks` it prints and writes nothing."""
+class RunLogger:
+    """Everything a run tells, in one place; a context manager. Unless it `is_primary` it prints and writes nothing."""
 
     def __init__(
-        self, workdir: Path, start: int, total: int, batch_size: int, *, speaks: bool = True, wandb_project: str = ""
+        self,
+        workdir: Path,
+        start: int,
+        total: int,
+        batch_size: int,
+        *,
+        is_primary: bool = True,
+        wandb_project: str = "",
     ) -> None:
         """Open the files of a run that continues at step `start`."""
-        self._samples, self._speaks = workdir / "samples", speaks
+        self._samples, self._speaks = workdir / "samples", is_primary
         self._writers: list[Writer] = []
-        self._metrics = MetricsFile(workdir / METRICS_FILE, start) if speaks else None
-        if speaks:
+        self._metrics = MetricsFile(workdir / METRICS_FILE, start) if is_primary else None
+        if is_primary:
             self._writers.append(TensorBoard(workdir / "tensorboard", start))
             if wandb_project:
                 self._writers.append(WeightsAndBiases(workdir, wandb_project))
         self._spikes = LossSpikes()
-        self._progress = ProgressLine(start, total, batch_size, quiet=not speaks)
+        self._progress = ProgressLine(start, total, batch_size, quiet=not is_primary)
 
-    def __enter__(self) -> "Report":
+    def __enter__(self) -> "RunLogger":
         self._progress.__enter__()
         return self
 

@@ -15,14 +15,20 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from mpdit_jax.checkpoint.manager import Checkpoints
 from mpdit_jax.checkpoint.reader import newest_in_words
-from mpdit_jax.checkpoint.workdir import claim_workdir
-from mpdit_jax.config.base import model_of, resolve, to_json
-from mpdit_jax.data.info import claim_data, identity
+from mpdit_jax.checkpoint.workdir import lock_workdir
+from mpdit_jax.config.base import model_config, resolve, to_json
+from mpdit_jax.data.info import identity, record_dataset
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.data.sources import check_fits, load_source
 from mpdit_jax.distributed.mesh import check_batch, local_rows, make_mesh, place_batch
-from mpdit_jax.distributed.processes import StopVote, any_process, compare_facts, count_machines, first_does
-from mpdit_jax.distributed.waiting import wait_for_all
+from mpdit_jax.distributed.processes import (
+    StopVote,
+    any_process,
+    assert_equal_across_processes,
+    count_machines,
+    run_on_process_0,
+)
+from mpdit_jax.distributed.waiting import barrier
 from mpdit_jax.errors import ConfigError, DataError, DivergedError
 from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import make_sampler
@@ -31,17 +37,17 @@ from mpdit_jax.model.accounting import count, training_flops
 from mpdit_jax.model.parameters import Structure, abstract, merge
 from mpdit_jax.runtime.hardware import peak_flops
 from mpdit_jax.runtime.memory import return_freed
-from mpdit_jax.runtime.signals import StopRequest
+from mpdit_jax.runtime.signals import PreemptionHandler
 from mpdit_jax.sample.decoding import Decode, make_decode
 from mpdit_jax.train.evaluator import Evaluator
-from mpdit_jax.train.guard import RUINED
-from mpdit_jax.train.logger import Report
+from mpdit_jax.train.guard import NONFINITE_UPDATE
+from mpdit_jax.train.logger import RunLogger
 from mpdit_jax.train.metric_window import empty_window, skipped_steps, window_means
 from mpdit_jax.train.optimizer import make_optimizer, make_schedule
-from mpdit_jax.train.prefetcher import Feed
+from mpdit_jax.train.prefetcher import Prefetcher
 from mpdit_jax.train.profiling import Profiler
 from mpdit_jax.train.state import TrainState, abstract_state, create_state, from_items, to_items
-from mpdit_jax.train.step import jit_step, step_of
+from mpdit_jax.train.step import build_train_step, jit_step
 from mpdit_jax.train.stopwatch import Stopwatch
 from mpdit_jax.train.writers import METRICS_FILE, check_wandb
 from mpdit_jax.vae import PIXELS
@@ -62,58 +68,58 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         DivergedError: too many steps in a row had to be left out, or an update was not finite.
 
     SIGTERM and SIGINT end the run after the step in hand, saved; the process ends if that takes longer than
-    `config.checkpoint.grace`, or at once if no step was done yet, or on a second signal (see `StopRequest`).
+    `config.checkpoint.grace`, or at once if no step was done yet, or on a second signal (see `PreemptionHandler`).
     """
     workdir, config = Path(workdir), resolve(config)
     check_wandb(config.log.wandb_project)
-    model_config = model_of(config)
+    architecture = model_config(config)
     mesh = make_mesh(**config.mesh)
     check_batch(config.batch_size, mesh, config.gradient_accumulation)
     source = load_source(**config.data)
-    structure, _ = abstract(model_config)
-    check_fits(source, (*model_config.input_size, model_config.in_channels), model_config.num_classes)
-    compare_facts(identity(source))  # each process reads what lies at its own config.data.path
+    structure, _ = abstract(architecture)
+    check_fits(source, (*architecture.input_size, architecture.in_channels), architecture.num_classes)
+    assert_equal_across_processes(identity(source))  # each process reads what lies at its own config.data.path
     optimizer = make_optimizer(config.optimizer)
     platform = jax.devices()[0].platform
-    if model_config.attention == "cudnn" and platform != "gpu":
+    if architecture.attention == "cudnn" and platform != "gpu":
         raise ConfigError(f"config.model.attention='cudnn' needs an NVIDIA GPU and this is {platform}: use 'xla'.")
 
     with (
         jax.set_mesh(mesh),
         # Outside Checkpoints: a signal must not cut off the last save.
-        StopRequest(config.checkpoint.grace, partial(newest_in_words, workdir)) as stop,
-        claim_workdir(workdir, config) as claim,
+        PreemptionHandler(config.checkpoint.grace, partial(newest_in_words, workdir)) as stop,
+        lock_workdir(workdir, config) as claim,
         Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every) as checkpoints,
     ):
         stop.nothing_to_save = jax.process_count() == 1
-        target = abstract_state(model_config, optimizer, mesh)
+        target = abstract_state(architecture, optimizer, mesh)
         restored = checkpoints.restore_newest(to_items(target))
         if restored is not None:
             step, state = restored.step, from_items(restored.items)
         else:
-            step, state = 0, create_state(model_config, optimizer, target, config.seed)
-        speaks = jax.process_index() == 0
-        first_does(partial(claim_data, workdir, source, trained=step > 0))
+            step, state = 0, create_state(architecture, optimizer, target, config.seed)
+        is_primary = jax.process_index() == 0
+        run_on_process_0(partial(record_dataset, workdir, source, trained=step > 0))
         in_pixels = source.latents is not None and source.latents.vae_fingerprint == PIXELS
         decode = make_decode(str(workdir), config.sample.vae) if config.sample.vae or in_pixels else None
         evaluator = Evaluator(config, workdir, source, structure, decode, lambda: stop.name is not None)
         unevaluated = evaluator.pending(step)
-        if speaks:
+        if is_primary:
             for note in (*([claim.note] if claim.note else []), *(restored.notes if restored is not None else [])):
                 print(f"{note}.")
         if step >= config.steps and not unevaluated:
-            if speaks:
+            if is_primary:
                 print(f"{workdir} is done: {step} of {config.steps} steps. For more: --config.steps={2 * step}")
             return state
-        if speaks:
-            _introduce(config, workdir, step, state, len(source), mesh)
+        if is_primary:
+            log_startup(config, workdir, step, state, len(source), mesh)
 
-        update = jit_step(step_of(config, structure, optimizer, source.latents), target, mesh)
+        update = jit_step(build_train_step(config, structure, optimizer, source.latents), target, mesh)
         done = jax.jit(jnp.copy)  # the state itself is taken over by the next step
         fresh_window = jax.jit(empty_window, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target.window))
         learning_rate = make_schedule(config.optimizer)
         rows = local_rows(config.batch_size, mesh)
-        feed = Feed(
+        feed = Prefetcher(
             batches(source, config.batch_size, config.seed, start=step, rows=rows, threads=config.data.threads),
             lambda batch: place_batch(batch, rows, config.batch_size, mesh),
         )
@@ -127,14 +133,21 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
             return check_skips(step, state)
 
         machines = count_machines() if platform == "cpu" else 1  # a pod need not be asked: its peak is published
-        peak = first_does(partial(peak_flops, mesh, model_config.dtype, machines))
-        watch, vote = Stopwatch(config.batch_size, training_flops(model_config, config.mask_ratio), peak), StopVote()
+        peak = run_on_process_0(partial(peak_flops, mesh, architecture.dtype, machines))
+        watch, vote = Stopwatch(config.batch_size, training_flops(architecture, config.mask_ratio), peak), StopVote()
         with (
-            Report(
-                workdir, step, config.steps, config.batch_size, speaks=speaks, wandb_project=config.log.wandb_project
+            RunLogger(
+                workdir,
+                step,
+                config.steps,
+                config.batch_size,
+                is_primary=is_primary,
+                wandb_project=config.log.wandb_project,
             ) as report,
             watch,
-            Profiler(workdir / "tensorboard", config.profile.start, config.profile.steps if speaks else 0) as profiler,
+            Profiler(
+                workdir / "tensorboard", config.profile.start, config.profile.steps if is_primary else 0
+            ) as profiler,
         ):
             report.config(step, to_json(config))
             if unevaluated:  # an earlier start ended in the middle of it
@@ -187,7 +200,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
                         )
                         if picture is not None:
                             report.picture(step, picture)
-                        wait_for_all("the grid is drawn")  # by the first process alone
+                        barrier("the grid is drawn")  # by the first process alone
                 if evaluator.due(step):  # after the checkpoint, from which it is made up for when it is cut off
                     before_write(step, state)
                     with watch.of("other"):
@@ -242,10 +255,11 @@ def draw_grid(
     return images.grid(images.to_uint8(pictures), config.sample.per_class)
 
 
-def _introduce(
+def log_startup(
     config: FrozenConfigDict, workdir: Path, step: int, state: TrainState, examples: int, mesh: Mesh
 ) -> None:
-    parameters, macs = count(model_of(config))
+    """Print what starts, or continues, on process 0."""
+    parameters, macs = count(model_config(config))
     if step == 0:
         if (workdir / METRICS_FILE).exists():
             print(f"an earlier start of this run left no checkpoint in {workdir}; it begins again")
@@ -259,7 +273,7 @@ def _introduce(
     )
 
 
-def _evaluate(evaluator: Evaluator, step: int, state: TrainState, report: Report) -> None:
+def _evaluate(evaluator: Evaluator, step: int, state: TrainState, report: RunLogger) -> None:
     found = evaluator(step, state.ema_parameters, report.say)
     report.evaluation(step, found)
     if not found:
@@ -280,12 +294,12 @@ def _check_skips(checkpoints: Checkpoints, abort_after: int, step: int, state: T
     """
     most, now = map(int, jax.device_get((state.window["most_skipped_in_a_row"], state.guard["skipped_in_a_row"])))
     skipped = max(most, now)
-    if skipped < abort_after and skipped < RUINED:
+    if skipped < abort_after and skipped < NONFINITE_UPDATE:
         return now
     checkpoints.wait()
     kept = checkpoints.latest_step()
     newest = f"the newest checkpoint is of {'no step' if kept is None else f'step {kept}'}"
-    if skipped >= RUINED:
+    if skipped >= NONFINITE_UPDATE:
         raise DivergedError(
             f"by step {step}, an update made of finite gradients was not finite or its squares overflowed, and "
             f"{newest}: start again in a new --workdir with a lower config.optimizer.learning_rate, a larger "

@@ -35,19 +35,19 @@ def empty_window() -> Window:
 def add_step(
     window: Window,
     number: jax.Array,
-    made: jax.Array,
+    applied: jax.Array,
     finite: jax.Array,
     metrics: Mapping[str, jax.Array],
     t: jax.Array,
     per_example: jax.Array,
     skipped_in_a_row: jax.Array,
 ) -> Window:
-    """The window with one more step; of one that is left out (not `made`) count, number and loss are kept.
+    """The window with one more step; of one that is left out (not `applied`) count, number and loss are kept.
 
     Args:
         window: the sums so far.
         number: of the step, from 1, int32.
-        made: whether the step was made.
+        applied: whether the step was applied.
         finite: whether its update was finite; where not, nothing of it is kept, and `skipped_in_a_row` tells.
         metrics: a scalar for each of METRICS.
         t: times of the examples (B,).
@@ -63,12 +63,14 @@ def add_step(
         "time_loss": (rows * per_example[:, None]).sum(axis=0),
         "time_examples": rows.sum(axis=0),
     }
-    sums = {name: window[name] + jnp.where(made & finite, value, jnp.zeros_like(value)) for name, value in new.items()}
+    sums = {
+        name: window[name] + jnp.where(applied & finite, value, jnp.zeros_like(value)) for name, value in new.items()
+    }
     next_place = jnp.arange(NAMED_SKIPS) == window["skipped"].astype(jnp.int32)
     larger = jnp.isfinite(metrics["loss"]) & (metrics["loss"] > window["largest_loss"])
     return sums | {
-        "skipped": window["skipped"] + ~made,
-        "skipped_steps": jnp.where(next_place & ~made, number, window["skipped_steps"]),
+        "skipped": window["skipped"] + ~applied,
+        "skipped_steps": jnp.where(next_place & ~applied, number, window["skipped_steps"]),
         "most_skipped_in_a_row": jnp.maximum(window["most_skipped_in_a_row"], skipped_in_a_row),
         "largest_loss": jnp.where(larger, metrics["loss"], window["largest_loss"]),
         "largest_loss_step": jnp.where(larger, number, window["largest_loss_step"]),

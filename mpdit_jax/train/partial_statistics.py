@@ -14,7 +14,9 @@ from mpdit_jax.evaluate.statistics import Statistics, from_moments
 from mpdit_jax.runtime.progress import WorkBar
 
 
-def shares(total: int, width: int, verb: str, unit: str, stopped: Callable[[], bool]) -> Iterator[np.ndarray | None]:
+def partial_statistics(
+    total: int, width: int, verb: str, unit: str, stopped: Callable[[], bool]
+) -> Iterator[np.ndarray | None]:
     """The rows of every turn that are this process's, at most `width` and maybe none, with progress in the log.
 
     Ends with None, on all processes at the same turn, where one of them was asked to stop.
@@ -29,7 +31,7 @@ def shares(total: int, width: int, verb: str, unit: str, stopped: Callable[[], b
             bar.advance(min(width * count, total - start))
 
 
-class Shares:
+class PartialStatistics:
     """What this process has seen of a set, until all of it is put together."""
 
     def __init__(self, extractor: Extractor, metrics: Sequence[str]) -> None:

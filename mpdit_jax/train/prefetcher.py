@@ -10,7 +10,7 @@ from mpdit_jax.errors import DataError
 PlacedBatch = dict[str, jax.Array]
 
 
-class Feed:
+class Prefetcher:
     """One batch ahead: `prefetch` after a step was dispatched and before its result is waited for."""
 
     def __init__(self, batches: Iterator[Batch], place: Callable[[Batch], PlacedBatch]) -> None:

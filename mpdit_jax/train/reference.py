@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from mpdit_jax.config.base import what_is_read
+from mpdit_jax.config.base import data_identity
 from mpdit_jax.config.evaluation import MOST_REAL, fewest_images
 from mpdit_jax.data.sources import Source
-from mpdit_jax.distributed.processes import any_process, first_does
+from mpdit_jax.distributed.processes import any_process, run_on_process_0
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.evaluate.agreement import agree, name_of_first, portable
 from mpdit_jax.evaluate.compute import kept, needed
@@ -33,7 +33,7 @@ from mpdit_jax.evaluate.subsets import limited
 from mpdit_jax.io.files import digest_of, expand
 from mpdit_jax.io.npz import npz_names
 from mpdit_jax.sample.decoding import Decode
-from mpdit_jax.train.partial_statistics import Shares, shares
+from mpdit_jax.train.partial_statistics import PartialStatistics, partial_statistics
 
 
 class Reference:
@@ -160,10 +160,10 @@ class Reference:
         # Decided together, before the first process can write what the others look for.
         if not any_process(earlier is None) and earlier is not None:
             return earlier
-        seen = Shares(extractor, self._real)
+        seen = PartialStatistics(extractor, self._real)
         # The extractor may split these again: to merge the moments of every few images would take as long as to look.
         width = max(extractor.batch_size, self._config.eval.batch_size)
-        for rows in shares(len(images), width, "looking at real images:", "images", self._stopped):
+        for rows in partial_statistics(len(images), width, "looking at real images:", "images", self._stopped):
             if rows is None:
                 return None
             if len(rows):
@@ -172,7 +172,7 @@ class Reference:
         found = seen.together(images.about)
         if found is None:
             raise InputError(f"{images.about['path']}: expected two images or more to compare with.")
-        first_does(lambda: self._save(path, found))
+        run_on_process_0(lambda: self._save(path, found))
         return found
 
     def _load(self, extractor: Extractor) -> Statistics:
@@ -192,7 +192,7 @@ class Reference:
 
     def _own_images(self) -> ImageBlocks:
         """As `evaluate` chooses them."""
-        about = {"path": "the data of the run", "most": MOST_REAL, "data": what_is_read(self._config.data)}
+        about = {"path": "the data of the run", "most": MOST_REAL, "data": data_identity(self._config.data)}
         about |= {"contents": self._own.contents}  # a run may go on with other examples of the same labels
         return limited(SourceImages(self._own, about), min(MOST_REAL, len(self._own)))
 

@@ -19,24 +19,24 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from mpdit_jax.checkpoint.load import load_config
 from mpdit_jax.checkpoint.reader import CHECKPOINTS, list_steps, read_step
-from mpdit_jax.config.base import differences, model_of, resolve
+from mpdit_jax.config.base import differences, model_config, resolve
 from mpdit_jax.data.pipeline import batch_at, batches
 from mpdit_jax.data.sources import check_fits, load_source
 from mpdit_jax.distributed.mesh import local_rows, make_mesh, place_batch
 from mpdit_jax.errors import CheckpointError, ConfigError
 from mpdit_jax.model.parameters import abstract
-from mpdit_jax.train.guard import RUINED
+from mpdit_jax.train.guard import NONFINITE_UPDATE
 from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.state import TrainState, abstract_state, create_state, from_items, to_items
 from mpdit_jax.train.step import (
     Draw,
-    Examples,
     LossFunction,
+    NoisyBatch,
     accumulated,
+    build_train_step,
     jit_step,
-    make_draw,
     make_loss,
-    step_of,
+    make_noising,
 )
 
 _NAMED = 8  # examples and arrays that are named; more are counted
@@ -79,16 +79,16 @@ def replay(config: ConfigDict | FrozenConfigDict, workdir: str | Path, number: i
     if changed:
         named = ", ".join(f"{path}={new!r} instead of {old!r}" for path, (old, new) in changed.items())
         raise CheckpointError(f"{workdir} holds a run of another config ({named}): replay with the run's own.")
-    model_config, mesh, source = model_of(config), make_mesh(**config.mesh), load_source(**config.data)
-    check_fits(source, (*model_config.input_size, model_config.in_channels), model_config.num_classes)
-    structure, optimizer = abstract(model_config)[0], make_optimizer(config.optimizer)
-    draw, loss = make_draw(config, source.latents), make_loss(structure, config.mask_loss_weight)
+    architecture, mesh, source = model_config(config), make_mesh(**config.mesh), load_source(**config.data)
+    check_fits(source, (*architecture.input_size, architecture.in_channels), architecture.num_classes)
+    structure, optimizer = abstract(architecture)[0], make_optimizer(config.optimizer)
+    draw, loss = make_noising(config, source.latents), make_loss(structure, config.mask_loss_weight)
     with jax.set_mesh(mesh):
-        target = abstract_state(model_config, optimizer, mesh)
+        target = abstract_state(architecture, optimizer, mesh)
         before, lines = _newest_before(workdir, number, to_items(target))
-        state = from_items(before) if before else create_state(model_config, optimizer, target, config.seed)
+        state = from_items(before) if before else create_state(architecture, optimizer, target, config.seed)
         rows = local_rows(config.batch_size, mesh)
-        update = jit_step(step_of(config, structure, optimizer, source.latents), target, mesh)
+        update = jit_step(build_train_step(config, structure, optimizer, source.latents), target, mesh)
         start = int(state.step)
         lines.append(f"steps {start + 1} to {number - 1} are run again first" if start < number - 1 else "ready")
         data = batches(source, config.batch_size, config.seed, start=start, rows=rows)
@@ -99,7 +99,7 @@ def replay(config: ConfigDict | FrozenConfigDict, workdir: str | Path, number: i
         found, sound = _take_apart(state, batch, host, draw, loss, optimizer, config.gradient_accumulation)
         skipped = int(update(state, batch).guard["skipped_in_a_row"])
     counts = skipped == 0
-    verdict = "counts" if counts else "ends the run" if skipped >= RUINED else "is left out"
+    verdict = "counts" if counts else "ends the run" if skipped >= NONFINITE_UPDATE else "is left out"
     if sound and not counts and config.guard.spike_factor:
         verdict += f": its gradient norm spikes (config.guard.spike_factor={config.guard.spike_factor:g})"
     return Replay([*lines, *found, f"step {number} (batch {number - 1}) {verdict}"], sound and counts)
@@ -182,7 +182,7 @@ def _tree(what: str, tree: Any) -> str:
     return f"{what}: NaN or Inf in {', '.join(bad[:_NAMED])}{more}"
 
 
-def _origin(differentiate: Callable[..., Any], state: TrainState, examples: Examples) -> str:
+def _origin(differentiate: Callable[..., Any], state: TrainState, examples: NoisyBatch) -> str:
     """Where a NaN first appears in the loss or its gradient, by JAX's checkify."""
     checked = checkify.checkify(differentiate, errors=checkify.float_checks)
     error, _ = jax.jit(checked)(state.parameters, examples)

@@ -9,13 +9,13 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
-from mpdit_jax.config.base import model_of
+from mpdit_jax.config.base import model_config
 from mpdit_jax.data.latents import LatentSpace
 from mpdit_jax.distributed.mesh import batch_sharding
 from mpdit_jax.flow.objective import flow_matching_loss, interpolate, time_distribution
 from mpdit_jax.model.masking import draw_kept, masked_velocity, split_error
 from mpdit_jax.model.parameters import Parameters, Structure, merge
-from mpdit_jax.train.guard import accept, judge
+from mpdit_jax.train import guard as guards
 from mpdit_jax.train.metric_window import add_step
 from mpdit_jax.train.state import TrainState
 
@@ -23,7 +23,7 @@ Batch: TypeAlias = dict[str, jax.Array]
 """`y` int32 (B,), and `x` float32 (B, H, W, C) or, of latents, `mean` and `std` float16 (B, views, H, W, C)."""
 
 
-class Examples(NamedTuple):
+class NoisyBatch(NamedTuple):
     """A batch with everything random drawn, so that its loss is a plain function of it."""
 
     x: jax.Array  # (B, H, W, C)
@@ -33,13 +33,13 @@ class Examples(NamedTuple):
     kept: jax.Array | None = None  # (B, K), the tokens that the trunk sees; None for all
 
 
-Draw: TypeAlias = Callable[[Batch, jax.Array], Examples]
-LossFunction: TypeAlias = Callable[[Parameters, Examples], tuple[jax.Array, jax.Array]]
+Draw: TypeAlias = Callable[[Batch, jax.Array], NoisyBatch]
+LossFunction: TypeAlias = Callable[[Parameters, NoisyBatch], tuple[jax.Array, jax.Array]]
 """(parameters, examples) to the mean loss and the losses of the examples (B,)."""
 Step: TypeAlias = Callable[[TrainState, Batch], TrainState]
 
 
-def make_draw(config: FrozenConfigDict, latents: LatentSpace | None = None) -> Draw:
+def make_noising(config: FrozenConfigDict, latents: LatentSpace | None = None) -> Draw:
     """What is random in a step, a function of (batch, key): label dropout, times, noise, latents, hidden tokens.
 
     Args:
@@ -47,13 +47,13 @@ def make_draw(config: FrozenConfigDict, latents: LatentSpace | None = None) -> D
         latents: the space of the batches' moments; None where they hold images.
     """
     times = time_distribution(config.time.distribution, config.time.mean, config.time.std)
-    null, model, ratio = config.model.num_classes, model_of(config), config.mask_ratio
+    null, model, ratio = config.model.num_classes, model_config(config), config.mask_ratio
 
-    def draw(batch: Batch, key: jax.Array) -> Examples:
+    def noise_batch(batch: Batch, key: jax.Array) -> NoisyBatch:
         dropout_key, flow_key = jax.random.split(key)
         time_key, noise_key = jax.random.split(flow_key)
         x = batch["x"] if latents is None else sample_latents(jax.random.fold_in(key, 2), batch, latents)
-        return Examples(
+        return NoisyBatch(
             x=x,
             y=drop_labels(dropout_key, batch["y"], config.label_dropout, null),
             t=times.sample(time_key, x.shape[0]),
@@ -61,7 +61,7 @@ def make_draw(config: FrozenConfigDict, latents: LatentSpace | None = None) -> D
             kept=draw_kept(jax.random.fold_in(key, 3), model, ratio, x.shape[0]) if ratio else None,
         )
 
-    return draw
+    return noise_batch
 
 
 def sample_latents(key: jax.Array, batch: Batch, space: LatentSpace) -> jax.Array:
@@ -95,7 +95,7 @@ def make_loss(structure: Structure, mask_loss_weight: float = 0.0) -> LossFuncti
     image: MaskDiT's reconstruction.
     """
 
-    def loss(parameters: Parameters, examples: Examples) -> tuple[jax.Array, jax.Array]:
+    def loss(parameters: Parameters, examples: NoisyBatch) -> tuple[jax.Array, jax.Array]:
         model = merge(structure, parameters)
         if examples.kept is None:
             return flow_matching_loss(model, examples.x, examples.y, t=examples.t, noise=examples.noise)
@@ -113,7 +113,7 @@ def drop_labels(key: jax.Array, labels: jax.Array, rate: float, null: int) -> ja
     return jnp.where(jax.random.bernoulli(key, rate, labels.shape), null, labels)
 
 
-def step_of(
+def build_train_step(
     config: FrozenConfigDict,
     structure: Structure,
     optimizer: optax.GradientTransformation,
@@ -128,7 +128,7 @@ def step_of(
         latents: the space of the batches' moments; None where they hold images.
     """
     return make_step(
-        make_draw(config, latents),
+        make_noising(config, latents),
         make_loss(structure, config.mask_loss_weight),
         optimizer,
         config.ema_decay,
@@ -138,7 +138,7 @@ def step_of(
 
 
 def make_step(
-    draw: Draw,
+    make_noising: Draw,
     loss: LossFunction,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
@@ -149,7 +149,7 @@ def make_step(
     """The update as a pure function of (state, batch); not yet jitted.
 
     Args:
-        draw: what is random, for the whole batch at once, so that it does not depend on `accumulation`.
+        make_noising: what is random, for the whole batch at once, so that it does not depend on `accumulation`.
         loss: of parameters and examples.
         optimizer: from gradients to updates.
         ema_decay: of the moving average.
@@ -160,12 +160,11 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> TrainState:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        examples = draw(batch, key)
+        examples = make_noising(batch, key)
         value, per_example, gradients = accumulated(loss, state.parameters, examples, accumulation)
         gradient_norm = optax.tree.norm(gradients)
-        # Judged before the update is made: new and old need not lie in memory side by side until it is known which of
-        # them counts.
-        made = judge(state.guard, value, gradient_norm, spike_factor)
+        # Decided before the update is applied, so that old and new state never lie in memory side by side.
+        applied = guards.should_apply(state.guard, value, gradient_norm, spike_factor)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         ema_parameters = moving_average(state.ema_parameters, parameters, ema_decay)
@@ -176,12 +175,12 @@ def make_step(
             "parameter_norm": optax.tree.norm(parameters),
         }
         kept = _select(
-            made,
+            applied,
             (parameters, ema_parameters, optimizer_state),
             (state.parameters, state.ema_parameters, state.optimizer_state),
         )
         finite = jnp.isfinite(metrics["update_norm"]) & jnp.isfinite(metrics["parameter_norm"])
-        guard = accept(state.guard, made, finite, gradient_norm)
+        guard = guards.update(state.guard, applied, finite, gradient_norm)
         return TrainState(
             step=state.step + 1,
             seed=state.seed,
@@ -192,7 +191,7 @@ def make_step(
             window=add_step(
                 state.window,
                 state.step + 1,
-                made,
+                applied,
                 finite,
                 metrics,
                 examples.t,
@@ -204,12 +203,12 @@ def make_step(
     return step
 
 
-def _select(made: jax.Array, new: optax.OptState, old: optax.OptState) -> optax.OptState:
-    return jax.tree.map(lambda yes, no: jnp.where(made, yes, no), new, old)
+def _select(applied: jax.Array, new: optax.OptState, old: optax.OptState) -> optax.OptState:
+    return jax.tree.map(lambda yes, no: jnp.where(applied, yes, no), new, old)
 
 
 def accumulated(
-    loss: LossFunction, parameters: Parameters, examples: Examples, parts: int
+    loss: LossFunction, parameters: Parameters, examples: NoisyBatch, parts: int
 ) -> tuple[jax.Array, jax.Array, Parameters]:
     """Mean loss, losses of the examples (B,) and mean gradient, `parts` equal shares of the batch one at a time."""
     gradient = jax.value_and_grad(loss, has_aux=True)
@@ -221,7 +220,7 @@ def accumulated(
         # Every part takes rows from everywhere, so that each device has its share of each.
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)  # (parts, B / parts, ...)
 
-    def add(total: tuple[jax.Array, Parameters], part: Examples) -> tuple[tuple[jax.Array, Parameters], jax.Array]:
+    def add(total: tuple[jax.Array, Parameters], part: NoisyBatch) -> tuple[tuple[jax.Array, Parameters], jax.Array]:
         (value, per_example), gradients = gradient(parameters, part)
         return jax.tree.map(jnp.add, total, (value, gradients)), per_example
 

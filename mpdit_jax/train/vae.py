@@ -23,9 +23,9 @@ from mpdit_jax.data.pipeline import batches
 from mpdit_jax.distributed.mesh import batch_sharding, check_batch, make_mesh, replicated
 from mpdit_jax.errors import CheckpointError, DivergedError
 from mpdit_jax.io import pictures as images
-from mpdit_jax.io.files import check_writable, is_json_with, parse_json, remove_leftovers, replacing, take_lock
-from mpdit_jax.runtime.signals import StopRequest
-from mpdit_jax.train.logger import Report
+from mpdit_jax.io.files import atomic_write, check_writable, is_json_with, parse_json, remove_stale_tmp, take_lock
+from mpdit_jax.runtime.signals import PreemptionHandler
+from mpdit_jax.train.logger import RunLogger
 from mpdit_jax.train.stopwatch import Stopwatch
 from mpdit_jax.train.vae_config import autoencoder_config, resolve_vae
 from mpdit_jax.train.writers import METRICS_FILE
@@ -77,7 +77,7 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
     with (
         lock,
         jax.set_mesh(mesh),
-        StopRequest(config.checkpoint.grace, partial(newest_in_words, workdir)) as stop,
+        PreemptionHandler(config.checkpoint.grace, partial(newest_in_words, workdir)) as stop,
         Checkpoints(workdir, keep=2) as checkpoints,
     ):
         _claim(workdir, config, started=bool(numbered_folders(workdir)))
@@ -99,7 +99,7 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
         data = batches(source, config.batch_size, config.seed, start=step, threads=_THREADS)
         with (
             Stopwatch(config.batch_size) as watch,
-            Report(workdir, step, config.steps, config.batch_size) as report,
+            RunLogger(workdir, step, config.steps, config.batch_size) as report,
         ):
             while step < config.steps and stop.name is None:
                 with watch.of("data_wait"):
@@ -144,7 +144,7 @@ def _finite(step: int, metrics: dict[str, jax.Array], parameters: Parameters) ->
 
 def _claim(workdir: Path, config: FrozenConfigDict, *, started: bool) -> None:
     for folder in (workdir, workdir / "vae"):
-        remove_leftovers(folder)
+        remove_stale_tmp(folder)
     path, text = workdir / CONFIG, json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
     changed = path.exists() and _decisive(path) != _decisive_of(json.loads(text))
     if started and (changed or not path.exists()):
@@ -158,7 +158,7 @@ def _claim(workdir: Path, config: FrozenConfigDict, *, started: bool) -> None:
             f"{workdir} holds the record of this training and none of its checkpoints: restore them from a copy, or "
             "use another --workdir."
         )
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 

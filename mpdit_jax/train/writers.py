@@ -18,7 +18,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from mpdit_jax.errors import InputError, MissingExtraError, first_line
-from mpdit_jax.io.files import parse_json, replacing
+from mpdit_jax.io.files import atomic_write, parse_json
 from mpdit_jax.io.pictures import encode_png
 
 METRICS_FILE = "metrics.jsonl"
@@ -51,7 +51,7 @@ class MetricsFile:
         if path.exists():
             lines = path.read_bytes().splitlines()
             kept = [line for number, line in enumerate(lines, 1) if _is_kept(line, start, last=number == len(lines))]
-            with replacing(path) as file:
+            with atomic_write(path) as file:
                 file.write(b"".join(line + b"\n" for line in kept))
         self._file = path.open("a", buffering=1)
 
@@ -128,7 +128,7 @@ class WeightsAndBiases:
         name = path.read_text().strip() if path.exists() else ""
         if not (name.isalnum() and len(name) <= 64):
             name = secrets.token_hex(8)
-            with replacing(path) as file:
+            with atomic_write(path) as file:
                 file.write(f"{name}\n".encode())
         self._wandb = wandb
         quiet = wandb.Settings(console="off", silent=True)

@@ -19,7 +19,7 @@ from flax import nnx
 
 from mpdit_jax.errors import WeightsError
 from mpdit_jax.interop.files import read_state_dict
-from mpdit_jax.io.files import replacing
+from mpdit_jax.io.files import atomic_write
 from mpdit_jax.vae.autoencoder import Autoencoder
 from mpdit_jax.vae.config import AutoencoderConfig, config_to_diffusers, read_config
 
@@ -97,10 +97,10 @@ def save_folder(folder: str | Path, config: AutoencoderConfig, parameters: Mappi
     """
     state = to_diffusers(parameters)
     _check_entries(state, config, "parameters")
-    with replacing(Path(folder) / WEIGHTS_FILES[0]) as file:
+    with atomic_write(Path(folder) / WEIGHTS_FILES[0]) as file:
         file.write(safetensors.numpy.save(state, metadata={"format": "pt"}))
     # Last, so that a folder with a config has its weights too.
-    with replacing(Path(folder) / CONFIG_FILE) as file:
+    with atomic_write(Path(folder) / CONFIG_FILE) as file:
         file.write((json.dumps(config_to_diffusers(config), indent=2, sort_keys=True) + "\n").encode())
 
 

@@ -15,7 +15,7 @@ from mpdit_jax.convert import __main__ as convert
 from mpdit_jax.errors import CheckpointError, DamageWarning
 from mpdit_jax.evaluate import __main__ as evaluate
 from mpdit_jax.model.parameters import abstract, merge, split
-from mpdit_jax.model.presets import model_config
+from mpdit_jax.model.presets import preset_config
 from mpdit_jax.sample import __main__ as sample
 from tests.conftest import Golden
 from tests.tiny import ROOT, TWO_LEVELS, refusal, run, saved_arrays, start, train_arguments
@@ -27,7 +27,7 @@ SIZES = ("hidden_size", "num_heads", "num_classes")
 
 
 def random_model(**fields):
-    config = model_config("mpdit_b", **{**TINY, **fields})
+    config = preset_config("mpdit_b", **{**TINY, **fields})
     structure, shapes = abstract(config)
     random = np.random.default_rng(0)
     return merge(structure, {k: jnp.asarray(random.normal(0, 0.3, s.shape), jnp.float32) for k, s in shapes.items()})

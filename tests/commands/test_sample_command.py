@@ -113,13 +113,13 @@ def test_unwritable_output(workdir, tmp_path, monkeypatch, capsys):
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
-    from mpdit_jax.io.files import replacing
+    from mpdit_jax.io.files import atomic_write
 
     path = tmp_path / "kept"
     path.write_bytes(b"old")
 
     def write_half():
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(b"half")
             raise RuntimeError
 

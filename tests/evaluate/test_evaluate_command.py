@@ -180,7 +180,7 @@ def test_a_run_is_checked_before_its_reference_is_looked_at(tmp_path, classifier
     def look(*arguments):
         raise AssertionError("something was looked at in vain")
 
-    monkeypatch.setattr(command, "look", look)
+    monkeypatch.setattr(command, "compute_statistics", look)
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((9, 16, 16, 1), np.uint8))
     for arguments, sentence in (
         (["--solver=eulr"], "eulr"),

@@ -12,7 +12,7 @@ from PIL import Image
 from mpdit_jax.errors import DataError, InputError
 from mpdit_jax.evaluate import compute, extraction
 from mpdit_jax.evaluate.agreement import portable
-from mpdit_jax.evaluate.compute import look
+from mpdit_jax.evaluate.compute import compute_statistics
 from mpdit_jax.evaluate.extraction import FeatureFolder, extract
 from mpdit_jax.evaluate.extractors import _build
 from mpdit_jax.evaluate.moments import Moments
@@ -91,7 +91,7 @@ def test_some_images_are_of_all_classes(tmp_path, order):
 def test_only_what_metrics_need_is_kept_and_each_process_sums_its_share(tmp_path, monkeypatch, extractor, digits):
     images = ArrayImages(digits[0][:300], {"path": "digits"})
     monkeypatch.setattr(extraction, "_BLOCK", 100)
-    monkeypatch.setattr(extraction, "wait_for_all", lambda what: None)
+    monkeypatch.setattr(extraction, "barrier", lambda what: None)
     monkeypatch.setattr(extraction, "name_of_first", lambda name: name)
     monkeypatch.setattr(compute, "agree", lambda facts: None)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -99,12 +99,12 @@ def test_only_what_metrics_need_is_kept_and_each_process_sums_its_share(tmp_path
     monkeypatch.setattr(compute, "merge_processes", lambda moments: shares.append(moments) or moments)
     for index in (1, 0):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        look(extractor, images, ["pool"], [], tmp_path, "looking")
+        compute_statistics(extractor, images, ["pool"], [], tmp_path, "looking")
     assert [share.count for share in shares] == [100, 200]
     whole = Moments.of(extractor(images.images)["pool"])
     np.testing.assert_allclose(shares[0].merge(shares[1]).covariance, whole.covariance, rtol=1e-9, atol=1e-12)
-    assert look(extractor, images, ["pool"], [], tmp_path, "looking").features is None
-    kept = look(extractor, images, ["pool"], ["pool"], tmp_path, "looking").features
+    assert compute_statistics(extractor, images, ["pool"], [], tmp_path, "looking").features is None
+    kept = compute_statistics(extractor, images, ["pool"], ["pool"], tmp_path, "looking").features
     np.testing.assert_array_equal(kept, collect(extractor, [extractor(images.images)], {}).features)
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpdit_jax.config import defaults, model_of, resolve
+from mpdit_jax.config import defaults, model_config, resolve
 from mpdit_jax.data.sources import check_fits, load_source
 from mpdit_jax.distributed.mesh import check_batch, make_mesh
 from mpdit_jax.errors import MPDiTError
@@ -20,7 +20,7 @@ from mpdit_jax.model.parameters import abstract
 from mpdit_jax.train.__main__ import main
 from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.state import abstract_state, create_state
-from mpdit_jax.train.step import make_draw, make_loss, make_step
+from mpdit_jax.train.step import make_loss, make_noising, make_step
 from tests.faults.configs import TINY, mutated
 from tests.faults.damage import MUTATIONS, REAL, TUPLE, WHOLE, WORD, bulk
 from tests.tiny import ROOT
@@ -49,28 +49,28 @@ BASE = st.sampled_from([{}, {}, MASKED])
 REACHED = {}  # what decides a step, of every config that can be traced, to the first such config
 
 
-def step_of(model_config, batch, accumulation, optimizer, time, dropout, decay, spike, ratio, weight):
+def build_train_step(architecture, batch, accumulation, optimizer, time, dropout, decay, spike, ratio, weight):
     """The training step, its optimizer, and the shapes of its examples."""
-    masked = {**MASKED, "mask_ratio": ratio, "model.patch_sizes": model_config.patch_sizes} if ratio else {}
+    masked = {**MASKED, "mask_ratio": ratio, "model.patch_sizes": architecture.patch_sizes} if ratio else {}
     config = mutated({"batch_size": batch, "label_dropout": dropout, **masked})
     config.optimizer.update(dict(optimizer))
     config.time.update(dict(time))
     resolved = resolve(config)
     made = make_optimizer(resolved.optimizer)
     step = make_step(
-        make_draw(resolved), make_loss(abstract(model_config)[0], weight), made, decay, accumulation=accumulation,
+        make_noising(resolved), make_loss(abstract(architecture)[0], weight), made, decay, accumulation=accumulation,
         spike_factor=spike,
     )  # fmt: skip
-    shape = (batch, *model_config.input_size, model_config.in_channels)
+    shape = (batch, *architecture.input_size, architecture.in_channels)
     examples = {"x": jax.ShapeDtypeStruct(shape, jnp.float32), "y": jax.ShapeDtypeStruct((batch,), jnp.int32)}
     return step, made, examples
 
 
 @cache
-def traces(model_config, *settings):
+def traces(architecture, *settings):
     """Whether the whole step can be traced: shapes, dtypes and loss, gradient and update of every parameter."""
-    step, made, examples = step_of(model_config, *settings)
-    state = abstract_state(model_config, made, make_mesh())
+    step, made, examples = build_train_step(architecture, *settings)
+    state = abstract_state(architecture, made, make_mesh())
     after = jax.eval_shape(step, state, examples)
     assert jax.tree.map(lambda leaf: leaf.shape, after) == jax.tree.map(lambda leaf: leaf.shape, state)
     return True
@@ -83,16 +83,16 @@ def try_config(changes):
         return False
     try:
         resolved = resolve(config)
-        model_config, mesh = model_of(resolved), make_mesh(**resolved.mesh)
+        architecture, mesh = model_config(resolved), make_mesh(**resolved.mesh)
         check_batch(resolved.batch_size, mesh, resolved.gradient_accumulation)
         source = load_source(**resolved.data)
-        check_fits(source, (*model_config.input_size, model_config.in_channels), model_config.num_classes)
+        check_fits(source, (*architecture.input_size, architecture.in_channels), architecture.num_classes)
     except MPDiTError as error:
         if not str(error):
             raise
         return False
     settings = (
-        model_config, resolved.batch_size, resolved.gradient_accumulation, tuple(resolved.optimizer.items()),
+        architecture, resolved.batch_size, resolved.gradient_accumulation, tuple(resolved.optimizer.items()),
         tuple(resolved.time.items()), resolved.label_dropout, resolved.ema_decay, resolved.guard.spike_factor,
         resolved.mask_ratio, resolved.mask_loss_weight,
     )  # fmt: skip
@@ -123,7 +123,7 @@ def test_what_is_traced_is_run():
         test_configs_are_traced_or_refused()
     chosen = list(REACHED.items())[:: -(-len(REACHED) // RUNS)]
     for settings, changes in chosen:
-        step, made, examples = step_of(*settings)
+        step, made, examples = build_train_step(*settings)
         state = create_state(settings[0], made, abstract_state(settings[0], made, make_mesh()), 0)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), examples)
         assert int(jax.jit(step)(state, zeros).step) == 1, changes
@@ -171,7 +171,7 @@ def test_command_lines(monkeypatch, capsys):
 
     monkeypatch.setattr("mpdit_jax.train.loop.train", reached)
     monkeypatch.setattr("mpdit_jax.train.replay.replay", lambda config, workdir, step: reached(config, workdir))
-    monkeypatch.setattr("mpdit_jax.train.join", lambda options, facts: None)
+    monkeypatch.setattr("mpdit_jax.train.__main__.join", lambda options, facts: None)
 
     @bulk(MUTATIONS // 4)
     @given(st.lists(ARGUMENT, max_size=4), st.booleans())

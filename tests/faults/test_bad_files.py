@@ -21,7 +21,7 @@ from mpdit_jax.checkpoint.load import load_config
 from mpdit_jax.checkpoint.reader import is_complete
 from mpdit_jax.data.crop import to_mode, to_square
 from mpdit_jax.data.image_sets import open_folder
-from mpdit_jax.data.info import read_facts
+from mpdit_jax.data.info import read_dataset_info
 from mpdit_jax.data.latent_store import LatentStore
 from mpdit_jax.data.sources import load_arrays
 from mpdit_jax.errors import CheckpointError, DataError, InputError, MPDiTError, WeightsError
@@ -237,7 +237,7 @@ def test_files_of_a_workdir(finished, tmp_path):
     for name in ("config.json", "data.json"):
         (tmp_path / name).write_bytes((finished / name).read_bytes())
     json_survives(tmp_path / "config.json", lambda: load_config(tmp_path), CheckpointError)
-    json_survives(tmp_path / "data.json", lambda: read_facts(tmp_path), CheckpointError)
+    json_survives(tmp_path / "data.json", lambda: read_dataset_info(tmp_path), CheckpointError)
 
 
 @pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 10**5])

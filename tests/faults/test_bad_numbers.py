@@ -17,8 +17,8 @@ from mpdit_jax.errors import DataError, DivergedError
 from mpdit_jax.train import loop
 from mpdit_jax.train import step as step_module
 from mpdit_jax.train.__main__ import main
-from mpdit_jax.train.logger import LossSpikes, Report
-from mpdit_jax.train.prefetcher import Feed
+from mpdit_jax.train.logger import LossSpikes, RunLogger
+from mpdit_jax.train.prefetcher import Prefetcher
 from tests.tiny import ROOT, environment, train_arguments
 
 BAD_STEPS = (5, 6)
@@ -170,7 +170,7 @@ def test_stopping_among_steps_that_are_left_out_keeps_the_good_checkpoint(tmp_pa
     """What made them bad may be in the parameters; the checkpoint before is kept beside, though one is to be kept."""
     workdir = tmp_path / "run"
     more = ["--config.checkpoint.keep=1", "--config.checkpoint.every=2", "--config.log.every=100"]
-    advance, take = Report.advance, Feed.take
+    advance, take = RunLogger.advance, Prefetcher.take
 
     def stop_at_five(self, step):
         advance(self, step)
@@ -185,8 +185,8 @@ def test_stopping_among_steps_that_are_left_out_keeps_the_good_checkpoint(tmp_pa
         return take(self)
 
     taken = []
-    monkeypatch.setattr(Report, "advance", stop_at_five)
-    monkeypatch.setattr(Feed, "take", fail_at_six)
+    monkeypatch.setattr(RunLogger, "advance", stop_at_five)
+    monkeypatch.setattr(Prefetcher, "take", fail_at_six)
     if stopped_by == "data":
         with pytest.raises(DataError, match="the disk is gone"):
             main(train_arguments(workdir, *more))

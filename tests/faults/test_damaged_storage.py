@@ -17,7 +17,7 @@ from mpdit_jax.checkpoint import digests as integrity
 from mpdit_jax.checkpoint.load import load_config
 from mpdit_jax.checkpoint.manager import Checkpoints
 from mpdit_jax.checkpoint.reader import list_steps
-from mpdit_jax.config import model_of
+from mpdit_jax.config import model_config
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import CheckpointError, DamageWarning, UnavailableError
 from mpdit_jax.model.parameters import split
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 def target_of(workdir):
     config = load_config(workdir)
-    return to_items(abstract_state(model_of(config), make_optimizer(config.optimizer), make_mesh()))
+    return to_items(abstract_state(model_config(config), make_optimizer(config.optimizer), make_mesh()))
 
 
 def restore(workdir):

@@ -14,8 +14,8 @@ from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.errors import CheckpointError, InputError
 from mpdit_jax.io.files import take_lock
 from mpdit_jax.train.__main__ import main
-from mpdit_jax.train.logger import Report
-from tests.faults.nursery import Nursery, wait_until
+from mpdit_jax.train.logger import RunLogger
+from tests.faults.fork_server import ForkServer, wait_until
 from tests.prepare.conftest import make_vae
 from tests.tiny import assert_same_bits, saved_arrays, train_arguments
 
@@ -23,9 +23,9 @@ EVERY = ["--config.steps=12", "--config.checkpoint.every=1", "--config.checkpoin
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
+def fork_server(tmp_path_factory):
+    with ForkServer(tmp_path_factory.mktemp("fork_server")) as fork_server:
+        yield fork_server
 
 
 @pytest.fixture
@@ -56,41 +56,41 @@ def only_sentence(text):
     return last
 
 
-def at_step_ten(nursery, workdir, saved_every):
+def at_step_ten(fork_server, workdir, saved_every):
     """A long training that has written its first line of the log."""
     long = ["--config.steps=100000", f"--config.checkpoint.every={saved_every}", "--config.log.every=10"]
-    child = nursery.start("train", train_arguments(workdir, *long))
+    child = fork_server.start("train", train_arguments(workdir, *long))
     wait_until(lambda: "\nstep 10/" in child.text(), child)
     return child
 
 
-def test_disk_full(nursery, small_disk, tmp_path):
+def test_disk_full(fork_server, small_disk, tmp_path):
     """It ends with a sentence; what was saved before is whole, and with more room the run goes on to the same bits."""
     place, remount = small_disk
-    child = nursery.start("train", train_arguments(place / "run", *EVERY))
+    child = fork_server.start("train", train_arguments(place / "run", *EVERY))
     assert child.wait() == 1
     assert "No space left on device" in only_sentence(child.text())
     kept = list_steps(place / "run")
     assert kept
     assert kept[-1] < 12
     remount("size=64m")
-    assert f"continuing at step {kept[-1]}" in nursery.run("train", train_arguments(place / "run", *EVERY))
-    nursery.run("train", train_arguments(tmp_path / "other", *EVERY))
+    assert f"continuing at step {kept[-1]}" in fork_server.run("train", train_arguments(place / "run", *EVERY))
+    fork_server.run("train", train_arguments(tmp_path / "other", *EVERY))
     assert_same_bits(saved_arrays(tmp_path / "other", 12), saved_arrays(place / "run", 12))
     assert (tmp_path / "other" / "metrics.jsonl").read_bytes() == (place / "run" / "metrics.jsonl").read_bytes()
 
 
-def test_files_that_may_not_grow(nursery, tmp_path):
+def test_files_that_may_not_grow(fork_server, tmp_path):
     """As with a quota: the limit is on a single file, and the first checkpoint does not fit."""
     limited = ["--config.model.hidden_size=64"]
     workdir = tmp_path / "run"
-    child = nursery.start("train", train_arguments(workdir, *limited), largest_file=200_000)
+    child = fork_server.start("train", train_arguments(workdir, *limited), largest_file=200_000)
     assert child.wait() == 1
     assert "File too large" in only_sentence(child.text())
     assert list_steps(workdir) == []
 
 
-def test_a_store_that_may_not_grow(nursery, tmp_path):
+def test_a_store_that_may_not_grow(fork_server, tmp_path):
     """`prepare` with a quota; with room the same command finishes the store."""
     images = tmp_path / "images" / "one"
     images.mkdir(parents=True)
@@ -100,31 +100,31 @@ def test_a_store_that_may_not_grow(nursery, tmp_path):
     arguments = [
         f"--images={images.parent}", f"--vae={vae}", "--image_size=8", "--batch_size=8", f"--out={tmp_path / 'store'}"
     ]  # fmt: skip
-    child = nursery.start("prepare", arguments, largest_file=4096)
+    child = fork_server.start("prepare", arguments, largest_file=4096)
     assert child.wait() == 1
     assert re.search(r"cannot write .*shard-00000-of-00001\.array_record: File too large", only_sentence(child.text()))
     assert not list((tmp_path / "store").glob("*shard*"))
-    nursery.run("prepare", arguments)
-    nursery.run("prepare", ["--verify", f"--out={tmp_path / 'store'}"])
+    fork_server.run("prepare", arguments)
+    fork_server.run("prepare", ["--verify", f"--out={tmp_path / 'store'}"])
 
 
-def test_read_only_directory(nursery, small_disk):
+def test_read_only_directory(fork_server, small_disk):
     place, remount = small_disk
-    nursery.run("train", train_arguments(place / "run", "--config.steps=1"))
+    fork_server.run("train", train_arguments(place / "run", "--config.steps=1"))
     remount("size=4m,ro")
     before = sorted(path for path in place.rglob("*"))
     for workdir in (place / "run", place / "new"):
-        child = nursery.start("train", train_arguments(workdir))
+        child = fork_server.start("train", train_arguments(workdir))
         assert child.wait() == 1
         assert "Read-only file system; choose another place." in only_sentence(child.text())
     assert before == sorted(path for path in place.rglob("*"))
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_workdir_deleted_during_the_run(nursery, tmp_path, replaced):
+def test_workdir_deleted_during_the_run(fork_server, tmp_path, replaced):
     """The run ends at its next line of the log, and does not write into what has taken the folder's place."""
     workdir = tmp_path / "run"
-    child = at_step_ten(nursery, workdir, saved_every=100)
+    child = at_step_ten(fork_server, workdir, saved_every=100)
     workdir.rename(tmp_path / "moved")
     if replaced:
         workdir.mkdir()
@@ -135,10 +135,10 @@ def test_workdir_deleted_during_the_run(nursery, tmp_path, replaced):
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_workdir_deleted_with_all_that_is_in_it(nursery, tmp_path, replaced):
+def test_workdir_deleted_with_all_that_is_in_it(fork_server, tmp_path, replaced):
     """In the middle of saving: TensorStore makes the folders again that it was writing to, and nothing else is made."""
     workdir = tmp_path / "run"
-    child = at_step_ten(nursery, workdir, saved_every=1)
+    child = at_step_ten(fork_server, workdir, saved_every=1)
     while workdir.exists():
         shutil.rmtree(workdir, ignore_errors=True)  # it is written to meanwhile
     if replaced:
@@ -162,8 +162,8 @@ def test_what_takes_the_workdirs_place_gets_nothing_of_the_old_run(tmp_path, mon
             workdir.rename(tmp_path / "moved")
             workdir.mkdir()
 
-    advance = Report.advance
-    monkeypatch.setattr(Report, "advance", lambda self, step: (advance(self, step), replace(step)))
+    advance = RunLogger.advance
+    monkeypatch.setattr(RunLogger, "advance", lambda self, step: (advance(self, step), replace(step)))
     more = ["--config.log.every=100", "--config.checkpoint.every=100"]
     more += ["--config.sample.every=2"] if written == "the grid" else ["--config.eval.every=2"]
     with pytest.raises(CheckpointError, match="was deleted, moved or replaced while the run was writing to it"):
@@ -171,16 +171,16 @@ def test_what_takes_the_workdirs_place_gets_nothing_of_the_old_run(tmp_path, mon
     assert not list(workdir.iterdir())
 
 
-def test_the_owner_of_a_lock_is_named(nursery, tmp_path):
+def test_the_owner_of_a_lock_is_named(fork_server, tmp_path):
     """And a killed owner leaves nothing that anybody would have to remove."""
     workdir, long = tmp_path / "run", ["--config.steps=100000", "--config.log.every=10"]
-    child = nursery.start("train", train_arguments(workdir, *long))
+    child = fork_server.start("train", train_arguments(workdir, *long))
     wait_until(lambda: "starting at step" in child.text(), child)
     with pytest.raises(CheckpointError, match=f"process {child.pid} on {socket.gethostname()} since 20.* UTC"):
         main(train_arguments(workdir, *long))
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    nursery.run("train", train_arguments(workdir, "--config.steps=2"))
+    fork_server.run("train", train_arguments(workdir, "--config.steps=2"))
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, save_classifier
-from tests.faults.nursery import Nursery, wait_until
+from tests.faults.fork_server import ForkServer, wait_until
 from tests.prepare.conftest import make_vae
 from tests.sample.conftest import make_workdir, read_npz
 from tests.tiny import assert_same_bits, saved_arrays, train_arguments
@@ -22,17 +22,17 @@ KILLS = 4
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
+def fork_server(tmp_path_factory):
+    with ForkServer(tmp_path_factory.mktemp("fork_server")) as fork_server:
+        yield fork_server
 
 
-def kill_and_finish(nursery, command, arguments, progress, total):
+def kill_and_finish(fork_server, command, arguments, progress, total):
     """Kill a command KILLS times, each time at a random moment of what is left, and while its last lines run; then let
     it end.
 
     Args:
-        nursery: where it lives.
+        fork_server: where it lives.
         command: its name.
         arguments: its arguments.
         progress: how far it has come.
@@ -42,24 +42,24 @@ def kill_and_finish(nursery, command, arguments, progress, total):
     print(f"seed {seed}")
     draw, killed = random.Random(seed), 0
     for number in range(KILLS + 1):
-        before, child = progress(), nursery.start(command, arguments)
+        before, child = progress(), fork_server.start(command, arguments)
         goal = before + draw.randint(1, max(1, (total - before) // 2)) if number < KILLS else total
         wait_until(lambda goal=goal: progress() >= goal, child)
         time.sleep(draw.uniform(0, 0.1))
         killed += child.kill() != 0
     print(f"killed {killed} times")
     assert killed >= 2, "it is over too soon to be killed"
-    return nursery.run(command, arguments)
+    return fork_server.run(command, arguments)
 
 
-def test_sample(nursery, tmp_path):
+def test_sample(fork_server, tmp_path):
     workdir = make_workdir(tmp_path / "run")
     arguments = [f"--workdir={workdir}", "--steps=8", "--batch_size=2", "--num_samples=800"]
-    nursery.run("sample", [*arguments, f"--out={tmp_path / 'undisturbed.npz'}"])
+    fork_server.run("sample", [*arguments, f"--out={tmp_path / 'undisturbed.npz'}"])
     out = tmp_path / "killed.npz"
     blocks = tmp_path / "killed.npz.unfinished"
     text = kill_and_finish(
-        nursery, "sample", [*arguments, f"--out={out}"], lambda: len(list(blocks.glob("*[0-9].npz"))), 400
+        fork_server, "sample", [*arguments, f"--out={out}"], lambda: len(list(blocks.glob("*[0-9].npz"))), 400
     )
     assert "images are there already" in text
     expected, found = read_npz(tmp_path / "undisturbed.npz"), read_npz(out)
@@ -69,7 +69,7 @@ def test_sample(nursery, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.npz", "run", "undisturbed.npz"]
 
 
-def test_prepare(nursery, tmp_path):
+def test_prepare(fork_server, tmp_path):
     folder, draw = tmp_path / "images", np.random.default_rng(0)
     for name in ("one", "two"):
         (folder / name).mkdir(parents=True)
@@ -78,15 +78,15 @@ def test_prepare(nursery, tmp_path):
     vae = make_vae(tmp_path / "vae", seed=0)
     arguments = [f"--images={folder}", f"--vae={vae}", "--image_size=8", "--shard_size=1", "--batch_size=1"]
     expected, out = tmp_path / "undisturbed", tmp_path / "killed"
-    nursery.run("prepare", [*arguments, f"--out={expected}"])
+    fork_server.run("prepare", [*arguments, f"--out={expected}"])
     kill_and_finish(
-        nursery, "prepare", [*arguments, f"--out={out}"], lambda: len(list(out.glob("shard-*.array_record"))), 100
+        fork_server, "prepare", [*arguments, f"--out={out}"], lambda: len(list(out.glob("shard-*.array_record"))), 100
     )
     names = [path.name for path in expected.iterdir() if path.name != ".lock"]
     assert sorted(names) == sorted(path.name for path in out.iterdir() if path.name != ".lock")
     for name in names:
         assert (expected / name).read_bytes() == (out / name).read_bytes(), name
-    nursery.run("prepare", ["--verify", f"--out={out}"])
+    fork_server.run("prepare", ["--verify", f"--out={out}"])
 
 
 @pytest.fixture(scope="module")
@@ -104,18 +104,18 @@ def leave_litter(folder):
         (folder / f".{name}.k1ll3d_0.tmp").write_text("half")
 
 
-def test_evaluate_a_run(nursery, classifier, tmp_path):
+def test_evaluate_a_run(fork_server, classifier, tmp_path):
     """Settings that were done are not drawn again, nor blocks of the one that was not."""
     workdir, found = make_workdir(tmp_path / "run"), tmp_path / "found"
     arguments = [
         f"--workdir={workdir}", f"--features=classifier:{classifier}", "--metrics=fd,is,precision,recall,kid",
         "--num_samples=240", "--batch_size=8", "--guidance_scale=1.0,1.5", "--steps=4",
     ]  # fmt: skip
-    nursery.run("evaluate", [*arguments, f"--out={tmp_path / 'expected' / 'numbers.json'}"])
+    fork_server.run("evaluate", [*arguments, f"--out={tmp_path / 'expected' / 'numbers.json'}"])
     leave_litter(found)
     (found / ".statistics.npz.k1ll3d_0.tmp").unlink()  # of another command
     text = kill_and_finish(
-        nursery,
+        fork_server,
         "evaluate",
         [*arguments, f"--out={found / 'numbers.json'}"],
         # A row is worth more than the blocks that go when it is done.
@@ -126,7 +126,7 @@ def test_evaluate_a_run(nursery, classifier, tmp_path):
     assert_same_files(tmp_path / "expected", found)
 
 
-def test_evaluate_images(nursery, classifier, tmp_path):
+def test_evaluate_images(fork_server, classifier, tmp_path):
     """The statistics that it saves as well."""
     draw = np.random.default_rng(0)
     np.savez(tmp_path / "samples.npz", arr_0=draw.integers(0, 255, (20_000, 8, 8, 1), np.uint8))
@@ -139,14 +139,16 @@ def test_evaluate_images(nursery, classifier, tmp_path):
         return [*arguments, f"--out={folder / 'numbers.json'}", f"--save_stats={folder / 'statistics.npz'}"]
 
     expected, found = tmp_path / "expected", tmp_path / "found"
-    nursery.run("evaluate", into(expected))
+    fork_server.run("evaluate", into(expected))
     leave_litter(found)
-    kill_and_finish(nursery, "evaluate", into(found), lambda: len(list(found.glob("*.unfinished/*/*[0-9].npz"))), 40)
+    kill_and_finish(
+        fork_server, "evaluate", into(found), lambda: len(list(found.glob("*.unfinished/*/*[0-9].npz"))), 40
+    )
     assert_same_files(expected, found)
 
 
 @pytest.mark.slow
-def test_train_with_evaluations(nursery, classifier, tmp_path):
+def test_train_with_evaluations(fork_server, classifier, tmp_path):
     """Cut off in the middle of an evaluation, training makes up for it: every line of the log, to the byte."""
     arguments = train_arguments(
         "", "--config.steps=16", "--config.checkpoint.every=2", "--config.eval.every=2",
@@ -154,10 +156,10 @@ def test_train_with_evaluations(nursery, classifier, tmp_path):
         "--config.eval.batch_size=4", "--config.eval.steps=4", "--config.eval.guidance_scales=2.0,",
         "--config.eval.metrics=fd",
     )  # fmt: skip
-    nursery.run("train", [*arguments, f"--workdir={tmp_path / 'expected'}"])
+    fork_server.run("train", [*arguments, f"--workdir={tmp_path / 'expected'}"])
     metrics = tmp_path / "found" / "metrics.jsonl"
     kill_and_finish(
-        nursery,
+        fork_server,
         "train",
         [*arguments, f"--workdir={tmp_path / 'found'}"],
         lambda: metrics.read_text().count("guidance_2") if metrics.exists() else 0,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mpdit_jax.checkpoint.reader import is_complete
-from tests.faults.nursery import Nursery, wait_until
+from tests.faults.fork_server import ForkServer, wait_until
 from tests.tiny import ROOT, assert_same_bits, run, saved_arrays
 
 KILLS = int(os.environ.get("MPDIT_JAX_KILLS", "50"))
@@ -36,13 +36,13 @@ def arguments(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
+def fork_server(tmp_path_factory):
+    with ForkServer(tmp_path_factory.mktemp("fork_server")) as fork_server:
+        yield fork_server
 
 
 @pytest.fixture(scope="module")
-def undisturbed(nursery, arguments, tmp_path_factory):
+def undisturbed(fork_server, arguments, tmp_path_factory):
     """Started as a user starts it."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     status, _, stderr = run("train", [*arguments, f"--workdir={workdir}"])
@@ -59,10 +59,10 @@ def being_saved(workdir):
     return found
 
 
-def kill_once(nursery, arguments, workdir, draw):
+def kill_once(fork_server, arguments, workdir, draw):
     """Start the run, kill it at a random moment: (what it was doing, whether it was done before)."""
     left = being_saved(workdir)  # by an earlier kill
-    child, begun = nursery.start("train", arguments), time.monotonic()
+    child, begun = fork_server.start("train", arguments), time.monotonic()
     how = draw.choices(["starting", "running", "saving"], [2, 5, 4])[0]
     if how == "starting":
         moment = begun + draw.uniform(0, 2)
@@ -82,7 +82,7 @@ def kill_once(nursery, arguments, workdir, draw):
 
 
 @pytest.mark.slow
-def test_killed_fifty_times(nursery, arguments, undisturbed, tmp_path):
+def test_killed_fifty_times(fork_server, arguments, undisturbed, tmp_path):
     """In another workdir whenever a run gets to its end before."""
     seed = int(os.environ.get("MPDIT_JAX_KILL_SEED", random.SystemRandom().randrange(2**32)))
     print(f"seed {seed}")
@@ -93,10 +93,10 @@ def test_killed_fifty_times(nursery, arguments, undisturbed, tmp_path):
             workdir = tmp_path / f"run_{runs}"
             mine = [*arguments, f"--workdir={workdir}"]
         if sum(counts.values()) < KILLS:
-            how, done = kill_once(nursery, mine, workdir, draw)
+            how, done = kill_once(fork_server, mine, workdir, draw)
             counts[how] += not done
         else:
-            nursery.run("train", mine)
+            fork_server.run("train", mine)
             done = True
         if done:
             assert_same_run(undisturbed, workdir)

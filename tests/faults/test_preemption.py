@@ -20,7 +20,7 @@ from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.errors import InputError
 from mpdit_jax.runtime.signals import Terminated, ending_by_exception
 from mpdit_jax.train.__main__ import main
-from tests.faults.nursery import Nursery, wait_until
+from tests.faults.fork_server import ForkServer, wait_until
 from tests.tiny import ROOT, assert_same_bits, environment, run, saved_arrays, start, train_arguments
 
 LONG = ["--config.steps=100000", "--config.checkpoint.every=100000", "--config.log.every=5"]
@@ -33,9 +33,9 @@ VAE = [
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
+def fork_server(tmp_path_factory):
+    with ForkServer(tmp_path_factory.mktemp("fork_server")) as fork_server:
+        yield fork_server
 
 
 def handles(pid, number):
@@ -104,10 +104,10 @@ def test_a_signal_while_a_weak_reference_dies_is_not_lost():
         collect_and_work()
 
 
-def test_before_the_first_step(nursery, tmp_path):
+def test_before_the_first_step(fork_server, tmp_path):
     """There is nothing to save: it ends at once, even while it compiles."""
     alone = "--config.model.hidden_size=24"  # no other test has compiled its step
-    child = nursery.start("train", train_arguments(tmp_path / "run", *LONG, alone))
+    child = fork_server.start("train", train_arguments(tmp_path / "run", *LONG, alone))
     wait_until(lambda: "starting at step 0" in child.text(), child)
     os.kill(child.pid, signal.SIGTERM)
     assert child.wait() == 0
@@ -116,13 +116,15 @@ def test_before_the_first_step(nursery, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_vae_before_its_first_step(nursery, tmp_path, number):
+def test_a_vae_before_its_first_step(fork_server, tmp_path, number):
     """As above; Ctrl-C is noted, and heeded before the first step or after it."""
     (tmp_path / "images" / "one").mkdir(parents=True)
     for index in range(8):
         Image.new("L", (8, 8), 30 * index).save(tmp_path / "images" / "one" / f"{index}.png")
     workdir = tmp_path / "run"
-    child = nursery.start("train_vae", [*VAE, f"--config.data.images={tmp_path / 'images'}", f"--workdir={workdir}"])
+    child = fork_server.start(
+        "train_vae", [*VAE, f"--config.data.images={tmp_path / 'images'}", f"--workdir={workdir}"]
+    )
     wait_until(lambda: (workdir / "config.json").exists(), child)
     os.kill(child.pid, number)
     assert child.wait() == 0, child.text()
@@ -134,9 +136,9 @@ def test_a_vae_before_its_first_step(nursery, tmp_path, number):
         assert "with nothing trained yet" in child.text() or "SIGTERM: no step was done since" in child.text()
 
 
-def test_saved_within_the_grace_period(nursery, tmp_path):
+def test_saved_within_the_grace_period(fork_server, tmp_path):
     workdir = tmp_path / "run"
-    child = nursery.start("train", train_arguments(workdir, *LONG, "--config.checkpoint.grace=60"))
+    child = fork_server.start("train", train_arguments(workdir, *LONG, "--config.checkpoint.grace=60"))
     wait_until(lambda: "\nstep 5/" in child.text(), child)
     since = time.monotonic()
     os.kill(child.pid, signal.SIGTERM)
@@ -250,12 +252,12 @@ def test_a_terminal_that_is_closed_on_whoever_ignores_it(tmp_path):
     assert list_steps(workdir)
 
 
-def test_a_grace_period_that_is_too_short(nursery, tmp_path):
+def test_a_grace_period_that_is_too_short(fork_server, tmp_path):
     """It ends in time, says so, and what was saved before is as it was."""
     workdir = tmp_path / "run"
-    nursery.run("train", train_arguments(workdir, "--config.steps=4"))
+    fork_server.run("train", train_arguments(workdir, "--config.steps=4"))
     before = saved_arrays(workdir, 4)
-    child = nursery.start("train", train_arguments(workdir, *LONG, "--config.checkpoint.grace=1e-6"))
+    child = fork_server.start("train", train_arguments(workdir, *LONG, "--config.checkpoint.grace=1e-6"))
     wait_until(lambda: "\nstep 5/" in child.text(), child)
     os.kill(child.pid, signal.SIGTERM)
     assert child.wait() == 1
@@ -263,12 +265,12 @@ def test_a_grace_period_that_is_too_short(nursery, tmp_path):
     assert_same_bits(before, saved_arrays(workdir, 4))
 
 
-def test_a_second_signal_ends_at_once(nursery, tmp_path):
+def test_a_second_signal_ends_at_once(fork_server, tmp_path):
     """Also in the middle of the last save; the checkpoint before it is whole, and the run goes on from it."""
     workdir = tmp_path / "run"
-    nursery.run("train", train_arguments(workdir, "--config.steps=4"))
+    fork_server.run("train", train_arguments(workdir, "--config.steps=4"))
     before = saved_arrays(workdir, 4)
-    child = nursery.start("train", train_arguments(workdir, *LONG))
+    child = fork_server.start("train", train_arguments(workdir, *LONG))
     wait_until(lambda: "\nstep 5/" in child.text(), child)
     os.kill(child.pid, signal.SIGTERM)
     wait_until(lambda: "SIGTERM: saving step" in child.text(), child)
@@ -281,7 +283,7 @@ def test_a_second_signal_ends_at_once(nursery, tmp_path):
         assert time.monotonic() - since < 10
     assert_same_bits(before, saved_arrays(workdir, 4))
     reached = list_steps(workdir)[-1]
-    output = nursery.run("train", train_arguments(workdir, f"--config.steps={reached + 1}"))
+    output = fork_server.run("train", train_arguments(workdir, f"--config.steps={reached + 1}"))
     assert f"continuing at step {reached}" in output
 
 
@@ -297,9 +299,9 @@ ocp.PyTreeCheckpointHandler.finalize = slow
 """
 
 
-def test_a_second_signal_in_the_middle_of_a_save(nursery, tmp_path):
+def test_a_second_signal_in_the_middle_of_a_save(fork_server, tmp_path):
     workdir = tmp_path / "run"
-    nursery.run("train", train_arguments(workdir, "--config.steps=4"))
+    fork_server.run("train", train_arguments(workdir, "--config.steps=4"))
     before = saved_arrays(workdir, 4)
     process = start("train", train_arguments(workdir, *LONG), before=SLOW)
     for line in process.stdout:
@@ -316,15 +318,15 @@ def test_a_second_signal_in_the_middle_of_a_save(nursery, tmp_path):
     assert "SIGTERM again: ended at once; the checkpoint of step 4 is safe" in stderr
     assert list_steps(workdir) == [4]
     assert_same_bits(before, saved_arrays(workdir, 4))
-    assert "continuing at step 4" in nursery.run("train", train_arguments(workdir, "--config.steps=5"))
+    assert "continuing at step 4" in fork_server.run("train", train_arguments(workdir, "--config.steps=5"))
     assert list_steps(workdir) == [4, 5]
     assert not list((workdir / "checkpoints").glob("*tmp*"))
 
 
 SLEEPER = """
 import os, signal, time
-from mpdit_jax.runtime.signals import StopRequest
-with StopRequest(grace=float({grace}), saved=lambda: "the checkpoint of step 7") as stop:
+from mpdit_jax.runtime.signals import PreemptionHandler
+with PreemptionHandler(grace=float({grace}), saved=lambda: "the checkpoint of step 7") as stop:
     print("ready", flush=True)
     # The main thread is inside a library and hears nothing: without handlers of its own Python would wait for it.
     import ctypes
@@ -335,8 +337,8 @@ with StopRequest(grace=float({grace}), saved=lambda: "the checkpoint of step 7")
 
 UNHEARD = """
 import os, signal, sys, time
-from mpdit_jax.runtime.signals import StopRequest
-with StopRequest(saved=lambda: "nothing") as stop:
+from mpdit_jax.runtime.signals import PreemptionHandler
+with PreemptionHandler(saved=lambda: "nothing") as stop:
     sys.stdin.readline()
     print("nobody reads this", flush=True)
     assert stop.name == "nobody reads the output any more", stop.name

@@ -9,7 +9,7 @@ import mpdit_jax as mp
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.flow.adaptive import Adaptive
 from mpdit_jax.flow.fields import FunctionField
-from mpdit_jax.flow.registry import SOLVERS, find_solver
+from mpdit_jax.flow.registry import SOLVERS, get_solver
 from mpdit_jax.flow.solvers import DPMpp2M, Euler, Heun, Midpoint
 from mpdit_jax.flow.stochastic import DIFFUSIONS, EulerMaruyama
 from mpdit_jax.flow.times import QuadraticGrid, ShiftedGrid, UniformGrid, find_time_grid
@@ -214,13 +214,13 @@ def test_the_path_runs_from_the_noise_to_the_latents():
 
 
 @pytest.mark.parametrize(("make", "sentence"), [
-    (lambda: find_solver("heum"), "unknown solver 'heum'.*did you mean 'heun'"),
-    (lambda: find_solver("euler", rtol=1e-3), "rtol=0.001 is not an option of solver 'euler'.*no options"),
-    (lambda: find_solver("dopri5", tol=1e-3), "tol=0.001.*its options are rtol, atol"),
-    (lambda: find_solver("dopri5", rtol=-1), "rtol=-1.*small positive"),
-    (lambda: find_solver("tsit5", rtol=0, atol=0), "rtol=0.*small positive"),
-    (lambda: find_solver("euler_maruyama", diffusion="sbdm"), "diffusion='sbdm'.*did you mean|diffusion='sbdm'"),
-    (lambda: find_solver("euler_maruyama", norm=-1), "norm=-1"),
+    (lambda: get_solver("heum"), "unknown solver 'heum'.*did you mean 'heun'"),
+    (lambda: get_solver("euler", rtol=1e-3), "rtol=0.001 is not an option of solver 'euler'.*no options"),
+    (lambda: get_solver("dopri5", tol=1e-3), "tol=0.001.*its options are rtol, atol"),
+    (lambda: get_solver("dopri5", rtol=-1), "rtol=-1.*small positive"),
+    (lambda: get_solver("tsit5", rtol=0, atol=0), "rtol=0.*small positive"),
+    (lambda: get_solver("euler_maruyama", diffusion="sbdm"), "diffusion='sbdm'.*did you mean|diffusion='sbdm'"),
+    (lambda: get_solver("euler_maruyama", norm=-1), "norm=-1"),
     (lambda: EulerMaruyama(start=0.1, end=0.5), "0 < end < start < 1"),
     (lambda: find_time_grid("shift"), "unknown time grid 'shift'.*did you mean 'shifted'"),
     (lambda: ShiftedGrid(0), "time_shift=0"),

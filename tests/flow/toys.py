@@ -48,11 +48,11 @@ def counting_model():
 def tiny_model(**fields):
     """An MPDiT with random weights, none of them zero; drawn by NumPy, so that nothing has to be compiled."""
     from mpdit_jax.model.parameters import abstract, merge
-    from mpdit_jax.model.presets import model_config
+    from mpdit_jax.model.presets import preset_config
 
     small = {"hidden_size": 32, "num_heads": 2, "num_classes": 10, "input_size": 8, "class_tokens": 2, "depths": (1, 1)}
     # The sinusoidal embedding: a random FNO is so rough in t that rounding decides where adaptive solvers step.
     small |= {"in_channels": 1, "time_embedding": "sinusoidal"}
-    structure, shapes = abstract(model_config("mpdit_b", **{**small, **fields}))
+    structure, shapes = abstract(preset_config("mpdit_b", **{**small, **fields}))
     random = np.random.default_rng(0)
     return merge(structure, {k: jnp.asarray(0.1 * random.standard_normal(v.shape), v.dtype) for k, v in shapes.items()})

@@ -7,7 +7,7 @@ import pytest
 import mpdit_jax as mp
 from mpdit_jax.errors import ConfigError, WeightsError
 from mpdit_jax.model.parameters import abstract, merge
-from mpdit_jax.model.presets import model_config
+from mpdit_jax.model.presets import preset_config
 from tests.conftest import Golden, relative_error
 
 
@@ -85,7 +85,7 @@ def test_a_table_that_is_not_one_is_called_so(state):
 
 def test_what_a_preset_of_ours_writes_is_read_as_its_config():
     small = {"depths": (1,), "hidden_size": 16, "num_heads": 2, "num_classes": 3, "input_size": 8}
-    structure, shapes = abstract(model_config("dit_b_2", **small))
+    structure, shapes = abstract(preset_config("dit_b_2", **small))
     model = merge(structure, {name: jnp.zeros(leaf.shape) for name, leaf in shapes.items()})
     assert mp.load_torch(mp.to_torch(model), num_heads=2, convention="velocity").config == model.config
 
@@ -117,7 +117,7 @@ def test_kinds_that_nobody_has_published(state):
 
 @pytest.mark.parametrize(("preset", "parameters", "giga_macs"), [("dit_b_2", 130.5, 23.0), ("dit_xl_2", 675.1, 118.6)])
 def test_the_presets_cost_what_is_printed(preset, parameters, giga_macs):
-    count, macs = mp.count(model_config(preset))
+    count, macs = mp.count(preset_config(preset))
     assert round(count / 1e6, 1) == parameters
     assert round(macs / 1e9, 1) == giga_macs
 

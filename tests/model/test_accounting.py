@@ -5,7 +5,7 @@ import pytest
 
 import mpdit_jax as mp
 from mpdit_jax.model.parameters import abstract, merge, split
-from mpdit_jax.model.presets import model_config
+from mpdit_jax.model.presets import preset_config
 
 # Millions of parameters as the published table prints them.
 PRINTED = {
@@ -33,13 +33,13 @@ def test_every_preset_has_a_printed_figure():
 @pytest.mark.parametrize("preset", PRINTED)
 def test_parameters_are_the_table(preset):
     decimals = len(PRINTED[preset].partition(".")[2])
-    parameters, _ = mp.count(model_config(preset))
+    parameters, _ = mp.count(preset_config(preset))
     assert f"{parameters / 1e6:.{decimals}f}" == PRINTED[preset]
 
 
 @pytest.mark.parametrize("preset", GIGA_MACS)
 def test_macs_are_near_the_table(preset):
-    _, macs = mp.count(model_config(preset))
+    _, macs = mp.count(preset_config(preset))
     assert macs / 1e9 == pytest.approx(GIGA_MACS[preset], abs=0.05)
 
 
@@ -53,7 +53,7 @@ def test_macs_are_near_the_table(preset):
     {"patch_sizes": (4, 2), "depths": (2, 1), "input_size": 8, "modulation": "per_block"},
 ])  # fmt: skip
 def test_parameters_are_those_of_the_model(fields):
-    config = model_config("mpdit_b", **SMALL, **fields)
+    config = preset_config("mpdit_b", **SMALL, **fields)
     model = mp.create_model("mpdit_b", **SMALL, **fields)
     tables = sum(int(np.prod(config.grid(level))) * config.hidden_size for level in range(len(config.depths)))
     trained = sum(leaf.size for leaf in split(model)[1].values())
@@ -70,7 +70,7 @@ def test_macs_are_what_xla_counts(fields):
     its norms and activations are the 1 %.
     """
     one_block = {"depths": (1, 1), "hidden_size": 768, "num_classes": 10, "input_size": 32, "platform": "tpu"}
-    config = model_config("mpdit_b", **one_block, **fields)
+    config = preset_config("mpdit_b", **one_block, **fields)
     structure, shapes = abstract(config)
     batch = 4
     x = jax.ShapeDtypeStruct((batch, 32, 32, 4), jnp.float32)

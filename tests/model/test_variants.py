@@ -18,7 +18,7 @@ from mpdit_jax.model.config import FNO_INITS, MODULATIONS, TIME_EMBEDDINGS, UPSA
 from mpdit_jax.model.fno import FNO_INITS as FNO_INIT_PARTS
 from mpdit_jax.model.mpdit import TIME_EMBEDDINGS as TIME_EMBEDDING_PARTS
 from mpdit_jax.model.parameters import abstract, merge
-from mpdit_jax.model.presets import model_config
+from mpdit_jax.model.presets import preset_config
 from mpdit_jax.model.upsample import UPSAMPLERS as UPSAMPLER_PARTS
 from mpdit_jax.model.upsample import Upsample
 from studies.fno_width import initial_sizes
@@ -54,7 +54,7 @@ def test_names_are_those_of_the_registries():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameters_are_counted_and_laid_out(name):
-    config = model_config("mpdit_b", **{**SMALL, **VARIANTS[name]})
+    config = preset_config("mpdit_b", **{**SMALL, **VARIANTS[name]})
     shapes = abstract(config)[1]
     tables = sum(int(np.prod(config.grid(level))) * config.hidden_size for level in range(len(config.depths)))
     assert mp.count(config)[0] == tables + sum(int(np.prod(leaf.shape)) for leaf in shapes.values())
@@ -69,7 +69,7 @@ def test_parameters_are_counted_and_laid_out(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_gradients_reach_every_parameter(name):
     """Weights that start at zero are drawn first: behind them nothing would have a gradient."""
-    config = model_config("mpdit_b", **{**SMALL, **VARIANTS[name]})
+    config = preset_config("mpdit_b", **{**SMALL, **VARIANTS[name]})
     structure, shapes = abstract(config)
     random = np.random.default_rng(0)
     parameters = {path: random.normal(0, 0.3, leaf.shape).astype(np.float32) for path, leaf in shapes.items()}
@@ -104,7 +104,7 @@ def test_macs_are_what_xla_counts_of_the_unscanned_forward(name, monkeypatch):
     """XLA counts a scan's body once, so the loop is unrolled; its norms and activations are the 1 %."""
     monkeypatch.setattr(blocks.jax.lax, "scan", unrolled)
     # The arithmetic for CPUs has a loop over heads, counted once as well.
-    config = model_config("mpdit_b", num_classes=10, platform="gpu", **COUNTED[name])
+    config = preset_config("mpdit_b", num_classes=10, platform="gpu", **COUNTED[name])
     structure, shapes = abstract(config)
     x = jax.ShapeDtypeStruct((2, 32, 32, 4), jnp.float32)
     t, y = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
@@ -147,7 +147,7 @@ def test_the_scaled_fno_is_the_same_size_at_every_width():
 ])  # fmt: skip
 def test_impossible_combinations_are_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
-        model_config("mpdit_b", **{**SMALL, **fields})
+        preset_config("mpdit_b", **{**SMALL, **fields})
 
 
 @pytest.mark.parametrize(("fields", "name"), [
@@ -164,7 +164,7 @@ def test_what_nobody_has_published_has_no_names(fields, name):
 
 def test_a_linear_upsampler_is_a_transposed_convolution_without_overlap():
     """Pixel shuffle after a linear map: what the docstring of `upsample` says of kernel r."""
-    config = model_config("mpdit_b", **{**SMALL, "upsampler": "linear"})
+    config = preset_config("mpdit_b", **{**SMALL, "upsampler": "linear"})
     upsample = Upsample(2, config.grid(0), config, nnx.Rngs(params=0))
     tokens = np.random.default_rng(0).standard_normal((1, 2 + 4, 16), np.float32)
     found = upsample(jnp.asarray(tokens))
@@ -177,7 +177,7 @@ def test_a_linear_upsampler_is_a_transposed_convolution_without_overlap():
 
 def test_rules_name_only_what_there_is():
     """Each row of the table is the first to match some parameter of some variant."""
-    configs = [model_config("mpdit_b", **{**SMALL, **fields}) for fields in VARIANTS.values()]
+    configs = [preset_config("mpdit_b", **{**SMALL, **fields}) for fields in VARIANTS.values()]
     paths = {path for config in configs for path in abstract(config)[1]}
     used = {next(pattern for pattern, _ in PARAMETER_RULES if fnmatchcase(path, pattern)) for path in paths}
     assert used == {pattern for pattern, _ in PARAMETER_RULES}

@@ -69,7 +69,7 @@ def test_repeating_changes_nothing(copy, folder, vae_folder):
 def test_an_interrupted_store_is_finished_with_the_same_bytes(finished, folder, vae_folder, tmp_path, monkeypatch):
     from mpdit_jax.prepare import shards
 
-    out, write = tmp_path / "out", shards.replacing
+    out, write = tmp_path / "out", shards.atomic_write
     written = []
 
     def dies(path):
@@ -79,7 +79,7 @@ def test_an_interrupted_store_is_finished_with_the_same_bytes(finished, folder, 
         return write(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "replacing", dies)
+        patch.setattr(shards, "atomic_write", dies)
         with pytest.raises(KeyboardInterrupt):
             main(arguments(folder, vae_folder, out))
     (out / ".shard-00002-of-00003.array_record.tmp").write_bytes(b"half of it")
@@ -290,7 +290,7 @@ def test_the_vaes_own_factors(finished, vae_folder):
 
 def test_without_a_vae_the_store_holds_pixels(folder, vae_folder, tmp_path):
     """And a run on it is decoded without one."""
-    from mpdit_jax.data.info import claim_data
+    from mpdit_jax.data.info import record_dataset
     from mpdit_jax.sample.decoding import make_decode
 
     out, workdir = tmp_path / "pixels", tmp_path / "run"
@@ -306,7 +306,7 @@ def test_without_a_vae_the_store_holds_pixels(folder, vae_folder, tmp_path):
         np.testing.assert_array_equal(np.rint((view + 1) * 127.5), expected)  # float16 loses nothing of 8 bits
     assert (record["std"] == 0).all()
     workdir.mkdir()
-    claim_data(workdir, source, trained=False)
+    record_dataset(workdir, source, trained=False)
     normalized = (record["mean"][:1].astype(np.float32) - source.latents.mean) / source.latents.std
     for vae in (None, "", "none"):
         decoded = np.asarray(make_decode(workdir, vae)(normalized.astype(np.float32)))

@@ -20,8 +20,8 @@ def workdir(tmp_path_factory):
 
 def make_workdir(path, in_channels=1, step=1):
     from mpdit_jax.checkpoint.manager import Checkpoints
-    from mpdit_jax.checkpoint.workdir import claim_workdir
-    from mpdit_jax.config import base_config, model_of, resolve
+    from mpdit_jax.checkpoint.workdir import lock_workdir
+    from mpdit_jax.config import base_config, model_config, resolve
     from mpdit_jax.model.parameters import abstract
 
     config = base_config()
@@ -38,11 +38,11 @@ def make_workdir(path, in_channels=1, step=1):
     )
     resolved = resolve(config)
     random = np.random.default_rng(step - 1)
-    _, shapes = abstract(model_of(resolved))
+    _, shapes = abstract(model_config(resolved))
     weights = {
         name: jax.numpy.asarray(0.1 * random.standard_normal(leaf.shape, np.float32)) for name, leaf in shapes.items()
     }
-    with claim_workdir(path, resolved), Checkpoints(path, keep=1) as checkpoints:
+    with lock_workdir(path, resolved), Checkpoints(path, keep=1) as checkpoints:
         checkpoints.save(step, {"parameters": weights, "ema_parameters": weights})
     return path
 

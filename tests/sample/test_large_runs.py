@@ -83,8 +83,8 @@ def test_processes_take_the_checkpoint_that_the_first_has_found(workdir, tmp_pat
     newer = make_workdir(tmp_path / "newer", step=2)
     (newer / "checkpoints/2").rename(tmp_path / "run/checkpoints/2")
     assert load_together(tmp_path / "run")[0] == 2
-    monkeypatch.setattr("mpdit_jax.checkpoint.first_does", lambda action: None)  # as on another process
-    monkeypatch.setattr("mpdit_jax.checkpoint.told_by_first", lambda value: 1)
+    monkeypatch.setattr("mpdit_jax.checkpoint.run_on_process_0", lambda action: None)  # as on another process
+    monkeypatch.setattr("mpdit_jax.checkpoint.broadcast", lambda value: 1)
     assert load_together(tmp_path / "run")[0] == 1
 
 

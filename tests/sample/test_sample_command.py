@@ -18,7 +18,7 @@ from mpdit_jax.sample.__main__ import main, make_sample_parser
 from mpdit_jax.sample.blocks import Block
 from mpdit_jax.sample.command import parse_labels
 from mpdit_jax.sample.labels import balanced_labels
-from mpdit_jax.sample.options import check_heeded
+from mpdit_jax.sample.options import reject_unused_flags
 from mpdit_jax.sample.outputs import first_of_each
 from tests.sample.conftest import FEW, make_workdir, read_npz, run
 from tests.tiny import refusal
@@ -251,10 +251,10 @@ def test_of_several_settings_one_has_to_heed_a_flag():
     options = make_sample_parser().parse_args(["--workdir=a", "--out=a.npz", "--negative_labels=1:2"])
     options.time_grid = "shifted"
     options.guidance_scale, options.solver = [1.0, 1.5], ["dopri5", "euler"]  # as `evaluate` has them
-    check_heeded(options)
+    reject_unused_flags(options)
     options.guidance_scale = [1.0, 1.0]
     with pytest.raises(InputError, match="--negative_labels is given"):
-        check_heeded(options)
+        reject_unused_flags(options)
 
 
 def test_a_missing_extra_is_told_before_anything_is_written(workdir, tmp_path, monkeypatch, capsys):

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mpdit_jax.config import model_of, resolve
+from mpdit_jax.config import model_config, resolve
 from mpdit_jax.config.paper import ROWS
 from mpdit_jax.data.latents import PAPER_MEAN, PAPER_STD, LatentSpace
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.model.parameters import abstract
 from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.state import abstract_state
-from mpdit_jax.train.step import step_of
+from mpdit_jax.train.step import build_train_step
 
 FILES = {path.stem: path for path in sorted((Path(__file__).parents[2] / "configs/ablations").glob("*.py"))}
 ELSEWHERE = {"mpdit_xl_512", "mpdit3_xl_512"}  # in configs/
@@ -32,7 +32,7 @@ def test_model_and_step(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config, row = resolve(module.get_config()), ROWS[name]
-    model = model_of(config)
+    model = model_config(config)
     assert model == row.model.replace(dtype="bfloat16")
     assert config.mask_ratio == row.mask_ratio
     assert (config.steps, config.batch_size, config.optimizer.learning_rate) == (100_000, 1024, 2e-4)
@@ -47,7 +47,7 @@ def test_model_and_step(name):
     TRACED.add((model, config.mask_ratio))
     optimizer, mesh = make_optimizer(config.optimizer), make_mesh(1, 1, jax.devices()[:1])
     state = abstract_state(model, optimizer, mesh)
-    step = step_of(config, abstract(model)[0], optimizer, LatentSpace(PAPER_MEAN, PAPER_STD, ""))
+    step = build_train_step(config, abstract(model)[0], optimizer, LatentSpace(PAPER_MEAN, PAPER_STD, ""))
     moments = jax.ShapeDtypeStruct((config.batch_size, 2, 32, 32, 4), jnp.float16)
     batch = {"mean": moments, "std": moments, "y": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}
     after = jax.eval_shape(step, state, batch)

@@ -3,7 +3,7 @@
 import pytest
 
 from mpdit_jax.errors import DataError
-from mpdit_jax.train.prefetcher import Feed
+from mpdit_jax.train.prefetcher import Prefetcher
 
 
 def numbers(broken_at):
@@ -15,7 +15,7 @@ def numbers(broken_at):
 
 def test_a_batch_is_placed_before_it_is_taken_and_once():
     placed = []
-    feed = Feed(numbers(None), lambda batch: placed.append(batch["x"]) or batch)
+    feed = Prefetcher(numbers(None), lambda batch: placed.append(batch["x"]) or batch)
     assert placed == []
     assert feed.take() == {"x": 0}
     feed.prefetch()
@@ -26,7 +26,7 @@ def test_a_batch_is_placed_before_it_is_taken_and_once():
 
 
 def test_what_is_wrong_with_a_batch_is_told_when_its_turn_comes():
-    feed = Feed(numbers(2), lambda batch: batch)
+    feed = Prefetcher(numbers(2), lambda batch: batch)
     assert feed.take()["x"] == 0
     feed.prefetch()
     assert feed.take()["x"] == 1

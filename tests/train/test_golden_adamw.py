@@ -12,7 +12,7 @@ from mpdit_jax.train.guard import new_guard
 from mpdit_jax.train.metric_window import empty_window
 from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.state import TrainState
-from mpdit_jax.train.step import Examples, make_loss, make_step
+from mpdit_jax.train.step import NoisyBatch, make_loss, make_step
 from tests.conftest import Golden, relative_error
 
 
@@ -30,7 +30,7 @@ def run():
     optimizer = make_optimizer(resolve(config).optimizer)
 
     def draw(batch, key):
-        return Examples(batch["x"], batch["y"], batch["t"], batch["noise"])
+        return NoisyBatch(batch["x"], batch["y"], batch["t"], batch["noise"])
 
     step = jax.jit(make_step(draw, make_loss(structure), optimizer, float(golden["ema_decay"])))
     state = TrainState(

@@ -5,15 +5,14 @@ import numpy as np
 import pytest
 
 from mpdit_jax.checkpoint.reader import list_steps
-from mpdit_jax.config.flags import parse_with_config
+from mpdit_jax.config.flags import make_config_parser, parse_with_config
 from mpdit_jax.errors import DivergedError
-from mpdit_jax.runtime.cli import make_parser
 from mpdit_jax.train import loop
 from tests.tiny import saved_arrays, train_arguments
 
 
 def tiny_config(workdir, *more):
-    parser = make_parser("train", "", "", config=True)
+    parser = make_config_parser("train", "", "")
     parser.add_argument("--workdir")
     return parse_with_config(parser, train_arguments(workdir, *more))[1]
 

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mpdit_jax.config import model_of, resolve
+from mpdit_jax.config import model_config, resolve
 from mpdit_jax.data.latents import PAPER_MEAN, PAPER_STD, LatentSpace
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.model.parameters import abstract
 from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.state import abstract_state
-from mpdit_jax.train.step import step_of
+from mpdit_jax.train.step import build_train_step
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Epochs, and trained parameters in millions (position tables are constants).
@@ -42,12 +42,12 @@ def test_state_and_step(name):
     assert (adam.b1, adam.b2, adam.eps, adam.weight_decay) == (0.9, 0.999, 1e-8, 0.01)
     assert (config.time.distribution, config.time.mean, config.time.std) == ("logit_normal", 0, 1)
     assert config.steps * config.batch_size / 1_281_167 == pytest.approx(epochs, rel=0.01)
-    model, optimizer, mesh = model_of(config), make_optimizer(config.optimizer), make_mesh(1, 1, jax.devices()[:1])
+    model, optimizer, mesh = model_config(config), make_optimizer(config.optimizer), make_mesh(1, 1, jax.devices()[:1])
     state = abstract_state(model, optimizer, mesh)
     assert sum(leaf.size for leaf in state.parameters.values()) / 1e6 == pytest.approx(millions, rel=2e-3)
     assert all(leaf.dtype == jnp.float32 for leaf in state.parameters.values())
     space = LatentSpace(PAPER_MEAN, PAPER_STD, "")
-    step = step_of(config, abstract(model)[0], optimizer, space)
+    step = build_train_step(config, abstract(model)[0], optimizer, space)
     moments = jax.ShapeDtypeStruct((config.batch_size, 2, *model.input_size, 4), jnp.float16)
     batch = {"mean": moments, "std": moments, "y": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}
     after = jax.eval_shape(step, state, batch)

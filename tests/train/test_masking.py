@@ -5,20 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpdit_jax.config import base_config, model_of, resolve
+from mpdit_jax.config import base_config, model_config, resolve
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.model.accounting import count_macs, masked_macs, training_flops
 from mpdit_jax.model.masking import draw_kept, kept_tokens, masked_velocity, split_error
 from mpdit_jax.model.parameters import abstract, merge
-from mpdit_jax.model.presets import model_config
+from mpdit_jax.model.presets import preset_config
 from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.state import abstract_state, create_state
-from mpdit_jax.train.step import jit_step, make_draw, make_loss, make_step
+from mpdit_jax.train.step import jit_step, make_loss, make_noising, make_step
 
 FIELDS = {"patch_sizes": (2,), "depths": (3,), "hidden_size": 16, "num_heads": 2, "input_size": (8, 8)}
 FIELDS |= {"in_channels": 1, "num_classes": 3, "class_tokens": 2, "time_embedding": "sinusoidal", "decoder_depth": 1}
-MODEL = model_config("mpdit_b", **FIELDS)
+MODEL = preset_config("mpdit_b", **FIELDS)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_a_masked_step_is_repeatable_and_reaches_the_mask_token():
     target = abstract_state(MODEL, optimizer, mesh)
     random = np.random.default_rng(0)
     batch = {"x": random.standard_normal((8, 8, 8, 1), np.float32), "y": random.integers(0, 3, 8, np.int32)}
-    step = make_step(make_draw(config), make_loss(abstract(MODEL)[0], 0.1), optimizer, 0.9, accumulation=2)
+    step = make_step(make_noising(config), make_loss(abstract(MODEL)[0], 0.1), optimizer, 0.9, accumulation=2)
     update, ends = jit_step(step, target, mesh), []
     for _ in range(2):
         state = create_state(MODEL, optimizer, target, 0)
@@ -107,7 +107,7 @@ def test_a_masked_step_is_repeatable_and_reaches_the_mask_token():
 
 def test_its_cost_is_what_xla_counts():
     """One block before and one after, since XLA counts a scan's body once; of DiT-B's width for the 1 %."""
-    config = model_config("dit_b_2", depths=(2,), decoder_depth=1, num_classes=10, platform="gpu")
+    config = preset_config("dit_b_2", depths=(2,), decoder_depth=1, num_classes=10, platform="gpu")
     structure, shapes = abstract(config)
     kept = jax.ShapeDtypeStruct((2, kept_tokens(config, 0.75)), jnp.int32)
     x, t = jax.ShapeDtypeStruct((2, 32, 32, 4), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
@@ -139,8 +139,8 @@ def test_what_is_drawn_does_not_depend_on_masking():
     batch = {"x": jnp.zeros((8, 8, 8, 1)), "y": jnp.zeros(8, jnp.int32)}
     plain = config_of(mask_ratio=0.0)
     plain.model.decoder_depth = 0
-    drawn = [make_draw(resolve(config))(batch, jax.random.key(0)) for config in (config_of(), plain)]
+    drawn = [make_noising(resolve(config))(batch, jax.random.key(0)) for config in (config_of(), plain)]
     assert drawn[1].kept is None
-    assert model_of(resolve(plain)).decoder_depth == 0
+    assert model_config(resolve(plain)).decoder_depth == 0
     for name in ("x", "y", "t", "noise"):
         np.testing.assert_array_equal(getattr(drawn[0], name), getattr(drawn[1], name))

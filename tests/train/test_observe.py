@@ -16,8 +16,8 @@ from mpdit_jax.errors import MissingExtraError
 from mpdit_jax.runtime.hardware import peak_flops, published_flops
 from mpdit_jax.train import stopwatch
 from mpdit_jax.train.__main__ import main
-from mpdit_jax.train.logger import Report
-from mpdit_jax.train.prefetcher import Feed
+from mpdit_jax.train.logger import RunLogger
+from mpdit_jax.train.prefetcher import Prefetcher
 from mpdit_jax.train.stopwatch import Stopwatch
 from mpdit_jax.train.writers import check_wandb
 from tests.tiny import run, start, train_arguments
@@ -173,7 +173,7 @@ def test_only_a_device_that_is_done_waits_for_data():
 def test_the_next_batch_is_waited_for_beside_the_step(tmp_path, monkeypatch):
     """Else a device at work would count as one that waits."""
     calls = []
-    for kind, name in ((Stopwatch, "step"), (Feed, "prefetch"), (Report, "advance")):
+    for kind, name in ((Stopwatch, "step"), (Prefetcher, "prefetch"), (RunLogger, "advance")):
         method = vars(kind)[name]
         monkeypatch.setattr(
             kind, name, lambda *arguments, method=method, name=name: calls.append(name) or method(*arguments)

@@ -63,7 +63,7 @@ def test_several_processes_give_the_same_run(one_process, tmp_path, processes, f
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert f"8 cpu device(s) of {processes} processes" in output
-    assert output.count("done: checkpoints in") == 1  # the first process alone speaks
+    assert output.count("done: checkpoints in") == 1  # the first process alone is_primary
     np.testing.assert_allclose(losses(workdir), losses(one_process), rtol=1e-5)
     assert_near(saved_arrays(workdir, STEPS), saved_arrays(one_process, STEPS))
 

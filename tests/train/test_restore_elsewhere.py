@@ -21,13 +21,13 @@ if count > 1:
     jax.distributed.initialize(address, count, index)
 from mpdit_jax.checkpoint.manager import Checkpoints
 from mpdit_jax.checkpoint.load import load_config
-from mpdit_jax.config import model_of
+from mpdit_jax.config import model_config
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.state import abstract_state, to_items
 
 config, mesh = load_config(workdir), make_mesh(fsdp=fsdp)
-target = abstract_state(model_of(config), make_optimizer(config.optimizer), mesh)
+target = abstract_state(model_config(config), make_optimizer(config.optimizer), mesh)
 with Checkpoints(workdir, keep=3) as checkpoints:
     items = checkpoints.restore(checkpoints.latest_step(), to_items(target))
 held = [leaf.sharding.num_devices for leaf in jax.tree.leaves(items)]

@@ -99,20 +99,20 @@ def test_a_state_on_eight_devices_is_updated_in_place(optimizer):
     """As on one (tests/train/test_step.py), with clipping and accumulation: no device copies any buffer of it."""
     script = f"""
 import jax, numpy as np
-from mpdit_jax.config import base_config, model_of, resolve
+from mpdit_jax.config import base_config, model_config, resolve
 from mpdit_jax.distributed.mesh import local_rows, make_mesh, place_batch
 from mpdit_jax.model.parameters import abstract
 from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.state import abstract_state, create_state
-from mpdit_jax.train.step import jit_step, make_draw, make_loss, make_step
+from mpdit_jax.train.step import jit_step, make_noising, make_loss, make_step
 config = base_config()
 config.batch_size = 16
 config.optimizer.update({{"name": {optimizer!r}, "clip_norm": 1.0}})
 config.model.update({{"patch_sizes": (4, 2), "depths": (2, 1), "hidden_size": 64, "num_heads": 2}})
 config.model.update({{"input_size": (8, 8), "in_channels": 4, "num_classes": 10}})
 config = resolve(config)
-model, optimizer, mesh = model_of(config), make_optimizer(config.optimizer), make_mesh(data=2, fsdp=4)
-step = make_step(make_draw(config), make_loss(abstract(model)[0]), optimizer, 0.9, accumulation=2)
+model, optimizer, mesh = model_config(config), make_optimizer(config.optimizer), make_mesh(data=2, fsdp=4)
+step = make_step(make_noising(config), make_loss(abstract(model)[0]), optimizer, 0.9, accumulation=2)
 batch = {{"x": np.zeros((16, 8, 8, 4), np.float32), "y": np.zeros(16, np.int32)}}
 
 def pointers(state):

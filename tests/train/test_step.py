@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpdit_jax.config import base_config, model_of, resolve
+from mpdit_jax.config import base_config, model_config, resolve
 from mpdit_jax.distributed.mesh import make_mesh, replicated
 from mpdit_jax.model.parameters import abstract
 from mpdit_jax.train.__main__ import main
-from mpdit_jax.train.guard import RUINED
+from mpdit_jax.train.guard import NONFINITE_UPDATE
 from mpdit_jax.train.metric_window import window_means
 from mpdit_jax.train.optimizer import OPTIMIZERS, make_optimizer, make_schedule
 from mpdit_jax.train.state import abstract_state, create_state
-from mpdit_jax.train.step import jit_step, make_draw, make_loss, make_step
+from mpdit_jax.train.step import jit_step, make_loss, make_noising, make_step
 from tests.tiny import train_arguments
 
 
@@ -32,12 +32,12 @@ def small_config(**optimizer):
 def prepare(config, **options):
     """The initial state, the jitted step and a batch."""
     mesh = make_mesh(devices=jax.devices()[:1])
-    optimizer, (structure, _) = make_optimizer(config.optimizer), abstract(model_of(config))
-    step = make_step(make_draw(config), make_loss(structure), optimizer, 0.9, **options)
-    target = abstract_state(model_of(config), optimizer, mesh)
+    optimizer, (structure, _) = make_optimizer(config.optimizer), abstract(model_config(config))
+    step = make_step(make_noising(config), make_loss(structure), optimizer, 0.9, **options)
+    target = abstract_state(model_config(config), optimizer, mesh)
     random = np.random.default_rng(0)
     batch = {"x": random.standard_normal((8, 4, 4, 1), np.float32), "y": random.integers(0, 3, 8, np.int32)}
-    return create_state(model_of(config), optimizer, target, 0), jit_step(step, target, mesh), batch
+    return create_state(model_config(config), optimizer, target, 0), jit_step(step, target, mesh), batch
 
 
 def trained(steps, config, **options):
@@ -97,7 +97,7 @@ def test_an_update_that_is_not_finite_is_the_end(optimizer):
     state, step, batch = prepare(small_config(**optimizer))
     for _ in range(3):
         state = step(state, batch)
-        assert state.window["most_skipped_in_a_row"] >= RUINED
+        assert state.window["most_skipped_in_a_row"] >= NONFINITE_UPDATE
     assert window_means(jax.device_get(state.window)) == {"skipped": 2.0}  # the first was made
 
 
@@ -183,7 +183,7 @@ def test_no_second_state_lies_beside_the_first():
         per_example = jnp.square(examples.x[:, 0, 0] @ parameters["kernel"]).mean(axis=-1)
         return per_example.mean(), per_example
 
-    state = abstract_state(model_of(config), optimizer, mesh)
+    state = abstract_state(model_config(config), optimizer, mesh)
     kernel = jax.ShapeDtypeStruct((width, width), jnp.float32, sharding=replicated(mesh))
     state = dataclasses.replace(
         state,
@@ -199,7 +199,7 @@ def test_no_second_state_lies_beside_the_first():
         "y": jax.ShapeDtypeStruct((8,), jnp.int32),
     }
     with jax.set_mesh(mesh):
-        compiled = jit_step(make_step(make_draw(config), loss, optimizer, 0.9), state, mesh).lower(state, batch)
+        compiled = jit_step(make_step(make_noising(config), loss, optimizer, 0.9), state, mesh).lower(state, batch)
     temporaries = compiled.compile().memory_analysis().temp_size_in_bytes
     assert temporaries < 3.1 * 4 * width * width
 

@@ -1,7 +1,7 @@
 """Real processes of our commands, cheap enough to kill fifty of them, and a way to kill them at any moment.
 
-Half of the life of a tiny run is importing libraries. The nursery imports them once and forks: each child is a process
-of its own that does what `python -m mpdit_jax.COMMAND` does from there on. Nothing of JAX runs before the fork.
+Half of the life of a tiny run is importing libraries. The fork_server imports them once and forks: each child is a
+process of its own that does what `python -m mpdit_jax.COMMAND` does from there on. Nothing of JAX runs before the fork.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Child:
 
     pid: int
     output: Path
-    nursery: "Nursery"
+    fork_server: "ForkServer"
 
     def text(self):
         return self.output.read_text()
@@ -45,13 +45,13 @@ class Child:
         return self.wait()
 
     def wait(self):
-        return self.nursery.ask({"wait": self.pid})
+        return self.fork_server.ask({"wait": self.pid})
 
     def is_done(self):
-        return self.nursery.ask({"poll": self.pid})
+        return self.fork_server.ask({"poll": self.pid})
 
 
-class Nursery:
+class ForkServer:
     """A context manager; its children are killed when it ends."""
 
     def __init__(self, folder):
@@ -59,7 +59,7 @@ class Nursery:
 
     def __enter__(self):
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.nursery"],
+            [sys.executable, "-m", "tests.faults.fork_server"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
             env=environment() | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
         )  # fmt: skip
