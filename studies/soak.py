@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mpdit_jax.checkpoint.reader import list_steps
+from mpdit_jax.config.flags import split_config_words
 from mpdit_jax.errors import InputError, MPDiTError
 from mpdit_jax.io.files import atomic_write, check_writable
 from mpdit_jax.runtime.cli import make_parser, run
@@ -78,9 +79,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--interval", type=float, default=2.0, help="seconds between samples (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="train nothing: judge what an earlier soak has left")
     parser.usage = f"{parser.prog} --workdir=FOLDER --report=FILE.md [--config.FIELD=VALUE ...]"
-    options, fields = parser.parse_known_args(arguments)
-    if unknown := [word for word in fields if not word.startswith("--config.")]:
-        parser.error(f"unknown argument {unknown[0]!r}")
+    options, words = parser.parse_known_args(arguments)
+    fields = [f"--config.{path}={text}" for path, text in split_config_words(parser, words)[1].items()]
     workdir, report = Path(options.workdir), Path(options.report)
     if workdir.exists() and not options.again:
         raise InputError(f"--workdir={workdir} exists: a soak begins with a new run; give another folder.")
