@@ -4,13 +4,16 @@ import argparse
 import importlib.util
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import tuple_parser
 
+from mpdit_jax.config.ablation import ABLATIONS
 from mpdit_jax.config.base import base_config, leave_out_idle
 from mpdit_jax.config.checks import leaves
 from mpdit_jax.errors import ConfigError, first_line
@@ -20,8 +23,9 @@ from mpdit_jax.validation import suggest
 
 _HELP = """
 config:
-  --config=FILE          the experiment: a Python file with get_config(), such as configs/digits.py; FILE:TEXT calls
-                         get_config("TEXT")
+  --config=NAME          the experiment, of those that mpdit_jax ships:
+{names}
+  --config=FILE          or a Python file with get_config(); FILE:TEXT calls get_config("TEXT")
   --config.FIELD=VALUE   any field of the config, such as --config.optimizer.learning_rate=3e-4,
                          --config.batch_size=256 or --config.model.depths=4,8
 """
@@ -44,11 +48,13 @@ def make_config_parser(
     Its help lists every field of `base()` with its default.
     """
     fields = "\n".join(f"  --config.{path}={value}" for path, value in leaves(base().to_dict()))
+    shipped = [name if name != "ablation" else "ablation:ROW" for name in shipped_configs()]
+    names = textwrap.fill(", ".join(shipped), 95, initial_indent=25 * " ", subsequent_indent=25 * " ")
     parser = make_parser(command, description, examples)
     parser.epilog = (
-        f"{_HELP}{parser.epilog}\nconfig fields and their defaults, before those of the config file (None: from "
-        f"model.preset, or the model's own default);\nthe source of {base.__module__}.{base.__name__} explains each:\n"
-        f"{fields}"
+        f"{_HELP.format(names=names)}{parser.epilog}\nconfig fields and their defaults, before the file of --config "
+        "(None: from model.preset, or the model's own default);\n"
+        f"{base.__module__.replace('.', '/')}.py and mpdit_jax/model/config.py say what each one means:\n{fields}"
     )
     return parser
 
@@ -62,7 +68,7 @@ def parse_with_config(parser: Parser, arguments: Sequence[str]) -> tuple[argpars
     parsed, words = parser.parse_known_args(arguments)
     file, overrides = split_config_words(parser, words)
     if file is None:
-        parser.error("--config=FILE is needed, such as --config=configs/digits.py")
+        parser.error("--config=FILE is needed, such as --config=digits")
     config = load_config(file)
     for path, text in overrides.items():
         _override(config, path, text)
@@ -89,15 +95,15 @@ def split_config_words(parser: Parser, words: Sequence[str]) -> tuple[str | None
 
 
 def load_config(value: str) -> ConfigDict:
-    """The config of `--config=VALUE`: what `get_config()` of a file returns, or `get_config("TEXT")` of FILE:TEXT.
+    """The config of `--config=VALUE`: what `get_config()` returns, or `get_config("TEXT")` of a value `FILE:TEXT`.
 
-    The file may import its neighbours.
+    Args:
+        value: a Python file, which may import its neighbours, or the name of a config that mpdit_jax ships.
 
     Raises:
         ConfigError: the file is missing, fails, or returns something else.
     """
-    file, colon, text = value.partition(":")
-    _check_file(file)
+    file, texts = _find_file(value)
     spec = importlib.util.spec_from_file_location("config_file", file)
     assert spec is not None
     assert spec.loader is not None
@@ -106,7 +112,7 @@ def load_config(value: str) -> ConfigDict:
     sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config(*([text] if colon else []))
+        config = module.get_config(*texts)
     except Exception as error:  # a config file is the user's own code and can fail in any way
         raise ConfigError(f"--config={value}: {first_line(error)}") from error
     finally:
@@ -116,12 +122,29 @@ def load_config(value: str) -> ConfigDict:
     return config.lock()
 
 
-def _check_file(path: str) -> None:
-    if not path.endswith(".py"):
-        known = f"{path}.py" if os.path.isfile(f"{path}.py") else "configs/digits.py"
-        raise ConfigError(f"--config={path}: expected a Python file, such as {known}.")
-    if not os.path.isfile(path):
-        raise ConfigError(f"--config={path}: no such file; configs/ has those that come with mpdit_jax.")
+def shipped_configs() -> dict[str, str]:
+    """The files of the configs that come with mpdit_jax, by name: of a wheel inside the package, else beside it."""
+    package = Path(__file__).parents[1]
+    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    return {path.stem: str(path) for path in sorted(folder.glob("*.py"))}
+
+
+def _find_file(value: str) -> tuple[str, list[str]]:
+    """The file of `--config=VALUE` and what its `get_config` is called with."""
+    path, colon, text = value.partition(":")
+    folder, name = os.path.split(path.removesuffix(".py"))
+    shipped = shipped_configs()
+    if os.path.basename(folder) == "ablations" and name in ABLATIONS and not os.path.exists(path):
+        print(f"--config={value} is written --config=ablation:{name} now", file=sys.stderr)
+        return shipped["ablation"], [name]
+    if path in shipped:
+        return shipped[path], [text] if colon else []
+    if path.endswith(".py") and os.path.isfile(path):
+        return path, [text] if colon else []
+    problem = "no such file" if path.endswith(".py") else "expected a Python file or the name of a shipped config"
+    if name in shipped:
+        raise ConfigError(f"--config={value}: {problem}; mpdit_jax ships --config={name}{colon}{text}.")
+    raise ConfigError(f"--config={value}: {problem}{suggest(path, shipped)}; mpdit_jax ships {', '.join(shipped)}.")
 
 
 def _override(config: ConfigDict, path: str, text: str) -> None:
