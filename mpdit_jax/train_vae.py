@@ -10,8 +10,8 @@ from mpdit_jax.runtime.signals import stopped_status
 from mpdit_jax.train.vae_config import base_vae_config
 
 _EXAMPLES = """\
-  python -m mpdit_jax.train_vae --config=configs/vae_fashion.py --workdir=runs/vae_fashion
-  python -m mpdit_jax.train_vae --config=configs/vae_fashion.py --workdir=runs/mine --config.data.images=photos
+  python -m mpdit_jax.train_vae --config=vae_fashion --workdir=runs/vae_fashion
+  python -m mpdit_jax.train_vae --config=vae_fashion --workdir=runs/mine --config.data.images=photos
 """
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpdit_jax.errors import DataError, MissingExtraError
+from mpdit_jax.errors import DataError, MissingExtraError, install_extra
 from mpdit_jax.runtime.hardware import CHIPS, GIB
 from studies.cost_model import IMAGES_BEYOND, CostModel, Results
 
@@ -20,7 +20,7 @@ def draw(results: Results, models: Mapping[str, CostModel], folder: Path) -> lis
         MissingExtraError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("--plots needs matplotlib: pip install 'mpdit_jax[docs]'.")
+        raise MissingExtraError(f"--plots needs matplotlib: {install_extra('docs')}.")
     whole = [entry for entry in results.values() if not entry["refused"]]
     if not whole:
         raise DataError("--plots: no step in the results was compiled to its end: there is nothing to draw.")

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = make_parser("soak", __doc__.partition("\n\n")[2].replace("\n", " "), _EXAMPLES, package="studies")
     parser.add_argument("--workdir", required=True, help="of the training; must not exist yet")
     parser.add_argument("--report", required=True, metavar="FILE.md", help="Markdown; the samples go to FILE.json")
-    parser.add_argument("--config", default="configs/digits.py", help="what is trained (default: %(default)s)")
+    parser.add_argument("--config", default="digits", help="what is trained (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20_000, help="updates (default: %(default)s)")
     parser.add_argument("--every", type=int, default=200, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument("--interval", type=float, default=2.0, help="seconds between samples (default: %(default)s)")

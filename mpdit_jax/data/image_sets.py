@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from mpdit_jax.errors import DataError, MissingExtraError
+from mpdit_jax.errors import DataError, MissingExtraError, install_extra
 from mpdit_jax.io.idx import read_idx
 from mpdit_jax.io.pictures import open_picture
 
@@ -159,8 +159,7 @@ def open_tfds(name: str, split: str) -> RandomAccess:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise MissingExtraError(
-            f"--images=tfds:{name} needs TensorFlow Datasets: pip install 'mpdit_jax[tfds]' (or give a folder of "
-            "images)."
+            f"--images=tfds:{name} needs TensorFlow Datasets: {install_extra('tfds')}, or give a folder of images."
         ) from error
     try:
         builder = tfds.builder(name)
