@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.evaluate`: how close generated images are to real ones."""
+"""`python -m mpdit_jax.evaluate`: compare generated images with real ones."""
 
 import argparse
 import dataclasses
@@ -132,7 +132,8 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.evaluate import command
     from mpdit_jax.evaluate.report import table, write_json
     from mpdit_jax.evaluate.scratch import claimed, clear
-    from mpdit_jax.evaluate.statistics import check_count, check_metrics, save_statistics
+    from mpdit_jax.evaluate.statistics import check_count, check_metrics
+    from mpdit_jax.evaluate.stored_statistics import save_statistics
     from mpdit_jax.io.files import check_writable
 
     if options.workdir:
@@ -155,7 +156,7 @@ def main(arguments: Sequence[str]) -> int:
             from mpdit_jax.evaluate.runs import evaluate_run, prepare_run
 
             drawing = prepare_run(options, extractor, metrics)
-            reference = command.reference_of(options, extractor, metrics, scratch, {"shape": drawing.shape})
+            reference = command.reference_statistics(options, extractor, metrics, scratch, drawing.shape)
             results = evaluate_run(options, drawing, extractor, metrics, reference, scratch)
         else:
             statistics, result = command.evaluate_set(options, extractor, metrics, scratch)

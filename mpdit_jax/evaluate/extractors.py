@@ -115,7 +115,7 @@ def make_extractor(
     preprocessing: str = "tensorflow",
     image_size: int = 0,
     batch_size: int = 64,
-    inception_setting: str = "--inception",
+    prefix: str = "--",
 ) -> Extractor:
     """The extractor of that name, on all of this process's devices.
 
@@ -126,7 +126,7 @@ def make_extractor(
             from the corner), or "pytorch_fid" (2x / 255 - 1, bilinear from the pixels' centres).
         image_size: pixels a side that efficientnet_lite0 sees; 0 for its own 224. Fewer are faster, another extractor.
         batch_size: images at a time.
-        inception_setting: the flag or field that gives `inception_path`, for the sentences.
+        prefix: how flags or fields begin in messages, "--" or "config.eval.".
 
     Raises:
         ConfigError: an unknown name or setting.
@@ -140,8 +140,7 @@ def make_extractor(
         raise ConfigError(f"feature_size={image_size}: expected 32 to 1024 pixels, with efficientnet_lite0 alone.")
     kind, _, path = features.partition(":")
     if features == "inception":
-        weights = locate_inception(inception_path, setting=inception_setting)
-        model: nnx.Module = load_inception(weights, setting=inception_setting)
+        model: nnx.Module = load_inception(locate_inception(inception_path, prefix=prefix), prefix=prefix)
         return build_inception(model, preprocessing=preprocessing, batch_size=batch_size)
     if features == "efficientnet_lite0":
         size = image_size or efficientnet.IMAGE_SIZE

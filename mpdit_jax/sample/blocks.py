@@ -18,7 +18,7 @@ from mpdit_jax.distributed.processes import assert_equal_across_processes, run_o
 from mpdit_jax.distributed.waiting import barrier
 from mpdit_jax.errors import InputError
 from mpdit_jax.io.files import Lock, atomic_write, check_writable, parse_json, take_lock
-from mpdit_jax.io.npz import read_npz
+from mpdit_jax.io.npz_blocks import NpzBlocks
 
 _LOCK, _SETTINGS = ".lock", "settings.json"
 _PLACES = ("workdir", "png_folder")  # settings that another host may mount under another name
@@ -47,6 +47,7 @@ class BlockFolder:
             InputError: another run is drawing into it (which is named), it holds blocks of other settings (the
                 differences are shown), blocks of which no settings are known, or cannot be written.
         """
+        self._blocks = NpzBlocks(path, Block._fields)
         self.path, self._old = path, path.with_name(f"{path.name}.old")
         barrier("the settings are compared")
         assert_equal_across_processes({name: str(value) for name, value in settings.items() if name not in _PLACES})
@@ -101,25 +102,15 @@ class BlockFolder:
 
     def has(self, number: int) -> bool:
         """Whether that block is finished."""
-        return self._file(number).is_file()
+        return self._blocks.has(number)
 
     def write(self, number: int, block: Block) -> None:
-        """Keep a finished block."""
-        with atomic_write(self._file(number)) as file:
-            np.savez(file, **block._asdict())
+        """Store a finished block."""
+        self._blocks.write(number, block._asdict())
 
     def read(self, number: int) -> Block:
-        """A finished block.
-
-        Raises:
-            InputError: it is missing or damaged.
-        """
-        try:
-            return Block(*read_npz(self._file(number), Block._fields))
-        except ValueError as error:
-            raise InputError(
-                f"{self._file(number)} cannot be read ({error}): delete that file and repeat the command."
-            ) from error
+        """A finished block; raises InputError if it is missing or damaged."""
+        return Block(**self._blocks.read(number))
 
     def read_all(self, count: int) -> Iterator[Block]:
         """Blocks 0 to count - 1, one in memory at a time."""
@@ -142,9 +133,6 @@ class BlockFolder:
         """Leave the folder, with what is in it, to another run."""
         if self._lock is not None:
             self._lock.close()
-
-    def _file(self, number: int) -> Path:
-        return self.path / f"{number:08d}.npz"
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
