@@ -19,7 +19,7 @@ from mpdit_jax.compile.report import as_text, describe, smaller, step_flops
 from mpdit_jax.config import base_config, facts, resolve
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import ConfigError
-from mpdit_jax.runtime.hardware import CHIPS, chip_of
+from mpdit_jax.runtime.hardware import CHIPS, topology_chip
 from tests.tiny import ROOT, environment, run
 
 TEXT = """HloModule step
@@ -89,10 +89,10 @@ print(json.dumps(dataclasses.astuple(traffic(compiled.as_text(), 8))))
 
 
 def test_chips_and_topologies():
-    assert chip_of("v5e:16x16") is CHIPS["v5e"]
+    assert topology_chip("v5e:16x16") is CHIPS["v5e"]
     for name, message in (("v7:4x4", "chip of v4, v5e"), ("v5e", "CHIP:SIZE"), ("v5e:4x4x4", "2 dimensions")):
         with pytest.raises(ConfigError, match=message):
-            chip_of(name)
+            topology_chip(name)
 
 
 @pytest.mark.parametrize(("topology", "asked"), [
@@ -212,7 +212,7 @@ def test_the_nearest_setting_that_fits_is_looked_for(monkeypatch, capsys):
 
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_step", compiled)
     monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology: jax.devices()[:1])
-    monkeypatch.setattr("mpdit_jax.compile.prepare", lambda devices: None)
+    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices: None)
     arguments = [f"--config={ROOT / 'configs/digits.py'}", "--topology=v5e:1x1", "--no_sampler"]
     assert compile_command([*arguments, "--format=json"]) == 1  # what was asked for does not fit
     report = json.loads(capsys.readouterr().out)
@@ -242,7 +242,7 @@ def test_what_is_too_large_by_the_state_alone_is_not_tried(monkeypatch, capsys):
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_step", step)
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_sampler", sampler)
     monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology: jax.devices()[:1] * 2)
-    monkeypatch.setattr("mpdit_jax.compile.prepare", lambda devices: None)
+    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices: None)
     assert compile_command([f"--config={ROOT / 'configs/digits.py'}", "--topology=v5e:1x2"]) == 1
     out = capsys.readouterr().out
     assert tried == [1, 2]  # as asked, and split; no remat, no parts of either
@@ -267,7 +267,7 @@ def test_the_largest_batch_to_sample_that_fits_is_looked_for(monkeypatch, capsys
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_sampler", compiled)
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_step", lambda *_: compiled(*_, 1))
     monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology: jax.devices()[:1])
-    monkeypatch.setattr("mpdit_jax.compile.prepare", lambda devices: None)
+    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices: None)
     arguments = [f"--config={ROOT / 'configs/digits.py'}", "--topology=v6e:1x1", "--format=json"]
     assert compile_command(arguments) == 1
     out, err = capsys.readouterr()

@@ -66,7 +66,7 @@ def test_indices_are_numbers_of_images(model):
         (np.arange(8) / 2, "dtype float64: expected a whole number"),
         (np.arange(7), r"indices \(7,\)"),
         (np.arange(8) - 1, "index -1"),
-        (np.arange(8) + 2**32 - 8, "index 4294967295: expected the number of an image, from 0 to 4294967294"),
+        (np.arange(8) + 2**32 - 8, "index 4294967295: expected the index of an image, from 0 to 4294967294"),
     ):
         with pytest.raises(InputError, match=sentence):
             sampler(model, LABELS, KEY, indices=indices)

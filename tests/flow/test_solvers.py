@@ -12,7 +12,7 @@ from mpdit_jax.flow.fields import FunctionField
 from mpdit_jax.flow.registry import SOLVERS, get_solver
 from mpdit_jax.flow.solvers import DPMpp2M, Euler, Heun, Midpoint
 from mpdit_jax.flow.stochastic import DIFFUSIONS, EulerMaruyama
-from mpdit_jax.flow.times import QuadraticGrid, ShiftedGrid, UniformGrid, find_time_grid
+from mpdit_jax.flow.times import QuadraticGrid, ShiftedGrid, UniformGrid, get_time_grid
 from tests.conftest import relative_error
 from tests.flow.toys import COVARIANCE, MEAN, GaussianModel, counting_model
 
@@ -192,7 +192,7 @@ def test_without_noise_the_stochastic_solver_is_the_ode():
 
 def test_time_grids():
     for name in ("uniform", "shifted", "quadratic"):
-        times = find_time_grid(name).times(7)
+        times = get_time_grid(name).times(7)
         assert times.shape == (8,)
         assert (times[0], times[-1]) == (1.0, 0.0)
         assert (np.diff(times) < 0).all()
@@ -222,7 +222,7 @@ def test_the_path_runs_from_the_noise_to_the_latents():
     (lambda: get_solver("euler_maruyama", diffusion="sbdm"), "diffusion='sbdm'.*did you mean|diffusion='sbdm'"),
     (lambda: get_solver("euler_maruyama", norm=-1), "norm=-1"),
     (lambda: EulerMaruyama(start=0.1, end=0.5), "0 < end < start < 1"),
-    (lambda: find_time_grid("shift"), "unknown time grid 'shift'.*did you mean 'shifted'"),
+    (lambda: get_time_grid("shift"), "unknown time grid 'shift'.*did you mean 'shifted'"),
     (lambda: ShiftedGrid(0), "time_shift=0"),
 ])  # fmt: skip
 def test_impossible_settings_are_refused(make, sentence):
