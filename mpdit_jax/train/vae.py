@@ -24,6 +24,7 @@ from mpdit_jax.distributed.mesh import batch_sharding, check_batch, make_mesh, r
 from mpdit_jax.errors import CheckpointError, DivergedError
 from mpdit_jax.io import pictures as images
 from mpdit_jax.io.files import atomic_write, check_writable, is_json_with, parse_json, remove_stale_tmp, take_lock
+from mpdit_jax.model.parameters import Parameters, merge, split
 from mpdit_jax.runtime.signals import PreemptionHandler
 from mpdit_jax.train.logger import RunLogger
 from mpdit_jax.train.stopwatch import Stopwatch
@@ -31,7 +32,7 @@ from mpdit_jax.train.vae_config import autoencoder_config, resolve_vae
 from mpdit_jax.train.writers import METRICS_FILE
 from mpdit_jax.vae import Autoencoder, AutoencoderConfig, load_vae, save_folder
 from mpdit_jax.vae.autoencoder import mean_and_std
-from mpdit_jax.vae.weights import Parameters, abstract, merge, split
+from mpdit_jax.vae.weights import abstract
 
 _SHOWN = 16  # images and their reconstructions in the picture, and images encoded at a time
 _THREADS = 2  # that decode image files

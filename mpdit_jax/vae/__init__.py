@@ -1,8 +1,8 @@
-"""Images to latents and back: Stable Diffusion's AutoencoderKL."""
+"""Stable Diffusion's AutoencoderKL, which encodes images as latents and decodes them."""
 
 from mpdit_jax.vae.autoencoder import Autoencoder
 from mpdit_jax.vae.config import AutoencoderConfig
-from mpdit_jax.vae.matching import check_made, decode_all
+from mpdit_jax.vae.matching import check_fingerprint, decode_all
 from mpdit_jax.vae.tiling import Tiling, tiles
 from mpdit_jax.vae.vae import NO_VAE, PIXELS, VAE, load_vae
 from mpdit_jax.vae.weights import load_folder, save_folder
@@ -14,7 +14,7 @@ __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
     "Tiling",
-    "check_made",
+    "check_fingerprint",
     "decode_all",
     "load_folder",
     "load_vae",
