@@ -8,7 +8,7 @@ import pytest
 from mpdit_jax.errors import DataError, InputError
 from mpdit_jax.runtime.hardware import CHIPS
 from studies import plots, scaling
-from studies.cost_model import fit, fitted, flops_spread, missed_beyond, table
+from studies.cost_model import extrapolation_errors, fit, fitted, flops_spread, table
 from studies.scaling_grid import GRID
 from tests.tiny import ROOT
 
@@ -42,7 +42,7 @@ def test_the_cost_model_is_recovered_and_extrapolates(results):
     steps = fitted(results, "mpdit_b")
     assert len(steps) == 5
     model = fit(results)["mpdit_b"]
-    assert max(model.missed(steps).values()) < 1e-6
+    assert max(model.errors(steps).values()) < 1e-6
     expected = entry("mpdit_b", 1024, 4096)
     found = model.predict(1024, 4096, CHIPS["v5e"])
     assert found["peak"] == pytest.approx(expected["peak"], rel=1e-6)
@@ -57,17 +57,17 @@ def test_the_cost_model_is_recovered_and_extrapolates(results):
 
 def test_an_extrapolation_is_held_against_the_largest_slices(results):
     """Three steps of its form on fewer chips; one on the most has twice the temporaries."""
-    _, missed = missed_beyond(results, "mpdit_b")
-    assert missed["temporaries"] < 1e-6
+    _, errors = extrapolation_errors(results, "mpdit_b")
+    assert errors["temporaries"] < 1e-6
     results["mpdit_b/256/8192"]["temporaries"] *= 2
-    most, missed = missed_beyond(results, "mpdit_b")
+    most, errors = extrapolation_errors(results, "mpdit_b")
     assert most == 256
-    assert missed["temporaries"] == pytest.approx(0.5)
-    assert missed["operations"] < 1e-6
+    assert errors["temporaries"] == pytest.approx(0.5)
+    assert errors["operations"] < 1e-6
     expected = "fitted to fewer than 256 chips alone, it misses the steps on 256 by at most: temporaries 50.0%"
     assert expected in table(results, fit(results))
     del results["mpdit_b/64/1024"]
-    assert missed_beyond(results, "mpdit_b") is None
+    assert extrapolation_errors(results, "mpdit_b") is None
 
 
 def test_the_table_tells_what_does_not_fit(results):
