@@ -73,7 +73,7 @@ def fit(results: Results) -> dict[str, CostModel]:
 
 
 def fitted(results: Results, preset: str) -> list[Mapping[str, Any]]:
-    """Return the steps that a preset's model is fitted to: compiled completely, with the state split over FSDP chips."""
+    """Return the steps that a model is fitted to: compiled completely, with the state split over FSDP chips."""
     return [
         entry
         for entry in results.values()

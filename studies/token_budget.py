@@ -181,7 +181,7 @@ def accuracy(trainer: Trainer, parameters: Parameters, samples: int, seed: int, 
 
 @lru_cache(maxsize=1)
 def fit_classifier(path: str) -> tuple[Pipeline, float]:
-    """Return a classifier fitted to the test images, which no model is trained on, and its accuracy on training images."""
+    """Fit a classifier to the test images, which no model sees, and return it with its accuracy on training images."""
     test, train = (load_source("fashion_mnist", path, split, max_examples=n) for split, n in _CLASSIFIER_DATA)
     test_batch, train_batch = test.batch(np.arange(len(test))), train.batch(np.arange(len(train)))
     classifier = make_pipeline(PCA(50, random_state=0), SVC(C=10)).fit(_features(test_batch["x"]), test_batch["y"])

@@ -1,6 +1,7 @@
 """The transformer block, and a stack of blocks run by a scan."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -115,20 +116,9 @@ class BlockStack(nnx.Module):
         return jax.lax.scan(REMAT[self.remat](apply_layer), constrain_batch(x), stacked)[0]
 
 
-_Step = Callable[[jax.Array, nnx.State], tuple[jax.Array, None]]
-
-
-def _keep_everything(step: _Step) -> _Step:
-    return step
-
-
-def _keep_dots(step: _Step) -> _Step:
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(step, policy=policy, prevent_cse=False)
-
-
-def _keep_nothing(step: _Step) -> _Step:
-    return jax.checkpoint(step, prevent_cse=False)
-
-
-REMAT: dict[str, Callable[[_Step], _Step]] = {"none": _keep_everything, "dots": _keep_dots, "full": _keep_nothing}
+_KEEP_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+REMAT: dict[str, Callable[..., Any]] = {
+    "none": lambda step: step,
+    "dots": partial(jax.checkpoint, policy=_KEEP_DOTS, prevent_cse=False),
+    "full": partial(jax.checkpoint, prevent_cse=False),
+}

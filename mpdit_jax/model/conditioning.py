@@ -6,7 +6,7 @@ vector and gives every block and the final layer a modulation of its own. The tw
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,8 @@ class ClassVector(nnx.Module):
         return ClassEmbedding(jnp.zeros((vector.shape[0], 0, vector.shape[1]), self.dtype), vector)
 
 
-CONDITIONS: dict[str, Callable[[ModelConfig, nnx.Rngs], nnx.Module]] = {"tokens": ClassTokens, "vector": ClassVector}
+Build: TypeAlias = Callable[[ModelConfig, nnx.Rngs], nnx.Module]
+CONDITIONS: dict[str, Build] = {"tokens": ClassTokens, "vector": ClassVector}
 
 
 class ModulationMap(nnx.Module):
@@ -88,7 +89,7 @@ class FinalMap(nnx.Module):
 
 
 class Identity(nnx.Module):
-    """Identity: the modulation is computed elsewhere."""
+    """The identity, where the modulation is computed elsewhere."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         pass
@@ -99,7 +100,7 @@ class Identity(nnx.Module):
 
 
 class SharedFinal(nnx.Module):
-    """The final layer's shift and scale in MPDiT: those that the shared modulation has for the MLP."""
+    """The final layer's shift and scale in MPDiT, which are those of the shared modulation for the MLP."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         pass
@@ -113,11 +114,9 @@ class SharedFinal(nnx.Module):
 class ModulationParts:
     """The three modules of a kind of modulation."""
 
-    model: Callable[
-        [ModelConfig, nnx.Rngs], nnx.Module
-    ]  # conditioning vector (B, D) to input of blocks and final layer
-    block: Callable[[ModelConfig, nnx.Rngs], nnx.Module]  # that input to the block's Modulation
-    final: Callable[[ModelConfig, nnx.Rngs], nnx.Module]  # that input to the final layer's shift and scale
+    model: Build  # maps the conditioning vector (B, D) to the input of every block and of the final layer
+    block: Build  # maps that input to the block's Modulation
+    final: Build  # maps that input to the final layer's shift and scale
 
 
 MODULATIONS = {

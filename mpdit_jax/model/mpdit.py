@@ -147,20 +147,12 @@ class MPDiT(nnx.Module):
         return constrain_batch(x), constrain_batch(t), constrain_batch(y)
 
     def modulation(self, t: jax.Array) -> Any:
-        """Return the modulation of times (B,), float32. With condition="vector" it is the time vector (B, D), to which
-        the class vector is added later.
-        """
-        vector = self.time_embedding(t)  # (B, D)
+        """Return the float32 modulation of times (B,), or, with condition="vector", the time vector (B, D)."""
+        vector = self.time_embedding(t)  # (B, D); `condition` adds a class vector to it
         return vector if self.config.condition == "vector" else self.time_modulation(vector)
 
     def velocity(self, x: jax.Array, modulation: Any, class_embedding: ClassEmbedding) -> jax.Array:
-        """Run the transformer: latents (B, H, W, C) to velocities (B, H, W, C).
-
-        Args:
-            x: noisy latents.
-            modulation: the result of `modulation`.
-            class_embedding: the result of `class_embedding`.
-        """
+        """Map latents (B, H, W, C) and the results of `modulation` and `class_embedding` to velocities (B, H, W, C)."""
         condition, tokens = self.condition(modulation, class_embedding), class_embedding.tokens
         x = x.astype(tokens.dtype)
         for level in self.levels:
@@ -185,15 +177,13 @@ class MPDiT(nnx.Module):
         them at every step; all others, modulations included, stay float32. The outputs equal those of a model created
         with `dtype`.
         """
+
+        def cast(path: Any, leaf: jax.Array) -> jax.Array:
+            return leaf if "modulation" in path else leaf.astype(dtype)
+
         model = self._with(self.config.replace(dtype=dtype))
-        levels = nnx.state(model.levels)
-        nnx.update(
-            model.levels,
-            nnx.map_state(lambda path, leaf: leaf if "modulation" in path else leaf.astype(dtype), levels),
-        )
-        if self.config.condition == "tokens":
-            tokens = nnx.state(model.class_embedding)
-            nnx.update(model.class_embedding, jax.tree.map(lambda leaf: leaf.astype(dtype), tokens))
+        for module in (model.levels, model.class_embedding) if self.config.condition == "tokens" else (model.levels,):
+            nnx.update(module, nnx.map_state(cast, nnx.state(module)))
         return model
 
     def for_platform(self, platform: str) -> "MPDiT":
@@ -201,6 +191,6 @@ class MPDiT(nnx.Module):
         return self._with(self.config.replace(platform=platform))
 
     def _with(self, config: ModelConfig) -> "MPDiT":
-        """Return a model of `config` with these parameters, which must have the same shapes."""
+        """Return a model of `config`, whose parameters have the same shapes, with these parameters."""
         structure = nnx.graphdef(nnx.eval_shape(lambda: MPDiT(config, nnx.Rngs(params=0))))
         return nnx.merge(structure, nnx.state(self))
