@@ -22,17 +22,10 @@ class Traffic:
 
 
 def traffic(text: str, chips: int) -> Traffic:
-    """Count the bytes that the collectives of a program move; a loop's body counts as often as it runs.
+    """Count the bytes that the collectives of `compiled.as_text()` move; a loop's body counts as often as it runs.
 
-    TPU programs run many collectives as a loop of collective permutes beside the product that needs the result; each
-    permute moves one chip's part.
-
-    Args:
-        text: `compiled.as_text()`.
-        chips: number of chips that the program runs on.
-
-    Raises:
-        ConfigError: the groups of chips cannot be parsed.
+    TPU programs run many collectives as a loop of collective permutes, each of which moves one chip's part, beside the
+    product that needs the result. Raise ConfigError if the groups of chips cannot be parsed.
     """
     by_kind, sent = dict.fromkeys(KINDS, 0), 0.0
     for visit in walk(text):

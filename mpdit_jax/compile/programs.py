@@ -50,9 +50,7 @@ class Program:
 def topology_devices(topology: str) -> list[jax.Device]:
     """Return the devices of a TPU topology, none of which need exist.
 
-    Raises:
-        MissingExtraError: libtpu is not installed.
-        ConfigError: libtpu does not know the topology.
+    Raise MissingExtraError if libtpu is not installed, and ConfigError if it does not know the topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise MissingExtraError(
@@ -95,11 +93,7 @@ def compile_step(config: FrozenConfigDict, mesh: Mesh) -> Program:
 
 
 def compile_sampler(config: FrozenConfigDict, mesh: Mesh, batch_size: int) -> Program:
-    """Compile the guided sampler of a config, `config.sample.steps` Euler steps with replicated parameters.
-
-    Raises:
-        ConfigError: the batch does not divide over the mesh.
-    """
+    """Compile the guided sampler of a config with replicated parameters. Raise ConfigError as `compile_step`."""
     check_batch(batch_size, mesh)
     structure, shapes = abstract(_model_for(config, mesh))
     sampler = make_sampler(steps=config.sample.steps, guidance_scale=config.sample.guidance_scale)

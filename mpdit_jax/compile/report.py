@@ -30,21 +30,13 @@ def sampler_flops(config: FrozenConfigDict, batch_size: int) -> float:
 
 
 def describe(program: Program, flops: float, chips: int, chip: Chip | None) -> dict[str, Any]:
-    """Return a program's figures per chip as a dict.
-
-    Args:
-        program: the compiled program.
-        flops: analytic operations on all chips.
-        chips: number of chips.
-        chip: peak performance of a chip; None if it is unknown.
-    """
+    """Return a program's figures per chip. `flops` are its operations on all chips; `chip` is None if it is unknown."""
     report: dict[str, Any] = {**dataclasses.asdict(program), "flops": flops / chips}
     if chip is not None:
         report["hbm"] = chip.hbm
         report["fits"] = not program.refused and program.peak <= chip.hbm
         bounds = chip.bounds(flops / chips, program.arguments + program.results, program.sent or 0)
-        report["bound_seconds"] = max(bounds.values())
-        report["bound_by"] = max(bounds, key=lambda name: bounds[name])
+        report["bound_by"], report["bound_seconds"] = max(bounds.items(), key=lambda item: item[1])
     return report
 
 

@@ -137,8 +137,7 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     """Constrain `x` (batch first) to be split over the mesh of `jax.set_mesh`.
 
     Without this, XLA replicates the activations inside a scan whose weights are sharded. The array is returned
-    unchanged if there is no such mesh, under a mesh of the caller's own or in `shard_map`, and if the batch does not
-    divide.
+    unchanged without such a mesh, inside `shard_map`, and if the batch does not divide over the devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(AXES) <= set(mesh.auto_axes) or mesh.size == 1 or x.shape[0] % mesh.size:

@@ -28,16 +28,11 @@ class Adaptive:
 
     An image therefore does not depend on the rest of its batch; a batch takes as long as its slowest image. The
     integration is split at the ends of the guidance interval. An image that needs more than 4,096 steps becomes NaN.
-
-    Attributes:
-        method: "dopri5" (Dormand–Prince) or "tsit5" (Tsitouras).
-        rtol: tolerance of a step, relative to the latents.
-        atol: absolute tolerance of a step.
     """
 
-    method: str = "dopri5"
-    rtol: float = 1e-5
-    atol: float = 1e-5
+    method: str = "dopri5"  # "dopri5" (Dormand–Prince) or "tsit5" (Tsitouras)
+    rtol: float = 1e-5  # tolerance of a step, relative to the latents
+    atol: float = 1e-5  # absolute tolerance of a step
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -51,9 +46,7 @@ class Adaptive:
     ) -> Solution:
         """Carry noise z to data; see `Solver`. `grid` and `steps` are not used.
 
-        Raises:
-            MissingExtraError: diffrax is not installed.
-            InputError: called inside a `jax.shard_map` with check_vma=True.
+        Raise MissingExtraError without diffrax, and InputError inside a `jax.shard_map` with check_vma=True.
         """
         evaluations = jnp.zeros(z.shape[0], jnp.int32)
         times, paths = [jnp.ones(1, z.dtype)], [z[None]]

@@ -37,7 +37,7 @@ def read_weights(path: str | Path) -> Weights:
 
     Raises:
         WeightsError: the file is missing, damaged or of unknown type, or its pickle holds more than tensors.
-        MissingExtraError: a PyTorch file, and PyTorch is not installed.
+        MissingExtraError: PyTorch is needed and not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -75,6 +75,19 @@ def normalize_state_dict(mapping: Mapping[str, Any], source: str) -> dict[str, n
             raise WeightsError(f"{source}: entry {name!r} has dtype {array.dtype}; expected numbers.")
         arrays[_WRAPPERS.sub("", name)] = array.astype(np.float32)
     return arrays
+
+
+def compare_shapes(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    """Compare arrays with expected shapes by name; return lists of the "missing", the "extra" and the "misshapen"."""
+    return {
+        "missing": [name for name in shapes if name not in arrays],
+        "extra": [name for name in arrays if name not in shapes],
+        "misshapen": [
+            f"{name} is {arrays[name].shape} instead of {shape}"
+            for name, shape in shapes.items()
+            if name in arrays and arrays[name].shape != shape
+        ],
+    }
 
 
 def _read_torch(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpdit_jax.errors import ConfigError, WeightsError
+from mpdit_jax.interop.files import compare_shapes
 from mpdit_jax.interop.published_names import DIT_NAMES, LevelNames, expected_shapes, is_dit, level_names
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.embeddings import sincos_positions
@@ -27,10 +28,8 @@ def infer_config(state: State, origin: str) -> ModelConfig:
     """Infer the config of a state dict, with num_heads=1 because the shapes do not show the heads.
 
     Most sizes appear in several entries. If entries disagree, the config that the fewest entries contradict is chosen,
-    so that error messages compare a damaged state dict with the intended model.
-
-    Raises:
-        WeightsError: no combination of the sizes is a valid model.
+    so that error messages compare a damaged state dict with the intended model. Raise WeightsError if no combination of
+    the sizes is a valid model.
     """
     first_error: ConfigError | None = None
     best: tuple[int, ModelConfig] | None = None
@@ -40,26 +39,12 @@ def infer_config(state: State, origin: str) -> ModelConfig:
         except ConfigError as error:
             first_error = first_error or error
             continue
-        problems = sum(map(len, find_problems(state, config).values()))
+        problems = sum(map(len, compare_shapes(state, expected_shapes(config)).values()))
         if best is None or problems < best[0]:
             best = problems, config
     if best is None:
         raise WeightsError(f"{origin}: its shapes describe no MPDiT ({first_error}).") from first_error
     return best[1]
-
-
-def find_problems(state: State, config: ModelConfig) -> dict[str, list[str]]:
-    """Compare the entries with those of a config; list them as "missing", "extra" and "misshapen"."""
-    expected = expected_shapes(config)
-    return {
-        "missing": [name for name in expected if name not in state],
-        "extra": [name for name in state if name not in expected],
-        "misshapen": [
-            f"{name} is {state[name].shape} instead of {shape}"
-            for name, shape in expected.items()
-            if name in state and state[name].shape != shape
-        ],
-    }
 
 
 def is_table(array: np.ndarray, table: np.ndarray) -> bool:

@@ -32,8 +32,7 @@ def build_metadata(model: MPDiT, step: int) -> dict[str, str]:
 def stored_config(metadata: Mapping[str, str], origin: str) -> ModelConfig | None:
     """Return the model config in the metadata; None for another project's file.
 
-    Raises:
-        WeightsError: the config is missing, or has fields that this version does not know.
+    Raise WeightsError if the config is missing or has fields that this version does not know.
     """
     if metadata.get("format") != FORMAT:
         return None
@@ -57,15 +56,10 @@ def save_native(path: str | Path, model: MPDiT, step: int) -> None:
 
 
 def from_native(arrays: Mapping[str, np.ndarray], config: ModelConfig, origin: str) -> MPDiT:
-    """Build the model of a config from parameters under our own names.
-
-    Raises:
-        WeightsError: parameters are missing, extra, misshapen or not finite.
-    """
+    """Build the model of a config from parameters under our own names. Raise WeightsError if they do not fit it."""
     structure, shapes = abstract(config)
     wrong = [name for name, leaf in shapes.items() if name not in arrays or arrays[name].shape != leaf.shape]
-    wrong += [name for name in arrays if name not in shapes]
-    wrong += [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    wrong += [name for name in arrays if name not in shapes or not np.isfinite(arrays[name]).all()]
     if wrong:
         raise WeightsError(f"{origin}: missing, extra, misshapen or not finite: {', '.join(dict.fromkeys(wrong))}.")
     return merge(structure, {name: jnp.asarray(arrays[name]) for name in shapes})

@@ -6,7 +6,6 @@ The names that its pickle would import are read from the opcodes; nothing is unp
 import pickle
 import pickletools
 import re
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +24,7 @@ _LEGACY_PICKLES = 5  # consecutive pickles at the start of a file in PyTorch's l
 def explain_refusal(path: Path, error: Exception) -> WeightsError:
     """Return the WeightsError for a file on which `torch.load(..., weights_only=True)` raised `error`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes in arbitrary bytes
-            is_program, names, complete = _inspect(path)
+        is_program, names, complete = _inspect(path)
     except Exception:  # a damaged archive can raise any exception
         is_program, names, complete = False, [], False
     if is_program:
@@ -54,11 +51,7 @@ def explain_refusal(path: Path, error: Exception) -> WeightsError:
 
 
 def imported_names(file: IO[bytes]) -> Iterator[str]:
-    """Yield the names that a pickle would import, in order: "module.name", or "name" of a builtin.
-
-    Raises:
-        ValueError: the pickle is cut short, or the bytes are not a pickle.
-    """
+    """Yield the names that a pickle would import, in order: "module.name", or "name" of a builtin."""
     strings: list[Any] = [None, None]  # strings pushed on the stack, of which STACK_GLOBAL takes the last two
     memo: dict[Any, Any] = {}
     for opcode, argument, _ in pickletools.genops(file):

@@ -38,10 +38,6 @@ class Entry:
     layer: int | None = None  # index in a stacked parameter
 
 
-def _vector(size: int) -> Layout:
-    return Layout((size,), (0,), (size,))
-
-
 def _unchanged(*shape: int) -> Layout:
     return Layout(shape, tuple(range(len(shape))), shape)
 
@@ -61,7 +57,7 @@ def _patch(patch: int, channels: int, width: int) -> Layout:
 def _pair(name: str, path: str, weight: Layout, layer: int | None = None) -> Iterator[Entry]:
     """Yield the entries of a weight and its bias."""
     yield Entry(f"{name}.weight", f"{path}.kernel", weight, layer)
-    yield Entry(f"{name}.bias", f"{path}.bias", _vector(weight.torch_shape[0]), layer)
+    yield Entry(f"{name}.bias", f"{path}.bias", _unchanged(weight.torch_shape[0]), layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +85,7 @@ def level_names(levels: int) -> list[LevelNames]:
 
 
 def trained_entries(config: ModelConfig) -> Iterator[Entry]:
-    """Yield the entry of every trained tensor of the published state dict.
-
-    Raises:
-        ConfigError: the config is that of neither an MPDiT nor a DiT, so there are no published names.
-    """
+    """Yield the entry of every trained tensor. Raise ConfigError if the config is neither an MPDiT's nor a DiT's."""
     for name, published in (
         ("upsampler", "linear_linear"),
         ("fno_init", "paper"),

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpdit_jax.errors import ConfigError, InputError, WeightsError
-from mpdit_jax.interop.files import Weights, normalize_state_dict, read_weights
-from mpdit_jax.interop.infer import find_problems, infer_config, is_table
+from mpdit_jax.interop.files import Weights, compare_shapes, normalize_state_dict, read_weights
+from mpdit_jax.interop.infer import infer_config, is_table
 from mpdit_jax.interop.native_files import PUBLISHED, from_native, stored_config
 from mpdit_jax.interop.published_names import expected_shapes, is_dit, is_mpdit, position_tables, trained_entries
 from mpdit_jax.model.config import CONVENTIONS, ModelConfig
@@ -120,18 +120,19 @@ def _from_published(state: StateDict, config: ModelConfig) -> MPDiT:
 
 def _check_entries(state: StateDict, config: ModelConfig, origin: str) -> None:
     """Raise WeightsError unless the entries are exactly the config's, finite, with its position tables."""
-    problems = find_problems(state, config)
-    fitting = [name for name, shape in expected_shapes(config).items() if name in state and state[name].shape == shape]
+    shapes = expected_shapes(config)
+    problems = compare_shapes(state, shapes)
+    fitting = [name for name, shape in shapes.items() if name in state and state[name].shape == shape]
     tables = dict(position_tables(config))
     problems["not finite"] = [name for name in fitting if not np.isfinite(state[name]).all()]
     problems["not the fixed sin-cos position table"] = [
         name for name in fitting if name in tables and not is_table(state[name], tables[name])
     ]
-    listed = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
     if listed:
         raise WeightsError(
             f"{origin} does not fit the model it describes (depths {config.depths}, width {config.hidden_size}): "
-            f"{'; '.join(listed)}. Expected the published {'DiT' if is_dit(state) else 'MPDiT'} names; this has "
+            f"{listed}. Expected the published {'DiT' if is_dit(state) else 'MPDiT'} names; this has "
             f"{_summarize(state)}."
         )
 

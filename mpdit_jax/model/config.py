@@ -222,9 +222,6 @@ def drop_unused(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a stored model config without those that the model does not use.
 
     Older versions stored such fields with any value; in a new config they raise ConfigError.
-
-    Raises:
-        ConfigError: another field is unknown or has an impossible value.
     """
     optional = {name for names, _ in _UNUSED.values() for name in names}
     rest = {name: value for name, value in fields.items() if name not in optional}

@@ -66,7 +66,8 @@ def _attend(qkv: jax.Array) -> jax.Array:
     query, key, value = qkv
     logits = jnp.einsum("bqd,bkd->bqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))  # (B, T, T)
-    sums = weights.sum(axis=-1, keepdims=True)  # (B, T, 1); dividing the result by it is cheaper than the weights
+    sums = weights.sum(axis=-1, keepdims=True)  # (B, T, 1)
+    # Dividing (B, T, d) by the sums is cheaper than dividing the (B, T, T) weights.
     return jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32) / sums
 
 

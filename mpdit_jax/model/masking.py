@@ -35,8 +35,7 @@ def masked_velocity(
 ) -> jax.Array:
     """Return the velocity of a model whose trunk sees the `kept` (B, K) image tokens alone; else as `model(x, t, y)`.
 
-    Raises:
-        InputError: a shape does not fit the model, a label is not an integer, or the model has no decoder.
+    Raise InputError as the model does, and if it has no decoder.
     """
     if model.mask_token is None:
         raise InputError("model.decoder_depth=0: masked training needs a decoder_depth of 1 or more.")

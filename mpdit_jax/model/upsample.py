@@ -15,7 +15,7 @@ Class tokens pass unchanged through "linear", "linear_conv" and "conv_transpose"
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,19 +60,9 @@ class ConvExpand(nnx.Module):
     """A transposed convolution of stride r and kernel 2r."""
 
     def __init__(self, geometry: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        width, self.grid = config.hidden_size, geometry.grid
-        side = TRANSPOSED_KERNEL * geometry.factor
-        self.conv = nnx.ConvTranspose(
-            width,
-            width,
-            (side, side),
-            strides=(geometry.factor, geometry.factor),
-            padding="SAME",
-            dtype=jnp.dtype(config.dtype),
-            precision=jax.lax.Precision.HIGHEST,
-            kernel_init=XAVIER_UNIFORM,
-            rngs=rngs,
-        )
+        width, self.grid, stride = config.hidden_size, geometry.grid, geometry.factor
+        kernel, options = (TRANSPOSED_KERNEL * stride,) * 2, _conv_options(config, rngs)
+        self.conv = nnx.ConvTranspose(width, width, kernel, strides=(stride, stride), **options)
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """Map image tokens (B, h*w, D) to (B, h*w*r*r, D)."""
@@ -119,16 +109,7 @@ class ConvRefine(nnx.Module):
     def __init__(self, geometry: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
         rows, columns = geometry.grid
         self.grid, width = (rows * geometry.factor, columns * geometry.factor), config.hidden_size
-        self.conv = nnx.Conv(
-            width,
-            width,
-            (CONV_KERNEL, CONV_KERNEL),
-            padding="SAME",
-            dtype=jnp.dtype(config.dtype),
-            precision=jax.lax.Precision.HIGHEST,
-            kernel_init=XAVIER_UNIFORM,
-            rngs=rngs,
-        )
+        self.conv = nnx.Conv(width, width, (CONV_KERNEL, CONV_KERNEL), **_conv_options(config, rngs))
 
     def __call__(self, classes: jax.Array, image: jax.Array) -> jax.Array:
         """Map class tokens (B, m, D) and image tokens (B, N, D) to (B, m + N, D)."""
@@ -164,6 +145,12 @@ class Upsample(nnx.Module):
         """Map tokens (B, m + h*w, D) to (B, m + h*w*r*r, D)."""
         classes, image = x[:, : self.class_tokens], x[:, self.class_tokens :]
         return self.refine(classes, self.expand(image))
+
+
+def _conv_options(config: ModelConfig, rngs: nnx.Rngs) -> dict[str, Any]:
+    precision = jax.lax.Precision.HIGHEST
+    dtype = jnp.dtype(config.dtype)
+    return {"padding": "SAME", "dtype": dtype, "precision": precision, "kernel_init": XAVIER_UNIFORM, "rngs": rngs}
 
 
 def _as_grid(image: jax.Array, grid: tuple[int, int]) -> jax.Array:

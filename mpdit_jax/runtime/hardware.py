@@ -30,10 +30,8 @@ class Chip:
     def bounds(self, flops: float, moved: float, sent: float) -> dict[str, float]:
         """Return a lower bound on a program's time, in seconds, for each resource of the chip.
 
-        Args:
-            flops: operations of the program's matrix products.
-            moved: bytes read from and written to the chip's memory.
-            sent: bytes sent to other chips.
+        `flops` are the operations of matrix products, `moved` the bytes read from and written to the chip's memory,
+        `sent` the bytes sent to other chips.
         """
         return {
             "matrix products": flops / self.flops,
@@ -68,11 +66,7 @@ GPU_FLOPS = {
 
 
 def topology_chip(topology: str) -> Chip:
-    """Return the chip of a TPU topology such as v5e:16x16 or v4:4x4x4.
-
-    Raises:
-        ConfigError: the topology has another form, an unknown chip, or more chips than a pod.
-    """
+    """Return the chip of a TPU topology such as v5e:16x16. Raise ConfigError if there is no such topology."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
     known = ", ".join(CHIPS)
     if match is None or match[1] not in CHIPS:
@@ -112,14 +106,9 @@ def matrix_product(device: jax.Device, dtype: str) -> tuple[Callable[[], None], 
 def peak_flops(mesh: jax.sharding.Mesh, dtype: str, machines: int = 1) -> float | None:
     """Return the peak operations per second of all devices of a mesh; None if they are unknown.
 
-    Accelerators have their published bfloat16 peak, whatever `dtype` is. CPUs are measured, as the best of up to four
-    matrix products of `dtype` in half a second.
-
-    Args:
-        mesh: the devices.
-        dtype: dtype of the matrix product on CPUs.
-        machines: number of machines like this one. On CPUs the peak is per machine, since all processes and virtual
-            devices of a machine share its processor.
+    Accelerators have their published bfloat16 peak, whatever `dtype` is. A CPU's peak is measured, as the best of up to
+    four matrix products of `dtype` in half a second, and multiplied by the number of machines, because all processes
+    and virtual devices of a machine share its processor.
     """
     device = mesh.local_devices[0]
     if device.platform != "cpu":

@@ -65,11 +65,8 @@ class Decoder(nnx.Module):
 class Autoencoder(nnx.Module):
     """Encoder and decoder with the 1x1 convolutions between them. It holds float32 parameters and no other state.
 
-    Args:
-        config: the architecture.
-        dtype: compute dtype of convolutions and matrix products, float32 or bfloat16. Group norms and the attention's
-            softmax are always in float32.
-        rngs: random number generators of the initial parameters (the stream `params`).
+    `dtype` is the compute dtype of convolutions and matrix products, float32 or bfloat16; group norms and the
+    attention's softmax are always in float32.
     """
 
     def __init__(self, config: AutoencoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
@@ -83,13 +80,9 @@ class Autoencoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def moments(self, images: jax.Array) -> jax.Array:
-        """Return the posterior's mean and log variance (not clipped), concatenated over channels.
+        """Encode images (B, H, W, in_channels) in [-1, 1]; H and W are multiples of the downsample factor f.
 
-        Args:
-            images: (B, H, W, in_channels) in [-1, 1]; H and W multiples of the downsample factor.
-
-        Returns:
-            (B, H/f, W/f, 2·latent_channels) float32.
+        Return the posterior's mean and log variance (not clipped) as (B, H/f, W/f, 2·latent_channels) float32.
         """
         x = self.encoder(images.astype(self.dtype))
         if self.quant_conv is not None:
@@ -99,8 +92,7 @@ class Autoencoder(nnx.Module):
     def decode(self, latents: jax.Array) -> jax.Array:
         """Decode unscaled latents (B, h, w, latent_channels).
 
-        Returns:
-            Images (B, h·f, w·f, out_channels) float32, approximately in [-1, 1], not clipped.
+        Return images (B, h·f, w·f, out_channels) float32, approximately in [-1, 1], not clipped.
         """
         z = latents.astype(self.dtype)
         if self.post_quant_conv is not None:

@@ -56,17 +56,14 @@ def conv2d(
     stride: int = 1,
     padding: tuple[int, int] = (0, 0),
 ) -> jax.Array:
-    """Convolve images with a kernel (as a correlation) and add a bias.
+    """Convolve images (as a correlation) and add a bias; the result is float32.
 
     Args:
-        x: images (B, H, W, C), float32 or bfloat16.
-        kernel: (height, width, input channels, output channels); cast to the dtype of `x`.
-        bias: float32, (output channels,).
+        x: images (B, H, W, inputs), float32 or bfloat16.
+        kernel: (height, width, inputs, outputs); cast to the dtype of `x`.
+        bias: float32 (outputs,).
         stride: stride along height and width.
         padding: zeros before and after, along height and width.
-
-    Returns:
-        The feature maps in float32.
     """
     direct = partial(_direct, stride=stride, padding=(padding, padding))
     _, height, width, inputs = x.shape

@@ -12,11 +12,9 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w-][\w.-]*)*")
 
 
 def locate(source: str | Path) -> Path:
-    """Return the folder with the files of a VAE, downloaded if necessary.
+    """Return the folder with the files of a VAE, given a folder or a hub name; see `load_vae`.
 
-    Args:
-        source: a folder, or a hub name such as "stabilityai/sd-vae-ft-ema" or, for the VAE of a pipeline,
-            "owner/name/vae". An existing folder takes precedence. Files in the hub's cache need no network.
+    An existing folder takes precedence over a hub name. Files in the hub's cache need no network.
 
     Raises:
         WeightsError: no such folder, or the hub cannot be reached or does not have it.

@@ -13,11 +13,8 @@ from mpdit_jax.vae.vae import PIXELS, VAE
 def check_fingerprint(vae: VAE, fingerprint: str, argument: str, holder: str) -> None:
     """Raise InputError unless a VAE has the fingerprint of the VAE that encoded some latents.
 
-    Args:
-        vae: the VAE to check.
-        fingerprint: fingerprint of the VAE that encoded the latents.
-        argument: the argument that named `vae`, such as "--vae=FOLDER".
-        holder: beginning of a sentence about the latents, such as "FOLDER holds latents of".
+    For the message, `argument` names the VAE, such as "--vae=FOLDER", and `holder` begins a clause about the latents,
+    such as "FOLDER holds latents of".
     """
     if vae.fingerprint != fingerprint:
         none = ", which is none" if fingerprint == PIXELS else ""

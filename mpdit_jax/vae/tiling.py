@@ -17,15 +17,10 @@ from mpdit_jax.errors import ConfigError, InputError
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Settings of tiling.
+    """Settings of tiling. An image that fits into one tile is not cut."""
 
-    Attributes:
-        size: side of a tile in image pixels. An image that fits into one tile is not cut.
-        overlap: minimum overlap of neighbouring tiles in image pixels.
-    """
-
-    size: int = 512
-    overlap: int = 128
+    size: int = 512  # side of a tile in image pixels
+    overlap: int = 128  # minimum overlap of neighbouring tiles in image pixels
 
     def check(self, factor: int) -> None:
         """Raise ConfigError unless size and overlap are multiples of `factor`, the image pixels per latent pixel."""
@@ -39,11 +34,7 @@ class Tiling:
 
 
 def tiles(size: int) -> Tiling | None:
-    """Return the tiling of `--vae_tile`: tiles of `size` pixels that overlap by a quarter; None for 0.
-
-    Raises:
-        InputError: `size` is neither 0 nor a positive multiple of 32.
-    """
+    """Return the tiling of `--vae_tile`: tiles of `size` pixels that overlap by a quarter, or None for 0."""
     if size < 0 or size % 32:
         raise InputError(f"--vae_tile={size}: expected a multiple of 32, such as 512, or 0 for whole images.")
     return Tiling(size, size // 4) if size else None

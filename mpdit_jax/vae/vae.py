@@ -86,8 +86,15 @@ class VAE:
         self.config, self.dtype, self.mesh, self.tiling = config, dtype, mesh, tiling
         self.parameters: Parameters = dict(jax.device_put(dict(parameters), replicated(mesh) if mesh else None))
         structure = abstract(config, dtype)[0]
-        self._encode = self._compile(lambda parameters, x: self._moments(merge(structure, parameters).moments, x))
-        self._decode = self._compile(lambda parameters, z: self._images(merge(structure, parameters).decode, z))
+        factor = config.downsample_factor
+
+        def encode(parameters: Parameters, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return mean_and_std(self._tiled(merge(structure, parameters).moments, x, units=(factor, 1)))
+
+        def decode(parameters: Parameters, z: jax.Array) -> jax.Array:
+            return self._tiled(merge(structure, parameters).decode, z, units=(1, factor))
+
+        self._encode, self._decode = self._compile(encode), self._compile(decode)
 
     @property
     def downsample_factor(self) -> int:
@@ -161,12 +168,6 @@ class VAE:
         latents = self._check(latents, "latents", self.latent_channels, "latents.astype(np.float32)")
         images = self._decode(self.parameters, self._place(latents))
         return jnp.clip(images, -1.0, 1.0) if clip else images
-
-    def _moments(self, encode: Callable[[jax.Array], jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return mean_and_std(self._tiled(encode, x, units=(self.downsample_factor, 1)))
-
-    def _images(self, decode: Callable[[jax.Array], jax.Array], z: jax.Array) -> jax.Array:
-        return self._tiled(decode, z, units=(1, self.downsample_factor))
 
     def _tiled(self, function: Callable[[jax.Array], jax.Array], x: jax.Array, units: tuple[int, int]) -> jax.Array:
         if self.tiling is None:

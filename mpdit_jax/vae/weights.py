@@ -18,7 +18,7 @@ import safetensors.numpy
 from flax import nnx
 
 from mpdit_jax.errors import WeightsError
-from mpdit_jax.interop.files import read_state_dict
+from mpdit_jax.interop.files import compare_shapes, read_state_dict
 from mpdit_jax.io.files import atomic_write
 from mpdit_jax.model.parameters import Parameters, split
 from mpdit_jax.vae.autoencoder import Autoencoder
@@ -69,12 +69,7 @@ def load_folder(folder: str | Path) -> tuple[AutoencoderConfig, Parameters]:
 
 
 def save_folder(folder: str | Path, config: AutoencoderConfig, parameters: Mapping[str, Any]) -> None:
-    """Write a diffusers folder, which `load_folder` reads back bit for bit.
-
-    Args:
-        folder: created if necessary; its `config.json` and safetensors are replaced.
-        config: the architecture.
-        parameters: the result of `split` for that architecture.
+    """Write a diffusers folder, which `load_folder` reads back bit for bit; its two files are replaced.
 
     Raises:
         InputError: the folder cannot be written.
@@ -92,13 +87,7 @@ def save_folder(folder: str | Path, config: AutoencoderConfig, parameters: Mappi
 def from_diffusers(state: Mapping[str, np.ndarray], config: AutoencoderConfig, source: str) -> Parameters:
     """Convert a diffusers state dict, with old or new attention names, to parameters.
 
-    Args:
-        state: numpy arrays by diffusers' names.
-        config: the architecture they must fit.
-        source: name of the state dict in error messages.
-
-    Raises:
-        WeightsError: entries are missing, extra, misshapen or not finite; the message names all of them.
+    Raise WeightsError, which calls the state dict `source`, if entries are missing, extra, misshapen or not finite.
     """
     renamed = _with_new_attention_names(state, source)
     _check_entries(renamed, config, source)
@@ -159,23 +148,14 @@ def _with_new_attention_names(state: Mapping[str, np.ndarray], source: str) -> S
 
 
 def _check_entries(state: Mapping[str, np.ndarray], config: AutoencoderConfig, source: str) -> None:
-    expected = {_diffusers_name(path): _torch_shape(leaf.shape) for path, leaf in abstract(config)[1].items()}
-    present = [name for name in expected if name in state]
-    problems = {
-        "missing": [name for name in expected if name not in state],
-        "extra": [name for name in state if name not in expected],
-        "misshapen": [
-            f"{name} is {state[name].shape} instead of {expected[name]}"
-            for name in present
-            if state[name].shape != expected[name]
-        ],
-        "not finite": [name for name in present if not np.isfinite(state[name]).all()],
-    }
-    listed = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    shapes = {_diffusers_name(path): _torch_shape(leaf.shape) for path, leaf in abstract(config)[1].items()}
+    problems = compare_shapes(state, shapes)
+    problems["not finite"] = [name for name in shapes if name in state and not np.isfinite(state[name]).all()]
+    listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
     if listed:
         raise WeightsError(
             f"{source} does not fit the architecture (block_out_channels {config.block_out_channels}, latent_channels "
-            f"{config.latent_channels}) of its config.json: {'; '.join(listed)}."
+            f"{config.latent_channels}) of its config.json: {listed}."
         )
 
 
