@@ -85,7 +85,7 @@ def level_names(levels: int) -> list[LevelNames]:
 
 
 def trained_entries(config: ModelConfig) -> Iterator[Entry]:
-    """Yield the entry of every trained tensor. Raise ConfigError if the config is neither an MPDiT's nor a DiT's."""
+    """Yield the entry of every trained tensor. Raise ConfigError if the config has no published names."""
     for name, published in (
         ("upsampler", "linear_linear"),
         ("fno_init", "paper"),
