@@ -1,4 +1,4 @@
-"""Published DiT and SiT weights: the isotropic baseline of the golden arrays, and its conventions."""
+"""Published DiT and SiT weights, against the golden arrays of the isotropic baseline."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,7 @@ def state(golden):
 
 
 def test_forward(golden, state):
-    """The first half of the channels; the second is the variance that a velocity does not have."""
+    """Compare the first half of the golden channels; the second half is the learned variance."""
     model = mp.load_torch(state, num_heads=4, convention="sit")
     expected = golden.images("out")[..., :4]
     assert relative_error(model(golden.images("x"), golden["t"], golden["y"]), expected) <= 2e-5
