@@ -32,8 +32,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = 
     """Build a (data, fsdp) mesh with axes of type Auto.
 
     Args:
-        data: size of the data axis; -1 is the number of devices over `fsdp`.
-        fsdp: size of the fsdp axis; -1 is the number of devices over `data`.
+        data: size of the data axis; -1 for the number of devices divided by `fsdp`.
+        fsdp: size of the fsdp axis; -1 for the number of devices divided by `data`.
         devices: the devices; default all devices of all processes.
 
     Raises:

@@ -15,7 +15,7 @@ from mpdit_jax.flow.times import TimeGrid
 from mpdit_jax.validation import is_real
 
 METHODS = {"dopri5": "Dopri5", "tsit5": "Tsit5"}  # our names: diffrax's
-_STAGES = 6  # evaluations per step: of the seven stages, the first is the last of the previous step
+_STAGES = 6  # evaluations per step; the first of the seven stages is the previous step's last
 _FIRST_STAGE = 1  # evaluations before the first step
 _FIRST_STEP = 0.01  # length in t of the first step
 _FRAMES = 17  # recorded times per segment
@@ -97,7 +97,7 @@ class Adaptive:
             with jax.enable_x64(z.dtype == jnp.float64):
                 path, evaluations = jax.vmap(integrate, out_axes=(1, 0))(z)  # (n, B, H, W, C), (B,)
         except TypeError as error:
-            # diffrax's loops start from constants, whose type does not vary over mesh axes as that of the states does.
+            # diffrax's loops start from constants, which shard_map's check does not accept in place of varying states.
             if jax.sharding.get_abstract_mesh().manual_axes and "manual axis types" in str(error):
                 raise InputError(
                     f"{self.method} runs inside jax.shard_map with check_vma=False only: give it that argument, or "

@@ -107,10 +107,10 @@ class DiTVelocity(Converted):
     x = (z_t − t ε) / (1 − t) and the velocity is ε − x = (ε − z_t) / (1 − t). An Euler step from t to u gives
     (1 − u) x + u ε, which is a deterministic DDIM step.
 
-    Both ends of the path lie outside DiT's steps. Larger t than step 999's (0.9937) are treated as that t. Smaller t
-    than step 0's (0.0099) are evaluated at step 0, whose noise level is too high for them. For Gaussian data of
-    variance 1 and an exact ε, the error is 1 % of the velocity at t = 0, 0.5 % at t = 0.005, and 0.002 % or less from
-    t = 0.01 on (test_conventions.py). Uniform Euler evaluates no t below 0.0099 in up to 100 steps, two in 250.
+    Both ends of the path lie outside DiT's steps. Times above 0.9937 (step 999) are treated as 0.9937. Times below
+    0.0099 (step 0) are evaluated at step 0, whose noise level is too high for them. For Gaussian data of variance 1 and
+    an exact ε, the error is 1 % of the velocity at t = 0, 0.5 % at t = 0.005, and at most 0.002 % from t = 0.01 on
+    (test_conventions.py). Euler on the uniform grid evaluates no time below 0.0099 in 100 steps, and two in 250.
     """
 
     def modulation(self, t: jax.Array) -> Any:

@@ -65,7 +65,7 @@ class Euler:
 
 @dataclasses.dataclass(frozen=True)
 class Heun:
-    """An Euler step to t', repeated with the mean of both velocities: second order, two evaluations per interval."""
+    """The trapezoidal rule with an Euler predictor: second order, two evaluations per interval."""
 
     def solve(
         self, field: Field, z: jax.Array, grid: TimeGrid, steps: int, increments: Increments, record: bool = False
@@ -85,7 +85,7 @@ class Heun:
 
 @dataclasses.dataclass(frozen=True)
 class Midpoint:
-    """A step with the velocity at the middle of an Euler step: second order, two evaluations per interval."""
+    """The explicit midpoint rule: second order, two evaluations per interval."""
 
     def solve(
         self, field: Field, z: jax.Array, grid: TimeGrid, steps: int, increments: Increments, record: bool = False
@@ -124,16 +124,16 @@ class DPMpp2M:
         def step(
             carry: tuple[jax.Array, jax.Array], t: jax.Array, t_next: jax.Array, inputs: Any
         ) -> tuple[jax.Array, jax.Array]:
-            (z, data_before), (prepared, (of_z, of_data, of_difference)) = carry, inputs
+            (z, data_before), (prepared, (z_factor, data_factor, c)) = carry, inputs
             data = z - t * field(z, prepared)
-            return of_z * z + of_data * (data + of_difference * (data - data_before)), data
+            return z_factor * z + data_factor * (data + c * (data - data_before)), data
 
         # The first `data_before` is multiplied by zero.
         return integrate(step, (z, z), times, (prepared, coefficients), steps, record, latents=lambda carry: carry[0])
 
     @staticmethod
     def coefficients(times: np.ndarray) -> np.ndarray:
-        """Return the coefficients of z, of the data prediction and of its difference (c): float64 (intervals, 3)."""
+        """Return the factor of z, the factor of the data term, and c for every interval: float64 (intervals, 3)."""
         t, t_next = times[:-1], times[1:]
         with np.errstate(divide="ignore", invalid="ignore"):
             h = np.diff(np.log((1 - times) / times))  # (intervals,), infinite at the ends
@@ -156,7 +156,7 @@ def integrate(
     record: bool,
     latents: Callable[[Any], jax.Array] = lambda carry: carry,
 ) -> Solution:
-    """Scan `carry = step(carry, t, t_next, inputs)` over the intervals of `times`; return `latents(carry)`."""
+    """Scan `carry = step(carry, t, t_next, inputs)` over the intervals of `times`; `latents` reads z from a carry."""
     t = jnp.asarray(times, latents(carry).dtype)
 
     def body(carry: Any, interval: Any) -> tuple[Any, jax.Array | None]:

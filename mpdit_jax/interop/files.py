@@ -124,4 +124,4 @@ def _to_float32(name: object, tensor: Any, path: Path) -> Any:
         return tensor.detach().float().numpy()  # float() first, because numpy has no bfloat16
     except (TypeError, ValueError, RuntimeError) as error:
         kind = "a meta tensor" if tensor.is_meta else f"a tensor of layout {tensor.layout}"
-        raise WeightsError(f"{path}: entry {name!r} is {kind}; expected a dense one with values.") from error
+        raise WeightsError(f"{path}: entry {name!r} is {kind}; expected a dense tensor with values.") from error

@@ -121,19 +121,19 @@ def _patch_sizes(
     for level in range(1, len(names)):
         upsampler = re.escape(f"{names[level].upsampler}.proj.")
         expanded = sizes.all((rf"{upsampler}weight", 0, 2), (rf"{upsampler}bias", 0, 1))
-        shown = [math.isqrt(size // width) for size in expanded]
-        shown += [coarse // fine for coarse in patches[level - 1] for fine in patches[level] if fine]
+        candidates = [math.isqrt(size // width) for size in expanded]
+        candidates += [coarse // fine for coarse in patches[level - 1] for fine in patches[level] if fine]
         if level in grids and level - 1 in grids:
-            shown.append(grids[level][0] // grids[level - 1][0])
-        ratios.append(dict.fromkeys(shown) or [2])
+            candidates.append(grids[level][0] // grids[level - 1][0])
+        ratios.append(dict.fromkeys(candidates) or [2])
     for fine, *steps in itertools.product(finest, *reversed(ratios)):
         yield tuple(reversed([*itertools.accumulate(steps, int.__mul__, initial=fine)]))
 
 
 class _Sizes:
-    """Sizes of axes of the entries, the most frequent first.
+    """Sizes of the entries' axes, the most frequent first.
 
-    A place is (pattern of the name, axis, number of dimensions); entries with other numbers of dimensions are skipped.
+    A place is (pattern of the name, axis, number of dimensions). Entries with another number of dimensions are skipped.
     """
 
     def __init__(self, state: State) -> None:
@@ -174,7 +174,7 @@ def _grid(table: np.ndarray, width: int) -> tuple[int, int] | None:
 
 
 def _shaped_grids(table: np.ndarray, width: int) -> list[tuple[int, int]]:
-    """Return the grids with as many tokens as the table, most square first; none if its shape is no table's."""
+    """Return the grids with as many tokens as the table, most square first; [] if it has not a table's shape."""
     if table.ndim != 3 or table.shape[0] != 1 or table.shape[2] != width or not table.shape[1] or width % 4:
         return []
     tokens = table.shape[1]

@@ -75,9 +75,9 @@ def check_agreement(config: ModelConfig, num_heads: int | None, convention: str 
 def to_torch(model: MPDiT) -> StateDict:
     """Convert the model's weights to the published PyTorch names, as float32 numpy arrays.
 
-    `load_torch` returns the same model; it needs `num_heads` if no preset has them, and `convention` for a DiT or SiT.
-    A loaded state dict is returned bit for bit, except that the position tables are recomputed, which may differ by
-    rounding, and that the learned variance of a DiT or SiT is gone: its PyTorch code needs `learn_sigma=False`.
+    `load_torch` restores the model; it needs `num_heads` unless a preset has them, and `convention` for a DiT or SiT.
+    The weights of a loaded state dict are returned bit for bit. Its position tables are recomputed, which may change
+    their rounding. The learned variance of a DiT or SiT is lost, so PyTorch code must set `learn_sigma=False`.
 
     Raises:
         ConfigError: there are no published names for this kind of model (`trained_entries`).
@@ -142,8 +142,8 @@ def _check_convention(state: StateDict, convention: str | None, origin: str) -> 
     if is_dit(state):
         if convention is None:
             raise WeightsError(
-                f"{origin} is a DiT or a SiT, or a velocity in their shape, which no name tells apart: say which by "
-                "convention='dit', 'sit' or 'velocity'."
+                f"{origin} may be a DiT, a SiT or a velocity model of their shape, which the names do not show: say "
+                "which by convention='dit', 'sit' or 'velocity'."
             )
         return convention
     if convention in ("dit", "sit"):

@@ -24,7 +24,7 @@ class Chip:
     hbm: int  # bytes of memory that a program may use
     hbm_bandwidth: float  # bytes per second
     ici_bandwidth: float  # bytes per second from one chip over all its links
-    dimensions: int  # of a topology, such as 2 for 16x16
+    dimensions: int  # dimensions of a topology, such as 2 for 16x16
     pod: int  # chips of the largest slice
 
     def bounds(self, flops: float, moved: float, sent: float) -> dict[str, float]:
@@ -40,7 +40,7 @@ class Chip:
         }
 
 
-# https://cloud.google.com/tpu/docs/system-architecture-tpu-vm; the runtime reserves 0.25 GiB or more of the memory.
+# https://cloud.google.com/tpu/docs/system-architecture-tpu-vm; less what the runtime reserves, such as 0.25 GiB on v5e.
 CHIPS = {
     "v4": Chip("TPU v4", 275e12, int(31.75 * GIB), 1228e9, 300e9, 3, 4096),
     "v5e": Chip("TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, 2, 256),
@@ -96,7 +96,7 @@ def published_flops(kind: str) -> float | None:
 def matrix_product(device: jax.Device, dtype: str) -> tuple[Callable[[], None], float]:
     """Return a function that multiplies a large square matrix by itself on the device, and its operation count."""
     side = 2048 if device.platform == "cpu" else 8192
-    random = np.random.default_rng(0)  # NumPy's: JAX would compile a program for it at the start of every training
+    random = np.random.default_rng(0)  # not JAX's, which would compile a program at the start of every training
     matrix = jax.device_put(random.random((side, side), np.float32).astype(jnp.dtype(dtype)), device)
     with jax.set_mesh(jax.sharding.Mesh([device], ["alone"])):  # the caller may have set a mesh of all devices
         product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()

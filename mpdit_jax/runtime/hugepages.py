@@ -15,10 +15,7 @@ _POLICY = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def restart_with_huge_pages() -> None:
-    """Restart this process with the same arguments and huge pages, where the tunable has an effect.
-
-    A GLIBC_TUNABLES variable that the user has set is not changed, and then there is no restart.
-    """
+    """Restart this process with huge pages, unless the tunable has no effect or the user has set GLIBC_TUNABLES."""
     if _VARIABLE in os.environ or not _tunable_has_effect():
         return
     sys.stdout.flush()

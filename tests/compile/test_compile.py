@@ -187,7 +187,7 @@ def test_smaller_settings_recompute_as_little_as_they_can():
     assert full == pytest.approx(4 / 3 * plain, rel=0.02)  # the blocks are repeated
 
 
-def test_the_step_compiled_has_no_more_products_than_the_model():
+def test_compiled_operations_agree_with_the_analytic_count():
     """The operations of the compiled products are within 3 % of the analytic count, for every remat policy."""
     config = base_config()
     config.batch_size = 4

@@ -67,7 +67,7 @@ def test_a_tpu_ring_runs_as_often_as_its_index_steps():
     assert traffic(TPU, 16).by_kind["collective-permute"] == 4 * 72 * 96 * 2
 
 
-def test_a_gather_beside_other_work_counts_once_and_the_work_too():
+def test_an_asynchronous_gather_counts_once():
     gathered, permuted = 160 * 8 * 2, 4 * 72 * 96 * 2
     expected = {**dict.fromkeys(KINDS, 0), "all-gather": gathered, "collective-permute": permuted}
     assert traffic(TPU, 16) == Traffic(expected, gathered * 15 / 16 + permuted)

@@ -66,7 +66,7 @@ def test_the_formula():
     assert np.allclose(drawn(guidance_scale=3.0), [1 + 3 * (0.1 - 1), 1 + 3 * (0.2 - 1)])
 
 
-def test_each_sample_its_scale():
+def test_a_scale_for_each_sample():
     assert np.allclose(drawn(guidance_scale=[1.0, 3.0]), [0.1, 1 + 3 * (0.2 - 1)])
     sampler, model = mp.make_sampler(steps=10, guidance_scale=7.0), tiny_model()
     z = sampler(model, [1, 2], KEY, guidance_scale=np.array([1.5, 3.0]))

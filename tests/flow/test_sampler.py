@@ -50,7 +50,7 @@ def test_a_key_of_another_implementation_gives_noise_that_depends_on_the_image_a
     assert np.array_equal(sampler(model, LABELS, jax.random.PRNGKey(7)), sampler(model, LABELS, KEY))
 
 
-def test_in_a_program_of_float64_images_are_the_same():
+def test_images_are_the_same_in_x64_mode():
     sampler, adaptive = mp.make_sampler("euler_maruyama", steps=4), mp.make_sampler("tsit5", rtol=1e-2, atol=1e-2)
     expected = sampler(GaussianModel(), [0, 1, 2], KEY)
     with jax.enable_x64(True):

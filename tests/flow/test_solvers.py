@@ -170,7 +170,7 @@ def test_golden_euler_maruyama(golden, diffusion):
     assert relative_error(z, golden.images(f"em_{diffusion}")) <= DERIVED
 
 
-def test_the_noise_of_a_stochastic_solver_is_the_keys():
+def test_the_noise_of_a_stochastic_solver_depends_on_the_key():
     sampler = mp.make_sampler("euler_maruyama", steps=20)
     noise = jnp.zeros((4, 1, 1, 4))
     first, again = (sampler(GaussianModel(), [0, 0, 0, 0], jax.random.key(5), noise) for _ in range(2))

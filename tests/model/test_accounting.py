@@ -31,7 +31,7 @@ def test_every_preset_has_a_printed_figure():
 
 
 @pytest.mark.parametrize("preset", PRINTED)
-def test_parameters_are_the_table(preset):
+def test_parameter_counts_match_the_table(preset):
     decimals = len(PRINTED[preset].partition(".")[2])
     parameters, _ = mp.count(preset_config(preset))
     assert f"{parameters / 1e6:.{decimals}f}" == PRINTED[preset]

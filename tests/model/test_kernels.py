@@ -28,7 +28,7 @@ def test_attention_head_by_head_is_attention(dtype, bound):
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("tokens", [64, 256])
 @pytest.mark.parametrize("width", [64, 72])
-def test_cudnn_attention_is_xlas(tokens, width):
+def test_cudnn_attention_agrees_with_xla(tokens, width):
     """In bfloat16, because cuDNN has no float32 kernels, with the head sizes of the published models."""
     qkv = jax.random.normal(jax.random.key(0), (2, tokens, 3, 4, width), jnp.bfloat16)
     weights = jnp.cos(jnp.arange(2 * tokens * 4 * width, dtype=jnp.float32).reshape(2, tokens, 4, width))

@@ -44,7 +44,7 @@ VARIANTS = {
 }
 
 
-def test_names_are_those_of_the_registries():
+def test_config_names_match_the_registries():
     assert set(UPSAMPLERS) == set(UPSAMPLER_PARTS)
     assert set(FNO_INITS) == set(FNO_INIT_PARTS)
     assert set(TIME_EMBEDDINGS) == set(TIME_EMBEDDING_PARTS)
@@ -156,7 +156,7 @@ def test_impossible_combinations_are_refused(fields, message):
     ({"time_embedding": "sinusoidal", "sinusoidal_layers": 1}, "model.sinusoidal_layers=1"),
     ({**ONE_LEVEL, "decoder_depth": 1}, "model.decoder_depth=1"),
 ])  # fmt: skip
-def test_what_nobody_has_published_has_no_names(fields, name):
+def test_models_without_published_names_are_refused(fields, name):
     model = nnx.eval_shape(lambda: mp.create_model("mpdit_b", **{**SMALL, **fields}))
     with pytest.raises(ConfigError, match=f"{name} has no published PyTorch names"):
         mp.to_torch(model)
@@ -175,7 +175,7 @@ def test_a_linear_upsampler_is_a_transposed_convolution_without_overlap():
     assert config.grid(1) == (4, 4)
 
 
-def test_rules_name_only_what_there_is():
+def test_every_sharding_rule_matches_a_parameter():
     """Each sharding rule is the first match of some parameter of some variant."""
     configs = [preset_config("mpdit_b", **{**SMALL, **fields}) for fields in VARIANTS.values()]
     paths = {path for config in configs for path in abstract(config)[1]}
