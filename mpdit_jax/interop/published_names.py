@@ -94,7 +94,7 @@ def trained_entries(config: ModelConfig) -> Iterator[Entry]:
     ):
         value = getattr(config, name)
         if value != published:
-            raise ConfigError(f"model.{name}={value!r} has no published PyTorch names: only {published!r} has.")
+            raise ConfigError(f"model.{name}={value!r} has no published PyTorch names: only {published!r} has them.")
     if (config.modulation, config.condition) == ("shared", "tokens"):
         return _mpdit_entries(config)
     dit = (config.modulation, config.condition, config.time_embedding) == ("per_block", "vector", "sinusoidal")
@@ -102,8 +102,8 @@ def trained_entries(config: ModelConfig) -> Iterator[Entry]:
         return _dit_entries(config)
     raise ConfigError(
         f"model.modulation={config.modulation!r}, model.condition={config.condition!r}, {len(config.depths)} level(s), "
-        f"model.time_embedding={config.time_embedding!r} has no published PyTorch names: those of MPDiT (shared, "
-        "tokens) and of DiT (per_block, vector, one level, sinusoidal) have."
+        f"model.time_embedding={config.time_embedding!r} has no published PyTorch names: only MPDiT (shared, "
+        "tokens) and DiT (per_block, vector, one level, sinusoidal) have them."
     )
 
 

@@ -42,7 +42,7 @@ _OUTPUT_TRANSFORM = np.array(
     [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
     np.float32,
 )
-# For fewer channels or pixels the transforms cost more than the saved products. The batch size does not count, so that
+# For fewer channels or pixels the transforms cost more than the saved products. The batch size plays no role, so that
 # an image's latents do not depend on its batch.
 _MIN_CHANNELS = 64
 _MIN_PIXELS = 4096

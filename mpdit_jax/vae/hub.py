@@ -50,7 +50,7 @@ def _download(name: str) -> Path:
         config = hf_hub_download(repo_id, CONFIG_FILE, subfolder=subfolder)
         try:
             hf_hub_download(repo_id, WEIGHTS_FILES[0], subfolder=subfolder)
-        except LocalEntryNotFoundError:  # neither in the cache nor a network
+        except LocalEntryNotFoundError:  # no network, and the file is not in the cache
             raise
         except EntryNotFoundError:
             hf_hub_download(repo_id, WEIGHTS_FILES[1], subfolder=subfolder)
