@@ -212,7 +212,7 @@ def test_the_nearest_setting_that_fits_is_looked_for(monkeypatch, capsys):
 
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_step", compiled)
     monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology: jax.devices()[:1])
-    monkeypatch.setattr("mpdit_jax.compile.prepare", lambda devices: None)
+    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices: None)
     arguments = [f"--config={ROOT / 'configs/digits.py'}", "--topology=v5e:1x1", "--no_sampler"]
     assert compile_command([*arguments, "--format=json"]) == 1  # what was asked for does not fit
     report = json.loads(capsys.readouterr().out)
@@ -242,7 +242,7 @@ def test_what_is_too_large_by_the_state_alone_is_not_tried(monkeypatch, capsys):
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_step", step)
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_sampler", sampler)
     monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology: jax.devices()[:1] * 2)
-    monkeypatch.setattr("mpdit_jax.compile.prepare", lambda devices: None)
+    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices: None)
     assert compile_command([f"--config={ROOT / 'configs/digits.py'}", "--topology=v5e:1x2"]) == 1
     out = capsys.readouterr().out
     assert tried == [1, 2]  # as asked, and split; no remat, no parts of either
@@ -267,7 +267,7 @@ def test_the_largest_batch_to_sample_that_fits_is_looked_for(monkeypatch, capsys
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_sampler", compiled)
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_step", lambda *_: compiled(*_, 1))
     monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology: jax.devices()[:1])
-    monkeypatch.setattr("mpdit_jax.compile.prepare", lambda devices: None)
+    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices: None)
     arguments = [f"--config={ROOT / 'configs/digits.py'}", "--topology=v6e:1x1", "--format=json"]
     assert compile_command(arguments) == 1
     out, err = capsys.readouterr()

@@ -67,11 +67,12 @@ def with_skips(tmp_path_factory):
     """A run of which BAD_STEPS were left out, and what it printed."""
     workdir = tmp_path_factory.mktemp("skips") / "run"
     script = (
-        "from mpdit_jax.data import sources; from mpdit_jax.runtime import cli\n"
-        "from mpdit_jax.train.__main__ import main\n"
+        "from mpdit_jax.data import sources\n"
+        "from mpdit_jax.runtime import cli\n"
+        "from mpdit_jax.train import __main__ as train\n"
         "from tests.faults.test_bad_numbers import bad_examples\n"
         "sources.SOURCES['arrays'] = bad_examples\n"
-        "cli.run(main)"
+        "cli.run(train.main)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, *train_arguments(workdir)],
