@@ -50,13 +50,9 @@ class RunLogger:
     def metrics(
         self, step: int, values: Mapping[str, float], skipped: Sequence[int], timings: Mapping[str, float]
     ) -> None:
-        """Write the values of a metric window, and print which steps were skipped.
+        """Write the values of a window that ends at `step`, and its timings, which `metrics.jsonl` leaves out.
 
-        Args:
-            step: the last of the window.
-            values: the same in every run of a config.
-            skipped: the first skipped steps; `values["skipped"]` counts them all.
-            timings: other values, which `metrics.jsonl` leaves out.
+        The first `skipped` steps are printed; `values["skipped"]` counts them all.
         """
         self._write(step, values, timings)
         self._progress.logged(step, values.get("loss", math.nan))

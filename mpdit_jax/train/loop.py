@@ -53,8 +53,9 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         decode = choose_decode(config, workdir, source)
         evaluator = Evaluator(config, workdir, source, structure, decode, run.stopped)
         unevaluated = evaluator.pending(step)  # an earlier start ended in the middle of its evaluation
-        log_startup(config, workdir, step, len(source), mesh, unevaluated)
-        if step >= config.steps and not unevaluated:
+        done = step >= config.steps and not unevaluated
+        log_startup(config, workdir, step, len(source), mesh, done)
+        if done:
             return state
         train_step = jit_step(build_train_step(config, structure, optimizer, source.latents), target, mesh)
         draw = partial(draw_grid, config, structure, decode)

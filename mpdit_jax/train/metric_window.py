@@ -29,26 +29,15 @@ def empty_window() -> Window:
 
 def add_step(
     window: Window,
-    number: jax.Array,
-    applied: jax.Array,
-    finite: jax.Array,
-    metrics: Mapping[str, jax.Array],
-    t: jax.Array,
-    per_example: jax.Array,
-    skipped_in_a_row: jax.Array,
+    number: jax.Array,  # of the step, from 1, int32
+    applied: jax.Array,  # boolean
+    finite: jax.Array,  # whether the update was finite, boolean
+    metrics: Mapping[str, jax.Array],  # a scalar for each of METRICS
+    t: jax.Array,  # times of the examples (B,)
+    per_example: jax.Array,  # their losses (B,)
+    skipped_in_a_row: jax.Array,  # the guard's count after the step, int32
 ) -> Window:
-    """The window with one more step; of a skipped step only count, number and loss are kept.
-
-    Args:
-        window: the sums so far.
-        number: of the step, from 1, int32.
-        applied: whether the step was applied.
-        finite: whether its update was finite; if not, its metrics are left out.
-        metrics: a scalar for each of METRICS.
-        t: times of the examples (B,).
-        per_example: their losses (B,).
-        skipped_in_a_row: the guard's count after the step, int32.
-    """
+    """The window with one more step; of one that is skipped, or not finite, only count, number and loss are kept."""
     bucket = jnp.clip(jnp.floor(t * TIME_BUCKETS).astype(jnp.int32), 0, TIME_BUCKETS - 1)
     # A product with one-hot rows rather than a scatter: it adds in the same order on every mesh.
     rows = jax.nn.one_hot(bucket, TIME_BUCKETS, dtype=jnp.float32)  # (B, TIME_BUCKETS)

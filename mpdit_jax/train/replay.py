@@ -43,12 +43,7 @@ class Replay:
 
 
 def replay(config: ConfigDict | FrozenConfigDict, workdir: str | Path, number: int) -> Replay:
-    """Run step `number` of a run, counted from 1 as in its log, from the state before it.
-
-    Args:
-        config: as given to `train`.
-        workdir: of the run; it is only read.
-        number: the step.
+    """Run step `number` of a run, counted from 1 as in its log, from the state before it; config as for `train`.
 
     Raises:
         CheckpointError: no run there, or one of another config.

@@ -52,11 +52,11 @@ def make_stopwatch(config: FrozenConfigDict, mesh: Mesh) -> Stopwatch:
     return Stopwatch(config.batch_size, training_flops(model, config.mask_ratio), peak)
 
 
-def log_startup(config: FrozenConfigDict, workdir: Path, step: int, images: int, mesh: Mesh, unevaluated: bool) -> None:
+def log_startup(config: FrozenConfigDict, workdir: Path, step: int, images: int, mesh: Mesh, done: bool) -> None:
     """Print on process 0 what a run begins or continues with, or that it is done."""
     if jax.process_index() > 0:
         return
-    if step >= config.steps and not unevaluated:
+    if done:
         print(f"{workdir} is done: {step} of {config.steps} steps. For more: --config.steps={2 * step}")
         return
     if step == 0 and (workdir / METRICS_FILE).exists():

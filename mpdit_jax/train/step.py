@@ -43,9 +43,7 @@ Step: TypeAlias = Callable[[TrainState, Batch], TrainState]
 def make_noising(config: FrozenConfigDict, latents: LatentSpace | None = None) -> Noising:
     """Draw everything random of a step: label dropout, times, noise, latents, hidden tokens.
 
-    Args:
-        config: the run's.
-        latents: the space of the batches' moments; None if they hold images.
+    `latents` is the space of the batches' moments; None if they hold images.
     """
     times = time_distribution(config.time.distribution, config.time.mean, config.time.std)
     null, model, ratio = config.model.num_classes, model_config(config), config.mask_ratio
@@ -66,13 +64,7 @@ def make_noising(config: FrozenConfigDict, latents: LatentSpace | None = None) -
 
 
 def sample_latents(key: jax.Array, batch: Batch, space: LatentSpace) -> jax.Array:
-    """Draw a normalized sample of each posterior, float32 (B, H, W, C), of a random view where two are stored.
-
-    Args:
-        key: random.
-        batch: `mean` and `std`, (B, views, H, W, C); the second view is the mirror image.
-        space: the constants of the normalization.
-    """
+    """Draw a normalized sample of each posterior, float32 (B, H, W, C), from a random one of its views."""
     view_key, noise_key = jax.random.split(key)
     count, views = batch["mean"].shape[:2]
     chosen = jax.random.randint(view_key, (count, 1, 1, 1, 1), 0, views)
@@ -116,14 +108,7 @@ def build_train_step(
     optimizer: optax.GradientTransformation,
     latents: LatentSpace | None = None,
 ) -> Step:
-    """Build the train step shared by train, replay, compile and benchmark.
-
-    Args:
-        config: the run's, resolved.
-        structure: of its model.
-        optimizer: from gradients to updates.
-        latents: the space of the batches' moments; None if they hold images.
-    """
+    """Build the train step shared by train, replay, compile and benchmark; `latents` as for `make_noising`."""
     return make_step(
         make_noising(config, latents),
         make_loss(structure, config.mask_loss_weight),
@@ -146,13 +131,9 @@ def make_step(
     """The update as a pure function of (state, batch), not jitted.
 
     Args:
-        noising: draws for the whole batch at once, independently of `accumulation`.
-        loss: of parameters and noisy batch.
-        optimizer: from gradients to updates.
-        ema_decay: of the moving average.
+        noising, loss, optimizer, ema_decay: the parts of the step.
         accumulation: parts the batch is cut into; their gradients are averaged, at the memory of one part.
-        spike_factor: skip a step whose gradient norm is more than this many times the running mean of those before;
-            0 for never. A step whose loss or gradient is not finite is always skipped (`train.guard`).
+        spike_factor: skip a step whose gradient norm is this many times the running mean; 0 for never (`train.guard`).
     """
 
     def step(state: TrainState, batch: Batch) -> TrainState:
