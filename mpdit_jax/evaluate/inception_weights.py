@@ -1,4 +1,4 @@
-"""Inception's weights: the files people have, where they are looked for, and a safetensors of them."""
+"""Inception's weights: where their file is found, and how it is read and converted."""
 
 import os
 import re
@@ -38,12 +38,8 @@ _IGNORED = re.compile(r"AuxLogits\..*|.*\.num_batches_tracked")
 def locate_inception(path: str = "", *, prefix: str = "--") -> Path:
     """The weights file: the given path, else the one MPDIT_JAX_INCEPTION names, else one in ~/.cache/mpdit_jax.
 
-    Args:
-        path: as the user has given it, or "".
-        prefix: how flags or fields begin in messages, "--" or "config.eval.".
-
-    Raises:
-        WeightsError: none of them is there; the sentence says what to download and where to put it.
+    `prefix` is how flags or fields begin in messages, "--" or "config.eval.". Raises WeightsError where there is none;
+    the sentence says what to download and where to put it.
     """
     named = path or os.environ.get(VARIABLE, "")
     if named:
@@ -60,27 +56,17 @@ def locate_inception(path: str = "", *, prefix: str = "--") -> Path:
 
 
 def load_inception(path: str | Path, *, prefix: str = "--") -> Inception:
-    """The network with the weights of a file.
-
-    Args:
-        path: `.pth` of pytorch-fid or torch-fidelity (read weights-only, extra [torch]), or a safetensors with the
-            same names.
-        prefix: see `locate_inception`.
+    """The network with the weights of a `.pth` of pytorch-fid or torch-fidelity, or of a safetensors of the same names.
 
     Raises:
-        WeightsError: no such file, damaged, or the weights of another network.
+        WeightsError: a missing or damaged file, or the weights of another network.
         MissingExtraError: a `.pth` without PyTorch installed.
     """
     return from_torch(read_state_dict(path), str(path), prefix=prefix)
 
 
 def convert_inception(source: str | Path, target: str | Path) -> None:
-    """Write a safetensors of a weights file, which then needs no PyTorch to be read.
-
-    Raises:
-        WeightsError: it does not hold the weights of Inception.
-        InputError: the target cannot be written.
-    """
+    """Write a weights file as safetensors, which are read without PyTorch; raises WeightsError for other weights."""
     state = read_state_dict(source)
     from_torch(state, str(source))
     kept = {name: np.ascontiguousarray(array) for name, array in state.items() if not _IGNORED.fullmatch(name)}
@@ -89,15 +75,9 @@ def convert_inception(source: str | Path, target: str | Path) -> None:
 
 
 def from_torch(state: Mapping[str, np.ndarray], source: str, *, prefix: str = "--") -> Inception:
-    """The network with the weights of a state dict under their published names.
+    """The network with the weights of a state dict, read from the file `source`, under their published names.
 
-    Args:
-        state: what a file holds.
-        source: that file, for the sentences.
-        prefix: see `locate_inception`.
-
-    Raises:
-        WeightsError: entries are missing, extra, misshapen or not finite; the message names one.
+    Raises WeightsError if entries are missing, extra, misshapen or not finite; the message names one.
     """
     if "fc.weight" in state and np.shape(state["fc.weight"])[0] == 1000:
         raise WeightsError(
@@ -126,7 +106,7 @@ def from_torch(state: Mapping[str, np.ndarray], source: str, *, prefix: str = "-
 
 
 def published_name(path: Sequence[str]) -> str:
-    """What a convolution of ours is called in published files, such as Mixed_5b.branch1x1."""
+    """The published name of a convolution, such as Mixed_5b.branch1x1."""
     return ".".join([_STEM.get(path[0], path[0].capitalize()), *path[1:]])
 
 

@@ -1,4 +1,4 @@
-"""Where one evaluation keeps what is unfinished: a folder beside its output that is its own while it runs."""
+"""The folder beside an evaluation's output that keeps its unfinished features."""
 
 import glob
 import shutil
