@@ -129,13 +129,7 @@ def evaluate_set(
     outputs = sorted({*needed(metrics), *spatial})
     keep = sorted({*kept(metrics), *(["pool"] if options.save_features else [])})
     statistics = compute_statistics(
-        extractor,
-        samples,
-        outputs,
-        keep,
-        "features of the samples:",
-        batch_size=options.batch_size,
-        scratch=scratch,
+        extractor, samples, outputs, keep, "features of the samples:", batch_size=options.batch_size, scratch=scratch
     )
     if reference is None:
         return statistics, None

@@ -11,14 +11,7 @@ from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.moments import Moments, merge_processes
 from mpdit_jax.evaluate.neighbours import precision_recall
 
-__all__ = [
-    "Moments",
-    "frechet_distance",
-    "inception_score",
-    "kernel_distance",
-    "merge_processes",
-    "precision_recall",
-]
+__all__ = ["Moments", "frechet_distance", "inception_score", "kernel_distance", "merge_processes", "precision_recall"]
 
 
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:

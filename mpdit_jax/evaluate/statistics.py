@@ -9,13 +9,7 @@ import numpy as np
 from mpdit_jax.config.evaluation import fewest_images
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.extractors import Extractor, metric_label
-from mpdit_jax.evaluate.metrics import (
-    Moments,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from mpdit_jax.evaluate.metrics import Moments, frechet_distance, inception_score, kernel_distance, precision_recall
 
 OF_SINGLE_IMAGES = {"precision", "recall", "kid"}
 """Metrics that need the features of every image."""
