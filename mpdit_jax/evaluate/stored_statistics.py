@@ -6,6 +6,7 @@ as arr_0; ours have features (n, d), if asked for, and a JSON text, `mpdit_jax`,
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -114,17 +115,7 @@ def load_statistics(path: str | Path, extractor: Extractor, *, prefix: str = "--
             f"({extractor.fingerprint[:12]}): numbers of two extractors do not compare; use {prefix}features and the "
             "weights and settings they were made with, or give the images."
         )
-    for output, gaussian in gaussians.items():
-        dimension = extractor.outputs.get(output)
-        if gaussian.mean.shape != (dimension,) or gaussian.covariance.shape != (dimension, dimension):
-            raise InputError(
-                f"{path}: mean {gaussian.mean.shape} and covariance {gaussian.covariance.shape} of {output}; "
-                f"{extractor.name} has {dimension} such features: these are statistics of another extractor."
-            )
-        if not (np.isfinite(gaussian.mean).all() and np.isfinite(gaussian.covariance).all()):
-            raise InputError(f"{path}: the statistics of {output} hold NaN or Inf; make or download them again.")
-    if features is not None:
-        _check_features(path, features, extractor)
+    _check_arrays(path, {name: array for name, array in arrays.items() if name != _ABOUT}, extractor)
     if "arr_0" in names:
         of_what |= {"shape": list(open_npz(path).shape)}
     known = fingerprint or "unknown: the file does not say, and is taken for this one's"
@@ -136,15 +127,21 @@ def load_statistics(path: str | Path, extractor: Extractor, *, prefix: str = "--
     return Statistics(name, fingerprint, count, gaussians, features, None, of_what, file)
 
 
-def _check_features(path: Path, features: np.ndarray, extractor: Extractor) -> None:
-    dimension = extractor.outputs["pool"]
-    if features.ndim != 2 or features.shape[1] != dimension or features.dtype.kind != "f":
-        raise InputError(
-            f"{path}: features are {features.dtype} {features.shape}; expected floats (images, {dimension}) of "
-            f"{extractor.name}: save them again by --save_stats with --save_features."
-        )
-    if not np.isfinite(features).all():
-        raise InputError(f"{path}: the features hold NaN or Inf; save them again by --save_stats with --save_features.")
+def _check_arrays(path: Path, arrays: Mapping[str, np.ndarray], extractor: Extractor) -> None:
+    """Raise InputError unless every array has the extractor's dimensions and is finite."""
+    shapes: dict[str, tuple[int | None, ...]] = {}
+    for output, (mean, covariance) in _GAUSSIANS.items():
+        dimension = extractor.outputs.get(output)
+        shapes |= {mean: (dimension,), covariance: (dimension, dimension)}
+    for name, array in arrays.items():
+        expected = shapes.get(name, (*array.shape[:1], extractor.outputs["pool"]))  # features (n, d)
+        if array.shape != expected or array.dtype.kind != "f":
+            raise InputError(
+                f"{path}: {name} is {array.dtype} {array.shape}; expected floats {expected} of {extractor.name}: these "
+                "are statistics of another extractor, or damaged; save them again by --save_stats."
+            )
+        if not np.isfinite(array).all():
+            raise InputError(f"{path}: {name} holds NaN or Inf; make or download the file again.")
 
 
 def _doubt_preprocessing(path: Path, from_adm: bool, extractor: Extractor, setting: str) -> str:
