@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.data.sources import SOURCES, Batched, load_source
     from mpdit_jax.evaluate.classifier import save_classifier
     from mpdit_jax.evaluate.classifier_training import train_classifier
-    from mpdit_jax.io.files import check_writable
+    from mpdit_jax.io.atomic import check_writable
 
     check_writable(options.out)
     pictures: Batched

@@ -46,7 +46,7 @@ class Records:
         return [record for each in settings if (record := self.of(each)) is not None]
 
     def _write(self, records: list[Record]) -> None:
-        from mpdit_jax.io.files import atomic_write
+        from mpdit_jax.io.atomic import atomic_write
 
         with atomic_write(self.path) as file:
             file.write("".join(json.dumps(record) + "\n" for record in records).encode())

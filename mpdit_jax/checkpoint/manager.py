@@ -30,7 +30,7 @@ from mpdit_jax.checkpoint.reader import (
 from mpdit_jax.checkpoint.reader import list_steps as list_steps
 from mpdit_jax.distributed.processes import broadcast, first_sentence, run_on_process_0
 from mpdit_jax.errors import CheckpointError, ProcessError, UnavailableError
-from mpdit_jax.io.files import reason
+from mpdit_jax.io.paths import reason
 from mpdit_jax.runtime.memory import without_byte_counts
 
 SAVED = ".saved"

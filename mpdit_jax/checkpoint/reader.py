@@ -12,7 +12,8 @@ import orbax.checkpoint as ocp
 from mpdit_jax.checkpoint import digests as integrity
 from mpdit_jax.distributed.processes import first_sentence
 from mpdit_jax.errors import CheckpointError, UnavailableError
-from mpdit_jax.io.files import parse_json, reason
+from mpdit_jax.io.json_files import parse_json
+from mpdit_jax.io.paths import reason
 
 CHECKPOINTS = "checkpoints"
 DIGESTS, DIGESTS_VERSION = "integrity", 1  # an item of its own

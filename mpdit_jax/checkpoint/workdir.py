@@ -16,16 +16,10 @@ from mpdit_jax.config.base import differences, to_json
 from mpdit_jax.data.info import FACTS, FACTS_FILE
 from mpdit_jax.distributed.processes import first_sentence, run_on_process_0
 from mpdit_jax.errors import CheckpointError, MPDiTError, ProcessError
-from mpdit_jax.io.files import (
-    Lock,
-    atomic_write,
-    check_place,
-    check_writable,
-    is_json_with,
-    parse_json,
-    remove_stale_tmp,
-    take_lock,
-)
+from mpdit_jax.io.atomic import atomic_write, check_writable, remove_stale_tmp
+from mpdit_jax.io.json_files import is_json_with, parse_json
+from mpdit_jax.io.locked_folder import Lock, take_lock
+from mpdit_jax.io.paths import check_place
 
 _LOCK = ".lock"
 _METRICS, _SAMPLES, _TENSORBOARD, _EVALUATION = "metrics.jsonl", "samples", "tensorboard", "evaluation"

@@ -10,7 +10,8 @@ import numpy as np
 from mpdit_jax.data.latents import LatentSpace
 from mpdit_jax.data.sources import Source
 from mpdit_jax.errors import CheckpointError
-from mpdit_jax.io.files import atomic_write, parse_json
+from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.io.json_files import parse_json
 
 FACTS_FILE = "data.json"
 FACTS = ("class_names", "latents")

@@ -22,7 +22,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from mpdit_jax.errors import DataError
-from mpdit_jax.io.files import digest_of, parse_json
+from mpdit_jax.io.json_files import digest_of, parse_json
 from mpdit_jax.io.npz import read_npy
 
 SCHEMA_VERSION = 1

@@ -10,9 +10,10 @@ import numpy as np
 
 from mpdit_jax.data.latents import LatentSpace, load_latents
 from mpdit_jax.errors import DataError
-from mpdit_jax.io.files import digest_of, expand
 from mpdit_jax.io.idx import read_idx
+from mpdit_jax.io.json_files import digest_of
 from mpdit_jax.io.npz import npz_checksums, read_npz
+from mpdit_jax.io.paths import expand
 
 Batch = dict[str, np.ndarray]
 """`y` int32 (n,), and `x` float32 (n, H, W, C) or, of latents, `mean` and `std` float16 (n, views, H, W, C)."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from mpdit_jax.config.evaluation import PREPROCESSINGS, choose_metrics, metric_names
 from mpdit_jax.distributed.processes import add_flags, join
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import expand
+from mpdit_jax.io.paths import expand
 from mpdit_jax.runtime.cli import Parser, add_tile_option, make_parser, run
 from mpdit_jax.validation import check_image_size, check_seed
 
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.evaluate.report import table, write_json
     from mpdit_jax.evaluate.scratch import claimed, clear
     from mpdit_jax.evaluate.statistics import check_count, check_metrics, save_statistics
-    from mpdit_jax.io.files import check_writable
+    from mpdit_jax.io.atomic import check_writable
 
     if options.workdir:
         load_config(options.workdir)  # before any weights: there may be no run

@@ -33,8 +33,8 @@ from mpdit_jax.evaluate.statistics import (
     statistics_of,
 )
 from mpdit_jax.evaluate.subsets import SomeImages, limited
-from mpdit_jax.io.files import expand
 from mpdit_jax.io.npz import npz_names
+from mpdit_jax.io.paths import expand
 
 _OF_INCEPTION = {*ALIASES, "sfd", "is"}  # metrics that the packaged network does not have
 

@@ -11,7 +11,8 @@ from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.agreement import name_of_first
 from mpdit_jax.evaluate.extractors import Extractor, Features
 from mpdit_jax.evaluate.sets import ImageBlocks
-from mpdit_jax.io.files import atomic_write, digest_of
+from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.io.json_files import digest_of
 from mpdit_jax.io.npz import read_npz
 from mpdit_jax.runtime.progress import WorkBar
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from mpdit_jax.distributed.processes import run_on_process_0
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import Lock, check_writable, remove_stale_tmp, take_lock
+from mpdit_jax.io.atomic import check_writable, remove_stale_tmp
+from mpdit_jax.io.locked_folder import Lock, take_lock
 
 _LOCK = ".lock"
 

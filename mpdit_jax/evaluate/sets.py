@@ -14,8 +14,9 @@ from mpdit_jax.data.latent_store import LABELS, MANIFEST, LatentStore
 from mpdit_jax.data.sources import SOURCES, Source, load_source
 from mpdit_jax.errors import DataError, InputError
 from mpdit_jax.io import pictures
-from mpdit_jax.io.files import digest_of, expand
+from mpdit_jax.io.json_files import digest_of
 from mpdit_jax.io.npz import map_npz, npz_checksums, npz_names, read_npz
+from mpdit_jax.io.paths import expand
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 Decode = Callable[[np.ndarray], np.ndarray]

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import atomic_write
+from mpdit_jax.io.atomic import atomic_write
 
 _TILE = 40  # pixels; smaller images are enlarged by a whole factor so that a person can see them
 _GAP = 2  # pixels between tiles

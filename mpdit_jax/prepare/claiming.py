@@ -10,7 +10,9 @@ from typing import Any
 from mpdit_jax.data.latent_store import MANIFEST
 from mpdit_jax.distributed.processes import run_on_process_0
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import Lock, atomic_write, check_writable, parse_json, remove_stale_tmp, take_lock
+from mpdit_jax.io.atomic import atomic_write, check_writable, remove_stale_tmp
+from mpdit_jax.io.json_files import parse_json
+from mpdit_jax.io.locked_folder import Lock, take_lock
 
 _SETTINGS, _LOCK = "prepare.json", ".lock"
 _MOST_SHOWN = 5  # settings that differ

@@ -16,7 +16,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from mpdit_jax.data.crop import to_square
 from mpdit_jax.data.image_sets import ImageSet, key_bytes_of
 from mpdit_jax.data.latent_store import Shard, record_dtype, sha256
-from mpdit_jax.io.files import atomic_write, parse_json, reason
+from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.io.json_files import parse_json
+from mpdit_jax.io.paths import reason
 
 Encode: TypeAlias = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """Images float32 (B, size, size, channels) in [-1, 1] to mean and std, float16 (B, views, h, w, C)."""

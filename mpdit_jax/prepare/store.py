@@ -25,7 +25,7 @@ from mpdit_jax.data.latent_store import (
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.distributed.processes import any_process, assert_equal_across_processes, run_on_process_0
 from mpdit_jax.errors import DataError, InputError, MPDiTError, ProcessError
-from mpdit_jax.io.files import atomic_write
+from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.prepare.claiming import claim, flat
 from mpdit_jax.prepare.shards import Encode, Report, Stopped, Work, read_report, report_path, write_shard
 from mpdit_jax.runtime.progress import WorkBar

@@ -18,7 +18,7 @@ from typing import NoReturn, TextIO
 from mpdit_jax.distributed.peers import has_peers, leave
 from mpdit_jax.distributed.waiting import barrier
 from mpdit_jax.errors import DamageWarning, MPDiTError, first_line
-from mpdit_jax.io.files import REFUSALS, expand
+from mpdit_jax.io.paths import REFUSALS, expand
 from mpdit_jax.runtime.signals import KILLED_BY, LOST, Terminated, ending_by_exception, stopped_status, this_command
 
 

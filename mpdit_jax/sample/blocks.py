@@ -17,7 +17,9 @@ import numpy as np
 from mpdit_jax.distributed.processes import assert_equal_across_processes, run_on_process_0
 from mpdit_jax.distributed.waiting import barrier
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import Lock, atomic_write, check_writable, parse_json, take_lock
+from mpdit_jax.io.atomic import atomic_write, check_writable
+from mpdit_jax.io.json_files import parse_json
+from mpdit_jax.io.locked_folder import Lock, take_lock
 from mpdit_jax.io.npz import read_npz
 
 _LOCK, _SETTINGS = ".lock", "settings.json"

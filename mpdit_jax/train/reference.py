@@ -30,8 +30,9 @@ from mpdit_jax.evaluate.statistics import (
     save_statistics,
 )
 from mpdit_jax.evaluate.subsets import limited
-from mpdit_jax.io.files import digest_of, expand
+from mpdit_jax.io.json_files import digest_of
 from mpdit_jax.io.npz import npz_names
+from mpdit_jax.io.paths import expand
 from mpdit_jax.sample.decoding import Decode
 from mpdit_jax.train.partial_statistics import PartialStatistics, partial_statistics
 

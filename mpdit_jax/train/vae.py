@@ -23,7 +23,9 @@ from mpdit_jax.data.pipeline import batches
 from mpdit_jax.distributed.mesh import batch_sharding, check_batch, make_mesh, replicated
 from mpdit_jax.errors import CheckpointError, DivergedError
 from mpdit_jax.io import pictures as images
-from mpdit_jax.io.files import atomic_write, check_writable, is_json_with, parse_json, remove_stale_tmp, take_lock
+from mpdit_jax.io.atomic import atomic_write, check_writable, remove_stale_tmp
+from mpdit_jax.io.json_files import is_json_with, parse_json
+from mpdit_jax.io.locked_folder import take_lock
 from mpdit_jax.runtime.signals import PreemptionHandler
 from mpdit_jax.train.logger import RunLogger
 from mpdit_jax.train.stopwatch import Stopwatch

@@ -25,8 +25,8 @@ from mpdit_jax.data.info import read_dataset_info
 from mpdit_jax.data.latent_store import LatentStore
 from mpdit_jax.data.sources import load_arrays
 from mpdit_jax.errors import CheckpointError, DataError, InputError, MPDiTError, WeightsError
-from mpdit_jax.io.files import parse_json
 from mpdit_jax.io.idx import read_idx
+from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.prepare.claiming import _claim_settings
 from mpdit_jax.prepare.shards import Work, _read
 from mpdit_jax.sample.blocks import Block, BlockFolder

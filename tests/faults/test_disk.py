@@ -12,7 +12,7 @@ from PIL import Image
 
 from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.errors import CheckpointError, InputError
-from mpdit_jax.io.files import take_lock
+from mpdit_jax.io.locked_folder import take_lock
 from mpdit_jax.train.__main__ import main
 from mpdit_jax.train.logger import RunLogger
 from tests.faults.fork_server import ForkServer, wait_until
