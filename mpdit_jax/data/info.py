@@ -13,8 +13,8 @@ from mpdit_jax.errors import CheckpointError
 from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.io.json_files import parse_json
 
-FACTS_FILE = "data.json"
-FACTS = ("class_names", "latents")
+INFO_FILE = "data.json"
+INFO_FIELDS = ("class_names", "latents")
 """Fields of every version's file."""
 
 
@@ -56,7 +56,7 @@ def record_dataset(workdir: Path, source: Source, *, trained: bool) -> None:
             f"{workdir} was trained on other examples (number and digest of the labels: {stored.labels}) than those of "
             f"config.data.path ({facts.labels}): give the data it was trained on, or use another --workdir."
         )
-    with atomic_write(workdir / FACTS_FILE) as file:
+    with atomic_write(workdir / INFO_FILE) as file:
         file.write((json.dumps(dataclasses.asdict(facts), indent=1) + "\n").encode())
 
 
@@ -71,7 +71,7 @@ def read_dataset_info(workdir: str | Path) -> DatasetInfo | None:
     Raises:
         CheckpointError: the file is damaged.
     """
-    path = Path(workdir) / FACTS_FILE
+    path = Path(workdir) / INFO_FILE
     if not path.is_file():
         return None
     try:

@@ -1,77 +1,176 @@
-"""A lock file that one process holds."""
+"""The one way to hold a folder for one job: a lock, the holder's name, and the settings that its files belong to."""
 
+import dataclasses
 import datetime
 import errno
 import fcntl
+import json
 import os
+import shutil
 import socket
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from mpdit_jax.errors import CheckpointError, InputError
+from mpdit_jax.errors import CheckpointError, InputError, MPDiTError
+from mpdit_jax.io.atomic import atomic_write, check_writable, remove_stale_tmp
+from mpdit_jax.io.json_files import parse_json
 
+LOCK = ".lock"
 _OWNER_LIMIT = 200  # characters
+_MOST_SHOWN = 5  # settings that differ
 
 
-class Lock:
-    """A file that this process alone holds. The system lets go of it when the process ends, however it ends.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What kind of job holds a folder, in the words of its errors.
 
-    There is therefore no such thing as a stale lock: a file that is there and that nobody holds is taken over. What is
-    written in it says who holds it, for those who have to wait.
+    Attributes:
+        name: of the job, as in "another evaluation is using …".
+        verb: what it does with the folder, as in "is using".
+        remedy: what to do if the folder is taken, such as "use another --out".
+        error: class of its errors.
+        temporary: whether the folder is deleted when the job is done.
+        stale: outputs in the folder whose stale temporaries are deleted, as patterns, such as "samples/*".
+        settings: name of the file of settings.
+        holds: what the settings decide, such as "latents".
+        outputs: pattern of files that must not be there without that file.
     """
 
-    def __init__(self, path: Path, file: IO[str]) -> None:
-        """Of an open and locked file."""
-        self._path, self._file = path, file
+    name: str
+    verb: str
+    remedy: str
+    error: type[MPDiTError] = InputError
+    temporary: bool = False
+    stale: tuple[str, ...] = ()
+    settings: str = ""
+    holds: str = ""
+    outputs: str = ""
 
-    def __enter__(self) -> "Lock":
+
+class LockedFolder:
+    """A folder that this process holds until `close`; the system releases it when the process ends in any way.
+
+    The lock is on an open file, FOLDER/.lock: one that a killed process left behind locks nothing.
+    """
+
+    def __init__(self, path: Path, job: Job, settings: Mapping[str, Any] | None = None) -> None:
+        """Make the folder, lock it, delete stale temporaries, and store `settings` or compare them with those stored.
+
+        Raises:
+            MPDiTError, of the class `job.error`: another process holds the folder (it is named), or files of other
+                settings are in it (the differences are shown).
+            InputError: the folder cannot be written, or its file system has no locks.
+        """
+        self.path, self._job = path, job
+        check_writable(path / LOCK)
+        self._file = self._lock()
+        try:
+            if not self._is_in_place():
+                raise job.error(f"another {job.name} has just finished with {path}: repeat the command.")
+            if job.temporary:
+                shutil.rmtree(self._removed, ignore_errors=True)  # a killed `remove` may have left it
+            for pattern in job.stale:
+                remove_stale_tmp((path / pattern).parent, (path / pattern).name)
+            if settings is not None:
+                self._match(settings)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "LockedFolder":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the folder; delete a temporary one that holds nothing."""
+        if self._job.temporary and self._is_in_place() and os.listdir(self.path) == [LOCK]:
+            self.remove()
         self._file.close()
 
-    def check(self, writer: str) -> None:
-        """Raise CheckpointError if the folder that is locked was deleted or replaced since `writer` began."""
-        if not self.is_in_place():
+    def remove(self) -> None:
+        """Delete the folder with all that is in it."""
+        # Under another name: a kill may leave some of its files, and no settings with them.
+        shutil.rmtree(self._removed, ignore_errors=True)
+        self.path.rename(self._removed)
+        shutil.rmtree(self._removed, ignore_errors=True)  # the next holder may be deleting it as well
+
+    def check(self) -> None:
+        """Raise CheckpointError if the folder was deleted or replaced since it was locked."""
+        if not self._is_in_place():
             raise CheckpointError(
-                f"{self._path.parent} was deleted, moved or replaced while the {writer} was writing to it: nothing "
+                f"{self.path} was deleted, moved or replaced while the {self._job.name} was writing to it: nothing "
                 "more is written there; repeat the command to begin again, or give the --workdir it was moved to."
             )
 
-    def is_in_place(self) -> bool:
-        """Whether the file under its name is still the one that is held."""
+    def _is_in_place(self) -> bool:
         try:
-            there, held = os.stat(self._path), os.fstat(self._file.fileno())
+            there, held = os.stat(self.path / LOCK), os.fstat(self._file.fileno())
         except OSError:
             return False
         return (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino)
 
+    @property
+    def _removed(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.old")
 
-def take_lock(path: Path) -> Lock | str:
-    """The lock file `path`, or who holds it, such as "process 4242 on node7 since 2026-11-25 13:20:05 UTC".
+    def _lock(self) -> IO[str]:
+        file = (self.path / LOCK).open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            with file:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise InputError(
+                        f"cannot lock {self.path / LOCK} ({error.strerror}): two runs could not be told apart there; "
+                        "mount the file system with locks, or choose another place."
+                    ) from error
+                file.seek(0)
+                holder = file.read(_OWNER_LIMIT).strip() or "a process that does not say which"
+            job = self._job
+            raise job.error(
+                f"another {job.name} is {job.verb} {self.path} ({holder}): wait for it to end, or {job.remedy}."
+            ) from error
+        file.truncate(0)
+        now = datetime.datetime.now(datetime.UTC)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now:%Y-%m-%d %H:%M:%S} UTC\n")
+        file.flush()
+        os.fsync(file.fileno())  # on a shared file system other machines look for it
+        return file
 
-    Raises:
-        InputError: the file system knows no locks.
-    """
-    file = path.open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        with file:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise InputError(
-                    f"cannot lock {path} ({error.strerror}): two runs could not be told apart there; mount the file "
-                    "system with locks, or choose another place."
-                ) from error
-            file.seek(0)
-            return file.read(_OWNER_LIMIT).strip() or "a process that does not say which"
-    file.truncate(0)
-    now = datetime.datetime.now(datetime.UTC)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {now:%Y-%m-%d %H:%M:%S} UTC\n")
-    file.flush()
-    os.fsync(file.fileno())  # on a shared file system other machines look for it
-    return Lock(path, file)
+    def _match(self, settings: Mapping[str, Any]) -> None:
+        job, path = self._job, self.path / self._job.settings
+        give_up = "delete that folder and repeat the command" if job.temporary else job.remedy
+        text = json.dumps(dict(settings), indent=1) + "\n"
+        if not path.is_file():
+            if any(self.path.glob(job.outputs)):
+                raise job.error(
+                    f"{self.path} holds {job.holds} and no {job.settings} that says how they were made: {give_up}."
+                )
+            with atomic_write(path) as file:
+                file.write(text.encode())
+            return
+        try:
+            before, now = flat(dict(parse_json(path.read_text()))), flat(json.loads(text))
+        except (OSError, ValueError, TypeError) as error:
+            raise job.error(f"{path} is damaged ({error}): {give_up}.") from error
+        changed = [
+            f"{name}: {before.get(name)} there, {now.get(name)} now"
+            for name in now | before
+            if before.get(name) != now.get(name)
+        ]
+        if changed:
+            raise job.error(
+                f"{self.path} holds {job.holds} of other settings ({'; '.join(changed[:_MOST_SHOWN])}): repeat those "
+                f"settings to continue, or {give_up}."
+            )
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with an entry for each value of a list, so that an error names only the values that differ."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= {f"{name}[{i}]": one for i, one in enumerate(value)} if isinstance(value, list) else {name: value}
+    return found

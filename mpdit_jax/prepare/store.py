@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.distributed.processes import any_process, assert_equal_across_processes, run_on_process_0
 from mpdit_jax.errors import DataError, InputError, MPDiTError, ProcessError
 from mpdit_jax.io.atomic import atomic_write
-from mpdit_jax.prepare.claiming import claim, flat
+from mpdit_jax.io.locked_folder import Job, LockedFolder, flat
 from mpdit_jax.prepare.shards import Encode, Report, Stopped, Work, read_report, report_path, write_shard
 from mpdit_jax.runtime.progress import WorkBar
 from mpdit_jax.runtime.signals import PreemptionHandler
@@ -34,6 +35,16 @@ from mpdit_jax.vae import VAE
 
 FLIPS = ("none", "both")
 _MOST_REJECTED = 0.01  # of all images
+JOB = Job(
+    "prepare",
+    "writing to",
+    "use another --out",
+    stale=("*",),
+    settings="prepare.json",
+    holds="latents",
+    outputs=MANIFEST,
+)
+"""How `prepare` holds its folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +135,7 @@ def prepare(plan: Plan, out: Path) -> Manifest | None:
     settings = plan.settings()
     # What is under a path may differ from one machine to the next, and two VAEs in one store nobody would notice.
     assert_equal_across_processes({name: str(value) for name, value in flat(settings).items()})
-    with PreemptionHandler() as stop, claim(out, settings):
+    with PreemptionHandler() as stop, run_on_process_0(partial(LockedFolder, out, JOB, settings)) or nullcontext():
         if (out / MANIFEST).is_file() and not any_process(bool(run_on_process_0(partial(_needs_repair, out)))):
             return read_manifest(out)
         failure: MPDiTError | None = None

@@ -1,7 +1,6 @@
 """Training a small VAE of Stable Diffusion's family: reconstruction and KL divergence, nothing adversarial."""
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,24 +12,19 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from mpdit_jax.checkpoint.load import CONFIG
 from mpdit_jax.checkpoint.manager import Checkpoints
-from mpdit_jax.checkpoint.reader import newest_in_words, numbered_folders
-from mpdit_jax.checkpoint.workdir import has_saved
+from mpdit_jax.checkpoint.reader import newest_in_words
+from mpdit_jax.checkpoint.workdir import lock_workdir
 from mpdit_jax.data.decoded import DecodedImages
 from mpdit_jax.data.image_sets import open_images
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.distributed.mesh import batch_sharding, check_batch, make_mesh, replicated
-from mpdit_jax.errors import CheckpointError, DivergedError
+from mpdit_jax.errors import DivergedError
 from mpdit_jax.io import pictures as images
-from mpdit_jax.io.atomic import atomic_write, check_writable, remove_stale_tmp
-from mpdit_jax.io.json_files import is_json_with, parse_json
-from mpdit_jax.io.locked_folder import take_lock
 from mpdit_jax.runtime.signals import PreemptionHandler
 from mpdit_jax.train.logger import RunLogger
 from mpdit_jax.train.stopwatch import Stopwatch
-from mpdit_jax.train.vae_config import autoencoder_config, resolve_vae
-from mpdit_jax.train.writers import METRICS_FILE
+from mpdit_jax.train.vae_config import autoencoder_config, compare_vae_configs, resolve_vae
 from mpdit_jax.vae import Autoencoder, AutoencoderConfig, load_vae, save_folder
 from mpdit_jax.vae.autoencoder import mean_and_std
 from mpdit_jax.vae.weights import Parameters, abstract, merge, split
@@ -72,17 +66,14 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
     source = DecodedImages(
         open_images(config.data.images, config.data.split), config.data.image_size, architecture.in_channels
     )
-    check_writable(workdir / CONFIG)
-    lock = take_lock(workdir / ".lock")
-    if isinstance(lock, str):
-        raise CheckpointError(f"another training is writing to {workdir} ({lock}): wait for it to end, or use another.")
     with (
-        lock,
         jax.set_mesh(mesh),
         PreemptionHandler(config.checkpoint.grace, partial(newest_in_words, workdir)) as stop,
+        lock_workdir(workdir, config, compare_vae_configs) as lock,
         Checkpoints(workdir, keep=2) as checkpoints,
     ):
-        _claim(workdir, config, started=bool(numbered_folders(workdir)))
+        if lock.note:
+            print(f"{lock.note}.", flush=True)
         stop.nothing_to_save = True
         optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
         create = partial(_initial_state, architecture, optimizer, config.seed)
@@ -114,7 +105,7 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
                 last = step == config.steps
                 logs, saves = (step % every == 0 or last for every in (config.log.every, config.checkpoint.every))
                 if logs or saves:
-                    lock.check("training")
+                    lock.check()
                     values = _finite(step, metrics, state.parameters)
                 if logs:
                     report.metrics(step, values, watch.lap())
@@ -123,12 +114,12 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
             if 0 < step < config.steps:
                 stop.begin_grace()
                 report.say(f"{stop.name}: saving step {step}")
-                lock.check("training")
+                lock.check()
                 if metrics is not None:
                     _finite(step, metrics, state.parameters)
                 checkpoints.save(step, {"vae": state._asdict()})
         if step == config.steps:
-            lock.check("training")
+            lock.check()
             _write(workdir, architecture, state.parameters, source)
     return step
 
@@ -142,38 +133,6 @@ def _finite(step: int, metrics: dict[str, jax.Array], parameters: Parameters) ->
             "config.learning_rate."
         )
     return values
-
-
-def _claim(workdir: Path, config: FrozenConfigDict, *, started: bool) -> None:
-    for folder in (workdir, workdir / "vae"):
-        remove_stale_tmp(folder)
-    path, text = workdir / CONFIG, json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-    changed = path.exists() and _decisive(path) != _decisive_of(json.loads(text))
-    if started and (changed or not path.exists()):
-        raise CheckpointError(f"{workdir} holds a training of another config (see {path}): use another --workdir.")
-    if changed and ((workdir / METRICS_FILE).exists() or not is_json_with(path, ("kl_weight", "data"))):
-        raise CheckpointError(
-            f"{workdir} holds something else (see {path}), which would be overwritten: use another --workdir."
-        )
-    if not started and has_saved(workdir, config.checkpoint.every):
-        raise CheckpointError(
-            f"{workdir} holds the record of this training and none of its checkpoints: restore them from a copy, or "
-            "use another --workdir."
-        )
-    with atomic_write(path) as file:
-        file.write(text.encode())
-
-
-def _decisive(path: Path) -> dict[str, Any] | None:
-    """The fields of a stored config that change the result; None if it cannot be read."""
-    try:
-        return _decisive_of(parse_json(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _decisive_of(config: dict[str, Any]) -> dict[str, Any]:
-    return {**config, "checkpoint": {"every": config["checkpoint"]["every"]}}  # its grace may change, or be newer
 
 
 def _initial_state(architecture: AutoencoderConfig, optimizer: optax.GradientTransformation, seed: int) -> VAEState:

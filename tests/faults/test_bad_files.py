@@ -27,8 +27,9 @@ from mpdit_jax.data.sources import load_arrays
 from mpdit_jax.errors import CheckpointError, DataError, InputError, MPDiTError, WeightsError
 from mpdit_jax.io.idx import read_idx
 from mpdit_jax.io.json_files import parse_json
-from mpdit_jax.prepare.claiming import _claim_settings
+from mpdit_jax.io.locked_folder import LockedFolder
 from mpdit_jax.prepare.shards import Work, _read
+from mpdit_jax.prepare.store import JOB
 from mpdit_jax.sample.blocks import Block, BlockFolder
 from mpdit_jax.train.__main__ import main
 from tests.data.test_latents import make_store
@@ -254,10 +255,9 @@ def test_brackets_without_end(finished, tmp_path, text):
 
 
 def test_settings_of_prepare(tmp_path):
-    (tmp_path / "prepare.json").write_text(json.dumps({"source": "x", "image_size": 8}))
-    json_survives(
-        tmp_path / "prepare.json", lambda: _claim_settings(tmp_path, {"source": "x", "image_size": 8}), InputError
-    )
+    settings = {"source": "x", "image_size": 8}
+    (tmp_path / "prepare.json").write_text(json.dumps(settings))
+    json_survives(tmp_path / "prepare.json", lambda: LockedFolder(tmp_path, JOB, settings).close(), InputError)
 
 
 def test_a_config_of_an_older_version(finished, tmp_path):
