@@ -15,8 +15,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from mpdit_jax.checkpoint.manager import Checkpoints
 from mpdit_jax.checkpoint.reader import newest_in_words
 from mpdit_jax.checkpoint.workdir import lock_workdir
-from mpdit_jax.data.decoded import DecodedImages
-from mpdit_jax.data.image_sets import open_images
+from mpdit_jax.data.image_sets import Pictures, open_images
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.distributed.mesh import batch_sharding, check_batch, make_mesh, replicated
 from mpdit_jax.errors import DivergedError
@@ -63,8 +62,10 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
     config = resolve_vae(config)
     architecture, mesh = autoencoder_config(config), make_mesh()
     check_batch(config.batch_size, mesh)
-    source = DecodedImages(
-        open_images(config.data.images, config.data.split), config.data.image_size, architecture.in_channels
+    source = dataclasses.replace(
+        open_images(config.data.images, config.data.split, classes=False),
+        image_size=config.data.image_size,
+        channels=architecture.in_channels,
     )
     with (
         jax.set_mesh(mesh),
@@ -165,7 +166,7 @@ def _make_update(
     return jax.jit(update, donate_argnums=0)
 
 
-def _write(workdir: Path, architecture: AutoencoderConfig, parameters: Parameters, source: DecodedImages) -> None:
+def _write(workdir: Path, architecture: AutoencoderConfig, parameters: Parameters, source: Pictures) -> None:
     folder = workdir / "vae"
     save_folder(folder, architecture, parameters)
     x = source.batch(np.linspace(0, len(source) - 1, min(_SCALED, len(source))).astype(int))["x"]

@@ -1,5 +1,6 @@
 """Damaged and malicious files, in bulk: read, or refused by our own error, with nothing allocated that is not there."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -7,6 +8,7 @@ import shutil
 import struct
 import zipfile
 import zlib
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -28,7 +30,7 @@ from mpdit_jax.errors import CheckpointError, DataError, InputError, MPDiTError,
 from mpdit_jax.io.idx import read_idx
 from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.io.locked_folder import LockedFolder
-from mpdit_jax.prepare.shards import Work, _read
+from mpdit_jax.prepare.shards import _read
 from mpdit_jax.prepare.store import JOB
 from mpdit_jax.sample.blocks import Block, BlockFolder
 from mpdit_jax.train.__main__ import main
@@ -116,10 +118,10 @@ def test_pictures(tmp_path, kind):
     path.parent.mkdir()
 
     def read(path):
-        images, rejected = open_folder(tmp_path), []
-        work = Work(images, None, image_size=8, channels=3, latent_channels=1, batch_size=1, key_bytes=9, classes=1)
+        images, rejected = dataclasses.replace(open_folder(tmp_path, classes=True), image_size=8), []
+        plan = Namespace(images=images, batch_size=1, class_names=("class",))
         with ThreadPoolExecutor(1) as pool:
-            list(_read(range(1), work, pool, rejected))
+            list(_read(range(1), plan, pool, rejected))
         if rejected:
             raise DataError(rejected[0][1])
 
