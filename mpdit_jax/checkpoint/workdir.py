@@ -25,13 +25,8 @@ from mpdit_jax.io.paths import check_place
 _METRICS, _SAMPLES, _TENSORBOARD, _EVALUATION = "metrics.jsonl", "samples", "tensorboard", "evaluation"
 _CONFIG_FIELDS = ("model", "data")  # of every version's config, a VAE's included
 _FOLDERS = (CHECKPOINTS, DAMAGED, _SAMPLES, _TENSORBOARD)
-_TRAINING = Job(
-    "training",
-    "writing to",
-    "use another --workdir",
-    CheckpointError,
-    stale=(CONFIG, _METRICS, INFO_FILE, f"{_SAMPLES}/*", "vae/*", "reconstructions.png"),
-)
+_STALE = (CONFIG, _METRICS, INFO_FILE, f"{_SAMPLES}/*", "vae/*", "reconstructions.png")  # not those of other commands
+_TRAINING = Job("training", "writing to", "use another --workdir", CheckpointError, stale=_STALE)
 Compare: TypeAlias = Callable[[Path, FrozenConfigDict], Mapping[str, tuple[Any, Any]]]
 """From a workdir and a config to the fields in which it contradicts the stored one, by path: (stored, new)."""
 

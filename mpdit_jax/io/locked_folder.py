@@ -23,43 +23,31 @@ _MOST_SHOWN = 5  # settings that differ
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What kind of job holds a folder, in the words of its errors.
+    """A kind of job that holds a folder, in the words of its errors."""
 
-    Attributes:
-        name: of the job, as in "another evaluation is using …".
-        verb: what it does with the folder, as in "is using".
-        remedy: what to do if the folder is taken, such as "use another --out".
-        error: class of its errors.
-        temporary: whether the folder is deleted when the job is done.
-        stale: outputs in the folder whose stale temporaries are deleted, as patterns, such as "samples/*".
-        settings: name of the file of settings.
-        holds: what the settings decide, such as "latents".
-        outputs: pattern of files that must not be there without that file.
-    """
-
-    name: str
-    verb: str
-    remedy: str
-    error: type[MPDiTError] = InputError
-    temporary: bool = False
-    stale: tuple[str, ...] = ()
-    settings: str = ""
-    holds: str = ""
-    outputs: str = ""
+    name: str  # "evaluation", as in "another evaluation is using …"
+    verb: str  # "using"
+    remedy: str  # "choose another --out"
+    error: type[MPDiTError] = InputError  # class of its errors
+    temporary: bool = False  # the folder is deleted when the job is done
+    stale: tuple[str, ...] = ("*",)  # patterns of the outputs whose stale temporaries are deleted, such as "samples/*"
+    settings: str = ""  # name of the file of settings
+    holds: str = ""  # what the settings decide, such as "latents"
+    outputs: str = ""  # pattern of files that must not be there without that file
 
 
 class LockedFolder:
-    """A folder that this process holds until `close`; the system releases it when the process ends in any way.
+    """A folder that this process holds, by a lock on the open file FOLDER/.lock, until `close` or until it ends.
 
-    The lock is on an open file, FOLDER/.lock: one that a killed process left behind locks nothing.
+    A file that a killed process left behind locks nothing.
     """
 
     def __init__(self, path: Path, job: Job, settings: Mapping[str, Any] | None = None) -> None:
         """Make the folder, lock it, delete stale temporaries, and store `settings` or compare them with those stored.
 
         Raises:
-            MPDiTError, of the class `job.error`: another process holds the folder (it is named), or files of other
-                settings are in it (the differences are shown).
+            job.error: another process holds the folder (it is named), or it holds files of other settings (the
+                differences are shown).
             InputError: the folder cannot be written, or its file system has no locks.
         """
         self.path, self._job = path, job

@@ -7,17 +7,9 @@ from pathlib import Path
 from mpdit_jax.errors import InputError
 
 REFUSALS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EIO,
-    errno.ENOENT,
-    errno.ESTALE,
-    errno.ENAMETOOLONG,
-)
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT,
+    errno.ESTALE, errno.ENAMETOOLONG,
+)  # fmt: skip
 """Error numbers of a file system that refuses an operation."""
 
 

@@ -1,6 +1,5 @@
 """The folder of finished blocks that a large run keeps beside its output until it is done.
 
-FOLDER/.lock             held by the run that draws; a second one is refused
 FOLDER/settings.json     what decides every pixel; a run with other settings is refused
 FOLDER/00000003.npz      block 3: `images` uint8 (n, H, W, C), `labels`, `indices` and `finite`, each (n,)
 """
@@ -20,15 +19,9 @@ from mpdit_jax.io.locked_folder import Job, LockedFolder
 from mpdit_jax.io.npz import read_npz
 
 _JOB = Job(
-    "run",
-    "drawing into",
-    "choose another --out",
-    temporary=True,
-    stale=("*",),
-    settings="settings.json",
-    holds="images",
-    outputs="*[0-9].npz",
-)
+    "run", "drawing into", "choose another --out",
+    temporary=True, settings="settings.json", holds="images", outputs="*[0-9].npz",
+)  # fmt: skip
 _PLACES = ("workdir", "png_folder")  # settings that another host may mount under another name
 
 
@@ -72,11 +65,7 @@ class BlockFolder:
             np.savez(file, **block._asdict())
 
     def read(self, number: int) -> Block:
-        """A finished block.
-
-        Raises:
-            InputError: it is missing or damaged.
-        """
+        """Read a finished block; raises InputError if it is missing or damaged."""
         try:
             return Block(*read_npz(self._file(number), Block._fields))
         except ValueError as error:
@@ -85,7 +74,7 @@ class BlockFolder:
             ) from error
 
     def read_all(self, count: int) -> Iterator[Block]:
-        """Blocks 0 to count - 1, one in memory at a time."""
+        """Read blocks 0 to count - 1, one at a time."""
         return (self.read(number) for number in range(count))
 
     def remove(self) -> None:
