@@ -17,10 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-from tests.tiny import ROOT, environment
+from tests.tiny import ROOT, command_main, environment
 
-COMMANDS = {name: f"mpdit_jax.{name}.__main__" for name in ("train", "sample", "prepare", "evaluate")}
-COMMANDS["train_vae"] = "mpdit_jax.train_vae"
+MODULES = ("train", "train_vae", "sample", "prepare", "evaluate")  # what is killed
 IMPORTED = (
     "mpdit_jax.train.loop", "mpdit_jax.train.replay", "mpdit_jax.sample.command", "mpdit_jax.prepare.store",
     "mpdit_jax.sample.decoding", "mpdit_jax.sample.options", "mpdit_jax.data.image_sets",
@@ -109,7 +108,7 @@ def wait_until(condition, child, timeout=120.0):
 
 def serve():
     """Answer one request a line."""
-    for name in (*COMMANDS.values(), *IMPORTED):
+    for name in (*(f"mpdit_jax.{module}" for module in MODULES), *IMPORTED):
         importlib.import_module(name)
     gc.freeze()  # what is imported is nobody's garbage, and looking at it would copy its pages
     children = {}
@@ -141,7 +140,7 @@ def live(request):
     if request["largest_file"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"], request["largest_file"]))
     sys.argv = [f"mpdit_jax.{request['command']}", *request["arguments"]]
-    cli.run(importlib.import_module(COMMANDS[request["command"]]).main)
+    cli.run(command_main(request["command"]))
 
 
 if __name__ == "__main__":

@@ -204,9 +204,9 @@ import sys, time
 from pathlib import Path
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from mpdit_jax.checkpoint import load as checkpoint
+from mpdit_jax.checkpoint import load
 from mpdit_jax.sample.__main__ import main
-newer, load_step = Path(sys.argv.pop(3)), checkpoint.load_step
+newer, load_step = Path(sys.argv.pop(3)), load.load_step
 def loads_and_then_a_newer_one_comes(workdir, *arguments):
     while jax.process_index() == 1 and newer.exists():  # the second one looks after it has come
         time.sleep(0.1)
@@ -214,7 +214,7 @@ def loads_and_then_a_newer_one_comes(workdir, *arguments):
     if jax.process_index() == 0:
         newer.rename(Path(workdir) / "checkpoints" / newer.name)
     return found
-checkpoint.load_step = loads_and_then_a_newer_one_comes
+load.load_step = loads_and_then_a_newer_one_comes
 sys.exit(main(sys.argv[3:]))
 """
 
