@@ -10,6 +10,7 @@ import jax
 
 from mpdit_jax.checkpoint.load import load_config
 from mpdit_jax.config.evaluation import ALIASES, metric_names
+from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import InputError, MissingExtraError, WeightsError
 from mpdit_jax.evaluate.compute import compute_statistics, kept, needed
@@ -18,12 +19,12 @@ from mpdit_jax.evaluate.extractors import Extractor, make_extractor
 from mpdit_jax.evaluate.inception_weights import VARIABLE, locate_inception
 from mpdit_jax.evaluate.reference import Reference, own_images
 from mpdit_jax.evaluate.report import Result, make_result
-from mpdit_jax.evaluate.sets import ImageBlocks, open_set
+from mpdit_jax.evaluate.sets import open_set
 from mpdit_jax.evaluate.shared_values import assert_shared
 from mpdit_jax.evaluate.statistics import Statistics, check_count
 from mpdit_jax.evaluate.stored_statistics import extractor_of
 from mpdit_jax.evaluate.subsets import limited
-from mpdit_jax.io.files import expand
+from mpdit_jax.io.paths import expand
 
 _OF_INCEPTION = {*ALIASES, "sfd", "is"}  # metrics that the packaged network does not have
 
@@ -85,7 +86,7 @@ def make_reference(options: argparse.Namespace, metrics: Sequence[str]) -> Refer
     """The reference of the options: --reference, or the data of --workdir."""
     find = find_decode(options.vae, options.vae_dtype, options.vae_tile)
 
-    def own() -> ImageBlocks:
+    def own() -> ImageSet:
         config = load_config(options.workdir)
         return own_images(f"the data of {options.workdir}", load_source(**config.data), config.data, find)
 
@@ -137,7 +138,7 @@ def evaluate_set(
     return statistics, make_result(name, reference, statistics, metrics, options, extractor, {})
 
 
-def _check_size(samples: ImageBlocks, options: argparse.Namespace, *, compared: bool) -> None:
+def _check_size(samples: ImageSet, options: argparse.Namespace, *, compared: bool) -> None:
     """Raise InputError if samples are of another size than --image_size, which cuts a folder that is not compared."""
     height, width = samples.shape[:2]
     if options.image_size in (0, height) and options.image_size in (0, width):

@@ -7,15 +7,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.distributed.processes import any_process
 from mpdit_jax.distributed.waiting import barrier
 from mpdit_jax.evaluate.extractors import Extractor, Features
 from mpdit_jax.evaluate.moments import Moments, gather_rows, merge_processes
-from mpdit_jax.evaluate.sets import ImageBlocks
 from mpdit_jax.evaluate.shared_values import assert_shared, name_from_process_0, portable
 from mpdit_jax.evaluate.statistics import OF_SINGLE_IMAGES, Statistics, from_moments
-from mpdit_jax.io.files import digest_of
+from mpdit_jax.io.json_files import digest_of
 from mpdit_jax.io.npz_blocks import NpzBlocks
 from mpdit_jax.runtime.progress import WorkBar
 from mpdit_jax.sample.drawing import own_blocks
@@ -41,7 +41,7 @@ def kept(metrics: Sequence[str]) -> list[str]:
 
 def compute_statistics(
     extractor: Extractor,
-    images: ImageBlocks,
+    images: ImageSet,
     outputs: Sequence[str],
     keep: Sequence[str],
     verb: str,
@@ -116,7 +116,7 @@ def compute_statistics(
 
 
 def _stored_blocks(
-    scratch: Path, extractor: Extractor, images: ImageBlocks, outputs: Sequence[str], size: int
+    scratch: Path, extractor: Extractor, images: ImageSet, outputs: Sequence[str], size: int
 ) -> NpzBlocks:
     """The folder of finished blocks, named after everything that decides the features."""
     decides = [extractor.fingerprint, images.about, sorted(outputs), size]
@@ -124,7 +124,7 @@ def _stored_blocks(
 
 
 def _extract(
-    extractor: Extractor, images: ImageBlocks, outputs: Sequence[str], rows: np.ndarray, batch_size: int, bar: WorkBar
+    extractor: Extractor, images: ImageSet, outputs: Sequence[str], rows: np.ndarray, batch_size: int, bar: WorkBar
 ) -> Features:
     parts = {name: [np.zeros((0, extractor.outputs[name]), np.float32)] for name in outputs}
     for start in range(0, len(rows), batch_size):

@@ -11,7 +11,7 @@ from mpdit_jax.sample.drawing import Drawing
 
 @dataclasses.dataclass(frozen=True)
 class DrawnImages:
-    """See `ImageBlocks`. With `leave_out`, images that hold NaN or Inf are left out; else they are an error."""
+    """See `ImageSet`. With `leave_out`, images that hold NaN or Inf are left out; else they are an error."""
 
     drawing: Drawing
     shape: tuple[int, int, int]  # (H, W, C) of a decoded image

@@ -12,11 +12,12 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.config.base import data_identity
 from mpdit_jax.config.evaluation import MOST_REAL
+from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.data.sources import Source, rows_of
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.compute import kept, needed
 from mpdit_jax.evaluate.extractors import Extractor
-from mpdit_jax.evaluate.sets import FindDecode, ImageBlocks, SourceImages, about_source, open_npz, open_set
+from mpdit_jax.evaluate.sets import FindDecode, SourceImages, about_source, open_npz, open_set
 from mpdit_jax.evaluate.shared_values import assert_shared, portable
 from mpdit_jax.evaluate.statistics import (
     OF_SINGLE_IMAGES,
@@ -28,10 +29,10 @@ from mpdit_jax.evaluate.statistics import (
 )
 from mpdit_jax.evaluate.stored_statistics import holds_statistics, load_statistics
 from mpdit_jax.evaluate.subsets import SomeImages, limited
-from mpdit_jax.io.files import expand
 from mpdit_jax.io.npz import npz_names
+from mpdit_jax.io.paths import expand
 
-Compute: TypeAlias = Callable[[ImageBlocks, Sequence[str], Sequence[str], str], Statistics]
+Compute: TypeAlias = Callable[[ImageSet, Sequence[str], Sequence[str], str], Statistics]
 """`compute_statistics` of one extractor: of images, outputs, outputs to keep, and the progress bar's label."""
 
 
@@ -53,7 +54,7 @@ class Reference:
     place: str
     metrics: Sequence[str]
     find: FindDecode
-    own: Callable[[], ImageBlocks]
+    own: Callable[[], ImageSet]
     prefix: str = "--"
     image_size: int = 0
     k: int = 3
@@ -100,7 +101,7 @@ class Reference:
 
     def _open(
         self, extractor: Extractor | None, shape: tuple[int, int, int]
-    ) -> tuple[Statistics | None, ImageBlocks | None]:
+    ) -> tuple[Statistics | None, ImageSet | None]:
         """Saved statistics, or images, or the moments and images of one file, as ADM's batches have them."""
         single, where = bool(OF_SINGLE_IMAGES & set(self._metrics)), f"in {self._name}"
         path = Path() if not self.place or self.place.startswith("data:") else expand(self.place)
@@ -127,7 +128,7 @@ class Reference:
             check_count(len(stored.single("them") if beside is None else beside), self._metrics, self.k, where)
         return stored, beside
 
-    def _open_images(self, channels: int) -> ImageBlocks:
+    def _open_images(self, channels: int) -> ImageSet:
         with nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             if self.place:
                 return open_set(self.place, image_size=self.image_size, channels=channels, find=self.find)
@@ -138,7 +139,7 @@ class Reference:
         return f"{self.prefix}reference={self.place}" if self.place else "the run's data"
 
 
-def own_images(name: str, source: Source, data: FrozenConfigDict, find: FindDecode) -> ImageBlocks:
+def own_images(name: str, source: Source, data: FrozenConfigDict, find: FindDecode) -> ImageSet:
     """The images that a run is trained on, 50,000 of them at most.
 
     Args:
@@ -150,7 +151,7 @@ def own_images(name: str, source: Source, data: FrozenConfigDict, find: FindDeco
     about = {"data": data_identity(data)}
     if source.latents is not None:
         store = open_set(data.path, find=find)
-        images: ImageBlocks = SomeImages(store, rows_of(source), {**store.about, "count": len(source), **about})
+        images: ImageSet = SomeImages(store, rows_of(source), {**store.about, "count": len(source), **about})
     else:
         images = SourceImages(source, about_source(name, source) | about)
     return limited(images, min(MOST_REAL, len(images)))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import atomic_write
+from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.io.npz import read_npz
 
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from mpdit_jax.config.base import data_identity
 from mpdit_jax.config.evaluation import choose_metrics, fewest_images
+from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.data.sources import Source
 from mpdit_jax.distributed.mesh import make_mesh, replicated
 from mpdit_jax.distributed.processes import any_process, run_on_process_0
@@ -29,12 +30,11 @@ from mpdit_jax.evaluate.decoding import find_decode
 from mpdit_jax.evaluate.drawn_images import DrawnImages
 from mpdit_jax.evaluate.extractors import Extractor, build_classifier, make_extractor
 from mpdit_jax.evaluate.reference import Reference, own_images
-from mpdit_jax.evaluate.sets import ImageBlocks
 from mpdit_jax.evaluate.shared_values import assert_shared, name_from_process_0, portable
 from mpdit_jax.evaluate.statistics import Statistics, check_metrics, compare
 from mpdit_jax.evaluate.stored_statistics import load_statistics, save_statistics
 from mpdit_jax.flow.sampler import make_sampler
-from mpdit_jax.io.files import digest_of, parse_json
+from mpdit_jax.io.json_files import digest_of, parse_json
 from mpdit_jax.model.parameters import Parameters, Structure, merge
 from mpdit_jax.sample.drawing import Decode, Drawing
 from mpdit_jax.sample.labels import balanced_labels
@@ -208,7 +208,7 @@ class Evaluator:
         return self._extractor, self._real
 
     def _real_statistics(
-        self, extractor: Extractor, images: ImageBlocks, outputs: Sequence[str], keep: Sequence[str], verb: str
+        self, extractor: Extractor, images: ImageSet, outputs: Sequence[str], keep: Sequence[str], verb: str
     ) -> Statistics:
         """Statistics of real images, which are kept in a file for later starts of the run. Collective."""
         # Named after everything that decides them: another classifier or data set has another file.
@@ -228,7 +228,7 @@ class Evaluator:
             if other != path:
                 other.unlink()  # of an earlier reference or extractor
 
-    def _own_images(self) -> ImageBlocks:
+    def _own_images(self) -> ImageSet:
         """The run's own data, decoded by the VAE that decodes its samples."""
 
         def find(store: Path, fingerprint: str) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:

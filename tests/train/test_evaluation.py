@@ -18,7 +18,7 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.checkpoint.load import load_checkpoint
 from mpdit_jax.data import sources
-from mpdit_jax.data.sources import ArraySource, load_arrays
+from mpdit_jax.data.sources import array_source, load_arrays
 from mpdit_jax.distributed.mesh import make_mesh, replicated
 from mpdit_jax.errors import ConfigError, InputError, WeightsError
 from mpdit_jax.evaluate import compute, inception_weights, reference
@@ -174,7 +174,8 @@ def test_one_curve_of_two_kinds_is_told_and_noted(undisturbed, tmp_path, capsys)
 def test_other_images_under_the_same_labels_are_looked_at_anew(undisturbed, tmp_path, monkeypatch, capsys):
     """A run may go on with them, but neither what was seen of the old ones nor a classifier of them is used."""
     workdir, digits = shutil.copytree(undisturbed, tmp_path / "run"), load_arrays(str(digits_file()))
-    repaired = dataclasses.replace(digits, images=255 - digits.images, contents="of others")
+    inverse = lambda rows: {"x": -digits.read(rows)["x"]}  # noqa: E731
+    repaired = dataclasses.replace(digits, read=inverse, contents="of others")
     monkeypatch.setitem(sources.SOURCES, "arrays", lambda path, split: repaired)
     (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines(workdir)[:-1]))
     assert main(train_arguments(workdir, *EVAL)) == 0
@@ -425,7 +426,7 @@ def test_a_runs_own_images_are_of_all_classes(monkeypatch):
     """Not every n-th, which may all be of one class."""
     monkeypatch.setattr(reference, "MOST_REAL", 100)
     images = np.zeros((1000, 8, 8, 1), np.uint8) + (np.arange(1000) % 10).astype(np.uint8)[:, None, None, None]
-    source = ArraySource(images, np.arange(1000) % 10, tuple("0123456789"))
+    source = array_source(images, np.arange(1000) % 10, tuple("0123456789"))
     own = own_images("data", source, FrozenConfigDict({}), None)
     assert len(own) == 100
     assert len(np.unique(own.read(np.arange(100))[:, 0, 0, 0])) == 10
