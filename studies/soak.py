@@ -214,6 +214,8 @@ def describe(
     return "\n".join([
         "# Soak",
         "",
+        "This page shows that a long run neither leaks memory or files nor slows down.",
+        "",
         f"`mpdit_jax.train {' '.join(command[3:])}`: {samples[-1].seconds / 60:.1f} minutes on {_machine()}, "
         f"{len(samples):,} samples. Checkpoints kept at the end: {', '.join(map(str, kept))}.",
         "",
@@ -221,8 +223,8 @@ def describe(
         "|---|---|---|---|---|---|",
         *rows,
         "",
-        "Of memory, the ends of a straight line through the last half of the run; of files, the medians of that half's",
-        "halves; of the time of a step, the medians of the run's halves, the first tenth left out. Made by",
+        "Memory: the ends of a straight line through the last half of the run. Files: medians of that half's halves.",
+        "Time of a step: the medians of the run's halves, the first tenth left out. Made by",
         "",
         f"    python -m studies.soak {shlex.join(word for word in arguments if word != '--again')}",
         "",
