@@ -25,7 +25,7 @@ _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 class Batched(Protocol):
-    """NoisyBatch that can be read at any index."""
+    """Examples that can be read at any index."""
 
     def __len__(self) -> int: ...
 

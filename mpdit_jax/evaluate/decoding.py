@@ -10,7 +10,7 @@ import numpy as np
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.sets import Decode, FindDecode
-from mpdit_jax.vae import NO_VAE, PIXELS, check_made, decode_all, load_vae, tiles
+from mpdit_jax.vae import NO_VAE, PIXELS, check_fingerprint, decode_all, load_vae, tiles
 
 
 def find_decode(vae: str, dtype: str = "float32", tile: int = 0, *, name: str = "--vae") -> FindDecode:
@@ -36,7 +36,7 @@ def find_decode(vae: str, dtype: str = "float32", tile: int = 0, *, name: str = 
                 f"{fingerprint[:12]}…)."
             )
         loaded = load(None if in_pixels else vae)
-        check_made(loaded, fingerprint, f"{name}={vae}", f"{store} holds latents of")
+        check_fingerprint(loaded, fingerprint, f"{name}={vae}", f"{store} holds latents of")
         settings = {} if in_pixels else {"vae_dtype": dtype, "vae_tile": tile}
         return lambda latents: np.asarray(decode_all(loaded, latents)), settings
 

@@ -8,7 +8,7 @@ from mpdit_jax.data.info import read_dataset_info
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import InputError
 from mpdit_jax.sample.run import Decode
-from mpdit_jax.vae import NO_VAE, PIXELS, check_made, decode_all, load_vae, tiles
+from mpdit_jax.vae import NO_VAE, PIXELS, check_fingerprint, decode_all, load_vae, tiles
 
 
 def make_decode(
@@ -44,6 +44,6 @@ def make_decode(
             f"{space.vae_fingerprint[:12]}…)."
         )
     loaded = load_vae(vae or None, dtype=dtype, mesh=make_mesh(devices=jax.local_devices()), tiling=tiles(tile))
-    check_made(loaded, space.vae_fingerprint, f"{argument}={vae}", f"{workdir} was trained on latents of")
+    check_fingerprint(loaded, space.vae_fingerprint, f"{argument}={vae}", f"{workdir} was trained on latents of")
     mean, std = jnp.asarray(space.mean, jnp.float32), jnp.asarray(space.std, jnp.float32)
     return lambda latents: decode_all(loaded, latents * std + mean)

@@ -1,10 +1,10 @@
-"""The base config of a VAE's training, and its checks."""
+"""The base config of a VAE's training, and its validation."""
 
 import math
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from mpdit_jax.config.checks import check_fields
+from mpdit_jax.config.checks import check_fields, expect, leaves
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.vae.config import AutoencoderConfig
 from mpdit_jax.validation import LARGEST_SIDE
@@ -33,8 +33,11 @@ def base_vae_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 250  # steps
+    config.checkpoint.keep = 2  # newest checkpoints kept
+    config.checkpoint.keep_every = 0  # steps; checkpoints at multiples of this are never deleted; 0 for none
     config.checkpoint.grace = 600.0  # seconds after SIGTERM in which all must be saved; 0 for no limit
-    config.log = ConfigDict({"every": 50})  # steps
+    config.log = ConfigDict({"every": 50, "wandb_project": ""})  # steps; also to a project of Weights & Biases
+    config.profile = ConfigDict({"start": 10, "steps": 0})  # steps recorded for TensorBoard's profile page; 0 for none
     return config.lock()
 
 
@@ -42,25 +45,18 @@ def resolve_vae(config: ConfigDict | FrozenConfigDict) -> FrozenConfigDict:
     """A checked copy.
 
     Raises:
-        ConfigError: a field that cannot be.
+        ConfigError: an unknown field or an impossible value.
     """
     check_fields(config, base_vae_config(), "config")
     resolved = ConfigDict(config.to_dict())
-    values = {"seed": resolved.seed, "kl_weight": resolved.kl_weight, "checkpoint.grace": resolved.checkpoint.grace}
-    for path, value in values.items():
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"config.{path}={value}: expected 0 or more.")
-    if not 1 <= resolved.data.image_size <= LARGEST_SIDE:
-        raise ConfigError(f"config.data.image_size={resolved.data.image_size}: expected 1 to {LARGEST_SIDE} pixels.")
-    for path in ("batch_size", "steps", "checkpoint.every", "log.every"):
-        group, _, name = path.rpartition(".")
-        value = (resolved[group] if group else resolved)[name]
-        if value < 1:
-            raise ConfigError(f"config.{path}={value}: expected 1 or more.")
-    if not 0 < resolved.learning_rate < math.inf:
-        raise ConfigError(f"config.learning_rate={resolved.learning_rate}: expected a positive number.")
-    if resolved.model.in_channels not in (1, 3):
-        raise ConfigError(f"config.model.in_channels={resolved.model.in_channels}: expected 1 (grey) or 3 (RGB).")
+    values = dict(leaves(resolved.to_dict()))
+    for path in ("batch_size", "steps", "checkpoint.every", "checkpoint.keep", "log.every"):
+        expect(resolved, path, values[path] >= 1, "1 or more")
+    for path in ("seed", "kl_weight", "checkpoint.grace", "checkpoint.keep_every", "profile.start", "profile.steps"):
+        expect(resolved, path, 0 <= values[path] < math.inf, "0 or more")
+    expect(resolved, "data.image_size", 1 <= resolved.data.image_size <= LARGEST_SIDE, f"1 to {LARGEST_SIDE} pixels")
+    expect(resolved, "learning_rate", 0 < resolved.learning_rate < math.inf, "a positive number")
+    expect(resolved, "model.in_channels", resolved.model.in_channels in (1, 3), "1 (grey) or 3 (RGB)")
     factor = autoencoder_config(resolved).downsample_factor
     if resolved.data.image_size % factor:
         raise ConfigError(

@@ -11,7 +11,7 @@ from mpdit_jax.evaluate.extraction import FeatureFolder
 from mpdit_jax.evaluate.extractors import build_classifier
 from mpdit_jax.evaluate.sets import ArrayImages, open_npz
 from mpdit_jax.evaluate.statistics import holds_statistics, load_statistics, save_statistics
-from mpdit_jax.interop.native_files import save_own, stored_step
+from mpdit_jax.interop.native_files import save_native, stored_step
 from mpdit_jax.interop.torch_weights import load_with_metadata
 from mpdit_jax.vae.weights import load_folder
 from tests.evaluate.conftest import collect
@@ -97,7 +97,7 @@ def test_a_classifier_larger_than_any_machine(tmp_path):
 def test_a_model_of_ours(tmp_path):
     """What is no longer known as one of ours is refused as one of somebody else's."""
     path = tmp_path / "model.safetensors"
-    save_own(path, tiny_model(), 3)
+    save_native(path, tiny_model(), 3)
 
     def read(path):
         model, metadata = load_with_metadata(path, num_heads=2)

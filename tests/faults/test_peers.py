@@ -80,7 +80,7 @@ def test_the_lost_process_is_named(tmp_path, lost):
             process.kill()
 
 
-SOON = "from mpdit_jax import peers\npeers._SILENCE, peers._EVERY = 5.0, 0.5"  # rather than a minute
+SOON = "from mpdit_jax.distributed import peers\npeers._SILENCE, peers._EVERY = 5.0, 0.5"  # rather than a minute
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_a_process_that_falls_silent_is_named(tmp_path):
 SHARED = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.model.hidden_size=64"]  # each writes a half
 
 
-OTHER_FOLDER = "from mpdit_jax import workdir\nworkdir._LOCK = 'elsewhere'"
+OTHER_FOLDER = "from mpdit_jax.checkpoint import workdir\nworkdir._LOCK = 'elsewhere'"
 LACKS_8 = "from pathlib import Path\nthere = Path.is_dir\nPath.is_dir = lambda self: self.name != '8' and there(self)"
 
 

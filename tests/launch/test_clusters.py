@@ -1,6 +1,5 @@
 """The cluster scripts, as far as a machine without the service allows: what they would run, and with what set."""
 
-import importlib
 import json
 import os
 import re
@@ -11,6 +10,8 @@ from math import prod
 from pathlib import Path
 
 import pytest
+
+from tests.tiny import command_main
 
 ROOT = Path(__file__).resolve().parents[2]
 TOPOLOGY = "cloud.google.com/gke-tpu-topology"
@@ -76,7 +77,7 @@ def test_every_command_that_the_scripts_name_runs_on_many_processes(command, cap
         assert command in ("train", *re.findall(r"prepare|sample|evaluate", listed))
         assert len(started) == 1
     with pytest.raises(SystemExit) as done:
-        importlib.import_module(f"mpdit_jax.{command}").main(["--help"])
+        command_main(command)(["--help"])
     assert done.value.code == 0
     assert "--num_processes" in capsys.readouterr().out
 
