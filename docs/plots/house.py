@@ -48,7 +48,7 @@ HOUSE: tuple[tuple[str, dict[str, str]], ...] = (
 BATCH = (
     ("source", "data/sources.py", "single examples"),
     ("pipeline", "data/pipeline.py", "the batch of a step"),
-    ("Prefetcher", "train/prefetcher.py", "it on the devices"),
+    ("Prefetcher", "train/prefetcher.py", "the placed batch"),
     ("step", "train/step.py", "the next state"),
     ("RunLogger", "train/logger.py", "curves, grids"),
     ("Checkpoints", "checkpoint/manager.py", "the saved state"),
