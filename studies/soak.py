@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.errors import InputError, MPDiTError
-from mpdit_jax.io.files import atomic_write, check_writable
+from mpdit_jax.io.atomic import atomic_write, check_writable
 from mpdit_jax.runtime.cli import make_parser, run
 
 _EXAMPLES = """\
