@@ -205,6 +205,8 @@ def describe(
     return "\n".join([
         "# Soak",
         "",
+        "This page reports whether a long run leaks memory or files, or slows down.",
+        "",
         f"`mpdit_jax.train {' '.join(command[3:])}`: {samples[-1].seconds / 60:.1f} minutes on {_machine()}, "
         f"{len(samples):,} samples. Checkpoints kept at the end: {', '.join(map(str, kept))}.",
         "",
