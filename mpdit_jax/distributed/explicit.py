@@ -60,5 +60,5 @@ def _explicit_mesh(tree: Any) -> AbstractMesh | None:
 
 def _split_rows(array: Any) -> Any:
     """The Explicit axes that split an array's first dimension, as a part of a PartitionSpec; None for none."""
-    spec = jax.typeof(array).sharding.spec if isinstance(array, jax.Array) else ()
+    spec = jax.typeof(array).sharding.spec if isinstance(array, jax.Array) else PartitionSpec()
     return spec[0] if len(spec) else None

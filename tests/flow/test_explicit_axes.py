@@ -42,7 +42,7 @@ for one in (model, loaded, whole, divided):
     expected = mp.flow_matching_loss(loaded if one is loaded else model, x, y, key=key)
     loss, each = mp.flow_matching_loss(one, dx, dy, key=key)
     check(each, expected[1], rows)
-    assert abs(loss - expected[0]) < 1e-5 * expected[0]
+    assert abs(float(loss) - float(expected[0])) < 1e-5 * float(expected[0])
     check(sampler(one, dy, key), sampler(loaded if one is loaded else model, y, key), rows)
 """,
     "under_set_mesh": """
