@@ -76,14 +76,16 @@ def load_step(workdir: str | Path, step: int | None = None, ema: bool = True) ->
     if step is not None and step not in numbered_folders(workdir):
         raise CheckpointError(f"{workdir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
     structure, shapes = abstract(model_config(config))
-    everywhere = replicated(make_mesh(devices=jax.local_devices()))
+    mesh = make_mesh(devices=jax.local_devices())
+    everywhere = replicated(mesh)
     target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere) for name, leaf in shapes.items()}
     item = "ema_parameters" if ema else "parameters"
     folder = Path(workdir).resolve() / CHECKPOINTS
     problems = []
     for candidate in sorted(numbered_folders(workdir), reverse=True) if step is None else [step]:
         try:
-            items = read_step(folder / str(candidate), {item: target})
+            with jax.set_mesh(mesh):  # the caller may have set another
+                items = read_step(folder / str(candidate), {item: target})
         except CheckpointError as error:
             problems.append(str(error))
             continue
