@@ -15,8 +15,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from mpdit_jax.benchmark.common import check_at_least, make_benchmark_parser, print_report, progress, take_turns, timed
 from mpdit_jax.data.latent_store import LABELS, MANIFEST, Manifest, Shard, manifest_to_json, record_dtype, sha256
-from mpdit_jax.data.latents import load_latents
 from mpdit_jax.data.pipeline import batches
+from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import InputError
 
 _EXAMPLES = """\
@@ -58,7 +58,7 @@ def measure(options: Namespace) -> dict[str, Any]:
         make_files(files, options.examples)
         steps = options.examples // options.batch_size
         name, read_files = _reader(files, options.examples, options.batch_size)
-        source = load_latents(str(store))
+        source = load_source("latents", str(store), "train")
 
         def read_store() -> None:
             # A new iterator each time, as the DataLoader has: one kept would read ahead while the other is timed.
@@ -72,7 +72,7 @@ def measure(options: Namespace) -> dict[str, Any]:
         progress(f"making a store of {options.many:,} small records")
         make_store(many, options.many, _TINY)
         start = time.perf_counter()
-        next(batches(load_latents(str(many)), options.batch_size, seed=0))
+        next(batches(load_source("latents", str(many), "train"), options.batch_size, seed=0))
         first = time.perf_counter() - start
     rates = {task: steps * options.batch_size / taken for task, taken in seconds.items()}
     return {

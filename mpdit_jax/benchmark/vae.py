@@ -88,8 +88,8 @@ def make_random_folder(folder: str, fields: Mapping[str, Any]) -> _Contestant:
     """Save an untrained autoencoder with the given config fields; runs in a worker."""
     from flax import nnx
 
+    from mpdit_jax.model.parameters import split
     from mpdit_jax.vae import Autoencoder, AutoencoderConfig, save_folder
-    from mpdit_jax.vae.weights import split
 
     config = AutoencoderConfig(**fields)
     save_folder(folder, config, split(Autoencoder(config, rngs=nnx.Rngs(0)))[1])

@@ -1,14 +1,10 @@
-"""Memory of the host that is not given back: what glibc keeps, and what is lost with each checkpoint."""
+"""Memory of the host that glibc keeps instead of giving it back to the system."""
 
 import ctypes
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 _ARENA_MAX, _ARENAS = -8, 2  # M_ARENA_MAX of malloc.h
-_MODULE, _COUNTS = "orbax.checkpoint._src.serialization.tensorstore_utils", "get_tensorstore_raw_bytes"
 
 
 def keep_few_arenas() -> bool:
@@ -32,25 +28,6 @@ def return_freed() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
-
-
-@contextmanager
-def without_byte_counts() -> Iterator[None]:
-    """Have Orbax save without asking TensorStore how many bytes it wrote, which only its own log would tell.
-
-    TensorStore (0.1.79 to 0.1.86) never frees the lists and dictionaries of its answer, which are some 1,300 objects
-    with every checkpoint, however small. Orbax has no option for it, so the function that asks is replaced meanwhile;
-    a version of Orbax without it saves as it does.
-    """
-    names = vars(sys.modules[_MODULE]) if _MODULE in sys.modules else {}
-    if _COUNTS not in names:
-        yield
-        return
-    asks, names[_COUNTS] = names[_COUNTS], lambda *direction: 0  # of which Orbax says nothing
-    try:
-        yield
-    finally:
-        names[_COUNTS] = asks
 
 
 @cache

@@ -271,6 +271,9 @@ class _Outliving(io.TextIOBase):
         with self._outliving():
             self._stream.flush()
 
+    def close(self) -> None:
+        """Do nothing: the stream belongs to others. Python closes this object, once it is unused, by flushing it."""
+
     @contextmanager
     def _outliving(self) -> Iterator[None]:
         try:

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> int:
         help="run step N of the log again, from the checkpoint before it, and say what in it is not finite; writes "
         "nothing, status 3 if it does not count",
     )
+    parser.add_argument("--parameter_table", action="store_true", help="print a table of every parameter first")
     add_flags(parser)
     options, config = parse_with_config(parser, arguments)
     if not options.workdir:
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.train.evaluator import is_missing
     from mpdit_jax.train.loop import train
     from mpdit_jax.train.replay import replay
+    from mpdit_jax.train.startup import parameter_table
 
     if options.replay_step is not None:
         found = replay(config, workdir, options.replay_step)
@@ -62,6 +64,8 @@ def main(arguments: Sequence[str]) -> int:
 
     if _CACHE_VARIABLE not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
+    if options.parameter_table and jax.process_index() == 0:
+        print(parameter_table(config))
     state = train(config, workdir)
     step = int(state.step)
     stopped = step < config.steps or is_missing(config, workdir, step)  # or in its last evaluation

@@ -24,7 +24,7 @@ class HfHubHTTPError(Exception):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A stand-in for huggingface_hub with the files in `hub.files`; `hub.error`, where set, is raised instead."""
+    """A fake huggingface_hub that has the files in `hub.files` or, if `hub.error` is set, raises it."""
     state = types.SimpleNamespace(files=set(), error=None, asked=[])
 
     def hf_hub_download(repo_id, filename, subfolder=None):
