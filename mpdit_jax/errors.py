@@ -50,7 +50,11 @@ class ProcessError(MPDiTError, RuntimeError):
 
 
 class DamageWarning(UserWarning):
-    """A checkpoint could not be used, or not be checked, and another or an unchecked one was."""
+    """A damaged checkpoint could not be used, and an older one was."""
+
+
+class DataWarning(UserWarning):
+    """Some files of a data set are left out; the message counts them."""
 
 
 def first_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mpdit_jax.errors import DataError, MissingExtraError
-from mpdit_jax.io.files import atomic_write
+from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.runtime.progress import WorkBar
 
 Record = dict[str, Any]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.errors import InputError, MPDiTError
-from mpdit_jax.io.files import atomic_write, check_writable
+from mpdit_jax.io.atomic import atomic_write, check_writable
 from mpdit_jax.runtime.cli import make_parser, run
 
 _EXAMPLES = """\
@@ -204,6 +204,8 @@ def describe(
     ]
     return "\n".join([
         "# Soak",
+        "",
+        "This page reports whether a long run leaks memory or files, or slows down.",
         "",
         f"`mpdit_jax.train {' '.join(command[3:])}`: {samples[-1].seconds / 60:.1f} minutes on {_machine()}, "
         f"{len(samples):,} samples. Checkpoints kept at the end: {', '.join(map(str, kept))}.",

@@ -17,8 +17,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from mpdit_jax.data.latent_store import LABELS, MANIFEST, Manifest, Shard, manifest_to_json, record_dtype, sha256
-from mpdit_jax.data.latents import load_latents
 from mpdit_jax.data.pipeline import batches
+from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import InputError
 from mpdit_jax.runtime.cli import Parser, make_parser
 
@@ -71,7 +71,7 @@ def measure(options: Namespace) -> dict[str, Any]:
         make_files(files, options.examples)
         steps = options.examples // options.batch_size
         name, epoch = _reader(files, options.examples, options.batch_size)
-        source = load_latents(str(store))
+        source = load_source("latents", str(store), "train")
 
         def from_store() -> int:
             # A new iterator each time, as the DataLoader has: one kept would read ahead while the other is timed.
@@ -92,7 +92,7 @@ def measure(options: Namespace) -> dict[str, Any]:
         many = Path(scratch) / "many"
         make_store(many, options.many, _TINY)
         start = time.perf_counter()
-        next(batches(load_latents(str(many)), options.batch_size, seed=0))
+        next(batches(load_source("latents", str(many), "train"), options.batch_size, seed=0))
         first = time.perf_counter() - start
     return {
         "examples": options.examples,

@@ -10,7 +10,7 @@ from ml_collections.config_dict import placeholder
 
 from mpdit_jax.config.checks import check_fields, check_values, expect, leaves
 from mpdit_jax.errors import ConfigError
-from mpdit_jax.io.files import parse_json
+from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.model.config import ModelConfig, drop_unused
 from mpdit_jax.model.presets import PRESETS, preset_config
 

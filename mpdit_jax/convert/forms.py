@@ -17,7 +17,7 @@ from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import CheckpointError, ConfigError, InputError, MissingExtraError, WeightsError
 from mpdit_jax.interop.native_files import PUBLISHED, build_metadata, save_native, stored_step
 from mpdit_jax.interop.torch_weights import check_agreement, load_with_metadata, to_torch
-from mpdit_jax.io.files import atomic_dir, atomic_write, check_writable
+from mpdit_jax.io.atomic import atomic_dir, atomic_write, check_writable
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import split

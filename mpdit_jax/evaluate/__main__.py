@@ -3,13 +3,15 @@
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mpdit_jax.config.evaluation import PREPROCESSINGS, choose_metrics, metric_names
-from mpdit_jax.distributed.processes import add_flags, join
+from mpdit_jax.distributed.processes import add_flags, join, run_on_process_0
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import expand
+from mpdit_jax.io.paths import expand
 from mpdit_jax.runtime.cli import Parser, add_tile_option, make_parser, run
 from mpdit_jax.validation import check_image_size, check_seed
 
@@ -131,9 +133,9 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.distributed.waiting import barrier
     from mpdit_jax.evaluate import command
     from mpdit_jax.evaluate.report import table, write_json
-    from mpdit_jax.evaluate.scratch import claimed, clear
+    from mpdit_jax.evaluate.scratch import lock_scratch
     from mpdit_jax.evaluate.statistics import check_count, check_metrics, save_statistics
-    from mpdit_jax.io.files import check_writable
+    from mpdit_jax.io.atomic import check_writable
 
     if options.workdir:
         load_config(options.workdir)  # before any weights: there may be no run
@@ -150,7 +152,7 @@ def main(arguments: Sequence[str]) -> int:
     check_metrics(metrics, extractor)
     scratch = out.with_name(f"{out.name}.unfinished")
     written = [out, *([Path(options.save_stats)] if options.save_stats else [])]
-    with claimed(scratch, written):
+    with run_on_process_0(partial(lock_scratch, scratch, written)) or nullcontext() as held:
         if options.workdir:
             from mpdit_jax.evaluate.runs import evaluate_run, prepare_run
 
@@ -164,12 +166,12 @@ def main(arguments: Sequence[str]) -> int:
                 save_statistics(options.save_stats, statistics, features=options.save_features)
                 print(f"statistics of {statistics.count} images in {options.save_stats}")
         barrier("nobody reads what is cleared")
-        if jax.process_index() > 0:
+        if held is None:  # on other processes than the first
             return 0
         if results:
             write_json(out, {"results": [dataclasses.asdict(row) for row in results]})
             print(f"{table(results)}\nwith their settings in {out}")
-        clear(scratch)
+        held.remove()
     return 0
 
 

@@ -13,7 +13,7 @@ _OF_ONE_PLACE = {"path", "files", "workdir", "png_folder"}
 
 
 def portable(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What `ImageBlocks.about` says of a set that a copy elsewhere says as well: no places and no times of change."""
+    """What `ImageSet.about` says of a set that a copy elsewhere says as well: no places and no times of change."""
     return {
         name: portable(value) if isinstance(value, Mapping) else value
         for name, value in about.items()

@@ -17,7 +17,9 @@ from flax import nnx
 
 from mpdit_jax.errors import WeightsError
 from mpdit_jax.evaluate.layers import Conv, assign
-from mpdit_jax.io.files import atomic_write, expand, parse_json
+from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.io.json_files import parse_json
+from mpdit_jax.io.paths import expand
 
 _KEY, _FORMAT = "mpdit_jax", "classifier 1"
 _SMALLEST = 4  # pixels a side that the images are brought down to, by halves

@@ -12,6 +12,7 @@ import jax
 from mpdit_jax.checkpoint.load import load_config
 from mpdit_jax.config.base import data_identity
 from mpdit_jax.config.evaluation import ALIASES, MOST_REAL, metric_names
+from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.data.sources import load_source, rows_of
 from mpdit_jax.errors import InputError, MissingExtraError, WeightsError
 from mpdit_jax.evaluate.agreement import agree
@@ -20,7 +21,7 @@ from mpdit_jax.evaluate.decoding import find_decode
 from mpdit_jax.evaluate.extractors import Extractor, make_extractor
 from mpdit_jax.evaluate.inception_weights import VARIABLE, locate_inception
 from mpdit_jax.evaluate.report import Result, make_result
-from mpdit_jax.evaluate.sets import FindDecode, ImageBlocks, SourceImages, about_source, open_npz, open_set
+from mpdit_jax.evaluate.sets import FindDecode, SourceImages, about_source, open_npz, open_set
 from mpdit_jax.evaluate.statistics import (
     OF_SINGLE_IMAGES,
     Statistics,
@@ -33,8 +34,8 @@ from mpdit_jax.evaluate.statistics import (
     statistics_of,
 )
 from mpdit_jax.evaluate.subsets import SomeImages, limited
-from mpdit_jax.io.files import expand
 from mpdit_jax.io.npz import npz_names
+from mpdit_jax.io.paths import expand
 
 _OF_INCEPTION = {*ALIASES, "sfd", "is"}  # metrics that the packaged network does not have
 
@@ -136,7 +137,7 @@ def reference_of(
     return stored
 
 
-def reference_images(options: argparse.Namespace, channels: int) -> ImageBlocks:
+def reference_images(options: argparse.Namespace, channels: int) -> ImageSet:
     """The images that --reference names, or 50,000 at most of those that a run was trained on."""
     if options.reference:
         return open_set(options.reference, image_size=options.image_size, channels=channels, find=_find(options))
@@ -145,7 +146,7 @@ def reference_images(options: argparse.Namespace, channels: int) -> ImageBlocks:
     if config.data.name == "latents":
         store = open_set(config.data.path, find=_find(options))
         about = {**store.about, "count": len(source), "data": data_identity(config.data)}
-        images: ImageBlocks = SomeImages(store, rows_of(source), about)
+        images: ImageSet = SomeImages(store, rows_of(source), about)
     else:
         about = about_source(f"the data of {options.workdir}", source)
         images = SourceImages(source, about | {"data": data_identity(config.data)})
@@ -178,7 +179,7 @@ def evaluate_set(
     return statistics, make_result(name, reference, statistics, metrics, options, extractor, {})
 
 
-def _check_size(samples: ImageBlocks, options: argparse.Namespace, *, compared: bool) -> None:
+def _check_size(samples: ImageSet, options: argparse.Namespace, *, compared: bool) -> None:
     """Raise InputError if samples are of another size than --image_size: those of a folder alone are cut, and none
     that are compared.
     """

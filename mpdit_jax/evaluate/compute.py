@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.evaluate.agreement import agree, portable
 from mpdit_jax.evaluate.extraction import FeatureFolder, extract
 from mpdit_jax.evaluate.extractors import Extractor
 from mpdit_jax.evaluate.moments import Moments, merge_processes
-from mpdit_jax.evaluate.sets import ImageBlocks
 from mpdit_jax.evaluate.statistics import OF_SINGLE_IMAGES, Statistics, from_moments
 
 _NEEDS = {"sfd": "spatial", "is": "probs"}
@@ -28,7 +28,7 @@ def kept(metrics: Sequence[str]) -> list[str]:
 
 def compute_statistics(
     extractor: Extractor,
-    images: ImageBlocks,
+    images: ImageSet,
     outputs: Sequence[str],
     keep: Sequence[str],
     scratch: Path,

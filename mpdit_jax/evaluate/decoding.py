@@ -1,4 +1,4 @@
-"""What decodes a store of latents that is to be looked at: the VAE that encoded it, and no other."""
+"""The decoder of a store of latents: the VAE that encoded it, and no other."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -14,16 +14,13 @@ from mpdit_jax.vae import NO_VAE, PIXELS, check_fingerprint, decode_all, load_va
 
 
 def find_decode(vae: str, dtype: str = "float32", tile: int = 0, *, name: str = "--vae") -> FindDecode:
-    """What finds the decoder of a store. A store of pixels has one of its own and needs no VAE.
+    """Make the function that finds a store's decoder, see `FindDecode`; a store of pixels needs no VAE.
 
     Args:
-        vae: folder or hub name; "" or "none" for none. Nothing is loaded before a store asks for it.
+        vae: folder or hub name, loaded when a store needs it; "" or "none" for none.
         dtype: the VAE computes in.
         tile: image pixels of the tiles that larger images are decoded in; 0 for whole images.
-        name: of the flag or field that gives the VAE, for the sentences.
-
-    Returns:
-        See `FindDecode`; it raises InputError where `vae` is another one, or none is given.
+        name: of the flag or field that gives the VAE, for the errors.
     """
     mesh = make_mesh(devices=jax.local_devices())
     load = lru_cache(lambda source: load_vae(source, dtype=dtype, mesh=mesh, tiling=tiles(tile)))

@@ -6,12 +6,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.distributed.waiting import barrier
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.agreement import name_of_first
 from mpdit_jax.evaluate.extractors import Extractor, Features
-from mpdit_jax.evaluate.sets import ImageBlocks
-from mpdit_jax.io.files import atomic_write, digest_of
+from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.io.json_files import digest_of
 from mpdit_jax.io.npz import read_npz
 from mpdit_jax.runtime.progress import WorkBar
 
@@ -23,7 +24,7 @@ class FeatureFolder:
     at all, so whatever is there is finished.
     """
 
-    def __init__(self, root: Path, extractor: Extractor, images: ImageBlocks, outputs: Sequence[str]) -> None:
+    def __init__(self, root: Path, extractor: Extractor, images: ImageSet, outputs: Sequence[str]) -> None:
         """Nothing is made yet; every process must ask, for the first names the folder."""
         self.total, self.count = len(images), -(-len(images) // _BLOCK)  # images, blocks
         self._outputs = sorted(outputs)
@@ -65,7 +66,7 @@ class FeatureFolder:
 
 
 def extract(
-    extractor: Extractor, images: ImageBlocks, outputs: Sequence[str], folder: FeatureFolder, verb: str = "looking at"
+    extractor: Extractor, images: ImageSet, outputs: Sequence[str], folder: FeatureFolder, verb: str = "looking at"
 ) -> None:
     """Look at all images and keep their features in a folder that all processes see, each process its share of blocks.
 

@@ -13,7 +13,8 @@ from mpdit_jax.errors import WeightsError
 from mpdit_jax.evaluate.inception import Inception
 from mpdit_jax.evaluate.layers import assign, entry, fold
 from mpdit_jax.interop.files import read_state_dict
-from mpdit_jax.io.files import atomic_write, expand
+from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.io.paths import expand
 
 VARIABLE = "MPDIT_JAX_INCEPTION"
 CACHE = Path("~/.cache/mpdit_jax")

@@ -15,7 +15,7 @@ from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.bias import warn_of_bias
 from mpdit_jax.evaluate.extractors import Extractor
 from mpdit_jax.evaluate.statistics import KID_SUBSETS, Statistics, check_same_size, compare, kid_subset_size
-from mpdit_jax.io.files import atomic_write
+from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.version import __version__
 
 

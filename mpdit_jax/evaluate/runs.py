@@ -23,7 +23,8 @@ from mpdit_jax.evaluate.report import Result, make_result, write_json
 from mpdit_jax.evaluate.sets import count_labels
 from mpdit_jax.evaluate.statistics import Statistics, check_count
 from mpdit_jax.flow.adaptive import METHODS
-from mpdit_jax.io.files import digest_of, parse_json, remove_stale_tmp
+from mpdit_jax.io.atomic import remove_stale_tmp
+from mpdit_jax.io.json_files import digest_of, parse_json
 from mpdit_jax.sample.blocks import Block, BlockFolder
 from mpdit_jax.sample.command import Request, parse_labels, run_settings
 from mpdit_jax.sample.decoding import make_decode

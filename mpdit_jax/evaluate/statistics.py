@@ -21,7 +21,8 @@ from mpdit_jax.evaluate.metrics import (
     precision_recall,
 )
 from mpdit_jax.evaluate.sets import open_npz
-from mpdit_jax.io.files import atomic_write, parse_json
+from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.io.npz import npz_names, read_npz
 from mpdit_jax.version import __version__
 

@@ -17,8 +17,8 @@ from typing import NoReturn, TextIO
 
 from mpdit_jax.distributed.peers import has_peers, leave
 from mpdit_jax.distributed.waiting import barrier
-from mpdit_jax.errors import DamageWarning, MPDiTError, first_line
-from mpdit_jax.io.files import REFUSALS, expand
+from mpdit_jax.errors import DamageWarning, DataWarning, MPDiTError, first_line
+from mpdit_jax.io.paths import REFUSALS, expand
 from mpdit_jax.runtime.signals import KILLED_BY, LOST, Terminated, ending_by_exception, stopped_status, this_command
 
 
@@ -193,7 +193,7 @@ def _quiet() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if issubclass(category, DamageWarning):
+        if issubclass(category, DamageWarning | DataWarning):
             print(f"warning: {message}", file=sys.stderr)
         else:
             show(message, category, filename, lineno, file, line)

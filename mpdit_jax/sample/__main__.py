@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     import jax
 
     from mpdit_jax.checkpoint.load import load_together
-    from mpdit_jax.io.files import check_writable
+    from mpdit_jax.io.atomic import check_writable
     from mpdit_jax.sample import command
     from mpdit_jax.sample.decoding import make_decode
     from mpdit_jax.sample.options import reject_unused_flags, sampler_from

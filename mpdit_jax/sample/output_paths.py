@@ -6,7 +6,7 @@ import glob
 from pathlib import Path
 
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import check_writable, remove_stale_tmp
+from mpdit_jax.io.atomic import check_writable, remove_stale_tmp
 from mpdit_jax.sample.outputs import SINGLE
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from mpdit_jax.io import pictures as images
-from mpdit_jax.io.files import atomic_write
+from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.sample.blocks import Block
 
 SINGLE = "[0-9]*_[0-9]*.png"  # names of single images, as a pattern

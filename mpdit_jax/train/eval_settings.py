@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mpdit_jax.evaluate.report import write_json
-from mpdit_jax.io.files import parse_json, remove_stale_tmp
+from mpdit_jax.io.atomic import remove_stale_tmp
+from mpdit_jax.io.json_files import parse_json
 
 
 def note_settings(path: Path, step: int, settings: Mapping[str, str | int]) -> str:

@@ -29,7 +29,7 @@ from mpdit_jax.evaluate.extractors import Extractor, build_classifier, make_extr
 from mpdit_jax.evaluate.statistics import MOMENTS, Statistics, check_metrics, compare
 from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import Sampler, make_sampler
-from mpdit_jax.io.files import digest_of, parse_json
+from mpdit_jax.io.json_files import digest_of, parse_json
 from mpdit_jax.model.parameters import Parameters, Structure, merge
 from mpdit_jax.sample.decoding import Decode
 from mpdit_jax.sample.labels import balanced_labels

@@ -11,6 +11,7 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.config.base import data_identity
 from mpdit_jax.config.evaluation import MOST_REAL, fewest_images
+from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.data.sources import Source
 from mpdit_jax.distributed.processes import any_process, run_on_process_0
 from mpdit_jax.errors import ConfigError, InputError
@@ -18,7 +19,7 @@ from mpdit_jax.evaluate.agreement import agree, name_of_first, portable
 from mpdit_jax.evaluate.compute import kept, needed
 from mpdit_jax.evaluate.decoding import find_decode
 from mpdit_jax.evaluate.extractors import Extractor
-from mpdit_jax.evaluate.sets import ImageBlocks, SourceImages, open_npz, open_set
+from mpdit_jax.evaluate.sets import SourceImages, open_npz, open_set
 from mpdit_jax.evaluate.statistics import (
     OF_SINGLE_IMAGES,
     Statistics,
@@ -30,8 +31,9 @@ from mpdit_jax.evaluate.statistics import (
     save_statistics,
 )
 from mpdit_jax.evaluate.subsets import limited
-from mpdit_jax.io.files import digest_of, expand
+from mpdit_jax.io.json_files import digest_of
 from mpdit_jax.io.npz import npz_names
+from mpdit_jax.io.paths import expand
 from mpdit_jax.sample.decoding import Decode
 from mpdit_jax.train.partial_statistics import PartialStatistics, partial_statistics
 
@@ -148,10 +150,10 @@ class Reference:
             seen = self._look(extractor, mesh, open_npz(Path(self._place)))
             return None if seen is None else dataclasses.replace(stored, features=seen.features)
         with jax.set_mesh(mesh):
-            images: ImageBlocks = self._open(extractor.channels) if self._place else self._own_images()
+            images: ImageSet = self._open(extractor.channels) if self._place else self._own_images()
         return self._look(extractor, mesh, images)
 
-    def _look(self, extractor: Extractor, mesh: jax.sharding.Mesh, images: ImageBlocks) -> Statistics | None:
+    def _look(self, extractor: Extractor, mesh: jax.sharding.Mesh, images: ImageSet) -> Statistics | None:
         # Named after everything that decides what is seen: of another classifier or data set there is another file.
         decides = [extractor.fingerprint, images.about, needed(self._real), bool(self._keep)]
         agree(portable(images.about))
@@ -185,12 +187,12 @@ class Reference:
         """Whether single images are needed that are in the file beside the moments, as in ADM's batches."""
         return bool(self._keep) and stored.features is None and "arr_0" in npz_names(self._place)
 
-    def _open(self, channels: int) -> ImageBlocks:
+    def _open(self, channels: int) -> ImageSet:
         # A store is decoded by the VAE of the run: loaded anew, and let go of with what it decodes.
         find = find_decode(self._config.sample.vae, name="config.sample.vae")
         return open_set(self._place, channels=channels, find=find)
 
-    def _own_images(self) -> ImageBlocks:
+    def _own_images(self) -> ImageSet:
         """As `evaluate` chooses them."""
         about = {"path": "the data of the run", "most": MOST_REAL, "data": data_identity(self._config.data)}
         about |= {"contents": self._own.contents}  # a run may go on with other examples of the same labels

@@ -17,7 +17,8 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from mpdit_jax.errors import InputError, MissingExtraError, first_line
-from mpdit_jax.io.files import atomic_write, parse_json
+from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.io.pictures import encode_png
 
 METRICS_FILE = "metrics.jsonl"

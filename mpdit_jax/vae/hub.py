@@ -4,7 +4,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from mpdit_jax.errors import MissingExtraError, WeightsError
-from mpdit_jax.io.files import expand
+from mpdit_jax.io.paths import expand
 from mpdit_jax.vae.weights import CONFIG_FILE, WEIGHTS_FILES
 
 # owner/name, optionally followed by folders inside the repository.

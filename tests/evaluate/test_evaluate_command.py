@@ -15,7 +15,7 @@ from mpdit_jax.evaluate.bias import perfect_distance, warn_of_bias
 from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, save_classifier
 from mpdit_jax.evaluate.extraction import FeatureFolder, extract
 from mpdit_jax.evaluate.report import make_result
-from mpdit_jax.evaluate.scratch import claimed
+from mpdit_jax.evaluate.scratch import lock_scratch
 from mpdit_jax.evaluate.sets import open_npz, open_set
 from mpdit_jax.evaluate.statistics import compare, load_statistics, save_statistics
 from mpdit_jax.sample.__main__ import main as sample
@@ -417,7 +417,7 @@ def test_two_at_once_do_not_share_an_output(files, classifier_file, tmp_path, mo
     out = tmp_path / "out.json"
     arguments = [f"--samples={files / 'samples.npz'}", f"--features=classifier:{classifier_file}", f"--out={out}"]
     arguments += ["--reference=data:digits", "--metrics=fd"]
-    with claimed(tmp_path / "out.json.unfinished", [out]):
+    with lock_scratch(tmp_path / "out.json.unfinished", [out]):
         said = last_line(arguments, monkeypatch, capsys)
         assert re.search(r"another evaluation is using .*out\.json\.unfinished \(process \d+ on ", said)
         assert not out.exists()

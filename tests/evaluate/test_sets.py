@@ -16,7 +16,7 @@ from mpdit_jax.evaluate.compute import compute_statistics
 from mpdit_jax.evaluate.extraction import FeatureFolder, extract
 from mpdit_jax.evaluate.extractors import _build
 from mpdit_jax.evaluate.moments import Moments
-from mpdit_jax.evaluate.sets import ArrayImages, open_folder, open_npz, open_set
+from mpdit_jax.evaluate.sets import ArrayImages, open_npz, open_set
 from mpdit_jax.evaluate.subsets import limited
 from tests.evaluate.conftest import _Means, collect
 
@@ -129,7 +129,7 @@ def test_a_damaged_picture_is_named_whatever_its_decoder_raises(tmp_path):
         content[place] ^= 1
         path.write_bytes(content)
         try:
-            open_folder(tmp_path)
+            open_set(str(tmp_path))
         except DataError:
             refused += 1
     assert refused > 10

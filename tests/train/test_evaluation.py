@@ -17,7 +17,7 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.checkpoint.load import load_checkpoint
 from mpdit_jax.data import sources
-from mpdit_jax.data.sources import ArraySource, load_arrays
+from mpdit_jax.data.sources import array_source, load_arrays
 from mpdit_jax.distributed.mesh import make_mesh, replicated
 from mpdit_jax.errors import ConfigError, InputError, WeightsError
 from mpdit_jax.evaluate import inception_weights
@@ -169,7 +169,8 @@ def test_one_curve_of_two_kinds_is_told_and_noted(undisturbed, tmp_path, capsys)
 def test_other_images_under_the_same_labels_are_looked_at_anew(undisturbed, tmp_path, monkeypatch, capsys):
     """A run may go on with them, but neither what was seen of the old ones nor a classifier of them is used."""
     workdir, digits = shutil.copytree(undisturbed, tmp_path / "run"), load_arrays(str(digits_file()))
-    repaired = dataclasses.replace(digits, images=255 - digits.images, contents="of others")
+    inverse = lambda rows: {"x": -digits.read(rows)["x"]}  # noqa: E731
+    repaired = dataclasses.replace(digits, read=inverse, contents="of others")
     monkeypatch.setitem(sources.SOURCES, "arrays", lambda path, split: repaired)
     (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines(workdir)[:-1]))
     assert main(train_arguments(workdir, *EVAL)) == 0
@@ -404,7 +405,7 @@ def test_images_are_read_as_many_at_a_time_as_the_config_says(tmp_path, tiny_inc
     config = FrozenConfigDict({"eval": settings, "sample": {"vae": ""}, "data": {}})
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
     few = dataclasses.replace(tiny_inception, batch_size=4)
-    one = reference.Reference(config, tmp_path, ArraySource(images, np.zeros(40, int), ("0",)), None, ("fd",), bool)
+    one = reference.Reference(config, tmp_path, array_source(images, np.zeros(40, int), ("0",)), None, ("fd",), bool)
     found = one.statistics(few, make_mesh())
     assert sizes == [32, 8]
     assert found.gaussians.keys() == {"pool"}  # nobody has asked for sFID
@@ -415,7 +416,7 @@ def test_a_runs_own_images_are_those_that_evaluate_takes(tmp_path, monkeypatch):
     """Not every n-th, which may all be of one class."""
     monkeypatch.setattr(reference, "MOST_REAL", 100)
     images = np.zeros((1000, 8, 8, 1), np.uint8) + (np.arange(1000) % 10).astype(np.uint8)[:, None, None, None]
-    source = ArraySource(images, np.arange(1000) % 10, tuple("0123456789"))
+    source = array_source(images, np.arange(1000) % 10, tuple("0123456789"))
     settings = {"reference": "", "metrics": "fd", "features": "classifier"}
     config = FrozenConfigDict({"eval": settings, "sample": {"vae": ""}, "data": {}})
     one = reference.Reference(config, tmp_path, source, None, ("fd",), lambda: False)

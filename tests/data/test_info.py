@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from mpdit_jax.data.info import read_dataset_info, record_dataset
-from mpdit_jax.data.sources import ArraySource
+from mpdit_jax.data.sources import array_source
 from mpdit_jax.errors import CheckpointError
 
 
 def source(labels):
-    return ArraySource(np.zeros((len(labels), 2, 2, 1), np.uint8), np.array(labels, np.int32), ("a", "b", "c"))
+    return array_source(np.zeros((len(labels), 2, 2, 1), np.uint8), np.array(labels, np.int32), ("a", "b", "c"))
 
 
 def test_other_examples_are_refused_once_something_is_trained(tmp_path):
