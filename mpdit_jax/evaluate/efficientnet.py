@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0, an ImageNet classifier that comes as a Python package: features where FID's are not at hand.
+"""EfficientNet-Lite0, an ImageNet classifier that comes as a Python package: features without a download.
 
 The B0 of Tan and Le ("EfficientNet", 2019) as its Lite version has it: no squeeze-and-excitation, ReLU6 for swish.
-Distances over its features are Fréchet distances too, but not FID: no number of another extractor compares with them.
+Distances over its features are Fréchet distances but not FID, and compare with no other extractor's.
 """
 
 import importlib.util
@@ -54,7 +54,7 @@ class EfficientNetLite0(nnx.Module):
 
 
 class _Block(nnx.Module):
-    """Wide in the middle: 1x1 up, depthwise, 1x1 down; around it the identity where shapes allow."""
+    """An inverted residual: 1x1 up, depthwise, 1x1 down, with a skip where shapes allow."""
 
     def __init__(self, inputs: int, outputs: int, size: int, stride: int, expansion: int):
         wide = inputs * expansion
@@ -101,8 +101,7 @@ def _packaged_file() -> Path:
 def from_torch(state: Mapping[str, np.ndarray], source: str) -> EfficientNetLite0:
     """The network with the weights of a state dict under the package's names.
 
-    Raises:
-        WeightsError: entries are missing, misshapen or not finite; the message names one.
+    Raises WeightsError if entries are missing, misshapen or not finite; the message names one.
     """
     model = EfficientNetLite0()
     arrays: dict[str, np.ndarray] = {}

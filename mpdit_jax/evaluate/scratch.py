@@ -1,4 +1,4 @@
-"""The folder beside an evaluation's output that keeps its unfinished features and samples."""
+"""The folder beside an evaluation's output that keeps its unfinished features."""
 
 import glob
 from collections.abc import Sequence

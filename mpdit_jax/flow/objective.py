@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mpdit_jax.distributed.explicit import with_auto_axes
+from mpdit_jax.distributed.mesh import with_auto_axes
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.flow.inputs import check_convention, check_labels
 from mpdit_jax.flow.protocols import ClassConditional, Velocity

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mpdit_jax.distributed.explicit import with_auto_axes
+from mpdit_jax.distributed.mesh import with_auto_axes
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.flow.fields import Field, model_field
 from mpdit_jax.flow.guidance import guided_field

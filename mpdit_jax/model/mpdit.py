@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mpdit_jax.distributed.explicit import with_auto_axes
-from mpdit_jax.distributed.mesh import constrain_batch
+from mpdit_jax.distributed.mesh import constrain_batch, with_auto_axes
 from mpdit_jax.errors import InputError
 from mpdit_jax.model.blocks import BlockStack, layer_norm, modulate
 from mpdit_jax.model.conditioning import CONDITIONS, MODULATIONS, ClassEmbedding

@@ -13,10 +13,8 @@ import numpy as np
 
 from mpdit_jax.distributed.processes import assert_equal_across_processes, run_on_process_0
 from mpdit_jax.distributed.waiting import barrier
-from mpdit_jax.errors import InputError
-from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.io.locked_folder import Job, LockedFolder
-from mpdit_jax.io.npz import read_npz
+from mpdit_jax.io.npz_blocks import NpzBlocks
 
 _JOB = Job(
     "run", "drawing into", "choose another --out",
@@ -44,6 +42,7 @@ class BlockFolder:
             ProcessError: another process has other settings, for example other weights under the same name.
             InputError: see `LockedFolder`.
         """
+        self._blocks = NpzBlocks(path, Block._fields)
         self.path = path
         barrier("the settings are compared")
         assert_equal_across_processes({name: str(value) for name, value in settings.items() if name not in _PLACES})
@@ -57,21 +56,15 @@ class BlockFolder:
 
     def has(self, number: int) -> bool:
         """Whether that block is finished."""
-        return self._file(number).is_file()
+        return self._blocks.has(number)
 
     def write(self, number: int, block: Block) -> None:
-        """Keep a finished block."""
-        with atomic_write(self._file(number)) as file:
-            np.savez(file, **block._asdict())
+        """Store a finished block."""
+        self._blocks.write(number, block._asdict())
 
     def read(self, number: int) -> Block:
-        """Read a finished block; raises InputError if it is missing or damaged."""
-        try:
-            return Block(*read_npz(self._file(number), Block._fields))
-        except ValueError as error:
-            raise InputError(
-                f"{self._file(number)} cannot be read ({error}): delete that file and repeat the command."
-            ) from error
+        """A finished block; raises InputError if it is missing or damaged."""
+        return Block(**self._blocks.read(number))
 
     def read_all(self, count: int) -> Iterator[Block]:
         """Read blocks 0 to count - 1, one at a time."""
@@ -91,6 +84,3 @@ class BlockFolder:
         """Release the folder; finished blocks stay."""
         if self._lock is not None:
             self._lock.close()
-
-    def _file(self, number: int) -> Path:
-        return self.path / f"{number:08d}.npz"

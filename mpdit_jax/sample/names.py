@@ -1,4 +1,4 @@
-"""What classes are called."""
+"""Names of classes."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ def class_names(workdir: str | Path, config: FrozenConfigDict, path: str = "") -
     """A name for every class of a run: those of its data set, those in a file, or "class 7".
 
     Args:
-        workdir: of the run.
-        config: the run's.
+        workdir: the run's folder.
+        config: the run's config.
         path: a text file with one name a line, in label order.
 
     Raises:
