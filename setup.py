@@ -108,7 +108,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     package_data={"mpdit_jax": ["py.typed"]},
-    packages=find_packages(include=["mpdit_jax", "mpdit_jax.*"]),
+    package_dir={"mpdit_jax.configs": "configs"},  # inside the package, where --config=digits finds them
+    packages=[*find_packages(include=["mpdit_jax", "mpdit_jax.*"]), "mpdit_jax.configs"],
     install_requires=CORE,
     extras_require=EXTRAS,
     classifiers=[

@@ -33,7 +33,7 @@ def load_config(workdir: str | Path) -> FrozenConfigDict:
     if not path.is_file():
         raise CheckpointError(
             f"{workdir} holds no run ({CONFIG} is missing): train one with "
-            f"`python -m mpdit_jax.train --config=configs/digits.py --workdir={workdir}`."
+            f"`python -m mpdit_jax.train --config=digits --workdir={workdir}`."
         )
     try:
         return from_json(path.read_text())

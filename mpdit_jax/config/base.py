@@ -129,8 +129,8 @@ def defaults() -> dict[str, Any]:
     return dict(leaves(base_config().to_dict()))
 
 
-def facts(config: ConfigDict) -> dict[str, str]:
-    """What all processes of a run must have alike: every field but where the data are; `processes.join` adds more."""
+def shared_values(config: ConfigDict) -> dict[str, str]:
+    """Config values that must match on every process: every field but the path of the data."""
     return {f"config.{path}": str(value) for path, value in leaves(config.to_dict()) if path != "data.path"}
 
 

