@@ -22,14 +22,9 @@ def perfect_distance(real: Statistics, count: int, output: str = "pool", seed: i
 
 
 def few_images(metrics: Sequence[str], extractor: str, outputs: Mapping[str, int], count: int, whose: str) -> list[str]:
-    """A sentence for each distance of a set that has fewer images than features; `count` 0 is unknown.
+    """A sentence for each distance of a set with fewer images than features; a `count` of 0 is unknown.
 
-    Args:
-        metrics: by our names.
-        extractor: its name.
-        outputs: its dimensions by output.
-        count: images of the set.
-        whose: what the sentences call them, such as "100 samples".
+    `outputs` are the extractor's dimensions, and `whose` is what a sentence calls the set, such as "100 samples".
     """
     return [
         f"{whose} are fewer than the {outputs[output]} features of {extractor}: {metric_label(name, extractor)} comes "
@@ -40,15 +35,9 @@ def few_images(metrics: Sequence[str], extractor: str, outputs: Mapping[str, int
 
 
 def describe_bias(real: Statistics, count: int, metrics: Sequence[str]) -> tuple[list[str], dict[str, float]]:
-    """Warnings of too few real images or samples, and what a perfect model would score with so few samples.
+    """Warnings of too few real images or of `count` samples, and what a perfect model would score.
 
-    Args:
-        real: the reference.
-        count: number of samples.
-        metrics: by our names.
-
-    Returns:
-        Sentences; and for distances of too few samples, by printed name, the score of a perfect model.
+    The scores are by printed name, of the distances with fewer samples than features.
     """
     outputs = {output: len(gaussian.mean) for output, gaussian in real.gaussians.items()}
     notes = few_images(metrics, real.extractor, outputs, real.count, f"the reference's {real.count} images")

@@ -140,14 +140,7 @@ class Reference:
 
 
 def own_images(name: str, source: Source, data: FrozenConfigDict, find: FindDecode) -> ImageSet:
-    """The images that a run is trained on, 50,000 of them at most.
-
-    Args:
-        name: what reports call them.
-        source: the run's data.
-        data: the run's `config.data`.
-        find: decodes a store of latents.
-    """
+    """The images of a run's `config.data`, 50,000 at most; reports call them `name`."""
     about = {"data": data_identity(data)}
     if source.latents is not None:
         store = open_set(data.path, find=find)

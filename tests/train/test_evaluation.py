@@ -485,7 +485,7 @@ def test_gathered_parameters_lie_on_the_devices_for_all_batches(monkeypatch):
     one = evaluator.Evaluator.__new__(evaluator.Evaluator)
     one._config = FrozenConfigDict({"eval": {"guidance_scales": (1.0, 2.0), "solver": "euler", "steps": 2}})
     one._mesh, one._structure = make_mesh(), None
-    one._prepare, one._deciding_settings, one._folder = lambda: (None, None), lambda *given: {}, None
+    one._prepare, one._deciding_settings, one._folder = lambda: (None, None), lambda *given: {}, Path()
     one._evaluate = lambda extractor, real, model, scale: seen.append(model) or {}
     monkeypatch.setattr(evaluator, "run_on_process_0", lambda action: None)
     monkeypatch.setattr(evaluator, "merge", lambda structure, parameters: parameters)
