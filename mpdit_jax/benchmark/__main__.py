@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.benchmark`: speed and memory on this machine, beside PyTorch's where that is installed."""
+"""`python -m mpdit_jax.benchmark`: speed and memory on this machine; `studies.beside_torch` compares with PyTorch."""
 
 from collections.abc import Sequence
 
@@ -7,30 +7,24 @@ from mpdit_jax.runtime.hugepages import restart_with_huge_pages
 
 _EXAMPLES = """\
   python -m mpdit_jax.benchmark data
-  python -m mpdit_jax.benchmark evaluate --neighbours=10000
   python -m mpdit_jax.benchmark sample --help
   python -m mpdit_jax.benchmark sample --preset=mpdit_b --batch=4 --steps=10 --guidance_scale=1.5
   python -m mpdit_jax.benchmark train --preset=mpdit_b --batch=8
-  python -m mpdit_jax.benchmark vae --image_size=256 --batch_size=2
 """
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark that the first argument names with the arguments after it; exit status."""
     parser = make_parser("benchmark", "Measure one part of the system on this machine.", _EXAMPLES)
-    names = ("data", "evaluate", "sample", "train", "vae")
+    names = ("data", "sample", "train")
     parser.add_argument("what", choices=names, help="what to measure; `WHAT --help` lists its options")
     what = parser.parse_args(arguments[:1]).what
     if what == "data":
         from mpdit_jax.benchmark.data import main as measure
-    elif what == "evaluate":
-        from mpdit_jax.benchmark.evaluate import main as measure
     elif what == "sample":
         from mpdit_jax.benchmark.sample import main as measure
-    elif what == "train":
-        from mpdit_jax.benchmark.train import main as measure
     else:
-        from mpdit_jax.benchmark.vae import main as measure
+        from mpdit_jax.benchmark.train import main as measure
     return measure(arguments[1:])
 
 

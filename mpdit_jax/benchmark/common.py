@@ -12,9 +12,12 @@ from mpdit_jax.errors import InputError
 from mpdit_jax.runtime.cli import Parser, make_parser
 
 
-def make_benchmark_parser(name: str, description: str, examples: str, repeats: int) -> Parser:
-    """The parser of `benchmark NAME`, with `--repeats` and `--format`."""
-    parser = make_parser(f"benchmark {name}", description, examples)
+def make_benchmark_parser(
+    name: str, description: str, examples: str, repeats: int, command: str = "mpdit_jax.benchmark"
+) -> Parser:
+    """The parser of `python -m COMMAND NAME`, with `--repeats` and `--format`."""
+    package, _, module = command.rpartition(".")
+    parser = make_parser(f"{module} {name}", description, examples, package=package)
     parser.add_argument(
         "--repeats", type=int, default=repeats, help="turns to take the median of (default: %(default)s)"
     )

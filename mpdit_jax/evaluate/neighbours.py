@@ -36,7 +36,7 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
 
     A manifold is the union of balls around its images, each reaching to the image's k-th nearest neighbour in its own
     set, its border included. With 50,000 images of 2,048 features in each set the process needs 2.3 GiB, the
-    features' 0.8 included (`benchmark evaluate --neighbours=50000`).
+    features' 0.8 included (`studies.beside_torch evaluate --neighbours=50000`).
 
     Args:
         real: features (N, d), any real dtype.

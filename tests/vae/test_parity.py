@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from mpdit_jax.benchmark.torch_operators import import_diffusers
 from mpdit_jax.errors import WeightsError
 from mpdit_jax.vae import AutoencoderConfig, load_folder, load_vae, save_folder
 from mpdit_jax.vae.config import config_to_diffusers
+from studies.beside_torch.torch_operators import import_diffusers
 from tests.conftest import relative_error
 from tests.vae.conftest import TINY, assert_bitwise_equal, random_images, random_parameters
 from tests.vae.test_weights import WEIGHTS, rewrite, with_old_names

@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.benchmark evaluate`: images per second through FID's Inception, beside pytorch-fid's."""
+"""`python -m studies.beside_torch evaluate`: images per second through FID's Inception, beside pytorch-fid's."""
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from mpdit_jax.benchmark.common import check_at_least, make_benchmark_parser, print_report, progress, take_turns, timed
-from mpdit_jax.benchmark.workers import jax_about, peak_memory, start_workers
 from mpdit_jax.errors import install_extra
 from mpdit_jax.runtime.cli import Parser
 from mpdit_jax.validation import check_image_size
+from studies.beside_torch.workers import jax_about, peak_memory, start_workers
 
 _EXAMPLES = """\
-  python -m mpdit_jax.benchmark evaluate
-  python -m mpdit_jax.benchmark evaluate --batch_size=32 --repeats=10 --format=json > evaluate.json
-  python -m mpdit_jax.benchmark evaluate --repeats=0 --neighbours=50000
+  python -m studies.beside_torch evaluate
+  python -m studies.beside_torch evaluate --batch_size=32 --repeats=10 --format=json > evaluate.json
+  python -m studies.beside_torch evaluate --repeats=0 --neighbours=50000
 """
 
 
@@ -30,6 +30,7 @@ def make_evaluate_parser() -> Parser:
         "in the same run: the two take turns, with random weights, and the ratio is of their median times.",
         _EXAMPLES,
         repeats=5,
+        command="studies.beside_torch",
     )
     parser.add_argument("--image_size", type=int, default=256, help="side in pixels (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, help="images a call (default: %(default)s)")
@@ -101,7 +102,7 @@ def set_up_jax(image_size: int, batch_size: int) -> tuple[dict[str, Callable[[],
 
 def set_up_pytorch_fid(image_size: int, batch_size: int) -> tuple[dict[str, Callable[[], np.ndarray]], dict[str, Any]]:
     """pytorch-fid's network with random weights, on a GPU if PyTorch has one; runs in a worker."""
-    from mpdit_jax.benchmark.torch_operators import import_torchvision
+    from studies.beside_torch.torch_operators import import_torchvision
 
     import_torchvision()
     import pytorch_fid.inception as port

@@ -1,12 +1,12 @@
-"""`benchmark evaluate` prints what it measured."""
+"""`studies.beside_torch evaluate` prints what it measured."""
 
 import subprocess
 import sys
 
 import pytest
 
-from mpdit_jax.benchmark.evaluate import _as_text, make_evaluate_parser, measure, time_neighbours
 from mpdit_jax.errors import InputError
+from studies.beside_torch.evaluate import _as_text, make_evaluate_parser, measure, time_neighbours
 from tests.tiny import environment
 
 
@@ -17,8 +17,8 @@ def test_neighbours_are_timed_and_told():
 
 
 _GROWTH = """
-from mpdit_jax.benchmark.evaluate import time_neighbours
-from mpdit_jax.benchmark.workers import peak_memory
+from studies.beside_torch.evaluate import time_neighbours
+from studies.beside_torch.workers import peak_memory
 time_neighbours(3000, dimension=16)  # compiles, and has blocks of the same size
 before = peak_memory()
 time_neighbours(12_288, dimension=16)
@@ -44,7 +44,7 @@ def test_the_table_names_both_contestants():
 
 
 def test_bad_arguments_are_refused():
-    from mpdit_jax.benchmark.__main__ import main
+    from studies.beside_torch.__main__ import main
 
     with pytest.raises(InputError, match="--batch_size=0"):
         main(["evaluate", "--batch_size=0"])

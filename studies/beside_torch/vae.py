@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.benchmark vae`: Stable Diffusion's VAE in images per second, beside diffusers'."""
+"""`python -m studies.beside_torch vae`: Stable Diffusion's VAE in images per second, beside diffusers'."""
 
 import tempfile
 from argparse import Namespace
@@ -12,14 +12,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from mpdit_jax.benchmark.common import check_at_least, make_benchmark_parser, print_report, progress, take_turns
-from mpdit_jax.benchmark.workers import Worker, jax_about, start_workers
 from mpdit_jax.errors import InputError, install_extra
 from mpdit_jax.validation import check_image_size
+from studies.beside_torch.workers import Worker, jax_about, start_workers
 
 _EXAMPLES = """\
-  python -m mpdit_jax.benchmark vae
-  python -m mpdit_jax.benchmark vae --vae=/data/sd-vae-ft-ema --image_size=512 --batch_size=4 --dtype=bfloat16
-  python -m mpdit_jax.benchmark vae --format=json > vae.json
+  python -m studies.beside_torch vae
+  python -m studies.beside_torch vae --vae=/data/sd-vae-ft-ema --image_size=512 --batch_size=4 --dtype=bfloat16
+  python -m studies.beside_torch vae --format=json > vae.json
 """
 _TASKS = ("encode", "decode")
 _SD_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 256}
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         "(extra [parity]) in the same run: the two take turns, and the ratio is of their median times.",
         _EXAMPLES,
         repeats=5,
+        command="studies.beside_torch",
     )
     parser.add_argument("--vae", help="folder or hub name (default: random weights of the size of Stable Diffusion's)")
     parser.add_argument("--image_size", type=int, default=256, help="side in pixels (default: %(default)s)")
@@ -117,8 +118,8 @@ def set_up_torch(folder: str, image_size: int, batch_size: int, dtype: str) -> _
     """Diffusers' AutoencoderKL, on a GPU if PyTorch has one; runs in a worker."""
     import torch
 
-    from mpdit_jax.benchmark.torch_operators import import_diffusers
     from mpdit_jax.vae.config import read_config
+    from studies.beside_torch.torch_operators import import_diffusers
 
     diffusers = import_diffusers()
 

@@ -3,10 +3,10 @@ from importlib.util import find_spec
 
 import pytest
 
-from mpdit_jax.benchmark import __main__ as benchmark
-from mpdit_jax.benchmark.workers import Worker
 from mpdit_jax.errors import InputError, MPDiTError, WeightsError
 from mpdit_jax.vae import save_folder
+from studies.beside_torch import __main__ as benchmark
+from studies.beside_torch.workers import Worker
 from tests.vae.conftest import TINY, random_parameters
 
 
