@@ -9,7 +9,6 @@ workdir/damaged_checkpoints/STEP/ what was moved out of the way because it could
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -28,10 +27,9 @@ from mpdit_jax.checkpoint.reader import (
     read_together,
 )
 from mpdit_jax.checkpoint.reader import list_steps as list_steps
-from mpdit_jax.distributed.processes import broadcast, first_sentence, run_on_process_0
+from mpdit_jax.distributed.collectives import broadcast, first_sentence, run_on_process_0
 from mpdit_jax.errors import CheckpointError, ProcessError, UnavailableError
 from mpdit_jax.io.files import reason
-from mpdit_jax.runtime.memory import without_byte_counts
 
 SAVED = ".saved"
 DAMAGED = "damaged_checkpoints"
@@ -61,7 +59,6 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
         )
-        self._while_open = ExitStack()
 
     @cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -69,19 +66,17 @@ class Checkpoints:
         return ocp.CheckpointManager(self._folder, options=self._options, handler_registry=_handlers())
 
     def __enter__(self) -> "Checkpoints":
-        self._while_open.enter_context(without_byte_counts())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._while_open:
-            if "_manager" in vars(self):
-                try:
-                    self._guarded(self._manager.wait_until_finished)
-                    self._guarded(self._note)
-                finally:
-                    self._guarded(self._manager.close)
+        if "_manager" in vars(self):
+            try:
+                self._guarded(self._manager.wait_until_finished)
+                self._guarded(self._note)
+            finally:
+                self._guarded(self._manager.close)
 
     def latest_step(self) -> int | None:
         """Step of the newest finished checkpoint."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mpdit_jax.distributed.waiting import barrier
+from mpdit_jax.distributed.collectives import barrier
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.agreement import name_of_first
 from mpdit_jax.evaluate.extractors import Extractor, Features

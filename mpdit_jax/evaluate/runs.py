@@ -14,7 +14,7 @@ import numpy as np
 
 from mpdit_jax.checkpoint.load import load_together
 from mpdit_jax.data.info import read_dataset_info
-from mpdit_jax.distributed.processes import any_process, run_on_process_0
+from mpdit_jax.distributed.collectives import any_process, run_on_process_0
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.agreement import name_of_first
 from mpdit_jax.evaluate.compute import compute_statistics, kept, needed

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from mpdit_jax.distributed.processes import run_on_process_0
+from mpdit_jax.distributed.collectives import run_on_process_0
 from mpdit_jax.errors import InputError
 from mpdit_jax.io.files import Lock, check_writable, remove_stale_tmp, take_lock
 

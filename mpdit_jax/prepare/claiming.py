@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpdit_jax.data.latent_store import MANIFEST
-from mpdit_jax.distributed.processes import run_on_process_0
+from mpdit_jax.distributed.collectives import run_on_process_0
 from mpdit_jax.errors import InputError
 from mpdit_jax.io.files import Lock, atomic_write, check_writable, parse_json, remove_stale_tmp, take_lock
 

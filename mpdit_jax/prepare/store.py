@@ -22,8 +22,8 @@ from mpdit_jax.data.latent_store import (
     read_manifest,
     sha256,
 )
+from mpdit_jax.distributed.collectives import any_process, assert_equal_across_processes, run_on_process_0
 from mpdit_jax.distributed.mesh import make_mesh
-from mpdit_jax.distributed.processes import any_process, assert_equal_across_processes, run_on_process_0
 from mpdit_jax.errors import DataError, InputError, MPDiTError, ProcessError
 from mpdit_jax.io.files import atomic_write
 from mpdit_jax.prepare.claiming import claim, flat

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpdit_jax.distributed.processes import assert_equal_across_processes, run_on_process_0
-from mpdit_jax.distributed.waiting import barrier
+from mpdit_jax.distributed.collectives import assert_equal_across_processes, barrier, run_on_process_0
 from mpdit_jax.errors import InputError
 from mpdit_jax.io.files import Lock, atomic_write, check_writable, parse_json, take_lock
 from mpdit_jax.io.npz import read_npz

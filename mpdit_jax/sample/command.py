@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from mpdit_jax.checkpoint.load import load_config
-from mpdit_jax.distributed.processes import run_on_process_0
+from mpdit_jax.distributed.collectives import run_on_process_0
 from mpdit_jax.errors import DivergedError, InputError
 from mpdit_jax.flow.inputs import check_labels
 from mpdit_jax.flow.randomness import seed_key

@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from mpdit_jax.distributed.collectives import barrier
 from mpdit_jax.distributed.mesh import batch_sharding, make_mesh
-from mpdit_jax.distributed.waiting import barrier
 from mpdit_jax.errors import InputError
 from mpdit_jax.flow.inputs import check_labels, check_model
 from mpdit_jax.flow.randomness import seed_key

@@ -18,8 +18,8 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from mpdit_jax.config.base import data_identity
 from mpdit_jax.config.evaluation import choose_metrics, fewest_images
 from mpdit_jax.data.sources import Source
+from mpdit_jax.distributed.collectives import any_process, run_on_process_0
 from mpdit_jax.distributed.mesh import batch_sharding, make_mesh, replicated
-from mpdit_jax.distributed.processes import any_process, run_on_process_0
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.evaluate.agreement import agree, name_of_first, portable
 from mpdit_jax.evaluate.bias import perfect_distance

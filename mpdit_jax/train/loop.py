@@ -20,15 +20,15 @@ from mpdit_jax.config.base import model_config, resolve, to_json
 from mpdit_jax.data.info import identity, record_dataset
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.data.sources import check_fits, load_source
-from mpdit_jax.distributed.mesh import check_batch, local_rows, make_mesh, place_batch
-from mpdit_jax.distributed.processes import (
+from mpdit_jax.distributed.collectives import (
     StopVote,
     any_process,
     assert_equal_across_processes,
+    barrier,
     count_machines,
     run_on_process_0,
 )
-from mpdit_jax.distributed.waiting import barrier
+from mpdit_jax.distributed.mesh import check_batch, local_rows, make_mesh, place_batch
 from mpdit_jax.errors import ConfigError, DataError, DivergedError
 from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import make_sampler

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mpdit_jax.distributed.processes import any_process
+from mpdit_jax.distributed.collectives import any_process
 from mpdit_jax.evaluate.compute import kept, needed
 from mpdit_jax.evaluate.extractors import Extractor
 from mpdit_jax.evaluate.moments import Moments, gather_rows, merge_processes

@@ -12,7 +12,7 @@ from ml_collections import FrozenConfigDict
 from mpdit_jax.config.base import data_identity
 from mpdit_jax.config.evaluation import MOST_REAL, fewest_images
 from mpdit_jax.data.sources import Source
-from mpdit_jax.distributed.processes import any_process, run_on_process_0
+from mpdit_jax.distributed.collectives import any_process, run_on_process_0
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.evaluate.agreement import agree, name_of_first, portable
 from mpdit_jax.evaluate.compute import kept, needed

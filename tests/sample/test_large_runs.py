@@ -95,7 +95,7 @@ def test_processes_with_other_weights_do_not_draw_together(tmp_path, monkeypatch
     def gathered(array):
         return np.array([array, len(theirs)]) if array.ndim == 0 else np.stack([array, theirs])
 
-    monkeypatch.setattr("mpdit_jax.distributed.processes.multihost_utils.process_allgather", gathered)
+    monkeypatch.setattr("mpdit_jax.distributed.collectives.multihost_utils.process_allgather", gathered)
     with pytest.raises(ProcessError, match="process 1 was started with model=b instead of a"):
         BlockFolder(tmp_path / "a", {"model": "a", "workdir": "/here"})
     assert not list(tmp_path.iterdir())
