@@ -71,9 +71,9 @@ def _prepare(options: argparse.Namespace, out: Path) -> int:
 
     images = open_images(options.images, options.split)
     names = _names(options.class_names, images.class_names)
-    own = ("process_id", "join_timeout", "images", "vae", "threads")
-    facts = {f"--{name}": str(value) for name, value in vars(options).items() if name not in own}
-    join(options, facts | {"the images": images.identity})
+    own = ("process_id", "initialization_timeout", "heartbeat_timeout", "images", "vae", "threads")
+    shared_values = {f"--{name}": str(value) for name, value in vars(options).items() if name not in own}
+    join(options, shared_values | {"the images": images.identity})
 
     import jax
 
