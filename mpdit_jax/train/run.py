@@ -15,8 +15,7 @@ from ml_collections import FrozenConfigDict
 from mpdit_jax.checkpoint.manager import Checkpoints
 from mpdit_jax.checkpoint.reader import newest_in_words
 from mpdit_jax.checkpoint.workdir import LockedWorkdir
-from mpdit_jax.distributed.processes import StopVote, any_process
-from mpdit_jax.distributed.waiting import barrier
+from mpdit_jax.distributed.collectives import StopVote, any_process, barrier
 from mpdit_jax.errors import DataError
 from mpdit_jax.runtime.memory import return_freed
 from mpdit_jax.runtime.signals import PreemptionHandler
