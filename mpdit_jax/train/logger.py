@@ -41,13 +41,9 @@ class RunLogger:
         for writer in self._writers:
             writer.close()
 
-    def advance(self, step: int) -> str:
-        """Show that a step was dispatched; returns the text that shows it."""
-        pace = self._bar.pace(step)
-        speed = f"  {pace[0] * self._batch_size:,.0f} images/s  {pace[1]} left" if pace else ""
-        text = f"step {step}/{self._bar.total}{self._loss}{speed}"
-        self._bar.show(step, text)
-        return text
+    def advance(self, step: int) -> None:
+        """Show that a step was dispatched."""
+        self._show(step)
 
     def metrics(
         self, step: int, values: Mapping[str, float], skipped: Sequence[int], timings: Mapping[str, float]
@@ -59,7 +55,7 @@ class RunLogger:
         self._write(step, values, timings)
         if "loss" in values:
             self._loss = f"  loss {values['loss']:.4f}"
-        text = self.advance(step)
+        text = self._show(step)
         if not self._bar.is_live:
             self.say(text)
         if spike := self._spikes.describe(values):
@@ -87,6 +83,13 @@ class RunLogger:
     def say(self, message: str) -> None:
         """Print a line above the bar."""
         self._bar.say(message)
+
+    def _show(self, step: int) -> str:
+        pace = self._bar.pace(step)
+        speed = f"  {pace[0] * self._batch_size:,.0f} images/s  {pace[1]} left" if pace else ""
+        text = f"step {step}/{self._bar.total}{self._loss}{speed}"
+        self._bar.show(step, text)
+        return text
 
     def _write(self, step: int, values: Mapping[str, float], timings: Mapping[str, float]) -> None:
         if self._metrics is not None:
