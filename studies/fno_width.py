@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from mpdit_jax.config import base_config
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import atomic_write
+from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.model.config import FNO_INITS, ModelConfig
 from mpdit_jax.model.fno import FNOTime
 from mpdit_jax.runtime.cli import make_parser, run

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mpdit_jax.errors import DataError, MissingExtraError
-from mpdit_jax.io.files import atomic_write
+from mpdit_jax.errors import DataError, MissingExtraError, install_extra
+from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.runtime.progress import WorkBar
 
 Record = dict[str, Any]
@@ -54,7 +54,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise MissingExtraError("plots need matplotlib: `pip install 'mpdit_jax[docs]'`.") from error
+        raise MissingExtraError(f"plots need matplotlib: {install_extra('docs')}.") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from mpdit_jax.compile.environment import prepare
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import atomic_write
+from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.runtime.cli import make_parser, run
 from studies.scaling_grid import FSDP, GRID, SIZES, Point
 

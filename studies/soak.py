@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mpdit_jax.checkpoint.reader import list_steps
+from mpdit_jax.config.flags import split_config_words
 from mpdit_jax.errors import InputError, MPDiTError
-from mpdit_jax.io.files import atomic_write, check_writable
+from mpdit_jax.io.atomic import atomic_write, check_writable
 from mpdit_jax.runtime.cli import make_parser, run
 
 _EXAMPLES = """\
@@ -72,15 +73,14 @@ def main(arguments: Sequence[str]) -> int:
     parser = make_parser("soak", __doc__.partition("\n\n")[2].replace("\n", " "), _EXAMPLES, package="studies")
     parser.add_argument("--workdir", required=True, help="workdir of the training; must not exist")
     parser.add_argument("--report", required=True, metavar="FILE.md", help="Markdown; the samples go to FILE.json")
-    parser.add_argument("--config", default="configs/digits.py", help="config to train (default: %(default)s)")
+    parser.add_argument("--config", default="digits", help="config to train (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20_000, help="updates (default: %(default)s)")
     parser.add_argument("--every", type=int, default=200, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument("--interval", type=float, default=2.0, help="seconds between samples (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="do not train; evaluate the samples of an earlier soak")
     parser.usage = f"{parser.prog} --workdir=FOLDER --report=FILE.md [--config.FIELD=VALUE ...]"
-    options, fields = parser.parse_known_args(arguments)
-    if unknown := [word for word in fields if not word.startswith("--config.")]:
-        parser.error(f"unknown argument {unknown[0]!r}")
+    options, words = parser.parse_known_args(arguments)
+    fields = [f"--config.{path}={text}" for path, text in split_config_words(parser, words)[1].items()]
     workdir, report = Path(options.workdir), Path(options.report)
     if workdir.exists() and not options.again:
         raise InputError(f"--workdir={workdir} exists: a soak begins with a new run; give another folder.")
@@ -204,6 +204,8 @@ def describe(
     ]
     return "\n".join([
         "# Soak",
+        "",
+        "This page reports whether a long run leaks memory or files, or slows down.",
         "",
         f"`mpdit_jax.train {' '.join(command[3:])}`: {samples[-1].seconds / 60:.1f} minutes on {_machine()}, "
         f"{len(samples):,} samples. Checkpoints kept at the end: {', '.join(map(str, kept))}.",

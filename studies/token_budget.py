@@ -25,7 +25,7 @@ from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import DivergedError, InputError
 from mpdit_jax.flow.objective import flow_matching_loss
 from mpdit_jax.flow.sampler import make_sampler
-from mpdit_jax.io.files import atomic_write
+from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.io.pictures import to_uint8
 from mpdit_jax.model.accounting import count_macs, count_trained, masked_macs
 from mpdit_jax.model.config import ModelConfig

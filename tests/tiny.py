@@ -46,7 +46,8 @@ def digits_file():
     folder = tempfile.mkdtemp(prefix="mpdit_jax_tests_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     digits, path = load_digits(), Path(folder) / "digits.npz"
-    np.savez(path, images=np.round(digits.images * (255 / digits.largest)).astype(np.uint8), labels=digits.labels)
+    images = digits.batch(np.arange(len(digits)))["x"]
+    np.savez(path, images=np.round((images + 1) * 127.5).astype(np.uint8), labels=digits.labels)
     return path
 
 

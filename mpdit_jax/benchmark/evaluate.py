@@ -1,20 +1,18 @@
-"""Images a second through FID's Inception, beside pytorch-fid's when it is installed; precision and recall by size."""
+"""`python -m mpdit_jax.benchmark evaluate`: images per second through FID's Inception, beside pytorch-fid's."""
 
-import json
-import statistics
-import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from mpdit_jax.benchmark.workers import Worker, peak_memory
-from mpdit_jax.errors import InputError
-from mpdit_jax.runtime.cli import Parser, make_parser
+from mpdit_jax.benchmark.common import check_at_least, make_benchmark_parser, print_report, progress, take_turns, timed
+from mpdit_jax.benchmark.workers import jax_about, peak_memory, start_workers
+from mpdit_jax.errors import install_extra
+from mpdit_jax.runtime.cli import Parser
 from mpdit_jax.validation import check_image_size
 
 _EXAMPLES = """\
@@ -25,20 +23,19 @@ _EXAMPLES = """\
 
 
 def make_evaluate_parser() -> Parser:
-    """The benchmark's arguments."""
-    parser = make_parser(
-        "benchmark evaluate",
+    """The arguments of the benchmark."""
+    parser = make_benchmark_parser(
+        "evaluate",
         "Measure Inception's features in images per second, resizing included, beside pytorch-fid's (extra [parity]) "
         "in the same run: the two take turns, with random weights, and the ratio is of their median times.",
         _EXAMPLES,
+        repeats=5,
     )
     parser.add_argument("--image_size", type=int, default=256, help="side in pixels (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, help="images a call (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="calls to take the median of (default: %(default)s)")
     parser.add_argument(
         "--neighbours", type=int, default=0, metavar="N", help="also time precision and recall of N by N images"
     )
-    parser.add_argument("--format", choices=("text", "json"), default="text", help="(default: %(default)s)")
     return parser
 
 
@@ -46,12 +43,9 @@ def main(arguments: Sequence[str]) -> int:
     """Measure as the arguments say and print; exit status."""
     options = make_evaluate_parser().parse_args(arguments)
     check_image_size(options.image_size, "--image_size", least=8)
-    for name, least in (("batch_size", 1), ("repeats", 0), ("neighbours", 0)):
-        if vars(options)[name] < least:
-            raise InputError(f"--{name}={vars(options)[name]}: expected {least} or more.")
-    report = measure(options)
-    print(json.dumps(report, indent=2) if options.format == "json" else _as_text(report))
-    return 0
+    check_at_least(options, 1, ("batch_size",))
+    check_at_least(options, 0, ("repeats", "neighbours"))
+    return print_report(options, measure(options), _as_text)
 
 
 def measure(options: Namespace) -> dict[str, Any]:
@@ -62,28 +56,19 @@ def measure(options: Namespace) -> dict[str, Any]:
     """
     report: dict[str, Any] = {key: vars(options)[key] for key in ("image_size", "batch_size", "repeats")}
     if options.repeats:
+        setups = {"jax": set_up_jax, **({"pytorch_fid": set_up_pytorch_fid} if find_spec("pytorch_fid") else {})}
         with ExitStack() as stack:
-            setups = {"jax": set_up_jax}
-            if find_spec("pytorch_fid"):
-                setups["pytorch_fid"] = set_up_pytorch_fid
-            workers = []
-            for name, setup in setups.items():
-                _progress(f"loading and warming up {name}")
-                workers.append(stack.enter_context(Worker(name, setup, options.image_size, options.batch_size)))
-            times: dict[str, list[float]] = {worker.name: [] for worker in workers}
-            for turn in range(options.repeats):
-                for worker in workers:
-                    times[worker.name].append(worker.time("features"))
-                _progress(f"turn {turn + 1} of {options.repeats}")
+            workers = start_workers(stack, setups, options.image_size, options.batch_size)
+            tasks = {worker.name: partial(worker.time, "features") for worker in workers}
+            seconds = take_turns(options.repeats, tasks)
             for worker in workers:
-                rate = options.batch_size / statistics.median(times[worker.name])
-                report[worker.name] = {**worker.about, "images_per_s": rate}
+                report[worker.name] = {**worker.about, "images_per_s": options.batch_size / seconds[worker.name]}
         if len(workers) == 2:
-            report["jax_over_pytorch_fid"] = report["jax"]["images_per_s"] / report["pytorch_fid"]["images_per_s"]
+            report["jax_over_pytorch_fid"] = seconds["pytorch_fid"] / seconds["jax"]
     if options.neighbours:
-        _progress(f"precision and recall of {options.neighbours} by {options.neighbours} images")
-        seconds = time_neighbours(options.neighbours)
-        report["neighbours"] = {"images": options.neighbours, "seconds": seconds, "peak_bytes": peak_memory()}
+        progress(f"precision and recall of {options.neighbours} by {options.neighbours} images")
+        taken = time_neighbours(options.neighbours)
+        report["neighbours"] = {"images": options.neighbours, "seconds": taken, "peak_bytes": peak_memory()}
     return report
 
 
@@ -93,9 +78,7 @@ def time_neighbours(count: int, dimension: int = 2048) -> float:
 
     random = np.random.default_rng(0)
     real, fake = (random.standard_normal((count, dimension), np.float32) for _ in range(2))
-    start = time.perf_counter()
-    precision_recall(real, fake)
-    return time.perf_counter() - start
+    return timed(lambda: precision_recall(real, fake))
 
 
 def set_up_jax(image_size: int, batch_size: int) -> tuple[dict[str, Callable[[], np.ndarray]], dict[str, Any]]:
@@ -113,9 +96,7 @@ def set_up_jax(image_size: int, batch_size: int) -> tuple[dict[str, Callable[[],
     extractor = build_inception(model, batch_size=batch_size)
     images = _images(image_size, batch_size)
     extractor(images)
-    device = jax.devices()[0]
-    about = {"version": jax.__version__, "device": f"{device.platform} ({device.device_kind})"}
-    return {"features": lambda: extractor(images)["pool"]}, about
+    return {"features": lambda: extractor(images)["pool"]}, jax_about()
 
 
 def set_up_pytorch_fid(image_size: int, batch_size: int) -> tuple[dict[str, Callable[[], np.ndarray]], dict[str, Any]]:
@@ -126,7 +107,7 @@ def set_up_pytorch_fid(image_size: int, batch_size: int) -> tuple[dict[str, Call
     import pytorch_fid.inception as port
     import torch
 
-    # It fetches its weights by itself and only so; any of the right shapes do here.
+    # It would fetch its weights from the web; any of the right shapes do here.
     plain = port._inception_v3(num_classes=1008, aux_logits=False, weights=None)
     port.load_state_dict_from_url = lambda *args, **kwargs: plain.state_dict()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -160,7 +141,7 @@ def _as_text(report: Mapping[str, Any]) -> str:
         if "jax_over_pytorch_fid" in report:
             lines.append(f"{'jax over pytorch_fid':40}{report['jax_over_pytorch_fid']:9.2f}x")
         else:
-            lines.append("pytorch-fid is not installed; `pip install 'mpdit_jax[parity]'` adds it to compare.")
+            lines.append(f"pytorch-fid is not installed; to compare, {install_extra('parity')}.")
     if "neighbours" in report:
         count, seconds = report["neighbours"]["images"], report["neighbours"]["seconds"]
         peak = report["neighbours"]["peak_bytes"] / 2**30
@@ -169,7 +150,3 @@ def _as_text(report: Mapping[str, Any]) -> str:
             f"at most {peak:.2f} GiB in memory"
         )
     return "\n".join(lines)
-
-
-def _progress(text: str) -> None:
-    print(f"  {text}", file=sys.stderr, flush=True)

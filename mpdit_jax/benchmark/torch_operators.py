@@ -1,7 +1,7 @@
-"""PyTorch's libraries beside a torchvision whose compiled operators do not fit.
+"""Imports of PyTorch's libraries where torchvision's compiled operators do not load.
 
-torchvision's wheel for CUDA cannot load its operators beside a PyTorch for CPUs alone. Nothing compared here calls
-one, so declaring those that the import itself asks for is enough.
+torchvision's wheel for CUDA cannot load its operators beside a PyTorch for CPUs alone. The benchmarks call none, so it
+is enough to declare those that the import asks for.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def import_torchvision() -> Any:
-    """torchvision, which pytorch-fid and torch-fidelity import, also where its compiled operators do not load.
+    """Import torchvision, also where its compiled operators do not load.
 
     Raises:
         ImportError: torch or torchvision is not installed.
@@ -27,12 +27,12 @@ def import_torchvision() -> Any:
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
         module = importlib.import_module("torchvision")
-        vars(module)["declared_operators"] = library  # PyTorch forgets the operators of a library that nobody holds
+        vars(module)["declared_operators"] = library  # without a reference PyTorch forgets the operators
         return module
 
 
 def import_diffusers() -> Any:
-    """diffusers, which imports torchvision where that is installed.
+    """Import diffusers, after torchvision where that is installed.
 
     Raises:
         ImportError: diffusers is not installed.

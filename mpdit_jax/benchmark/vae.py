@@ -1,21 +1,19 @@
-"""Encode and decode of the Stable-Diffusion VAE in images per second, beside diffusers' when it is installed."""
+"""`python -m mpdit_jax.benchmark vae`: Stable Diffusion's VAE in images per second, beside diffusers'."""
 
-import json
-import statistics
-import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from mpdit_jax.benchmark.workers import Worker
-from mpdit_jax.errors import InputError
-from mpdit_jax.runtime.cli import Parser, make_parser
+from mpdit_jax.benchmark.common import check_at_least, make_benchmark_parser, print_report, progress, take_turns
+from mpdit_jax.benchmark.workers import Worker, jax_about, start_workers
+from mpdit_jax.errors import InputError, install_extra
 from mpdit_jax.validation import check_image_size
 
 _EXAMPLES = """\
@@ -25,43 +23,30 @@ _EXAMPLES = """\
 """
 _TASKS = ("encode", "decode")
 _SD_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 256}
+_Contestant: TypeAlias = tuple[dict[str, Callable[[], np.ndarray]], dict[str, Any]]
 
 
-def make_vae_parser() -> Parser:
-    """The benchmark's arguments."""
-    parser = make_parser(
-        "benchmark vae",
+def main(arguments: Sequence[str]) -> int:
+    """Measure as the arguments say and print; exit status."""
+    parser = make_benchmark_parser(
+        "vae",
         "Measure VAE encode and decode in images per second and peak memory of the process, beside PyTorch diffusers' "
         "(extra [parity]) in the same run: the two take turns, and the ratio is of their median times.",
         _EXAMPLES,
+        repeats=5,
     )
     parser.add_argument("--vae", help="folder or hub name (default: random weights of the size of Stable Diffusion's)")
     parser.add_argument("--image_size", type=int, default=256, help="side in pixels (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=1, help="images a call (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="calls to take the median of (default: %(default)s)")
-    parser.add_argument("--format", choices=("text", "json"), default="text", help="(default: %(default)s)")
-    return parser
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Measure as the arguments say and print; exit status."""
-    options = make_vae_parser().parse_args(arguments)
+    options = parser.parse_args(arguments)
     check_image_size(options.image_size, "--image_size")
-    for name in ("batch_size", "repeats"):
-        value = vars(options)[name]
-        if value < 1:
-            raise InputError(f"--{name}={value}: expected 1 or more.")
-    report = measure(options)
-    print(json.dumps(report, indent=2) if options.format == "json" else _as_text(report))
-    return 0
+    check_at_least(options, 1, ("batch_size", "repeats"))
+    return print_report(options, measure(options), _as_text)
 
 
 def measure(options: Namespace) -> dict[str, Any]:
     """Run the benchmark; the report as plain numbers and strings.
-
-    Args:
-        options: as `make_vae_parser` gives them.
 
     Raises:
         MPDiTError: a contestant could not load the VAE or run it.
@@ -70,43 +55,36 @@ def measure(options: Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         if options.vae is None:
-            _progress("making random weights")
+            progress("making random weights")
             with Worker("weights", make_random_folder, scratch, _SD_VAE) as maker:
                 folder = maker.about["folder"]
         else:
             folder = str(locate(options.vae))
-        setups = {"jax": set_up_jax}
-        if find_spec("torch") and find_spec("diffusers"):
-            setups["torch"] = set_up_torch
-        workers = []
-        for name, setup in setups.items():
-            _progress(f"loading and warming up {name}")
-            arguments = (folder, options.image_size, options.batch_size, options.dtype)
-            workers.append(stack.enter_context(Worker(name, setup, *arguments)))
-        times: dict[tuple[str, str], list[float]] = {(w.name, task): [] for w in workers for task in _TASKS}
-        for turn in range(options.repeats):
-            for task in _TASKS:
-                for worker in workers:
-                    times[worker.name, task].append(worker.time(task))
-            _progress(f"turn {turn + 1} of {options.repeats}")
-        seconds = {key: statistics.median(values) for key, values in times.items()}
+        torch = {"torch": set_up_torch} if find_spec("torch") and find_spec("diffusers") else {}
+        workers = start_workers(
+            stack, {"jax": set_up_jax, **torch}, folder, options.image_size, options.batch_size, options.dtype
+        )
+        seconds = take_turns(
+            options.repeats,
+            {f"{worker.name} {task}": partial(worker.time, task) for task in _TASKS for worker in workers},
+        )
         report: dict[str, Any] = {
             "vae": options.vae or "random weights, Stable Diffusion's size",
             **{key: vars(options)[key] for key in ("image_size", "batch_size", "dtype", "repeats")},
         }
         for worker in workers:
-            rates = {f"{task}_images_per_s": options.batch_size / seconds[worker.name, task] for task in _TASKS}
+            rates = {f"{task}_images_per_s": options.batch_size / seconds[f"{worker.name} {task}"] for task in _TASKS}
             report[worker.name] = {**worker.about, **rates, "peak_memory_mb": worker.peak_memory() / 1e6}
         if len(workers) == 2:
             ours, theirs = workers
-            report["jax_over_torch"] = {task: seconds["torch", task] / seconds["jax", task] for task in _TASKS}
+            report["jax_over_torch"] = {task: seconds[f"torch {task}"] / seconds[f"jax {task}"] for task in _TASKS}
             report["relative_difference"] = {
                 task: _relative_difference(ours.result(task), theirs.result(task)) for task in _TASKS
             }
         return report
 
 
-def make_random_folder(folder: str, fields: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+def make_random_folder(folder: str, fields: Mapping[str, Any]) -> _Contestant:
     """Save an untrained autoencoder with the given config fields; runs in a worker."""
     from flax import nnx
 
@@ -118,9 +96,7 @@ def make_random_folder(folder: str, fields: Mapping[str, Any]) -> tuple[dict[str
     return {}, {"folder": folder}
 
 
-def set_up_jax(
-    folder: str, image_size: int, batch_size: int, dtype: str
-) -> tuple[dict[str, Callable[[], np.ndarray]], dict[str, Any]]:
+def set_up_jax(folder: str, image_size: int, batch_size: int, dtype: str) -> _Contestant:
     """Our VAE, compiled; runs in a worker."""
     import jax
 
@@ -134,13 +110,10 @@ def set_up_jax(
     }
     for task in tasks.values():
         task()
-    device = jax.devices()[0]
-    return tasks, {"version": jax.__version__, "device": f"{device.platform} ({device.device_kind})"}
+    return tasks, jax_about()
 
 
-def set_up_torch(
-    folder: str, image_size: int, batch_size: int, dtype: str
-) -> tuple[dict[str, Callable[[], np.ndarray]], dict[str, Any]]:
+def set_up_torch(folder: str, image_size: int, batch_size: int, dtype: str) -> _Contestant:
     """Diffusers' AutoencoderKL, on a GPU if PyTorch has one; runs in a worker."""
     import torch
 
@@ -210,9 +183,5 @@ def _as_text(report: Mapping[str, Any]) -> str:
         lines.append(f"{'jax over torch':24}{ratio['encode']:11.2f}x{ratio['decode']:11.2f}x")
         lines.append(f"{'relative difference':24}{difference['encode']:12.1e}{difference['decode']:12.1e}")
     else:
-        lines.append("PyTorch and diffusers are not installed; `pip install 'mpdit_jax[parity]'` adds them to compare.")
+        lines.append(f"PyTorch and diffusers are not installed; to compare, {install_extra('parity')}.")
     return "\n".join(lines)
-
-
-def _progress(text: str) -> None:
-    print(f"  {text}", file=sys.stderr, flush=True)

@@ -10,9 +10,9 @@ from mpdit_jax.errors import InputError
 from mpdit_jax.runtime.cli import run
 
 _EXAMPLES = """\
-  python -m mpdit_jax.compile --config=configs/mpdit_xl_256.py --topology=v5e:16x16
-  python -m mpdit_jax.compile --config=configs/mpdit_xl_256.py --topology=v4:4x4x4 --config.mesh.fsdp=16
-  python -m mpdit_jax.compile --config=configs/mpdit_b_256.py --devices=8 --format=json
+  python -m mpdit_jax.compile --config=mpdit_xl_256 --topology=v5e:16x16
+  python -m mpdit_jax.compile --config=mpdit_xl_256 --topology=v4:4x4x4 --config.mesh.fsdp=16
+  python -m mpdit_jax.compile --config=mpdit_b_256 --devices=8 --format=json
 """
 
 

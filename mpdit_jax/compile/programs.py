@@ -18,7 +18,7 @@ from mpdit_jax.compile.flops import product_flops
 from mpdit_jax.config.base import model_config
 from mpdit_jax.data.latents import LatentSpace
 from mpdit_jax.distributed.mesh import batch_sharding, check_batch, replicated
-from mpdit_jax.errors import ConfigError, MissingExtraError
+from mpdit_jax.errors import ConfigError, MissingExtraError, install_extra
 from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import make_sampler
 from mpdit_jax.model.config import ModelConfig
@@ -54,7 +54,7 @@ def topology_devices(topology: str) -> list[jax.Device]:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise MissingExtraError(
-            f"--topology={topology} needs libtpu: pip install 'mpdit_jax[tpu]' (no TPU is needed), or give --devices."
+            f"--topology={topology} needs libtpu: {install_extra('tpu')}, or give --devices (no TPU is needed)."
         )
     # On a real v4, JAX sees the two cores of a chip as one device ("megacore").
     cores = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}

@@ -10,7 +10,7 @@ from ml_collections.config_dict import placeholder
 
 from mpdit_jax.config.checks import check_fields, check_values, expect, leaves
 from mpdit_jax.errors import ConfigError
-from mpdit_jax.io.files import parse_json
+from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.model.config import ModelConfig, drop_unused
 from mpdit_jax.model.presets import PRESETS, preset_config
 
@@ -129,8 +129,8 @@ def defaults() -> dict[str, Any]:
     return dict(leaves(base_config().to_dict()))
 
 
-def facts(config: ConfigDict) -> dict[str, str]:
-    """What all processes of a run must have alike: every field but where the data are; `processes.join` adds more."""
+def shared_values(config: ConfigDict) -> dict[str, str]:
+    """Config values that must match on every process: every field but the path of the data."""
     return {f"config.{path}": str(value) for path, value in leaves(config.to_dict()) if path != "data.path"}
 
 

@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 from mpdit_jax.distributed.clusters import Cluster
 from mpdit_jax.errors import ProcessError
-from mpdit_jax.io.files import parse_json
+from mpdit_jax.io.json_files import parse_json
 
 Facts: TypeAlias = Mapping[str, str]
 """What all processes must have in common, by name: fields of the config, the version."""

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpdit_jax.errors import ConfigError, InputError, MissingExtraError
+from mpdit_jax.errors import ConfigError, InputError, MissingExtraError, install_extra
 from mpdit_jax.flow.fields import Field, Segment
 from mpdit_jax.flow.solvers import Increments, Solution
 from mpdit_jax.flow.times import TimeGrid
@@ -128,6 +128,6 @@ def _diffrax() -> ModuleType:
         import diffrax
     except ImportError as error:
         raise MissingExtraError(
-            "the adaptive solvers need diffrax: pip install 'mpdit_jax[adaptive]', or choose a fixed-step solver."
+            f"the adaptive solvers need diffrax: {install_extra('adaptive')}, or choose a fixed-step solver."
         ) from error
     return diffrax

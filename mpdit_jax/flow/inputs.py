@@ -77,21 +77,6 @@ def check_labels(labels: jax.typing.ArrayLike, num_classes: int, name: str = "la
     return jnp.asarray(labels, jnp.int32)
 
 
-def check_axes(value: object, name: str) -> None:
-    """Raise InputError if an array is split over mesh axes of type Explicit, which the models do not support."""
-    if not isinstance(value, jax.Array):
-        return
-    sharding = jax.typeof(value).sharding
-    names = [name for part in sharding.spec for name in (part if isinstance(part, tuple) else (part,))]
-    explicit = [axis for axis in names if axis in sharding.mesh.explicit_axes]
-    if explicit:
-        raise InputError(
-            f"{name} are split over the mesh axis {explicit[0]!r} of type Explicit, JAX's default: make the mesh with "
-            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(sharding.mesh.axis_names)}, or wrap the call in "
-            "jax.sharding.auto_axes or jax.shard_map."
-        )
-
-
 def check_indices(indices: jax.typing.ArrayLike | None, count: int) -> jax.Array:
     """Return the image indices as integers (count,), by default 0, 1, … Raise InputError for a wrong shape or index."""
     if indices is None:

@@ -1,11 +1,13 @@
 """The flow-matching objective: the linear path, the distribution of training times, and the loss (paper, section 3)."""
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from mpdit_jax.distributed.mesh import with_auto_axes
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.flow.inputs import check_convention, check_labels
 from mpdit_jax.flow.protocols import ClassConditional, Velocity
@@ -89,10 +91,28 @@ def flow_matching_loss(
             convention is not "velocity".
     """
     check_convention(model)
+    if key is None and (t is None or noise is None):
+        raise InputError("flow_matching_loss needs key=… unless both t=… and noise=… are given.")
+    module, arrays = model if isinstance(model, nnx.Module) else None, (x, y, key, t, noise)
+
+    def loss(module: nnx.Module | None, *arrays: Any) -> tuple[jax.Array, jax.Array]:
+        return _loss(model if module is None else cast(Velocity, module), times, *arrays)
+
+    return with_auto_axes(loss, (module,), arrays, batched=(x, y, t, noise), out=(-1, 0))
+
+
+def _loss(
+    model: Velocity,
+    times: TimeDistribution,
+    x: jax.typing.ArrayLike,
+    y: jax.typing.ArrayLike,
+    key: jax.Array | None,
+    t: jax.typing.ArrayLike | None,
+    noise: jax.typing.ArrayLike | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Loss and per_example, under automatic axes."""
     x = jnp.asarray(x, jnp.float32)
-    if t is None or noise is None:
-        if key is None:
-            raise InputError("flow_matching_loss needs key=… unless both t=… and noise=… are given.")
+    if key is not None and (t is None or noise is None):
         time_key, noise_key = jax.random.split(key)
         t = times.sample(time_key, x.shape[0]) if t is None else t
         noise = jax.random.normal(noise_key, x.shape) if noise is None else noise

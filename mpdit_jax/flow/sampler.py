@@ -1,6 +1,7 @@
 """The sampler: labels to latents in one jitted call."""
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -9,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mpdit_jax.distributed.mesh import with_auto_axes
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.flow.fields import Field, model_field
 from mpdit_jax.flow.guidance import guided_field
 from mpdit_jax.flow.inputs import (
     Negatives,
-    check_axes,
     check_guide,
     check_indices,
     check_key,
@@ -122,11 +123,33 @@ class Sampler:
         record: bool = False,
     ) -> Solution:
         """Draw latents as `__call__` does; return also the evaluation count and, with `record`, the whole path."""
+        check_model(model)
+        check_key(key)
+        given, table = (negative_labels, None) if not isinstance(negative_labels, Mapping) else (None, negative_labels)
+
+        def draw(model: nnx.Module, guide: nnx.Module | None, negatives: Negatives, *arrays: Any) -> Solution:
+            return self._draw(model, guide, negatives if table is None else table, record, *arrays)
+
+        arrays = (given, labels, key, noise, indices, guidance_scale, increments)
+        split = Solution(latents=0, evaluations=-1, path_times=-1, path=1)  # type: ignore[arg-type]
+        return with_auto_axes(draw, (model, guide), arrays, batched=(labels, noise, indices), out=split)
+
+    def _draw(
+        self,
+        model: nnx.Module,
+        guide: nnx.Module | None,
+        negative_labels: Negatives,
+        record: bool,
+        labels: jax.typing.ArrayLike,
+        key: jax.Array,
+        noise: jax.Array | None,
+        indices: jax.typing.ArrayLike | None,
+        guidance_scale: jax.typing.ArrayLike | None,
+        increments: jax.Array | None,
+    ) -> Solution:
+        """`solve` under automatic axes."""
         target = check_model(model)
         labels = check_labels(labels, target.num_classes)
-        for value, name in ((labels, "labels"), (indices, "indices"), (noise, "noise")):
-            check_axes(value, name)
-        check_key(key)
         key = threefry(key)
         count, shape = labels.shape[0], tuple(target.input_shape)
         scale = check_scale(self.guidance_scale if guidance_scale is None else guidance_scale, count)

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from mpdit_jax.errors import MissingExtraError, WeightsError
+from mpdit_jax.errors import MissingExtraError, WeightsError, install_extra
 from mpdit_jax.interop.pickles import explain_refusal
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -95,8 +95,7 @@ def _read_torch(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
         import torch
     except ImportError as error:
         raise MissingExtraError(
-            f"{path} is a PyTorch file: install the extra with `pip install 'mpdit_jax[torch]'`, "
-            "or convert it to .safetensors."
+            f"{path} is a PyTorch file: {install_extra('torch')}, or convert it to .safetensors."
         ) from error
     try:
         # Training scripts store their arguments beside the weights, and a Namespace runs no code.

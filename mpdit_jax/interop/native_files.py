@@ -15,7 +15,8 @@ import numpy as np
 import safetensors.numpy
 
 from mpdit_jax.errors import ConfigError, WeightsError
-from mpdit_jax.io.files import atomic_write, parse_json
+from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.model.config import ModelConfig, drop_unused
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import abstract, merge, split

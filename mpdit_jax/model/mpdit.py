@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mpdit_jax.distributed.mesh import constrain_batch
+from mpdit_jax.distributed.mesh import constrain_batch, with_auto_axes
 from mpdit_jax.errors import InputError
 from mpdit_jax.model.blocks import BlockStack, layer_norm, modulate
 from mpdit_jax.model.conditioning import CONDITIONS, MODULATIONS, ClassEmbedding
@@ -118,6 +118,9 @@ class MPDiT(nnx.Module):
             InputError: a shape does not fit the model, or a label is not an integer or out of range. The values of
                 traced labels cannot be checked: a label out of range then gives NaN.
         """
+        return with_auto_axes(MPDiT._call, (self,), (x, t, y), batched=(x, y, t), out=0)
+
+    def _call(self, x: jax.typing.ArrayLike, t: jax.typing.ArrayLike, y: jax.typing.ArrayLike) -> jax.Array:
         x, t, y = self.check(x, t, y)
         # Without this constraint XLA splits the modulation by features and then gathers it for the whole batch.
         modulation = jax.tree.map(constrain_batch, self.modulation(t))

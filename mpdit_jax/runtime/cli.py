@@ -17,8 +17,8 @@ from typing import NoReturn, TextIO
 
 from mpdit_jax.distributed.peers import has_peers, leave
 from mpdit_jax.distributed.waiting import barrier
-from mpdit_jax.errors import DamageWarning, MPDiTError, first_line
-from mpdit_jax.io.files import REFUSALS, expand
+from mpdit_jax.errors import DamageWarning, DataWarning, MPDiTError, first_line
+from mpdit_jax.io.paths import REFUSALS, expand
 from mpdit_jax.runtime.signals import KILLED_BY, LOST, Terminated, ending_by_exception, stopped_status, this_command
 
 
@@ -30,15 +30,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-def make_parser(
-    command: str,
-    description: str,
-    examples: str,
-    *,
-    package: str = "mpdit_jax",
-    kind: type[Parser] = Parser,
-    before_examples: str = "",
-) -> Parser:
+def make_parser(command: str, description: str, examples: str, *, package: str = "mpdit_jax") -> Parser:
     """A parser for `python -m PACKAGE.COMMAND` whose help ends with examples.
 
     Args:
@@ -46,13 +38,11 @@ def make_parser(
         description: what the command does, one paragraph.
         examples: command lines, one a line.
         package: which package the command is of.
-        kind: the parser's class.
-        before_examples: more of the help, between the flags and the examples.
     """
-    return kind(
+    return Parser(
         prog=f"python -m {package}.{command}",
         description=textwrap.fill(description, 100),
-        epilog=f"{before_examples}\nexamples:\n{examples}",
+        epilog=f"\nexamples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -193,7 +183,7 @@ def _quiet() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if issubclass(category, DamageWarning):
+        if issubclass(category, DamageWarning | DataWarning):
             print(f"warning: {message}", file=sys.stderr)
         else:
             show(message, category, filename, lineno, file, line)

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpdit_jax.config.base import facts as config_facts
+from mpdit_jax.config.base import shared_values
 from mpdit_jax.config.flags import make_config_parser, parse_with_config
 from mpdit_jax.distributed.processes import add_flags, join
 from mpdit_jax.errors import DivergedError, InputError
@@ -15,8 +15,8 @@ from mpdit_jax.runtime.signals import stopped_status
 _CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # whoever sets it has a place for compiled programs already
 
 _EXAMPLES = """\
-  python -m mpdit_jax.train --config=configs/digits.py --workdir=runs/digits
-  python -m mpdit_jax.train --config=configs/digits.py --workdir=runs/mine --config.optimizer.learning_rate=3e-4
+  python -m mpdit_jax.train --config=digits --workdir=runs/digits
+  python -m mpdit_jax.train --config=digits --workdir=runs/mine --config.optimizer.learning_rate=3e-4
 """
 
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
             f"--workdir={options.workdir}: expected a folder that every process sees; mount the bucket, or use a disk."
         )
     workdir = Path(options.workdir)
-    join(options, config_facts(config) | {"workdir": str(workdir.resolve())})
+    join(options, shared_values(config) | {"workdir": str(workdir.resolve())})
 
     import jax
 

@@ -91,11 +91,11 @@ def _newest_before(workdir: Path, number: int, targets: Mapping[str, Any]) -> tu
     lines = []
     for step in reversed([step for step in list_steps(workdir) if 0 < step < number]):
         try:
-            items, notes = read_step(workdir.resolve() / CHECKPOINTS / str(step), targets)
+            items = read_step(workdir.resolve() / CHECKPOINTS / str(step), targets)
         except CheckpointError as error:
             lines.append(str(error))
             continue
-        return items, [*lines, *notes, f"from the checkpoint of step {step}"]
+        return items, [*lines, f"from the checkpoint of step {step}"]
     return None, [*lines, "from the initial state"]
 
 

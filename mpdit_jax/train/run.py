@@ -14,7 +14,7 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.checkpoint.manager import Checkpoints
 from mpdit_jax.checkpoint.reader import newest_in_words
-from mpdit_jax.checkpoint.workdir import Claim
+from mpdit_jax.checkpoint.workdir import LockedWorkdir
 from mpdit_jax.distributed.processes import StopVote, any_process
 from mpdit_jax.distributed.waiting import barrier
 from mpdit_jax.errors import DataError
@@ -59,7 +59,7 @@ class Run(Generic[S]):
     """
 
     def __init__(
-        self, config: FrozenConfigDict, workdir: Path, lock: AbstractContextManager[Claim], policy: Policy[S]
+        self, config: FrozenConfigDict, workdir: Path, lock: AbstractContextManager[LockedWorkdir], policy: Policy[S]
     ) -> None:
         check_wandb(config.log.wandb_project)
         self._config, self._workdir, self._lock, self._policy = config, workdir, lock, policy

@@ -1,9 +1,7 @@
 """Training a small VAE of Stable Diffusion's family: reconstruction and KL divergence, nothing adversarial."""
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,22 +13,17 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from mpdit_jax.checkpoint.load import CONFIG
-from mpdit_jax.checkpoint.reader import numbered_folders
-from mpdit_jax.checkpoint.workdir import Claim, has_saved
-from mpdit_jax.data.decoded import DecodedImages
-from mpdit_jax.data.image_sets import open_images
+from mpdit_jax.checkpoint.workdir import lock_workdir
+from mpdit_jax.data.image_sets import Pictures, open_images
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.distributed.mesh import batch_sharding, check_batch, make_mesh, replicated
-from mpdit_jax.errors import CheckpointError, DivergedError
+from mpdit_jax.errors import DivergedError
 from mpdit_jax.io import pictures as images
-from mpdit_jax.io.files import atomic_write, check_writable, is_json_with, parse_json, remove_stale_tmp, take_lock
 from mpdit_jax.model.parameters import Parameters, merge, split
 from mpdit_jax.train.prefetcher import Prefetcher
 from mpdit_jax.train.run import Policy, Run
 from mpdit_jax.train.stopwatch import Stopwatch
-from mpdit_jax.train.vae_config import autoencoder_config, resolve_vae
-from mpdit_jax.train.writers import METRICS_FILE
+from mpdit_jax.train.vae_config import autoencoder_config, compare_vae_configs, resolve_vae
 from mpdit_jax.vae import Autoencoder, AutoencoderConfig, load_vae, save_folder
 from mpdit_jax.vae.autoencoder import mean_and_std
 from mpdit_jax.vae.weights import abstract
@@ -70,13 +63,15 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
     config = resolve_vae(config)
     architecture, mesh = autoencoder_config(config), make_mesh()
     check_batch(config.batch_size, mesh)
-    source = DecodedImages(
-        open_images(config.data.images, config.data.split), config.data.image_size, architecture.in_channels
+    source = dataclasses.replace(
+        open_images(config.data.images, config.data.split, classes=False),
+        image_size=config.data.image_size,
+        channels=architecture.in_channels,
     )
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
     create = jax.jit(partial(_initial_state, architecture, optimizer, config.seed), out_shardings=replicated(mesh))
 
-    with jax.set_mesh(mesh), Run(config, workdir, _lock(workdir, config), _POLICY) as run:
+    with jax.set_mesh(mesh), Run(config, workdir, lock_workdir(workdir, config, compare_vae_configs), _POLICY) as run:
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), jax.eval_shape(create)
         )
@@ -127,52 +122,6 @@ def _check(step: int, state: VAEState, newest: Callable[[], str] | None = None) 
 _POLICY = Policy(_to_items, _from_items, _metrics, lambda state: state, _check)
 
 
-@contextmanager
-def _lock(workdir: Path, config: FrozenConfigDict) -> Iterator[Claim]:
-    """Hold the workdir for one training, and store its config there."""
-    check_writable(workdir / CONFIG)
-    lock = take_lock(workdir / ".lock")
-    if isinstance(lock, str):
-        raise CheckpointError(f"another training is writing to {workdir} ({lock}): wait for it to end, or use another.")
-    with lock:
-        _claim(workdir, config, started=bool(numbered_folders(workdir)))
-        yield Claim(lock)
-
-
-def _claim(workdir: Path, config: FrozenConfigDict, *, started: bool) -> None:
-    for folder in (workdir, workdir / "vae"):
-        remove_stale_tmp(folder)
-    path, text = workdir / CONFIG, json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-    changed = path.exists() and _decisive(path) != _decisive_of(json.loads(text))
-    if started and (changed or not path.exists()):
-        raise CheckpointError(f"{workdir} holds a training of another config (see {path}): use another --workdir.")
-    if changed and ((workdir / METRICS_FILE).exists() or not is_json_with(path, ("kl_weight", "data"))):
-        raise CheckpointError(
-            f"{workdir} holds something else (see {path}), which would be overwritten: use another --workdir."
-        )
-    if not started and has_saved(workdir, config.checkpoint.every):
-        raise CheckpointError(
-            f"{workdir} holds the record of this training and none of its checkpoints: restore them from a copy, or "
-            "use another --workdir."
-        )
-    with atomic_write(path) as file:
-        file.write(text.encode())
-
-
-def _decisive(path: Path) -> dict[str, Any] | None:
-    """The fields of a stored config that change the result; None if it cannot be read."""
-    try:
-        return _decisive_of(parse_json(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _decisive_of(config: dict[str, Any]) -> dict[str, Any]:
-    # The others of these groups may change, and older versions stored fewer.
-    decisive = {name: value for name, value in config.items() if name not in ("log", "profile")}
-    return {**decisive, "checkpoint": {"every": config["checkpoint"]["every"]}}
-
-
 def _initial_state(architecture: AutoencoderConfig, optimizer: optax.GradientTransformation, seed: int) -> VAEState:
     parameters = split(Autoencoder(architecture, rngs=nnx.Rngs(seed)))[1]
     return VAEState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters), _no_metrics())
@@ -207,7 +156,7 @@ def _make_update(
     return jax.jit(update, donate_argnums=0)
 
 
-def _write(workdir: Path, architecture: AutoencoderConfig, parameters: Parameters, source: DecodedImages) -> None:
+def _write(workdir: Path, architecture: AutoencoderConfig, parameters: Parameters, source: Pictures) -> None:
     folder = workdir / "vae"
     save_folder(folder, architecture, parameters)
     x = source.batch(np.linspace(0, len(source) - 1, min(_SCALED, len(source))).astype(int))["x"]

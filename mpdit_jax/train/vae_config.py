@@ -1,13 +1,21 @@
 """The base config of a VAE's training, and its validation."""
 
+import json
 import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from mpdit_jax.config.base import to_json
 from mpdit_jax.config.checks import check_fields, expect, leaves
-from mpdit_jax.errors import ConfigError
+from mpdit_jax.errors import CheckpointError, ConfigError
+from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.vae.config import AutoencoderConfig
 from mpdit_jax.validation import LARGEST_SIDE
+
+_CONTINUABLE = ("checkpoint.", "log.", "profile.")  # groups that a continued training may change, and older ones lack
 
 
 def base_vae_config() -> ConfigDict:
@@ -70,3 +78,21 @@ def autoencoder_config(config: ConfigDict | FrozenConfigDict) -> AutoencoderConf
     """The architecture."""
     fields = config.model.to_dict()
     return AutoencoderConfig(**fields, out_channels=fields["in_channels"])
+
+
+def compare_vae_configs(workdir: Path, config: FrozenConfigDict) -> Mapping[str, tuple[Any, Any]]:
+    """The fields in which a VAE's config contradicts the stored one; those that change no result may differ.
+
+    Raises:
+        CheckpointError: the stored one cannot be read.
+    """
+    path = workdir / "config.json"
+    try:
+        before = dict(leaves(parse_json(path.read_text())))
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): use another --workdir.") from error
+    now = dict(leaves(json.loads(to_json(config))))
+    names = [
+        name for name in sorted({*before, *now}) if not name.startswith(_CONTINUABLE) or name == "checkpoint.every"
+    ]
+    return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}

@@ -16,8 +16,9 @@ from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from mpdit_jax.errors import InputError, MissingExtraError, first_line
-from mpdit_jax.io.files import atomic_write, parse_json
+from mpdit_jax.errors import InputError, MissingExtraError, first_line, install_extra
+from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.io.pictures import encode_png
 
 METRICS_FILE = "metrics.jsonl"
@@ -147,6 +148,5 @@ def check_wandb(project: str) -> None:
     """Raise MissingExtraError if a project is named and wandb is not installed."""
     if project and importlib.util.find_spec("wandb") is None:
         raise MissingExtraError(
-            f"config.log.wandb_project={project!r} needs Weights & Biases: pip install 'mpdit_jax[wandb]', or leave "
-            "it empty."
+            f"config.log.wandb_project={project!r} needs Weights & Biases: {install_extra('wandb')}, or leave it empty."
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpdit_jax.errors import ConfigError
-from mpdit_jax.io.files import parse_json
+from mpdit_jax.io.json_files import parse_json
 
 _DOWN_BLOCK = "DownEncoderBlock2D"
 _UP_BLOCK = "UpDecoderBlock2D"

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path, PurePosixPath
 
-from mpdit_jax.errors import MissingExtraError, WeightsError
-from mpdit_jax.io.files import expand
+from mpdit_jax.errors import MissingExtraError, WeightsError, install_extra
+from mpdit_jax.io.paths import expand
 from mpdit_jax.vae.weights import CONFIG_FILE, WEIGHTS_FILES
 
 # owner/name, optionally followed by folders inside the repository.
@@ -42,8 +42,7 @@ def _download(name: str) -> Path:
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise MissingExtraError(
-            f"{name}: no such folder, and to fetch it from the hub install the extra with "
-            f"`pip install 'mpdit_jax[hub]'`; or {by_hand}."
+            f"{name}: no such folder; to fetch it from the hub, {install_extra('hub')}; or {by_hand}."
         ) from error
     repo_id, subfolder = f"{owner}/{repository}", "/".join(inside) or None
     try:

@@ -19,7 +19,7 @@ from flax import nnx
 
 from mpdit_jax.errors import WeightsError
 from mpdit_jax.interop.files import compare_shapes, read_state_dict
-from mpdit_jax.io.files import atomic_write
+from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.model.parameters import Parameters, split
 from mpdit_jax.vae.autoencoder import Autoencoder
 from mpdit_jax.vae.config import AutoencoderConfig, config_to_diffusers, read_config

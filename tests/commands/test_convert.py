@@ -18,7 +18,7 @@ from mpdit_jax.model.parameters import abstract, merge, split
 from mpdit_jax.model.presets import preset_config
 from mpdit_jax.sample import __main__ as sample
 from tests.conftest import Golden
-from tests.tiny import ROOT, TWO_LEVELS, refusal, run, saved_arrays, start, train_arguments
+from tests.tiny import TWO_LEVELS, refusal, run, saved_arrays, start, train_arguments
 
 DIT = {"patch_sizes": (2,), "depths": (1,), "time_embedding": "sinusoidal", "class_tokens": 16}
 DIT |= {"condition": "vector", "modulation": "per_block"}
@@ -236,7 +236,7 @@ def test_a_dit_of_ours_becomes_a_run_of_its_config(tmp_path, capsys):
     torch = pytest.importorskip("torch")
     state = {name: torch.tensor(array) for name, array in mp.to_torch(random_model(**DIT)).items()}
     torch.save(state, tmp_path / "dit.pt")
-    config = [f"--config={ROOT / 'configs/ablations/dit_b_2.py'}", "--config.model.depths=1"]
+    config = ["--config=ablation:dit_b_2", "--config.model.depths=1"]
     config += ["--config.model.input_size=8", *(f"--config.model.{name}={TINY[name]}" for name in SIZES)]
     source, out = f"--source={tmp_path / 'dit.pt'}", f"--out={tmp_path / 'run.v1.0'}"  # .0 is no ending
     asked = ["--convention=velocity", "--num_heads=2"]

@@ -16,7 +16,7 @@ from mpdit_jax.compile.collectives import traffic
 from mpdit_jax.compile.measure import measure
 from mpdit_jax.compile.programs import Program, _refused, compile_step, topology_devices
 from mpdit_jax.compile.report import as_text, describe, smaller, step_flops
-from mpdit_jax.config import base_config, facts, resolve
+from mpdit_jax.config import base_config, resolve, shared_values
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.runtime.hardware import CHIPS, topology_chip
@@ -181,7 +181,8 @@ def test_smaller_settings_recompute_as_little_as_they_can():
     ]
     candidates = dict(smaller(resolved, 4))
     for name, candidate in candidates.items():  # a config has the changes of its flags and none of an earlier candidate
-        assert facts(candidate) == facts(resolved) | dict(flag.removeprefix("--").split("=") for flag in name.split())
+        changes = dict(flag.removeprefix("--").split("=") for flag in name.split())
+        assert shared_values(candidate) == shared_values(resolved) | changes
     plain, dots, full = (step_flops(config) for config in (resolved, *list(candidates.values())[1:4:2]))
     assert plain < dots < 1.05 * plain  # attention's products are repeated
     assert full == pytest.approx(4 / 3 * plain, rel=0.02)  # the blocks are repeated
@@ -321,7 +322,7 @@ def test_refusals():
         ([config, "--topology=v5e:0x4"], 1, "0 chips; expected 1 to 256"),
     ]
     if importlib.util.find_spec("libtpu") is None:
-        cases.append(([config, "--topology=v5e:2x2"], 1, "pip install 'mpdit_jax[tpu]'"))
+        cases.append(([config, "--topology=v5e:2x2"], 1, "pip install -e '.[tpu]'"))
     for arguments, expected, message in cases:
         status, _, stderr = run("compile", arguments)
         assert status == expected, stderr

@@ -28,7 +28,7 @@ BAD_STEPS = (5, 6)
 class BadExamples:
     """Digits of which some, read in the batches of BAD_STEPS alone, hold NaN."""
 
-    source: sources.ArraySource
+    source: sources.Source
     bad: frozenset[int]
 
     def __getattr__(self, name):

@@ -77,6 +77,6 @@ def test_a_folder_in_its_place_is_left_alone(arguments, tmp_path, monkeypatch, m
         return state
 
     disturb(monkeypatch, 3, replaced)
-    with pytest.raises(CheckpointError, match="was deleted, moved or replaced while the run was writing to it"):
+    with pytest.raises(CheckpointError, match="was deleted, moved or replaced while the training was writing to it"):
         main([*arguments, *more])
     assert not list((tmp_path / "run").iterdir())

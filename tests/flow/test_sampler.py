@@ -139,17 +139,6 @@ def test_shapes_of_traced_labels_are_checked(model, labels, sentence):
         jax.eval_shape(lambda labels: mp.make_sampler(steps=3)(model, labels, KEY), labels)
 
 
-def test_explicit_axes_are_refused_and_the_suggested_remedy_works(model):
-    sampler = mp.make_sampler(steps=3, guidance_scale=2.0)
-    mesh = jax.make_mesh((1,), ("d",), devices=jax.devices()[:1])  # of JAX's default type
-    labels = jax.device_put(LABELS, jax.NamedSharding(mesh, PartitionSpec("d")))
-    with pytest.raises(InputError, match=r"labels are split over the mesh axis 'd' of type Explicit.*AxisType\.Auto"):
-        sampler(model, labels, KEY)
-    out = jax.NamedSharding(mesh, PartitionSpec("d"))
-    found = jax.sharding.auto_axes(lambda labels: sampler(model, labels, KEY), out_sharding=out)(labels)
-    assert relative_error(found, sampler(model, LABELS, KEY)) < 1e-5
-
-
 @pytest.mark.parametrize("settings", [
     {"solver": "euler", "guidance_interval": (0.2, 0.8)},
     {"solver": "dpmpp_2m"},

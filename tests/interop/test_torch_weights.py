@@ -164,7 +164,7 @@ def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     path.write_bytes(b"")
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    with pytest.raises(MissingExtraError, match=r"mpdit_jax\[torch\]"):
+    with pytest.raises(MissingExtraError, match=r"mpdit_jax with its extra \[torch\]"):
         files.read_state_dict(path)
 
 

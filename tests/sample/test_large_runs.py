@@ -51,7 +51,7 @@ def test_blocks_without_settings_are_nobodys(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("mpdit_jax.sample.blocks.shutil.rmtree", killed)
+        patched.setattr("mpdit_jax.io.locked_folder.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             folder.remove()
     assert not BlockFolder(path, {"seed": 1}).has(0)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mpdit_jax.data.sources import ArraySource
+from mpdit_jax.data.sources import array_source
 from mpdit_jax.errors import DataError, DivergedError, InputError
 from mpdit_jax.model.accounting import count_trained
 from studies import fno_width, token_budget
@@ -79,7 +79,7 @@ def test_a_diverged_run_is_an_error(reckless):
 
 def test_skipped_steps_are_a_result_of_fno_width_and_an_error_of_token_budget(reckless, monkeypatch):
     images = np.full((1, *reckless.source.shape), np.nan, np.float32)
-    monkeypatch.setattr(reckless, "source", ArraySource(images, np.zeros(1, np.int32), ("0",)))
+    monkeypatch.setattr(reckless, "source", array_source(images, np.zeros(1, np.int32), ("0",)))
     monkeypatch.setattr(fno_width, "_trainer", lambda *_: reckless)
     found = fno_width._measure_training({"init": "scaled", "width": 8, "steps": 10, "seed": 0})
     assert (found["skipped"], np.isnan(found["losses"]).all()) == (10, True)
