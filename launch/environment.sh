@@ -4,9 +4,10 @@
 #   prepare_environment EXTRAS    EXTRAS: names from setup.py with commas between, or ''
 #
 # Run in the repository's root. Makes .venv with a Python >= 3.11, installs requirements.txt and mpdit_jax with the
-# extras, after which VENV_PYTHON runs. What is installed already is left alone. PYTHON=... picks the Python.
+# extras, after which VENV_PYTHON runs. What is installed already is left alone. PYTHON=... picks the Python, VENV=...
+# another folder than .venv.
 
-VENV=.venv
+VENV=${VENV:-.venv}
 VENV_PYTHON=$VENV/bin/python
 UNFINISHED=$VENV/mpdit_jax.unfinished # there from before .venv is made until its first installation is complete
 STAMP=$VENV/mpdit_jax.installed       # what the last complete installation was made from
@@ -47,12 +48,12 @@ find_python() {
       fail "PYTHON=$PYTHON is Python $version, but mpdit_jax needs 3.11 or newer; set PYTHON to a newer one."
     return
   fi
-  for candidate in python3 python3.13 python3.12 python3.11; do
+  for candidate in python3 python3.13 python3.14 python3.12 python3.11; do
     version=$(python_version "$candidate")
     [ -n "$version" ] || continue
     if ! at_least "$version" 3 11; then
       old="${old:+$old, }$candidate is $version"
-    elif at_least "$version" 3 14; then
+    elif at_least "$version" 3 15; then
       newer=${newer:-$candidate}
     else
       PYTHON=$candidate
@@ -63,7 +64,7 @@ find_python() {
     fail "mpdit_jax needs Python 3.11 or newer, but found ${old:-no python3 on the PATH};" \
       "install one, or set PYTHON=/path/to/python3."
   PYTHON=$newer
-  printf '%s is Python %s; tested are 3.11, 3.12 and 3.13 (PYTHON=... picks another).\n' \
+  printf '%s is Python %s; tested are 3.11 to 3.14 (PYTHON=... picks another).\n' \
     "$PYTHON" "$(python_version "$PYTHON")"
 }
 

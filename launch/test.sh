@@ -6,7 +6,7 @@
 # Makes or completes .venv with the extra [test] first. --parity adds the extra [parity] (PyTorch, diffusers, TFDS) and runs
 # the tests that compare with them. The tests run in three processes, of which some wait (-n 0 for one). Paths in pytest
 # arguments start at the repository's root; -m "not slow" leaves the long tests out. JAX runs on the CPU unless
-# JAX_PLATFORMS says otherwise; PYTHON=... picks the Python (>= 3.11).
+# JAX_PLATFORMS says otherwise; PYTHON=... picks the Python (>= 3.11), VENV=... another folder than .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh

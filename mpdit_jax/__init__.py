@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mpdit_jax.model.presets import create_model as create_model
     from mpdit_jax.model.presets import presets as presets
     from mpdit_jax.sample.generate import generate as generate
+    from mpdit_jax.train.loop import train as train
     from mpdit_jax.vae.vae import load_vae as load_vae
 
 # `python -m mpdit_jax.COMMAND`, and Python has not come to the command itself yet.
@@ -43,6 +44,7 @@ _HOME = {
     "make_sampler": "mpdit_jax.flow.sampler",
     "presets": "mpdit_jax.model.presets",
     "to_torch": "mpdit_jax.interop.torch_weights",
+    "train": "mpdit_jax.train",
 }
 
 __all__ = [
@@ -58,13 +60,15 @@ __all__ = [
     "make_sampler",
     "presets",
     "to_torch",
+    "train",
 ]
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(_HOME)}")
-    return vars(import_module(_HOME[name]))[name]
+    home = import_module(_HOME[name])
+    return home if name == "train" else vars(home)[name]  # that package is itself callable
 
 
 def __dir__() -> list[str]:

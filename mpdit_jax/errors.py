@@ -50,12 +50,22 @@ class ProcessError(MPDiTError, RuntimeError):
 
 
 class DamageWarning(UserWarning):
-    """A checkpoint could not be used, or not be checked, and another or an unchecked one was."""
+    """A damaged checkpoint could not be used, and an older one was."""
+
+
+class DataWarning(UserWarning):
+    """Some files of a data set are left out; the message counts them."""
+
+
+def install_extra(extra: str) -> str:
+    """How to install an extra of setup.py, in words: no package index has mpdit_jax, so no one command fits all."""
+    return f"install mpdit_jax with its extra [{extra}] (in a clone: pip install -e '.[{extra}]')"
 
 
 def first_line(error: Exception) -> str:
     """What a library's error says first, for a sentence of ours; its class where it says nothing."""
-    lines = [line for line in str(error.args[0] if error.args else "").splitlines() if line.strip()]
+    text = str(error.args[0] if len(error.args) == 1 else error)  # str() of a KeyError adds quotes
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
 
     from mpdit_jax.checkpoint.load import load_checkpoint
     from mpdit_jax.data.info import read_dataset_info
-    from mpdit_jax.io.files import atomic_write, check_writable
+    from mpdit_jax.io.atomic import atomic_write, check_writable
     from mpdit_jax.sample.exporting import export_sampler
     from mpdit_jax.sample.options import reject_unused_flags, sampler_from
 

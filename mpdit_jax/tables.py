@@ -29,7 +29,8 @@ convention worked out from its figures, since the paper does not state it: atten
 and one operation for each element that a norm or GELU puts out (without these last, two of its twelve figures at 256
 pixels differ in their last digit: mpdit_xl_k4 and dit_xl_2). Where the printed figure is ours, rounded or cut at its
 last digit, there is no remark; where not, the remark is ours minus the paper's. "Training" is a forward pass of masked
-training. FID is the paper's claim (80 epochs, unguided, unless remarked), not ours.
+training. FID is the paper's claim (80 epochs, unguided, unless remarked), not ours. `python -m mpdit_jax.train
+--config=ablation:NAME` trains a row; those of 512x512 pixels are --config=NAME.
 """
 
 
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def rows() -> list[dict[str, Any]]:
     """Every row as plain numbers and strings: what we count, what the paper prints, and how far they are apart."""
-    from mpdit_jax.config.paper import ROWS
+    from mpdit_jax.config.ablation import ROWS
     from mpdit_jax.model.accounting import count, masked_macs, paper_macs
 
     found = []

@@ -1,6 +1,7 @@
 """`python -m mpdit_jax.train_classifier`: a small classifier, to compare images of one data set by."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mpdit_jax.errors import InputError
@@ -43,12 +44,11 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError(f"--learning_rate={options.learning_rate}: expected a positive number.")
     check_seed(options.seed, "--seed")
 
-    from mpdit_jax.data.decoded import DecodedImages
-    from mpdit_jax.data.image_sets import ImageArrays, ImageFolder, open_images
+    from mpdit_jax.data.image_sets import open_images
     from mpdit_jax.data.sources import SOURCES, Batched, load_source
     from mpdit_jax.evaluate.classifier import save_classifier
     from mpdit_jax.evaluate.classifier_training import train_classifier
-    from mpdit_jax.io.files import check_writable
+    from mpdit_jax.io.atomic import check_writable
 
     check_writable(options.out)
     pictures: Batched
@@ -60,12 +60,12 @@ def main(arguments: Sequence[str]) -> int:
         pictures, labels, names = source, source.labels, source.class_names
     else:
         found = open_images(options.images, options.split or "train")
-        if not isinstance(found, ImageFolder | ImageArrays):
+        if found.labels is None:
             raise InputError(
                 f"--images={options.images}: expected a folder or idx:FOLDER, whose labels are known ahead."
             )
         check_image_size(options.image_size, "--image_size", least=8)
-        pictures = DecodedImages(found, options.image_size, options.channels)
+        pictures = replace(found, image_size=options.image_size, channels=options.channels)
         labels, names = found.labels, found.class_names
     model, accuracy = train_classifier(
         lambda rows: pictures.batch(rows)["x"],

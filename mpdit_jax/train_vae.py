@@ -3,24 +3,26 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpdit_jax.config.flags import parse_with_config
+from mpdit_jax.config.flags import make_config_parser, parse_with_config
 from mpdit_jax.errors import InputError
-from mpdit_jax.runtime.cli import make_parser, run, stopped_line
+from mpdit_jax.runtime.cli import run, stopped_line
 from mpdit_jax.runtime.signals import stopped_status
+from mpdit_jax.train.vae_config import base_vae_config
 
 _EXAMPLES = """\
-  python -m mpdit_jax.train_vae --config=configs/vae_fashion.py --workdir=runs/vae_fashion
-  python -m mpdit_jax.train_vae --config=configs/vae_fashion.py --workdir=runs/mine --config.data.images=photos
+  python -m mpdit_jax.train_vae --config=vae_fashion --workdir=runs/vae_fashion
+  python -m mpdit_jax.train_vae --config=vae_fashion --workdir=runs/mine --config.data.images=photos
 """
 
 
 def main(arguments: Sequence[str]) -> int:
     """Train as the arguments say; exit status."""
-    parser = make_parser(
+    parser = make_config_parser(
         "train_vae",
         "Train a small autoencoder on images. The workdir then has vae/, a folder that prepare and sample take as "
         "--vae, and reconstructions.png. The same command continues after an interruption.",
         _EXAMPLES,
+        base_vae_config,
     )
     parser.usage = f"{parser.prog} --config=FILE --workdir=FOLDER [--config.FIELD=VALUE ...]"
     parser.add_argument("--workdir", required=True, help="folder of the run")

@@ -1,1 +1,1 @@
-"""Experiments whose results are in docs/: each one command, resumable, with its figures as a file and a plot."""
+"""Experiments whose results are in docs/. Each is one resumable command that writes a results file and a plot."""

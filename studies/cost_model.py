@@ -1,11 +1,10 @@
-"""What compiled steps say about those that were not compiled: six numbers a model, fitted and extrapolated.
+"""A cost model of the train step, fitted to compiled steps and extrapolated to more chips.
 
-A chip holds its share of the state, and temporaries of which some grow with its images; it computes what its images
-take; and it gathers and reduces parameters whatever the batch.
+It has six coefficients per preset; all quantities are per chip:
 
-    temporaries = a + b * images a chip
-    bytes sent  = c + d * images a chip + e * (data > 1: the state has copies, and XLA other collectives)
-    operations  = f * images a chip
+    temporaries = a + b * images
+    bytes sent  = c + d * images + e * (1 if the state has several copies, else 0)
+    operations  = f * images
 """
 
 import dataclasses
@@ -19,36 +18,28 @@ from studies.scaling_grid import FSDP
 
 Results = Mapping[str, Mapping[str, Any]]
 
-IMAGES_BEYOND = 4  # a chip, beyond what was compiled: the recipe's batch on 256 chips
-_LEAST = 3  # steps: as many as a fit has terms
+IMAGES_PER_CHIP = 4  # in predictions: the recipe's batch on 256 chips
+_MIN_STEPS = 3  # the largest number of coefficients in a fit
 
 
 @dataclasses.dataclass(frozen=True)
 class CostModel:
-    """Fitted to the compiled steps of one preset.
+    """The cost model of one preset, per chip."""
 
-    Attributes:
-        arguments: bytes of the state and the batch a chip, with the state split 16 ways.
-        results: bytes of the state it returns.
-        temporaries: (a, b), bytes and bytes an image.
-        sent: (c, d, e), bytes, bytes an image, bytes more or less where there are copies.
-        flops: operations an image.
-    """
-
-    arguments: float
-    results: float
-    temporaries: tuple[float, float]
-    sent: tuple[float, float, float]
-    flops: float
+    arguments: float  # bytes of the state, split over FSDP chips, and of the batch
+    results: float  # bytes of the returned state
+    temporaries: tuple[float, float]  # (a, b): bytes, bytes per image
+    sent: tuple[float, float, float]  # (c, d, e): bytes, bytes per image, bytes if the state has copies
+    flops: float  # f: operations per image
 
     def predict(self, chips: int, batch_size: int, chip: Chip, copies: bool = True) -> dict[str, float]:
-        """A step's figures per chip, as `compiling.report.describe` names them.
+        """Predict a step's figures per chip, named as in `compile.report.describe`.
 
         Args:
-            chips: their number, which may be more than were compiled for.
-            batch_size: images over all of them.
-            chip: their kind.
-            copies: whether there are chips enough for more than one copy of the state.
+            chips: number of chips.
+            batch_size: images on all chips.
+            chip: peak performance of a chip.
+            copies: whether the state has more than one copy.
         """
         images = batch_size / chips
         temporaries = self.temporaries[0] + self.temporaries[1] * images
@@ -61,28 +52,28 @@ class CostModel:
             "bound_seconds": max(chip.bounds(flops, self.arguments + self.results, sent).values()),
         }
 
-    def missed(self, entries: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-        """By how much compiled steps differ from the prediction at most, relative to them, for each thing predicted."""
-        worst = {"temporaries": 0.0, "bytes sent": 0.0, "operations": 0.0}
+    def errors(self, entries: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        """Return the largest relative error of each predicted quantity over compiled steps."""
+        errors = {"temporaries": 0.0, "bytes sent": 0.0, "operations": 0.0}
         for entry in entries:
-            found = self.predict(entry["chips"], entry["batch_size"], CHIPS["v5e"], entry["data"] > 1)
+            prediction = self.predict(entry["chips"], entry["batch_size"], CHIPS["v5e"], entry["data"] > 1)
             for name, predicted, compiled in (
                 ("temporaries", "temporaries", "temporaries"),
                 ("bytes sent", "sent", "sent"),
                 ("operations", "flops", "compiled_flops"),
             ):
-                worst[name] = max(worst[name], abs(found[predicted] / entry[compiled] - 1))
-        return worst
+                errors[name] = max(errors[name], abs(prediction[predicted] / entry[compiled] - 1))
+        return errors
 
 
 def fit(results: Results) -> dict[str, CostModel]:
-    """A model of each preset that has steps enough to fit to."""
+    """Fit a cost model to each preset with enough compiled steps."""
     presets = sorted({entry["preset"] for entry in results.values()})
-    return {preset: _fit(entries) for preset in presets if len(entries := fitted(results, preset)) >= _LEAST}
+    return {preset: _fit(steps) for preset in presets if len(steps := fitted(results, preset)) >= _MIN_STEPS}
 
 
 def fitted(results: Results, preset: str) -> list[Mapping[str, Any]]:
-    """The steps that a preset's model is fitted to: compiled to their end, of the same split of the state."""
+    """Return the steps that a model is fitted to: compiled completely, with the state split over FSDP chips."""
     return [
         entry
         for entry in results.values()
@@ -90,46 +81,45 @@ def fitted(results: Results, preset: str) -> list[Mapping[str, Any]]:
     ]
 
 
-def missed_beyond(results: Results, preset: str) -> tuple[int, dict[str, float]] | None:
-    """What an extrapolation is worth: the largest slice's chips, and how a model fitted to smaller ones misses it.
+def extrapolation_errors(results: Results, preset: str) -> tuple[int, dict[str, float]] | None:
+    """Fit a model without the largest slice; return that slice's chips and the model's errors on it.
 
-    None where smaller slices have too few steps to fit to.
+    If the smaller slices have too few steps for a fit, return None.
     """
     steps = fitted(results, preset)
-    most = max(entry["chips"] for entry in steps)
-    smaller = [entry for entry in steps if entry["chips"] < most]
-    if len(smaller) < _LEAST:
+    largest = max(entry["chips"] for entry in steps)
+    smaller = [entry for entry in steps if entry["chips"] < largest]
+    if len(smaller) < _MIN_STEPS:
         return None
-    return most, _fit(smaller).missed(entry for entry in steps if entry["chips"] == most)
+    return largest, _fit(smaller).errors(entry for entry in steps if entry["chips"] == largest)
 
 
-def _fit(entries: list[Mapping[str, Any]]) -> CostModel:
-    images = np.array([entry["batch_size"] / entry["chips"] for entry in entries])
-    copies = np.array([float(entry["data"] > 1) for entry in entries])
-    one = np.ones(len(entries))
+def _fit(steps: list[Mapping[str, Any]]) -> CostModel:
+    images = np.array([entry["batch_size"] / entry["chips"] for entry in steps])
+    copies = np.array([float(entry["data"] > 1) for entry in steps])
+    one = np.ones(len(steps))
 
-    def of_all(name: str) -> np.ndarray:
-        return np.array([entry[name] for entry in entries], float)
+    def column(name: str) -> np.ndarray:
+        return np.array([entry[name] for entry in steps], float)
 
-    def line(name: str, *terms: np.ndarray) -> list[float]:
-        """Coefficients with the least relative error: what is predicted are steps of few images, the smallest."""
-        values = of_all(name)
-        found: list[float] = np.linalg.lstsq(np.stack(terms, axis=1) / values[:, None], one, rcond=None)[0].tolist()
-        return found
+    def coefficients(name: str, *terms: np.ndarray) -> list[float]:
+        """Fit by relative error, because predictions are for few images per chip, the smallest values."""
+        matrix = np.stack(terms, axis=1) / column(name)[:, None]
+        return list(map(float, np.linalg.lstsq(matrix, one, rcond=None)[0]))
 
-    a, b = line("temporaries", one, images)
-    c, d, e = line("sent", one, images, copies)
+    a, b = coefficients("temporaries", one, images)
+    c, d, e = coefficients("sent", one, images, copies)
     return CostModel(
-        arguments=float(np.median(of_all("arguments"))),
-        results=float(np.median(of_all("results"))),
+        arguments=float(np.median(column("arguments"))),
+        results=float(np.median(column("results"))),
         temporaries=(a, b),
         sent=(c, d, e),
-        flops=float((of_all("compiled_flops") / images).mean()),
+        flops=float((column("compiled_flops") / images).mean()),
     )
 
 
 def flops_spread(results: Results, preset: str) -> float:
-    """How far per-chip operations times chips, over the batch, are apart: the largest over the smallest, less 1."""
+    """Return the ratio, less 1, of the largest to the smallest number of operations per image on all chips."""
     values = [
         entry["compiled_flops"] * entry["chips"] / entry["batch_size"]
         for entry in results.values()
@@ -139,7 +129,7 @@ def flops_spread(results: Results, preset: str) -> float:
 
 
 def table(results: Results, models: Mapping[str, CostModel]) -> str:
-    """Everything as a Markdown table, then what was fitted."""
+    """Format the results, the errors of the fits and the predictions as Markdown."""
     lines = [
         "| model | chips | batch | state + batch, GiB | temporaries, GiB | fits 15.75 GiB | TFLOP a chip, compiled "
         "| × chips, PFLOP | over analytic | sent, GiB | bound, ms | by |",
@@ -164,29 +154,29 @@ def table(results: Results, models: Mapping[str, CostModel]) -> str:
         )
     for preset, model in models.items():
         steps = fitted(results, preset)
-        lines.append(f"- {preset}: fitted to {len(steps)} steps; largest residuals: {_as_text(model.missed(steps))}.")
-        if beyond := missed_beyond(results, preset):
-            most, errors = beyond
+        lines.append(f"- {preset}: fitted to {len(steps)} steps; largest residuals: {_as_text(model.errors(steps))}.")
+        if extrapolation := extrapolation_errors(results, preset):
+            largest, errors = extrapolation
             lines.append(
-                f"- {preset}: fitted to fewer than {most} chips alone, it misses the steps on {most} by at most: "
+                f"- {preset}: fitted to fewer than {largest} chips alone, it misses the steps on {largest} by at most: "
                 f"{_as_text(errors)}."
             )
     if models:
         lines += [
             "",
-            f"By the fit, of 512 chips or more, each with {IMAGES_BEYOND} images of a batch, one needs and sends:",
+            f"Predicted figures of a chip among 512 or more, with {IMAGES_PER_CHIP} images on each:",
             "",
             "| model | peak of memory, GiB | TFLOP | sent, GiB | bound, ms |",
             "|" + "---|" * 5,
         ]
     for preset, model in models.items():
-        found = model.predict(512, 512 * IMAGES_BEYOND, CHIPS["v5e"])
+        prediction = model.predict(512, 512 * IMAGES_PER_CHIP, CHIPS["v5e"])
         lines.append(
-            f"| {preset} | {found['peak'] / GIB:.2f} | {found['flops'] / 1e12:.3f} | {found['sent'] / GIB:.2f} "
-            f"| {1e3 * found['bound_seconds']:.1f} |"
+            f"| {preset} | {prediction['peak'] / GIB:.2f} | {prediction['flops'] / 1e12:.3f} "
+            f"| {prediction['sent'] / GIB:.2f} | {1e3 * prediction['bound_seconds']:.1f} |"
         )
     return "\n".join(lines)
 
 
-def _as_text(missed: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {error:.1%}" for name, error in missed.items())
+def _as_text(errors: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {error:.1%}" for name, error in errors.items())

@@ -1,6 +1,6 @@
-"""`python -m studies.fno_width`: how the FNO time embedding's width matters, by both initializations.
+"""`python -m studies.fno_width`: the effect of the FNO time embedding's width under both initializations.
 
-Results and what they mean: docs/fno_width.md.
+docs/fno_width.md discusses the results.
 """
 
 import math
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from mpdit_jax.config import base_config
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import atomic_write
+from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.model.config import FNO_INITS, ModelConfig
 from mpdit_jax.model.fno import FNOTime
 from mpdit_jax.runtime.cli import make_parser, run
@@ -28,33 +28,36 @@ WIDTHS = (16, 32, 64, 128, 256)
 TRAINED_WIDTHS = (32, 128)
 SEEDS = 3
 _TIMES = 16
+_AVERAGED_STEPS = 10  # steps over which losses and gradient norms are averaged
 _EXAMPLES = "  python -m studies.fno_width --out=docs/results/fno_width.jsonl --plot=docs/images/fno_width.png\n"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, train, plot and print as the arguments say; exit status."""
+    """Measure, train, plot and print; return the exit status."""
     parser = make_parser(
         "fno_width",
-        "Output and gradient of the FNO time embedding at the start, at widths 16 to 256, and short training runs on "
-        "digits. Finished runs are kept in --out: the same command continues after an interruption.",
+        "Output and gradient of the FNO time embedding at initialization, at widths 16 to 256, and short training runs "
+        "on digits. Finished runs are kept in --out: the same command continues after an interruption.",
         _EXAMPLES,
         package="studies",
     )
     parser.add_argument("--out", default="docs/results/fno_width.jsonl", help="(default: %(default)s)")
     parser.add_argument("--plot", default="docs/images/fno_width.png", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=300, help="of each training run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each training run (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if options.steps < _EVERY:
-        raise InputError(f"--steps={options.steps}: expected {_EVERY} or more, over which losses are averaged.")
-    pyplot()  # a missing extra is known before the runs
+    if options.steps < _AVERAGED_STEPS:
+        raise InputError(
+            f"--steps={options.steps}: expected {_AVERAGED_STEPS} or more, over which losses are averaged."
+        )
+    pyplot()  # fail before the runs if matplotlib is missing
     records = Records(Path(options.out))
-    at_start = [
-        # Narrow embeddings differ more from seed to seed.
+    measurements = [
+        # Narrow embeddings vary more between seeds.
         {"kind": "start", "init": init, "width": width, "seeds": max(8, 1024 // width)}
         for init in FNO_INITS
         for width in WIDTHS
     ]
-    found = records.run("measuring", at_start, _measure_start)
+    initial = records.run("measuring", measurements, _measure_start)
     runs = [
         {"kind": "training", "init": init, "width": width, "steps": options.steps, "seed": seed}
         for init in FNO_INITS
@@ -62,17 +65,17 @@ def main(arguments: Sequence[str]) -> int:
         for seed in range(SEEDS)
     ]
     trained = records.run("training", runs, _measure_training)
-    draw(found, trained, Path(options.plot))
-    print(as_tables(found, trained))
+    draw(initial, trained, Path(options.plot))
+    print(as_tables(initial, trained))
     print(f"\nresults in {options.out}, plot in {options.plot}")
     return 0
 
 
 def initial_sizes(init: str, width: int, seeds: int, hidden_size: int = 768) -> np.ndarray:
-    """Root mean square of the embedding's output, and size of its gradient, of so many seeds: (seeds, 2).
+    """Measure the root mean square of the embedding's output and the norm of its gradient for each seed: (seeds, 2).
 
-    The gradient is that of the output's inner product with a random direction of length 1, as gradients come from the
-    blocks: its root mean square is the Frobenius norm of the Jacobian over the square root of the output's size.
+    The gradient is that of the output's inner product with a random direction of length 1. Its root mean square is the
+    Frobenius norm of the Jacobian over the square root of the output's size.
     """
     config = ModelConfig(hidden_size=hidden_size, num_heads=1, fno_width=width, fno_init=init)
     structure = nnx.graphdef(nnx.eval_shape(lambda: FNOTime(config, nnx.Rngs(params=0))))
@@ -90,10 +93,10 @@ def initial_sizes(init: str, width: int, seeds: int, hidden_size: int = 768) -> 
 
 
 def first_modulation(output_rms: float, hidden_size: int = 768, learning_rate: float = 2e-4) -> float:
-    """How large a modulation may be after Adam's first step, of an embedding of Gaussian entries of that size.
+    """Return an upper bound on a modulation after Adam's first step, for an embedding with Gaussian entries.
 
-    The modulation is a linear map of SiLU of the embedding and starts at zero. Adam's first step moves every weight by
-    the learning rate, so the sum is at most learning_rate * hidden_size * E|SiLU|.
+    The modulation is a linear map, initially zero, of SiLU of the embedding. Adam's first step changes every weight by
+    the learning rate, so the modulation is at most learning_rate * hidden_size * E|SiLU|.
     """
     z = np.linspace(-8, 8, 4001)
     density = np.exp(-(z**2) / 2) / np.exp(-(z**2) / 2).sum()
@@ -103,7 +106,7 @@ def first_modulation(output_rms: float, hidden_size: int = 768, learning_rate: f
 
 
 def training_config(init: str, width: int, steps: int) -> ConfigDict:
-    """The digits of configs/digits.py with that embedding."""
+    """Build the config of a run on the digits of configs/digits.py."""
     config = base_config()
     config.batch_size, config.steps, config.ema_decay = 64, steps, 0.995
     config.model.patch_sizes, config.model.depths = (2, 1), (3, 1)
@@ -115,12 +118,12 @@ def training_config(init: str, width: int, steps: int) -> ConfigDict:
     return config
 
 
-def draw(start: list[Record], trained: list[Record], path: Path) -> None:
-    """Three panels: output and gradient at the start over the width, and the loss over the steps."""
+def draw(initial: list[Record], trained: list[Record], path: Path) -> None:
+    """Plot the initial output and gradient over the width, and the training loss over the steps."""
     plots = pyplot()
     figure, (outputs, gradients, losses) = plots.subplots(1, 3, figsize=(13, 4.2))
     for init, colour in zip(FNO_INITS, ("tab:red", "tab:blue"), strict=True):
-        rows = [record for record in start if record["init"] == init]
+        rows = [record for record in initial if record["init"] == init]
         for axes, name in ((outputs, "output_rms"), (gradients, "gradient_norm")):
             axes.errorbar(
                 [row["width"] for row in rows],
@@ -132,7 +135,7 @@ def draw(start: list[Record], trained: list[Record], path: Path) -> None:
             )
         for width, style in zip(TRAINED_WIDTHS, ("-", "--"), strict=True):
             curves = np.array([r["losses"] for r in trained if (r["init"], r["width"]) == (init, width)])
-            steps = (np.arange(curves.shape[1]) + 1) * _EVERY
+            steps = (np.arange(curves.shape[1]) + 1) * _AVERAGED_STEPS
             losses.plot(steps, curves.mean(axis=0), style, color=colour, label=f"{init}, width {width}")
             losses.fill_between(steps, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.15)
     for axes, title in ((outputs, "output RMS at the start"), (gradients, "gradient norm at the start")):
@@ -147,30 +150,27 @@ def draw(start: list[Record], trained: list[Record], path: Path) -> None:
         figure.savefig(file, format="png", dpi=110)
 
 
-def as_tables(start: list[Record], trained: list[Record]) -> str:
-    """Both results as Markdown: mean ± standard deviation over seeds (n - 1); gradient norms are means of ten steps."""
+def as_tables(initial: list[Record], trained: list[Record]) -> str:
+    """Format both results as Markdown: mean ± standard deviation over seeds (n - 1)."""
     lines = ["| fno_init | fno_width | seeds | output RMS | gradient norm | first modulation |"]
     lines += ["|---|---|---|---|---|---|"]
     lines += [
         f"| {r['init']} | {r['width']} | {r['seeds']} | {r['output_rms']:.2f} ± {r['output_rms_std']:.2f} | "
         f"{r['gradient_norm']:.2f} ± {r['gradient_norm_std']:.2f} | {first_modulation(r['output_rms']):.2f} |"
-        for r in start
+        for r in initial
     ]
-    columns = f"loss, first {_EVERY} steps | last {_EVERY} | largest gradient norm | steps left out"
+    columns = f"loss, first {_AVERAGED_STEPS} steps | last {_AVERAGED_STEPS} | largest gradient norm | steps left out"
     lines += ["", f"| fno_init | fno_width | {columns} |"]
     lines += ["|---|---|---|---|---|---|"]
     for init in FNO_INITS:
         for width in TRAINED_WIDTHS:
             runs = [record for record in trained if (record["init"], record["width"]) == (init, width)]
             first, last = (np.array([run["losses"][at] for run in runs]) for at in (0, -1))
-            # fmax, for the mean of ten steps that were all left out is NaN.
+            # fmax ignores NaN, the mean of ten skipped steps.
             largest = np.array([np.fmax.reduce(run["gradient_norms"]) for run in runs])
             cells = [f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" for values in (first, last, largest)]
             lines.append(f"| {init} | {width} | {' | '.join(cells)} | {sum(run['skipped'] for run in runs):.0f} |")
     return "\n".join(lines)
-
-
-_EVERY = 10  # steps, over which losses are averaged
 
 
 def _measure_start(settings: Record) -> Record:
@@ -189,11 +189,11 @@ def _measure_training(settings: Record) -> Record:
     losses, gradient_norms, skipped = [], [], 0.0
     previous = jax.device_get(empty_window())
     for step, state in enumerate(trainer.states(settings["seed"]), start=1):
-        if step % _EVERY == 0:
+        if step % _AVERAGED_STEPS == 0:
             window = jax.device_get(state.window)  # sums since the start of the run
             means = window_means({name: window[name] - previous[name] for name in window})
             previous, skipped = window, float(window["skipped"])
-            losses.append(round(means.get("loss", math.nan), 5))  # NaN: none of the ten counted
+            losses.append(round(means.get("loss", math.nan), 5))  # NaN if all steps were skipped
             gradient_norms.append(round(means.get("gradient_norm", math.nan), 5))
     return {"losses": losses, "gradient_norms": gradient_norms, "skipped": skipped}
 

@@ -1,7 +1,7 @@
-"""`python -m studies.scaling`: the train step compiled for more and more chips; the page docs/scaling.md.
+"""`python -m studies.scaling`: the train step compiled for 4 to 256 chips (docs/scaling.md).
 
-Every point is written to the file as soon as it is compiled, and none is compiled twice: stopped, the command goes on
-where it was. A point takes a minute or two.
+A point takes a minute or two. It is written to the file when it is compiled, so that the same command continues after
+an interruption.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 
 from mpdit_jax.compile.environment import prepare
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import atomic_write
+from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.runtime.cli import make_parser, run
 from studies.scaling_grid import FSDP, GRID, SIZES, Point
 
@@ -27,7 +27,7 @@ BEGIN, END = "<!-- begin: python -m studies.scaling -->", "<!-- end -->"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compile what the file lacks, draw what it has; exit status."""
+    """Compile the points that the file lacks, print or replace the table, and plot; return the exit status."""
     parser = make_parser(
         "scaling",
         "Compile the train step of MPDiT-B, MPDiT-XL and DiT-XL/2 (bfloat16, remat dots) for v5e slices of 4 to 256 "
@@ -36,10 +36,10 @@ def main(arguments: Sequence[str]) -> int:
         package="studies",
     )
     parser.add_argument("--out", type=Path, default=Path("docs/scaling.json"), help="(default: %(default)s)")
-    parser.add_argument("--plots", type=Path, help="folder for scaling_*.png (default: none are drawn)")
-    parser.add_argument("--page", type=Path, help="Markdown file whose table is replaced (default: it is printed)")
-    parser.add_argument("--only", default="", help="points whose PRESET/CHIPS/BATCH contains this")
-    parser.add_argument("--no_compile", action="store_true", help="only fit, print and draw what the file holds")
+    parser.add_argument("--plots", type=Path, help="folder for scaling_*.png (default: no plots)")
+    parser.add_argument("--page", type=Path, help="Markdown file whose table is replaced (default: print the table)")
+    parser.add_argument("--only", default="", help="compile only points whose PRESET/CHIPS/BATCH contains this text")
+    parser.add_argument("--no_compile", action="store_true", help="only fit, print and plot the results in the file")
     options = parser.parse_args(arguments)
     results = read(options.out)
     if not options.no_compile:
@@ -63,11 +63,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The results there are, by `Point.name`.
-
-    Raises:
-        InputError: not a file of this command.
-    """
+    """Read the results by `Point.name`. Raise InputError for a file of another kind."""
     if not path.exists():
         return {}
     try:
@@ -83,7 +79,7 @@ def _replace_table(page: Path, text: str) -> None:
     before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN) if page.is_file() else ("", "", "")
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise InputError(f"--page={page}: expected the lines {BEGIN} and {END}, between which the table goes.")
+        raise InputError(f"--page={page}: expected the lines {BEGIN} and {END} around the table.")
     with atomic_write(page) as file:
         file.write(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
 
@@ -92,8 +88,8 @@ def _compile_missing(options: argparse.Namespace, results: dict[str, dict[str, A
     missing = [point for point in GRID if point.name not in results and options.only in point.name]
     start = time.perf_counter()
     for done, point in enumerate(missing):
-        left = (time.perf_counter() - start) / done * (len(missing) - done) if done else 0.0
-        remaining = f", {left / 60:.0f} min left" if done else ""
+        seconds = (time.perf_counter() - start) / max(done, 1) * (len(missing) - done)
+        remaining = f", {seconds / 60:.0f} min left" if done else ""
         print(f"{done + 1} of {len(missing)}: {point.name}{remaining} ...", file=sys.stderr, flush=True)
         results[point.name] = measure(point)
         with atomic_write(options.out) as file:
@@ -101,11 +97,7 @@ def _compile_missing(options: argparse.Namespace, results: dict[str, dict[str, A
 
 
 def measure(point: Point) -> dict[str, Any]:
-    """Compile one point; its figures per chip.
-
-    Raises:
-        MissingExtraError: libtpu is not installed.
-    """
+    """Compile one point; return its figures per chip. Raise MissingExtraError if libtpu is not installed."""
     from mpdit_jax.compile.programs import compile_step, topology_devices
     from mpdit_jax.compile.report import describe, step_flops
     from mpdit_jax.config import base_config, resolve

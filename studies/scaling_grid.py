@@ -1,14 +1,14 @@
-"""Which steps the study of scaling compiles."""
+"""The steps that studies.scaling compiles."""
 
 import dataclasses
 
 FSDP = 16  # chips that share a copy of the state
-SIZES = {4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}  # of v5e slices, by their chips
+SIZES = {4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}  # v5e topologies by number of chips
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One step to compile: a preset, chips of a v5e slice, the batch over all of them."""
+    """One step to compile: a preset, the number of v5e chips, and the batch size on all of them."""
 
     preset: str
     chips: int
@@ -16,12 +16,12 @@ class Point:
 
     @property
     def name(self) -> str:
-        """As the results are filed."""
+        """Key of the point in the results."""
         return f"{self.preset}/{self.chips}/{self.batch_size}"
 
 
-# Sparse: what is the same on each chip (batch over chips) needs no second compilation at every size. First the sizes at
-# the recipe's batch, then the batches' ends, then what lies between.
+# The grid is sparse, because steps with the same batch size per chip are alike. The order is: all sizes at the recipe's
+# batch size, the extreme batch sizes, the rest.
 _SIZES_AND_BATCHES = (
     (16, 1024), (256, 1024), (64, 1024), (4, 256), (256, 8192), (64, 4096), (16, 256), (16, 512), (64, 2048),
 )  # fmt: skip

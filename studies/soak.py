@@ -1,8 +1,8 @@
-"""`python -m studies.soak`: train for a long time and see whether anything grows.
+"""`python -m studies.soak`: train for a long time and check that nothing grows.
 
-A real training process runs; from outside, its resident memory and open files are read every few seconds. Afterwards
-its own log of step times is read. Memory and files must not drift by more than 2 % over the last half of the run, nor
-the time of a step by more than 5 % between its halves.
+A training process runs, and its resident memory and open files are sampled every few seconds; step times come from its
+log. Over the last half of the run, memory and open files may grow by 2 % at most; from the first half to the second,
+the time of a step may grow by 5 % at most.
 """
 
 import argparse
@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mpdit_jax.checkpoint.reader import list_steps
+from mpdit_jax.config.flags import split_config_words
 from mpdit_jax.errors import InputError, MPDiTError
-from mpdit_jax.io.files import atomic_write, check_writable
+from mpdit_jax.io.atomic import atomic_write, check_writable
 from mpdit_jax.runtime.cli import make_parser, run
 
 _EXAMPLES = """\
@@ -27,34 +28,34 @@ _EXAMPLES = """\
   python -m studies.soak --workdir=runs/short --steps=400 --every=20 --report=/tmp/soak.md
 """
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_MOST_GROWTH, _MOST_SLOWDOWN = 0.02, 0.05
-_LOGGED = 50  # steps a window of step times
-_WARM_UP = 0.1  # of the run, left out of the first half of the step times
+_MAX_GROWTH, _MAX_SLOWDOWN = 0.02, 0.05
+_LOG_EVERY = 50  # steps per logged step time
+_WARM_UP = 0.1  # fraction of the step times that the first half leaves out
 
 
 class SoakError(MPDiTError):
-    """The training under observation did not end well."""
+    """The training process failed or was too short."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """The process at one moment."""
+    """A sample of the training process."""
 
     seconds: float  # since the start
     resident: int  # bytes
     files: int  # open descriptors
-    trains: bool  # it has saved its first checkpoint, so that everything is compiled
+    trains: bool  # whether the first checkpoint is saved, so that everything is compiled
 
 
 @dataclasses.dataclass(frozen=True)
 class Drift:
-    """How one quantity has moved: medians of two parts of the run."""
+    """The change of one quantity between two parts of the run."""
 
     name: str
     unit: str
     before: float
     after: float
-    allowed: float  # share
+    allowed: float  # largest relative growth
 
     @property
     def share(self) -> float:
@@ -63,29 +64,28 @@ class Drift:
 
     @property
     def passed(self) -> bool:
-        """Whether it stayed within what is allowed. Shrinking is no leak."""
+        """Whether the growth is within the allowed limit."""
         return self.share < self.allowed
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Soak as the arguments say; exit status 0 if nothing drifts."""
+    """Train, sample the process and write the report; return exit status 0 if nothing grows."""
     parser = make_parser("soak", __doc__.partition("\n\n")[2].replace("\n", " "), _EXAMPLES, package="studies")
-    parser.add_argument("--workdir", required=True, help="of the training; must not exist yet")
+    parser.add_argument("--workdir", required=True, help="workdir of the training; must not exist")
     parser.add_argument("--report", required=True, metavar="FILE.md", help="Markdown; the samples go to FILE.json")
-    parser.add_argument("--config", default="configs/digits.py", help="what is trained (default: %(default)s)")
+    parser.add_argument("--config", default="digits", help="config to train (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20_000, help="updates (default: %(default)s)")
     parser.add_argument("--every", type=int, default=200, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument("--interval", type=float, default=2.0, help="seconds between samples (default: %(default)s)")
-    parser.add_argument("--again", action="store_true", help="train nothing: judge what an earlier soak has left")
+    parser.add_argument("--again", action="store_true", help="do not train; evaluate the samples of an earlier soak")
     parser.usage = f"{parser.prog} --workdir=FOLDER --report=FILE.md [--config.FIELD=VALUE ...]"
-    options, fields = parser.parse_known_args(arguments)
-    if unknown := [word for word in fields if not word.startswith("--config.")]:
-        parser.error(f"unknown argument {unknown[0]!r}")
+    options, words = parser.parse_known_args(arguments)
+    fields = [f"--config.{path}={text}" for path, text in split_config_words(parser, words)[1].items()]
     workdir, report = Path(options.workdir), Path(options.report)
     if workdir.exists() and not options.again:
         raise InputError(f"--workdir={workdir} exists: a soak begins with a new run; give another folder.")
-    if options.steps < 8 * _LOGGED:
-        raise InputError(f"--steps={options.steps}: expected {8 * _LOGGED} or more, of which halves can be compared.")
+    if options.steps < 8 * _LOG_EVERY:
+        raise InputError(f"--steps={options.steps}: expected {8 * _LOG_EVERY} or more, to compare halves of the run.")
     check_writable(report)
     command = _command(options, fields)
     if options.again:
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
     else:
         samples = watch(command, options.interval, lambda: bool(list_steps(workdir)))
         _write(report.with_suffix(".json"), json.dumps([dataclasses.astuple(sample) for sample in samples]) + "\n")
-    drifts = judge(samples, step_times(workdir))
+    drifts = measure_drifts(samples, step_times(workdir))
     text = describe(arguments, command, samples, drifts, list_steps(workdir))
     _write(report, text)
     print(text)
@@ -104,22 +104,22 @@ def _command(options: argparse.Namespace, fields: Sequence[str]) -> list[str]:
     return [
         sys.executable, "-m", "mpdit_jax.train", f"--config={options.config}", f"--workdir={options.workdir}",
         f"--config.steps={options.steps}", f"--config.checkpoint.every={options.every}",
-        f"--config.log.every={_LOGGED}", f"--config.sample.every={options.steps}", *fields,
+        f"--config.log.every={_LOG_EVERY}", f"--config.sample.every={options.steps}", *fields,
     ]  # fmt: skip
 
 
 def watch(command: Sequence[str], interval: float, trains: Callable[[], bool]) -> list[Sample]:
-    """Run a command to its end, with samples from /proc every `interval` seconds.
+    """Run a command to its end and sample the process every `interval` seconds.
 
     Args:
-        command: what to run.
-        interval: in seconds.
-        trains: whether it is through with what it does once.
+        command: the command.
+        interval: seconds between samples.
+        trains: returns whether startup and compilation are over.
 
     Raises:
-        SoakError: it fails, or trains for fewer than eight samples.
+        SoakError: the command fails, or ends before eight samples.
     """
-    samples, begun = list[Sample](), time.monotonic()
+    samples, start = list[Sample](), time.monotonic()
     process = subprocess.Popen(command)
     try:
         while process.poll() is None:
@@ -129,10 +129,9 @@ def watch(command: Sequence[str], interval: float, trains: Callable[[], bool]) -
                 resident = int((folder / "statm").read_text().split()[1]) * _PAGE
                 files = len(list((folder / "fd").iterdir()))
             except (OSError, IndexError, ValueError):
-                continue  # it has just ended
-            if not resident:
-                continue  # it is about to
-            samples.append(Sample(time.monotonic() - begun, resident, files, trains()))
+                continue  # the process has ended
+            if resident:  # 0 while the process ends
+                samples.append(Sample(time.monotonic() - start, resident, files, trains()))
     finally:
         if process.poll() is None:
             process.terminate()
@@ -150,11 +149,11 @@ def _read(path: Path) -> list[Sample]:
     try:
         return [Sample(*row) for row in json.loads(path.read_text())]
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): --again needs the samples that a soak has left.") from error
+        raise InputError(f"{path} cannot be read ({error}): --again needs the samples of an earlier soak.") from error
 
 
 def step_times(workdir: Path) -> list[float]:
-    """Seconds a step of every window of the log, without checkpoints and pictures, from TensorBoard's files."""
+    """Read the logged seconds per step, without checkpoints and pictures, from the TensorBoard files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(workdir / "tensorboard"), size_guidance={"scalars": 0})
@@ -163,38 +162,30 @@ def step_times(workdir: Path) -> list[float]:
     return [whole - part for whole, part in zip(step, other, strict=True)]
 
 
-def judge(samples: Sequence[Sample], times: Sequence[float]) -> list[Drift]:
-    """The drifts of memory and files over the last half of the run, and of step times from half to half.
+def measure_drifts(samples: Sequence[Sample], times: Sequence[float]) -> list[Drift]:
+    """Return the drifts of memory and open files over the last half of the run, and of step times between the halves.
 
-    Memory goes up and down with every evaluation: a straight line is drawn through the half, and its ends compared. Of
-    files, whose number jumps for the moment of a save, the medians of the half's halves.
+    Memory, which fluctuates with every evaluation, is compared at the ends of a straight line fitted to the last half.
+    Open files, whose number jumps during a save, are compared as medians of the last half's halves.
 
     Raises:
-        SoakError: the run was over before there was anything to compare.
+        SoakError: the run is too short.
     """
     samples = [sample for sample in samples if sample.trains]
     last, middle = samples[len(samples) // 2 :], len(times) // 2
     if len(last) < 4 or middle < 2:
         raise SoakError("the training was over too soon: give more --steps, fewer between checkpoints, or --interval.")
 
-    at = [sample.seconds for sample in last]
-    slope, start = statistics.linear_regression(at, [sample.resident / 2**20 for sample in last])
+    seconds = [sample.seconds for sample in last]
+    slope, start = statistics.linear_regression(seconds, [sample.resident / 2**20 for sample in last])
+    memory = (start + slope * seconds[0], start + slope * seconds[-1])
+    quarters = last[: len(last) // 2], last[len(last) // 2 :]
+    files = (statistics.median(sample.files for sample in quarter) for quarter in quarters)
+    halves = times[int(_WARM_UP * len(times)) : middle], times[middle:]
     return [
-        Drift("resident memory", "MiB", start + slope * at[0], start + slope * at[-1], _MOST_GROWTH),
-        Drift(
-            "open files",
-            "",
-            statistics.median(sample.files for sample in last[: len(last) // 2]),
-            statistics.median(sample.files for sample in last[len(last) // 2 :]),
-            _MOST_GROWTH,
-        ),
-        Drift(
-            "time of a step",
-            "ms",
-            1e3 * statistics.median(times[int(_WARM_UP * len(times)) : middle]),
-            1e3 * statistics.median(times[middle:]),
-            _MOST_SLOWDOWN,
-        ),
+        Drift("resident memory", "MiB", *memory, _MAX_GROWTH),
+        Drift("open files", "", *files, _MAX_GROWTH),
+        Drift("time of a step", "ms", *(1e3 * statistics.median(half) for half in halves), _MAX_SLOWDOWN),
     ]
 
 
@@ -205,7 +196,7 @@ def describe(
     drifts: Sequence[Drift],
     kept: list[int],
 ) -> str:
-    """The report, in Markdown."""
+    """Format the report as Markdown."""
     rows = [
         f"| {drift.name} | {drift.before:,.4g} {drift.unit} | {drift.after:,.4g} {drift.unit} | {drift.share:+.2%} | "
         f"{drift.allowed:.0%} | {'yes' if drift.passed else '**no**'} |"
@@ -214,6 +205,8 @@ def describe(
     return "\n".join([
         "# Soak",
         "",
+        "This page reports whether a long run leaks memory or files, or slows down.",
+        "",
         f"`mpdit_jax.train {' '.join(command[3:])}`: {samples[-1].seconds / 60:.1f} minutes on {_machine()}, "
         f"{len(samples):,} samples. Checkpoints kept at the end: {', '.join(map(str, kept))}.",
         "",
@@ -221,8 +214,8 @@ def describe(
         "|---|---|---|---|---|---|",
         *rows,
         "",
-        "Of memory, the ends of a straight line through the last half of the run; of files, the medians of that half's",
-        "halves; of the time of a step, the medians of the run's halves, the first tenth left out. Made by",
+        "Memory is compared at the ends of a straight line fitted to the last half of the run, open files as medians",
+        "of that half's halves, the time of a step as medians of the run's halves without its first tenth. Written by",
         "",
         f"    python -m studies.soak {shlex.join(word for word in arguments if word != '--again')}",
         "",

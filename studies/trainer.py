@@ -1,4 +1,4 @@
-"""Training in memory, for studies of many short runs: no workdir, the program compiled once for all seeds."""
+"""Training in memory, without a workdir, for studies of many short runs."""
 
 from collections.abc import Iterator
 
@@ -20,7 +20,7 @@ from mpdit_jax.train.step import build_train_step, jit_step
 
 
 class Trainer:
-    """The step of a config on one device."""
+    """The train step of a config on one device, compiled once for all seeds."""
 
     def __init__(self, config: ConfigDict) -> None:
         self.config = resolve(config)
@@ -33,11 +33,12 @@ class Trainer:
         self._update = jit_step(step, self._target, self._mesh)
 
     def states(self, seed: int) -> Iterator[TrainState]:
-        """The state after each of `config.steps` updates; the one before is gone by then.
+        """Train and yield the state after each of `config.steps` updates, whose buffers the next update reuses.
+
+        `state.window` sums metrics and skipped steps since the start.
 
         Raises:
-            DivergedError: after the last of them, if an update was not finite. Steps that were left out are counted
-                in the state's window, which is never emptied.
+            DivergedError: after the last update, if any update was not finite.
         """
         rows = np.arange(self.config.batch_size)
         feed = batches(self.source, self.config.batch_size, seed, start=0, rows=rows)
@@ -46,7 +47,7 @@ class Trainer:
             for _, batch in zip(range(self.config.steps), feed, strict=False):
                 state = self._update(state, jax.tree.map(jnp.asarray, dict(batch)))
                 yield state
-            if int(state.window["most_skipped_in_a_row"]) >= NONFINITE_UPDATE:  # a later step may have counted
+            if int(state.window["most_skipped_in_a_row"]) >= NONFINITE_UPDATE:
                 raise DivergedError(
                     f"in {self.config.steps} steps with seed {seed}, an update made of finite gradients was not finite "
                     "or its squares overflowed: lower config.optimizer.learning_rate."

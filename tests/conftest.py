@@ -1,5 +1,6 @@
 import atexit
 import gc
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -10,9 +11,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes longer than everything that is computed. The processes that tests start inherit it, so that the bits
 # of one can be compared with those of another.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-# XLA's way to code for fused loops, through MLIR and in 32 parts, takes four fifths of a small program's compilation;
-# without it, XLA uses the emitters of its single operations. CI's jobs `parity` and `optimized` run with it.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
+# One part per program instead of 32, and, up to jaxlib 0.10, the emitters of single operations in place of those of
+# fused loops, which go through MLIR and take four fifths of a small program's compilation. Later versions have no other
+# emitters, and end the process at a flag they do not know. CI's jobs `parity` and `optimized` run without these flags.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10."),
+)
 # Several processes share the cores, where OpenBLAS's threads wait for each other by spinning.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -23,6 +23,21 @@ def test_unknown_name():
         _ = mp.make_samples
 
 
+def test_train_is_a_function_and_a_package():
+    """Importing a module of the package sets `mpdit_jax.train` to the package."""
+    for before in ("", "import mpdit_jax.train.writers"):
+        script = f"""
+{before}
+import sys, mpdit_jax as mp
+assert callable(mp.train) and "jax" not in sys.modules
+import mpdit_jax.train.loop
+mpdit_jax.train.loop.train = lambda config, workdir: (config, workdir)
+print(mp.train("config", workdir="runs/x"))
+"""
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "('config', 'runs/x')"
+
+
 def test_training_needs_neither_tensorflow_nor_torch():
     script = """
 import sys

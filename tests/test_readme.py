@@ -1,4 +1,4 @@
-"""The README's code runs and its numbers are the code's."""
+"""The code in README, docs/sampling.md and docs/training.md runs, and their numbers are the code's."""
 
 import re
 
@@ -11,11 +11,17 @@ from tests.sample.conftest import make_workdir
 from tests.tiny import ROOT
 
 README = (ROOT / "README.md").read_text()
+SAMPLING = (ROOT / "docs/sampling.md").read_text()
+TRAINING = (ROOT / "docs/training.md").read_text()
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 120
 
 
 def test_preset_table():
     rows = re.findall(
-        r"^\| `(\w+)` \| (.+?) \| (.+?) \| (\d+) \| (\d+) \| (\d+)² \| ([\d.]+) \| ([\d.]+) \|$", README, re.M
+        r"^\| `(\w+)` \| (.+?) \| (.+?) \| (\d+) \| (\d+) \| (\d+)² \| ([\d.]+) \| ([\d.]+) \|$", TRAINING, re.M
     )
     assert [row[0] for row in rows] == [name for name in mp.presets() if name.startswith("mpdit") or name == "dit_xl_2"]
     for name, *cells in rows:
@@ -33,8 +39,8 @@ def test_links_lead_somewhere():
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-def python_block(containing):
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if containing in block]
+def python_block(text, containing):
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if containing in block]
     return code
 
 
@@ -42,7 +48,7 @@ def test_python_example(monkeypatch, tmp_path):
     """The block as it stands, in a folder that holds the two files it mentions; only depth and steps are cut."""
     import safetensors.numpy
 
-    code = python_block("create_model")
+    code = python_block(README, "create_model")
     small = {"depths": (1, 1)}
     create = mp.create_model
     monkeypatch.setattr(mp, "create_model", lambda name, **options: create(name, **options, **small), raising=False)
@@ -58,12 +64,13 @@ def test_python_example(monkeypatch, tmp_path):
 
 
 def test_export_example(monkeypatch, tmp_path):
-    """What the command in the text above it writes, though with fewer steps and for CPUs alone."""
-    (command,) = re.findall(r"`python -m mpdit_jax\.export (.*?)`", README)
+    """What the command above it writes, though with fewer steps and for CPUs alone; README has the same command."""
+    (command,) = re.findall(r"^python -m mpdit_jax\.export (.*)$", SAMPLING, re.M)
+    assert re.findall(r"^python -m mpdit_jax\.export (.*)$", README, re.M) == [command]
     monkeypatch.chdir(tmp_path)
     make_workdir(tmp_path / "runs/digits")
     assert export.main([*command.replace("--steps=50", "--steps=2").split(), "--platforms=cpu"]) == 0
     names = {}
-    exec(python_block("deserialize"), names)
+    exec(python_block(SAMPLING, "deserialize"), names)
     assert names["latents"].shape == (3, 8, 8, 1)
     assert np.isfinite(names["latents"]).all()

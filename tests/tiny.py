@@ -1,6 +1,7 @@
 """A run small enough to be done many times in a test, and a way to start it as a user would."""
 
 import atexit
+import importlib.util
 import json
 import os
 import re
@@ -45,7 +46,8 @@ def digits_file():
     folder = tempfile.mkdtemp(prefix="mpdit_jax_tests_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     digits, path = load_digits(), Path(folder) / "digits.npz"
-    np.savez(path, images=np.round(digits.images * (255 / digits.largest)).astype(np.uint8), labels=digits.labels)
+    images = digits.batch(np.arange(len(digits)))["x"]
+    np.savez(path, images=np.round((images + 1) * 127.5).astype(np.uint8), labels=digits.labels)
     return path
 
 
@@ -214,3 +216,9 @@ def assert_same_bits(first, second):
     for path, array in first.items():
         assert array.dtype == second[path].dtype, path
         assert array.tobytes() == second[path].tobytes(), path
+
+
+def command_main(command):
+    """The `main` of `python -m mpdit_jax.COMMAND`, a package with `__main__.py` or one file."""
+    package = importlib.util.find_spec(f"mpdit_jax.{command}").submodule_search_locations
+    return importlib.import_module(f"mpdit_jax.{command}" + ".__main__" * bool(package)).main

@@ -1,1 +1,1 @@
-"""What `python -m mpdit_jax.benchmark` measures, one module each."""
+"""Benchmarks of `python -m mpdit_jax.benchmark`, one module each."""

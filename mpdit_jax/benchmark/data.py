@@ -1,8 +1,5 @@
-"""Latents a second from a store, beside a folder of one .npy file an example read as PyTorch trainings do."""
+"""`python -m mpdit_jax.benchmark data`: latents per second from a store, beside a folder of .npy files."""
 
-import json
-import statistics
-import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -16,11 +13,11 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from mpdit_jax.benchmark.common import check_at_least, make_benchmark_parser, print_report, progress, take_turns, timed
 from mpdit_jax.data.latent_store import LABELS, MANIFEST, Manifest, Shard, manifest_to_json, record_dtype, sha256
-from mpdit_jax.data.latents import load_latents
 from mpdit_jax.data.pipeline import batches
+from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import InputError
-from mpdit_jax.runtime.cli import Parser, make_parser
 
 _EXAMPLES = """\
   python -m mpdit_jax.benchmark data
@@ -31,76 +28,60 @@ _TINY = (2, 2, 4)  # latents of the large store, of which only the number of rec
 _WORKERS = 2
 
 
-def make_data_parser() -> Parser:
-    """The benchmark's arguments."""
-    parser = make_parser(
-        "benchmark data",
-        "Measure the input pipeline: shuffled 32x32x4 latents a second from a store with a warm page cache, beside a "
-        "folder of one .npy file an example read by PyTorch's DataLoader with two workers (by two worker processes "
-        "where PyTorch is not installed); the two take turns. Then the time from opening a store of --many examples "
-        "to its first batch. Everything read is synthetic and made first, in a temporary folder.",
+def main(arguments: Sequence[str]) -> int:
+    """Measure as the arguments say and print; exit status."""
+    parser = make_benchmark_parser(
+        "data",
+        "Measure the input pipeline: shuffled 32x32x4 latents per second from a store with a warm page cache, beside "
+        "a folder with one .npy file an example, read by PyTorch's DataLoader with two workers (by two worker "
+        "processes where PyTorch is not installed); the two take turns. Then the time from opening a store of --many "
+        "examples to its first batch. Everything read is synthetic and lies in a temporary folder.",
         _EXAMPLES,
+        repeats=3,
     )
     parser.add_argument("--examples", type=int, default=30_000, help="latents of 32x32x4 (default: %(default)s)")
     parser.add_argument("--many", type=int, default=1_281_167, help="records of the large store (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=256, help="latents a batch (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="epochs to take the median of (default: %(default)s)")
-    parser.add_argument("--format", choices=("text", "json"), default="text", help="(default: %(default)s)")
-    return parser
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Measure as the arguments say and print; exit status."""
-    options = make_data_parser().parse_args(arguments)
-    for name in ("examples", "many", "batch_size", "repeats"):
-        if vars(options)[name] < 1:
-            raise InputError(f"--{name}={vars(options)[name]}: expected 1 or more.")
+    options = parser.parse_args(arguments)
+    check_at_least(options, 1, ("examples", "many", "batch_size", "repeats"))
     if options.batch_size > options.examples:
         raise InputError(f"--batch_size={options.batch_size}: expected at most --examples={options.examples}.")
-    report = measure(options)
-    print(json.dumps(report, indent=2) if options.format == "json" else _as_text(report))
-    return 0
+    return print_report(options, measure(options), _as_text)
 
 
 def measure(options: Namespace) -> dict[str, Any]:
     """Run the benchmark; the report as plain numbers and strings."""
     with tempfile.TemporaryDirectory() as scratch:
-        _progress("making two data sets of the same latents")
-        store, files = Path(scratch) / "store", Path(scratch) / "files"
+        progress("making two data sets of the same latents")
+        store, files, many = (Path(scratch) / name for name in ("store", "files", "many"))
         make_store(store, options.examples, (32, 32, 4))
         make_files(files, options.examples)
         steps = options.examples // options.batch_size
-        name, epoch = _reader(files, options.examples, options.batch_size)
-        source = load_latents(str(store))
+        name, read_files = _reader(files, options.examples, options.batch_size)
+        source = load_source("latents", str(store), "train")
 
-        def from_store() -> int:
+        def read_store() -> None:
             # A new iterator each time, as the DataLoader has: one kept would read ahead while the other is timed.
             epoch = batches(source, options.batch_size, seed=0)
-            return sum(len(next(epoch)["y"]) for _ in range(steps))
+            for _ in range(steps):
+                next(epoch)
 
-        contestants = {"store": from_store, name: epoch}
-        times: dict[str, list[float]] = {contestant: [] for contestant in contestants}
-        for turn in range(options.repeats + 1):
-            for contestant, read in contestants.items():
-                start = time.perf_counter()
-                count = read()
-                if turn:  # the first fills the page cache and starts workers
-                    times[contestant].append((time.perf_counter() - start) / count)
-            _progress(f"turn {turn} of {options.repeats}")
-        rates = {contestant: 1 / statistics.median(seconds) for contestant, seconds in times.items()}
-        _progress(f"making a store of {options.many:,} small records")
-        many = Path(scratch) / "many"
+        tasks = {"store": lambda: timed(read_store), "files": lambda: timed(read_files)}
+        take_turns(1, tasks)  # fills the page cache and starts workers
+        seconds = take_turns(options.repeats, tasks)
+        progress(f"making a store of {options.many:,} small records")
         make_store(many, options.many, _TINY)
         start = time.perf_counter()
-        next(batches(load_latents(str(many)), options.batch_size, seed=0))
+        next(batches(load_source("latents", str(many), "train"), options.batch_size, seed=0))
         first = time.perf_counter() - start
+    rates = {task: steps * options.batch_size / taken for task, taken in seconds.items()}
     return {
         "examples": options.examples,
         "batch_size": options.batch_size,
         "files_reader": name,
         "store_latents_per_s": rates["store"],
-        "files_latents_per_s": rates[name],
-        "store_over_files": rates["store"] / rates[name],
+        "files_latents_per_s": rates["files"],
+        "store_over_files": rates["store"] / rates["files"],
         "many_examples": options.many,
         "seconds_to_first_batch": first,
     }
@@ -156,7 +137,7 @@ def make_files(folder: Path, count: int) -> None:
 
 
 class Files:
-    """What a PyTorch training calls a map-style data set."""
+    """A map-style data set of PyTorch."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count = folder, count
@@ -171,8 +152,8 @@ class Files:
         )
 
 
-def _reader(folder: Path, count: int, batch_size: int) -> tuple[str, Callable[[], int]]:
-    """A name, and a function that reads one shuffled epoch and returns the number of examples."""
+def _reader(folder: Path, count: int, batch_size: int) -> tuple[str, Callable[[], object]]:
+    """A name, and a function that reads one shuffled epoch."""
     files = Files(folder, count)
     if find_spec("torch"):
         from torch.utils.data import DataLoader
@@ -189,16 +170,15 @@ def _reader(folder: Path, count: int, batch_size: int) -> tuple[str, Callable[[]
         return "DataLoader", lambda: sum(len(labels) for _, labels in loader)
     pool, random = ProcessPoolExecutor(_WORKERS, mp_context=get_context("spawn")), np.random.default_rng(0)
 
-    def chunks() -> Iterator[list[int]]:
+    def chunks() -> Iterator[tuple[Files, list[int]]]:
         order = random.permutation(count)[: count // batch_size * batch_size]
-        return (rows.tolist() for rows in order.reshape(-1, batch_size))
+        return ((files, rows.tolist()) for rows in order.reshape(-1, batch_size))
 
-    return "worker processes", lambda: sum(
-        len(labels) for _, labels in pool.map(_load, *zip(*((files, chunk) for chunk in chunks()), strict=True))
-    )
+    return "worker processes", lambda: sum(len(labels) for _, labels in pool.map(_load, chunks()))
 
 
-def _load(files: Files, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _load(chunk: tuple[Files, list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    files, rows = chunk
     features, labels = zip(*(files[row] for row in rows), strict=True)
     return np.stack(features), np.stack(labels)
 
@@ -211,7 +191,3 @@ def _as_text(report: Mapping[str, Any]) -> str:
         f"  store over files                  {report['store_over_files']:10.1f}x\n"
         f"first batch of {report['many_examples']:,} examples after {report['seconds_to_first_batch']:.2f} s"
     )
-
-
-def _progress(text: str) -> None:
-    print(f"  {text}", file=sys.stderr, flush=True)

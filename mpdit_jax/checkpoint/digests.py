@@ -1,9 +1,9 @@
-"""Digests of arrays: what was saved is compared with what is read, bit by bit.
+"""Digests of arrays, by which a checkpoint that is read is compared with what was saved.
 
 A digest is two sums over an array's entries, modulo 2^32, of numbers mixed from the entry's bits and its position. Sums
-do not depend on how an array is cut up, so that every process adds up the part it holds, on its own devices, and what
-eight devices saved is checked by one, or the other way round. A changed entry always changes the first sum (its mixing
-is a bijection); several changes cancel with a probability of about 2^-64. It guards against damage, not forgery.
+do not depend on the sharding: every process adds up the part it holds, and one device checks what eight saved. A
+changed entry always changes the first sum (its mixing is a bijection); several changes cancel with a probability of
+about 2^-64. Digests guard against damage, not forgery.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,15 +16,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 Digests = dict[str, str]
-"""An array's dotted place in its tree, to dtype, shape and digest, such as `float32[2, 16] 0123456789abcdef`."""
+"""From an array's path in its tree to dtype, shape and digest, such as `float32[2, 16] 0123456789abcdef`."""
 
 
 def digests(tree: Any) -> Digests:
-    """The digests of all arrays of a tree; every process that holds a part of them must call this.
-
-    Args:
-        tree: a pytree of arrays of whole or floating-point numbers, sharded in any way.
-    """
+    """The digests of all arrays of a pytree, sharded in any way. Collective."""
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
               for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}  # fmt: skip
     if not leaves:
@@ -42,7 +38,7 @@ def differing(saved: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
 
 
 def _everywhere(leaf: jax.Array) -> Sharding | None:
-    """Where the sums go: to every process."""
+    """The sharding of the sums: replicated over the mesh."""
     sharding = leaf.sharding
     return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
 
@@ -66,7 +62,7 @@ def _sums(x: jax.Array) -> jax.Array:
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    """The entries as uint32, one each; those of 8 bytes as two along a new last axis."""
+    """The entries as uint32; those of 8 bytes as two along a new last axis."""
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]

@@ -1,4 +1,4 @@
-"""Reading a trained model, and the config of its run, from a workdir."""
+"""Loading of a trained model, and of its run's config, from a workdir."""
 
 import warnings
 from functools import partial
@@ -19,7 +19,7 @@ CONFIG = "config.json"
 
 
 def load_config(workdir: str | Path) -> FrozenConfigDict:
-    """The resolved config stored in a workdir.
+    """Load the resolved config stored in a workdir.
 
     Raises:
         CheckpointError: no run there, or its config cannot be read.
@@ -33,7 +33,7 @@ def load_config(workdir: str | Path) -> FrozenConfigDict:
     if not path.is_file():
         raise CheckpointError(
             f"{workdir} holds no run ({CONFIG} is missing): train one with "
-            f"`python -m mpdit_jax.train --config=configs/digits.py --workdir={workdir}`."
+            f"`python -m mpdit_jax.train --config=digits --workdir={workdir}`."
         )
     try:
         return from_json(path.read_text())
@@ -42,14 +42,14 @@ def load_config(workdir: str | Path) -> FrozenConfigDict:
 
 
 def load_checkpoint(workdir: str | Path, step: int | None = None, ema: bool = True) -> MPDiT:
-    """A trained model from a workdir, replicated over this process's devices; see `load_step`."""
+    """Load a trained model from a workdir, replicated over this process's devices; see `load_step`."""
     return load_step(workdir, step, ema)[1]
 
 
 def load_together(workdir: str | Path, step: int | None = None, ema: bool = True) -> tuple[int, MPDiT]:
-    """As `load_step`, by all processes together: which checkpoint is the newest, process 0 alone decides.
+    """Load a model as `load_step` does, with process 0 choosing the newest checkpoint for all. Collective.
 
-    The run may still be training, and its next checkpoint may come while they look.
+    The run may still be training, and its next checkpoint may come between two processes' looks.
     """
     loaded = run_on_process_0(partial(load_step, workdir, step, ema))
     found = broadcast(loaded[0] if loaded is not None else 0)
@@ -57,15 +57,15 @@ def load_together(workdir: str | Path, step: int | None = None, ema: bool = True
 
 
 def load_step(workdir: str | Path, step: int | None = None, ema: bool = True) -> tuple[int, MPDiT]:
-    """A trained model from a workdir, replicated over this process's devices, and the step it is of.
+    """Load a trained model from a workdir, replicated over this process's devices, and its step.
 
-    Arrays that JAX has not been told to put on one device go with it as they are; with several devices, those that
-    have been need `jax.device_put(x, jax.sharding.NamedSharding(...))` over all of them first.
+    Arrays that were put on one of several devices explicitly need
+    `jax.device_put(x, jax.sharding.NamedSharding(...))` over all of them before they go into the model.
 
     Args:
         workdir: the folder given to `train`.
         step: which checkpoint; default the newest that is whole, with a DamageWarning if newer ones are not.
-        ema: the moving average of the parameters (what one samples from), or the parameters themselves.
+        ema: the moving average of the parameters, from which one samples, or the parameters themselves.
 
     Raises:
         CheckpointError: no run, no checkpoint, none at `step` (the message lists those there are), or a damaged one.
@@ -76,19 +76,21 @@ def load_step(workdir: str | Path, step: int | None = None, ema: bool = True) ->
     if step is not None and step not in numbered_folders(workdir):
         raise CheckpointError(f"{workdir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
     structure, shapes = abstract(model_config(config))
-    everywhere = replicated(make_mesh(devices=jax.local_devices()))
+    mesh = make_mesh(devices=jax.local_devices())
+    everywhere = replicated(mesh)
     target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere) for name, leaf in shapes.items()}
     item = "ema_parameters" if ema else "parameters"
     folder = Path(workdir).resolve() / CHECKPOINTS
     problems = []
     for candidate in sorted(numbered_folders(workdir), reverse=True) if step is None else [step]:
         try:
-            items, notes = read_step(folder / str(candidate), {item: target})
+            with jax.set_mesh(mesh):  # the caller may have set another
+                items = read_step(folder / str(candidate), {item: target})
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        for note in [*(f"{problem}; step {candidate} is used" for problem in problems), *notes]:
-            warnings.warn(f"{note}.", DamageWarning, stacklevel=3)
+        for problem in problems:
+            warnings.warn(f"{problem}; step {candidate} is used.", DamageWarning, stacklevel=3)
         return candidate, merge(structure, items[item])
     older = [str(other) for other in steps if other != step]
     raise CheckpointError(f"{problems[0]}: move it away to use another (there are: {', '.join(older) or 'none'}).")

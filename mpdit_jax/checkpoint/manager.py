@@ -1,9 +1,9 @@
-"""Checkpoints: what is saved, restored, found damaged and set aside.
+"""The checkpoints of a run: saving, restoring, and setting damaged ones aside.
 
 workdir/config.json               the resolved config of the run
-workdir/.saved                    that there has been a checkpoint
+workdir/.saved                    marks that there has been a checkpoint
 workdir/checkpoints/STEP/         parameters, ema_parameters, optimizer and progress, by Orbax, and their digests
-workdir/damaged_checkpoints/STEP/ what was moved out of the way because it could not be read
+workdir/damaged_checkpoints/STEP/ checkpoints that could not be read
 """
 
 import dataclasses
@@ -18,33 +18,33 @@ import jax
 import orbax.checkpoint as ocp
 
 from mpdit_jax.checkpoint import digests as integrity
-from mpdit_jax.checkpoint.reader import CHECKPOINTS as CHECKPOINTS
 from mpdit_jax.checkpoint.reader import (
+    CHECKPOINTS,
     DIGESTS,
     DIGESTS_VERSION,
     incomplete,
+    list_steps,
     numbered_folders,
     read_together,
 )
-from mpdit_jax.checkpoint.reader import list_steps as list_steps
 from mpdit_jax.distributed.collectives import broadcast, first_sentence, run_on_process_0
 from mpdit_jax.errors import CheckpointError, ProcessError, UnavailableError
-from mpdit_jax.io.files import reason
+from mpdit_jax.io.paths import reason
 
 SAVED = ".saved"
 DAMAGED = "damaged_checkpoints"
-# Orbax has every replica write its part of an array, and compiles a program for each such part: below so many bytes a
-# part, that costs more than it saves. (The large arrays of a model are stacks of all its blocks.)
+# Orbax has every replica write its part of an array and compiles a program for each part, which is not worth it below
+# so many bytes a part.
 _SMALLEST_PART = 64 * 1024
 T = TypeVar("T")
 
 
 class Restored(NamedTuple):
-    """What a run continues from."""
+    """The checkpoint that a run continues from."""
 
     step: int
     items: dict[str, Any]
-    notes: list[str]  # a sentence for everything that was not as it should be; of what was moved, on the first process
+    notes: list[str]  # a sentence for each checkpoint that was moved aside; on process 0 only
 
 
 class Checkpoints:
@@ -74,7 +74,7 @@ class Checkpoints:
         if "_manager" in vars(self):
             try:
                 self._guarded(self._manager.wait_until_finished)
-                self._guarded(self._note)
+                self._guarded(self._mark_saved)
             finally:
                 self._guarded(self._manager.close)
 
@@ -83,12 +83,12 @@ class Checkpoints:
         return max(list_steps(self._workdir), default=None)
 
     def save(self, step: int, items: Mapping[str, Any], *, keep_older: bool = False) -> None:
-        """Save pytrees by name with their digests, in the background; a step that is there already is left alone.
+        """Save pytrees with their digests in the background, unless there is a checkpoint of that step already.
 
         Args:
-            step: what it is of.
-            items: the pytrees.
-            keep_older: delete nothing for it, however many there are.
+            step: of the run.
+            items: the pytrees, by name.
+            keep_older: keep all older checkpoints, however many there are.
 
         Raises:
             CheckpointError: this one or the one before it could not be written, as when the disk is full.
@@ -98,7 +98,7 @@ class Checkpoints:
             self._manager.close()
             del self._manager
             self._options = dataclasses.replace(self._options, max_to_keep=None)
-        self._guarded(self._note)
+        self._guarded(self._mark_saved)
         if self._guarded(lambda: step in self._manager.all_steps()):
             return
         saved: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
@@ -106,41 +106,29 @@ class Checkpoints:
         saved[DIGESTS] = ocp.args.JsonSave({"version": DIGESTS_VERSION, "step": step, "items": record})
         self._guarded(partial(self._manager.save, step, args=ocp.args.Composite(**saved), force=True))
 
-    def _note(self) -> None:
-        """Note that there has been a checkpoint: without one there later, the run has lost it."""
+    def _mark_saved(self) -> None:
+        """Leave a file that tells a run that lost its checkpoints from one that never had any."""
         if jax.process_index() == 0 and not (self._workdir / SAVED).exists() and list_steps(self._workdir):
             (self._workdir / SAVED).touch()
 
     def wait(self) -> None:
-        """Return when everything is on disk.
-
-        Raises:
-            CheckpointError: it could not be written.
-        """
+        """Return when everything is on disk; raise CheckpointError if it could not be written."""
         if "_manager" in vars(self):
             self._guarded(self._manager.wait_until_finished)
 
-    def restore(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
-        """The pytrees saved at `step`, laid out as `targets` (shapes with shardings) says.
-
-        Raises:
-            CheckpointError: there is none, or it is damaged.
-        """
-        return read_together(self._folder / str(step), targets)[0]
-
     def restore_newest(self, targets: Mapping[str, Any]) -> Restored | None:
-        """The newest checkpoint that is whole; None if there is none of any kind. Damaged ones are moved aside.
+        """Restore the newest whole checkpoint; None if there is none of any kind. Collective.
 
-        Nothing is moved unless a whole one is found, and nothing is ever deleted.
+        If a whole one is found, damaged ones are moved aside; nothing is deleted.
 
         Raises:
-            UnavailableError: the newest that may be whole cannot be read now.
-            CheckpointError: there are checkpoints, and none of them is whole.
+            UnavailableError: the newest one that may be whole cannot be read now.
+            CheckpointError: there are checkpoints, and none is whole.
         """
         problems: dict[int, str] = {}
         for step in self._seen_by_all():
             try:
-                items, notes = read_together(self._folder / str(step), targets)
+                items = read_together(self._folder / str(step), targets)
             except UnavailableError as error:
                 raise UnavailableError(
                     f"{error}, which need not be damage, and nothing was moved: mend that, or move the folder away to "
@@ -149,7 +137,7 @@ class Checkpoints:
             except CheckpointError as error:
                 problems[step] = str(error)
                 continue
-            return Restored(step, items, [*notes, *(run_on_process_0(partial(self._set_aside, step, problems)) or [])])
+            return Restored(step, items, run_on_process_0(partial(self._set_aside, step, problems)) or [])
         if problems:
             newest = max(problems)
             others = f", and neither can the other {len(problems) - 1}" if len(problems) > 1 else ""
@@ -159,10 +147,10 @@ class Checkpoints:
         return None
 
     def _seen_by_all(self) -> Iterator[int]:
-        """Steps of all that has the name of a checkpoint, from the newest down; the first process says which.
+        """Steps of the folders that process 0 sees with the name of a checkpoint, from the newest down.
 
         Raises:
-            ProcessError: another one does not see it.
+            ProcessError: another process does not see one of them.
         """
         step = 2**31 - 1
         while True:
@@ -176,11 +164,8 @@ class Checkpoints:
             yield step
 
     def _set_aside(self, used: int, problems: Mapping[int, str]) -> list[str]:
-        """Move everything that has the name of a checkpoint and is none; a sentence each.
-
-        By one process from the list to the last move: another would look for what has been moved meanwhile.
-        """
-        # Older ones that are no checkpoints would be counted by Orbax, and deleted in their turn.
+        """Move aside every folder that has the name of a checkpoint and is none; a sentence each. On process 0."""
+        # Orbax would count older ones, and delete them in their turn.
         older = sorted(numbered_folders(self._workdir) - {*list_steps(self._workdir), *problems})
         every = {**problems, **{step: incomplete(self._folder / str(step)) for step in older}}
         return [
@@ -198,7 +183,7 @@ class Checkpoints:
         return (self._folder / str(step)).rename(place)
 
     def _guarded(self, action: Callable[[], T]) -> T:
-        """What `action` gives; what the storage layer raises becomes a sentence."""
+        """Run an action of the storage layer; its errors become a sentence."""
         try:
             return action()
         except Exception as error:  # how a disk fails is up to the storage layer
@@ -213,10 +198,10 @@ class Checkpoints:
 
 
 def _meet(*, key: str, timeout_ms: int) -> None:
-    """Where the threads that write wait for those of the other processes.
+    """The barrier of the threads that write.
 
-    Orbax has a thread come here that has failed as well, and tells of the failure when all others have come: those wait
-    elsewhere, for what it has not written. It leaves instead, and its process ends with the sentence, and then they.
+    Orbax lets a thread that failed wait here too, while the others wait elsewhere for what it did not write. It raises
+    its failure instead, which ends its process, and then the others.
     """
     if jax.process_count() == 1:
         return
@@ -227,7 +212,7 @@ def _meet(*, key: str, timeout_ms: int) -> None:
 
 
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    """What writes a checkpoint's items."""
+    """The handlers that write a checkpoint's items."""
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SMALLEST_PART)
     types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()

@@ -1,4 +1,4 @@
-"""A checkpoint on disk: which folders are one, and reading one so that damage is noticed."""
+"""The reader of checkpoints: which folders are one, and what they hold, compared with its digests."""
 
 import errno
 import os
@@ -12,22 +12,16 @@ import orbax.checkpoint as ocp
 from mpdit_jax.checkpoint import digests as integrity
 from mpdit_jax.distributed.collectives import first_sentence
 from mpdit_jax.errors import CheckpointError, UnavailableError
-from mpdit_jax.io.files import parse_json, reason
+from mpdit_jax.io.json_files import parse_json
+from mpdit_jax.io.paths import reason
 
 CHECKPOINTS = "checkpoints"
 DIGESTS, DIGESTS_VERSION = "integrity", 1  # an item of its own
 _DIGESTS_FILE = "metadata"  # that Orbax keeps an item of JSON in
-# What a system says that cannot read now what may be sound: not permitted, gone for now, too many files, no memory.
+# Errors of a system that cannot read now what may be sound: not permitted, gone for now, too many files, no memory.
 _PASSING = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.ENOTCONN,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-)
+    errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM
+)  # fmt: skip
 _EXTENSIBLE = "progress"  # the item that later versions may add scalars to; those that a checkpoint lacks are zero
 
 
@@ -38,7 +32,7 @@ def list_steps(workdir: str | Path) -> list[int]:
 
 
 def newest_in_words(workdir: str | Path) -> str:
-    """What of a run is safe on disk, as in "the checkpoint of step 300"."""
+    """The newest finished checkpoint in words, such as "the checkpoint of step 300"."""
     steps = list_steps(workdir)
     return f"the checkpoint of step {steps[-1]}" if steps else "no checkpoint yet"
 
@@ -51,7 +45,7 @@ def numbered_folders(workdir: str | Path) -> set[int]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every part is there that Orbax has noted down."""
+    """Whether every part is there that Orbax lists, the digests among them."""
     try:
         return _has_its_parts(folder)
     except OSError:
@@ -61,7 +55,7 @@ def is_complete(folder: Path) -> bool:
 def _has_its_parts(folder: Path) -> bool:
     try:
         parts = parse_json((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
-        return bool(parts) and all(
+        return DIGESTS in parts and all(
             (folder / part / (_DIGESTS_FILE if part == DIGESTS else "_METADATA")).is_file() for part in parts
         )
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
@@ -69,20 +63,15 @@ def _has_its_parts(folder: Path) -> bool:
 
 
 def incomplete(folder: Path) -> str:
-    """The sentence about a checkpoint that lacks a part."""
+    """The words for a checkpoint that lacks a part."""
     return f"the checkpoint {folder} is incomplete"
 
 
-def read_together(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """As `read_step`, by all processes together: it fails on all of them if it fails on one.
-
-    Raises:
-        UnavailableError: it cannot be read now, which says nothing about what is there.
-        CheckpointError: it cannot be read, or is not what was saved.
-    """
+def read_together(folder: Path, targets: Mapping[str, Any]) -> dict[str, Any]:
+    """Read one checkpoint as `read_step` does; it fails on all processes if it fails on one. Collective."""
     problem = refused = ""
     try:
-        items, notes, record = _restored(folder, targets)
+        items, record = _restore(folder, targets)
     except CheckpointError as error:
         problem = str(error)
         refused = problem if isinstance(error, UnavailableError) else ""
@@ -91,30 +80,35 @@ def read_together(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, A
         refused = first_sentence(refused, "whether it is damaged")
         raise UnavailableError(refused) if refused else CheckpointError(problem)
     _verify(folder, items, record)
-    return items, notes
+    return items
 
 
-def read_step(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The items of one checkpoint, compared with their digests, and sentences about what is unusual."""
-    items, notes, record = _restored(folder, targets)
+def read_step(folder: Path, targets: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the items of one checkpoint and compare them with their digests.
+
+    Args:
+        folder: of the checkpoint.
+        targets: shapes with shardings of each item, by name.
+
+    Raises:
+        UnavailableError: it cannot be read now, and may be sound.
+        CheckpointError: it cannot be read, or is not what was saved.
+    """
+    items, record = _restore(folder, targets)
     _verify(folder, items, record)
-    return items, notes
+    return items
 
 
-def _restored(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], dict[str, Any] | None]:
-    """Items, notes, and the digests they should have; not compared yet."""
+def _restore(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The items, and the record of digests they should have."""
     try:
-        complete = _has_its_parts(folder)
-    except OSError as error:
-        raise _unreadable(folder, error) from error
-    if not complete:
-        raise CheckpointError(incomplete(folder))
-    # Each process reads for itself: a barrier would leave the others waiting for one that fails.
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="alone"
-    )
-    try:
-        record = _recorded(folder)
+        if not _has_its_parts(folder):
+            raise CheckpointError(incomplete(folder))
+        record = _read_record(folder)
+        # Each process reads for itself: a barrier would leave the others waiting for one that fails.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="alone"
+        )
         items = {}
         handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
@@ -122,29 +116,18 @@ def _restored(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any],
                 stored = handler.metadata(folder / name).tree if name == _EXTENSIBLE else target
                 wanted = ocp.args.StandardRestore(_only(target, stored))
                 items[name] = _filled(target, checkpointer.restore(folder / name, args=wanted))
-    except UnavailableError:
+    except CheckpointError:
         raise
     except Exception as error:  # what damage looks like is up to the storage layer
-        raise _unreadable(folder, error) from error
-    notes = []
-    if record is None:
-        notes.append(f"the checkpoint {folder} is of a version that kept no digests: it is used unchecked")
-    return items, notes, record
+        refused = any(os.strerror(code) in str(error) for code in _PASSING)
+        raise (UnavailableError if refused else CheckpointError)(
+            f"the checkpoint {folder} cannot be read ({reason(error)})"
+        ) from error
+    return items, record
 
 
-def _unreadable(folder: Path, error: Exception) -> CheckpointError:
-    text = str(error)
-    refused = any(os.strerror(code) in text for code in _PASSING)
-    return (UnavailableError if refused else CheckpointError)(
-        f"the checkpoint {folder} cannot be read ({reason(error)})"
-    )
-
-
-def _recorded(folder: Path) -> dict[str, Any] | None:
-    """What was noted down when it was saved; None for checkpoints from before that was done."""
-    parts = parse_json((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
-    if DIGESTS not in parts:
-        return None
+def _read_record(folder: Path) -> dict[str, Any]:
+    """The step and the digests that were recorded when the checkpoint was saved."""
     record: dict[str, Any] = parse_json((folder / DIGESTS / _DIGESTS_FILE).read_text())
     if record["version"] > DIGESTS_VERSION:
         raise UnavailableError(
@@ -157,30 +140,27 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
 
 
 def _only(target: Any, stored: Any) -> Any:
-    """The part of a tree of dicts that is stored."""
+    """The part of a tree of dicts `target` that is stored."""
     if not isinstance(target, Mapping):
         return target
     return {name: _only(value, stored[name]) for name, value in target.items() if name in stored}
 
 
 def _filled(target: Any, restored: Any) -> Any:
-    """A tree of dicts as `target` has it, with zeros for what was not stored."""
+    """The restored tree of dicts, with zeros for what `target` has and was not stored."""
     if not isinstance(target, Mapping):
         return restored
+
+    def zeros(leaf: Any) -> jax.Array:
+        return jax.jit(lambda: jax.numpy.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
+
     return {
-        name: _filled(value, restored[name]) if name in restored else _zeros(value) for name, value in target.items()
+        name: _filled(value, restored[name]) if name in restored else jax.tree.map(zeros, value)
+        for name, value in target.items()
     }
 
 
-def _zeros(target: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf: jax.jit(lambda: jax.numpy.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)(), target
-    )
-
-
-def _verify(folder: Path, items: Mapping[str, Any], record: Mapping[str, Any] | None) -> None:
-    if record is None:
-        return
+def _verify(folder: Path, items: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     if record["step"] != int(folder.name):
         raise CheckpointError(f"the checkpoint {folder} is of step {record['step']}, not of the one it is named after")
     for name, tree in items.items():

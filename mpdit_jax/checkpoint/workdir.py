@@ -1,10 +1,11 @@
-"""The claim of one run on its workdir: a lock, a config that fits, and a check that the folder is still the same."""
+"""The lock of a run on its workdir, and the check that its config continues what is stored there."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import jax
 from ml_collections import FrozenConfigDict
@@ -13,74 +14,80 @@ from mpdit_jax.checkpoint.load import CONFIG, load_config
 from mpdit_jax.checkpoint.manager import DAMAGED, SAVED
 from mpdit_jax.checkpoint.reader import CHECKPOINTS, list_steps, numbered_folders
 from mpdit_jax.config.base import differences, to_json
-from mpdit_jax.data.info import FACTS, FACTS_FILE
+from mpdit_jax.data.info import INFO_FIELDS, INFO_FILE
 from mpdit_jax.distributed.collectives import first_sentence, run_on_process_0
 from mpdit_jax.errors import CheckpointError, MPDiTError, ProcessError
-from mpdit_jax.io.files import (
-    Lock,
-    atomic_write,
-    check_place,
-    check_writable,
-    is_json_with,
-    parse_json,
-    remove_stale_tmp,
-    take_lock,
-)
+from mpdit_jax.io.atomic import atomic_write, check_writable
+from mpdit_jax.io.json_files import is_json_with
+from mpdit_jax.io.locked_folder import LOCK, Job, LockedFolder
+from mpdit_jax.io.paths import check_place
 
-_LOCK = ".lock"
 _METRICS, _SAMPLES, _TENSORBOARD, _EVALUATION = "metrics.jsonl", "samples", "tensorboard", "evaluation"
-_OF_A_RUN = ("model", "optimizer", "data")  # fields of every version's config
+_CONFIG_FIELDS = ("model", "data")  # of every version's config, a VAE's included
 _FOLDERS = (CHECKPOINTS, DAMAGED, _SAMPLES, _TENSORBOARD)
+_STALE = (CONFIG, _METRICS, INFO_FILE, f"{_SAMPLES}/*", "vae/*", "reconstructions.png")  # not those of other commands
+_TRAINING = Job("training", "writing to", "use another --workdir", CheckpointError, stale=_STALE)
+Compare: TypeAlias = Callable[[Path, FrozenConfigDict], Mapping[str, tuple[Any, Any]]]
+"""From a workdir and a config to the fields in which it contradicts the stored one, by path: (stored, new)."""
 
 
-class Claim:
-    """What a run holds of its workdir.
+class LockedWorkdir:
+    """A workdir that a run holds.
 
     Attributes:
-        note: a sentence about what was found there and put aside; empty if nothing was, and on other processes than
+        note: a sentence about an earlier record that was renamed; empty if there was none, and on all processes but
             the first.
     """
 
-    def __init__(self, lock: Lock | None, note: str = "") -> None:
-        """The lock is None on every process but the first."""
-        self._lock, self.note = lock, note
+    def __init__(self, folder: LockedFolder | None, note: str = "") -> None:
+        """`folder` is None on every process but the first."""
+        self._folder, self.note = folder, note
 
     def check(self) -> None:
-        """Raise CheckpointError, on every process, if the workdir was deleted or replaced since; all must ask."""
-        run_on_process_0(self._check)
+        """Raise CheckpointError, on every process, if the workdir was deleted or replaced. Collective."""
+        run_on_process_0(lambda: None if self._folder is None else self._folder.check())
 
-    def _check(self) -> None:
-        if self._lock is not None:
-            self._lock.check("run")
+
+def compare_configs(workdir: Path, config: FrozenConfigDict) -> Mapping[str, tuple[Any, Any]]:
+    """The fields in which a run's config contradicts the one stored in its workdir, see `Compare`."""
+    return differences(load_config(workdir), config)
 
 
 @contextmanager
-def lock_workdir(workdir: Path, config: FrozenConfigDict) -> Iterator[Claim]:
-    """Hold the workdir for one run: store `config` there, or check that it continues what is stored.
+def lock_workdir(
+    workdir: Path, config: FrozenConfigDict, compare: Compare = compare_configs
+) -> Iterator[LockedWorkdir]:
+    """Hold the workdir for one run: store `config` there, or check that it continues what is stored. Collective.
+
+    Args:
+        workdir: the folder.
+        config: of the run, resolved; stored as config.json.
+        compare: finds what contradicts the stored config; raises MPDiTError for one that cannot be read.
 
     Raises:
         CheckpointError: another run is writing here (it is named), the workdir holds a run of another config (the
             differences are shown), or checkpoints without a config.
         InputError: the workdir cannot be written, or a file is where a folder is to go.
+        ProcessError: another process has another folder under this name.
     """
-    lock, note = run_on_process_0(partial(_claim, workdir, config)) or (None, "")
+    folder, note = run_on_process_0(partial(_lock, workdir, config, compare)) or (None, "")
     try:
         _check_shared(workdir)
-        yield Claim(lock, note)
+        yield LockedWorkdir(folder, note)
     finally:
-        if lock is not None:
-            lock.close()  # the system lets go of it as well when the process ends, however it ends
+        if folder is not None:
+            folder.close()
 
 
 def _check_shared(workdir: Path) -> None:
-    """Raise ProcessError, on every process, unless all see the lock that the first one holds.
+    """Raise ProcessError, on every process, unless all read the lock that process 0 wrote.
 
-    A folder of another machine that has the same name would get that machine's part of every checkpoint.
+    On a folder that is not shared, each machine would get a part of every checkpoint.
     """
     if jax.process_count() == 1:
         return
     try:
-        seen = (workdir / _LOCK).read_text().strip()
+        seen = (workdir / LOCK).read_text().strip()
     except OSError as error:
         seen = error.strerror or "cannot be read"
     held = first_sentence(seen if jax.process_index() == 0 else "", "the first holds the lock")
@@ -89,59 +96,52 @@ def _check_shared(workdir: Path) -> None:
         raise ProcessError(f"{problem}: give one on a file system that all machines share.")
 
 
-def _claim(workdir: Path, config: FrozenConfigDict) -> tuple[Lock, str]:
+def _lock(workdir: Path, config: FrozenConfigDict, compare: Compare) -> tuple[LockedFolder, str]:
     check_writable(workdir / CONFIG)
     for name in (*_FOLDERS, _METRICS):
         check_place(workdir / name, folder=name in _FOLDERS)
-    if os.path.islink(workdir / CHECKPOINTS) and not os.path.exists(workdir / CHECKPOINTS):
+    checkpoints = workdir / CHECKPOINTS
+    if checkpoints.is_symlink() and not checkpoints.exists():
         raise CheckpointError(
-            f"{workdir / CHECKPOINTS} is a link to {os.readlink(workdir / CHECKPOINTS)}, which is not there: mount it, "
-            "or remove the link to begin again."
+            f"{checkpoints} is a link to {os.readlink(checkpoints)}, which is not there: mount it, or remove the link "
+            "to begin again."
         )
-    if os.path.isdir(workdir / CHECKPOINTS):
-        check_writable(workdir / CHECKPOINTS / "_")
-    lock = take_lock(workdir / _LOCK)
-    if isinstance(lock, str):
-        raise CheckpointError(
-            f"another training is writing to {workdir} ({lock}): wait for it to end, or use another --workdir."
-        )
+    if checkpoints.is_dir():
+        check_writable(checkpoints / "_")
+    folder = LockedFolder(workdir, _TRAINING)
     try:
-        for name in (CONFIG, _METRICS, FACTS_FILE):
-            remove_stale_tmp(workdir, name)
-        remove_stale_tmp(workdir / _SAMPLES)
-        return lock, _claim_config(workdir, config)
+        if numbered_folders(workdir):
+            note = ""
+            _check_config(workdir, config, compare)
+        else:  # there is nothing to continue that another config could contradict
+            note = _keep_other_record(workdir, config, compare)
+        # Of a run that is done, the stored config says how far it went.
+        if max(list_steps(workdir), default=0) < config.steps:
+            with atomic_write(workdir / CONFIG) as file:
+                file.write(to_json(config).encode())
     except BaseException:
-        lock.close()
+        folder.close()
         raise
+    return folder, note
 
 
-def _claim_config(workdir: Path, config: FrozenConfigDict) -> str:
-    note = ""
-    if not numbered_folders(workdir):  # there is nothing to continue that another config could contradict
-        note = _keep_other_record(workdir, config)
-    elif (workdir / CONFIG).exists():
-        changed = differences(load_config(workdir), config)
-        if changed:
-            lines = [f"  config.{path}: {old!r} in the run, {new!r} now" for path, (old, new) in changed.items()]
-            raise CheckpointError(
-                f"{workdir} holds a run of another config:\n"
-                + "\n".join(lines)
-                + "\nUse another --workdir for a new run, or leave these fields as they were to continue this one."
-            )
-    else:
+def _check_config(workdir: Path, config: FrozenConfigDict, compare: Compare) -> None:
+    if not (workdir / CONFIG).exists():
         raise CheckpointError(f"{workdir} has checkpoints but no {CONFIG}; restore that file or use another workdir.")
-    if max(list_steps(workdir), default=0) >= config.steps:
-        return note  # the run is done already: what is stored says how far it went
-    with atomic_write(workdir / CONFIG) as file:
-        file.write(to_json(config).encode())
-    return note
+    if changed := compare(workdir, config):
+        lines = [f"  config.{path}: {old!r} in the run, {new!r} now" for path, (old, new) in changed.items()]
+        raise CheckpointError(
+            f"{workdir} holds a run of another config:\n"
+            + "\n".join(lines)
+            + "\nUse another --workdir for a new run, or leave these fields as they were to continue this one."
+        )
 
 
-def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
-    """Rename what a run without checkpoints has left, rather than write over it."""
+def _keep_other_record(workdir: Path, config: FrozenConfigDict, compare: Compare) -> str:
+    """Rename what a run without checkpoints left, so that it is not overwritten; the sentence that says so."""
     metrics, whose = workdir / _METRICS, "another run"
     if not (metrics.exists() and metrics.stat().st_size):
-        for name, fields in ((CONFIG, _OF_A_RUN), (FACTS_FILE, FACTS)):
+        for name, fields in ((CONFIG, _CONFIG_FIELDS), (INFO_FILE, INFO_FIELDS)):
             if (workdir / name).exists() and not is_json_with(workdir / name, fields):
                 raise CheckpointError(
                     f"{workdir / name} is not of a run of this project, and would be overwritten: use another "
@@ -149,14 +149,14 @@ def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
                 )
         return ""
     try:
-        if (workdir / CONFIG).exists() and not differences(stored := load_config(workdir), config):
-            if not has_saved(workdir, stored.checkpoint.every):
+        if (workdir / CONFIG).exists() and not compare(workdir, config):
+            if not (workdir / SAVED).exists():
                 return ""  # the same run, killed before its first checkpoint: it writes the same lines
             whose = "this run"
     except MPDiTError:
         pass  # not a config of this version
-    # The metrics last: as long as they are there, what a kill cuts short here is made up for by the next start.
-    names = (CONFIG, FACTS_FILE, _SAMPLES, _TENSORBOARD, _EVALUATION, _METRICS)
+    # The metrics last: as long as they are there, the next start renames what a kill left unrenamed.
+    names = (CONFIG, INFO_FILE, _SAMPLES, _TENSORBOARD, _EVALUATION, _METRICS)
     record = [workdir / name for name in names if (workdir / name).exists()]
     count = 1
     while any(_numbered(path, count).exists() for path in record):
@@ -164,27 +164,6 @@ def _keep_other_record(workdir: Path, config: FrozenConfigDict) -> str:
     kept = [path.rename(_numbered(path, count)) for path in record]
     (workdir / SAVED).unlink(missing_ok=True)
     return f"{workdir} holds no checkpoint, but the record of {whose}, now in {', '.join(map(str, kept))}"
-
-
-def has_saved(workdir: Path, every: int) -> bool:
-    """Whether a run that saves `every` so many steps has had a checkpoint, whatever became of it.
-
-    It notes that down; those of older versions did not, and their second checkpoint waited for the first.
-    """
-    return (workdir / SAVED).exists() or _last_step(workdir / _METRICS) > 2 * every
-
-
-def _last_step(metrics: Path) -> int:
-    """The highest step of a run's log, 0 if there is none; lines that cannot be read do not count."""
-    if not metrics.is_file():
-        return 0
-    steps = [0]
-    for line in metrics.read_bytes().splitlines():
-        try:
-            steps.append(int(parse_json(line)["step"]))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return max(steps)
 
 
 def _numbered(path: Path, count: int) -> Path:

@@ -1,1 +1,1 @@
-"""What a run will need on machines that are not here: memory, traffic, a bound on its time."""
+"""Ahead-of-time compilation for devices that this machine lacks: memory, traffic and a lower bound on the time."""

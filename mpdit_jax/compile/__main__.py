@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.compile`: will it fit, and what will it move, on machines that are not here."""
+"""`python -m mpdit_jax.compile`: memory and traffic of a config's programs on devices that this machine lacks."""
 
 import json
 import sys
@@ -10,27 +10,27 @@ from mpdit_jax.errors import InputError
 from mpdit_jax.runtime.cli import run
 
 _EXAMPLES = """\
-  python -m mpdit_jax.compile --config=configs/mpdit_xl_256.py --topology=v5e:16x16
-  python -m mpdit_jax.compile --config=configs/mpdit_xl_256.py --topology=v4:4x4x4 --config.mesh.fsdp=16
-  python -m mpdit_jax.compile --config=configs/mpdit_b_256.py --devices=8 --format=json
+  python -m mpdit_jax.compile --config=mpdit_xl_256 --topology=v5e:16x16
+  python -m mpdit_jax.compile --config=mpdit_xl_256 --topology=v4:4x4x4 --config.mesh.fsdp=16
+  python -m mpdit_jax.compile --config=mpdit_b_256 --devices=8 --format=json
 """
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compile as the arguments say and print; exit status 1 if it does not fit."""
+    """Compile and print the report; return exit status 1 if a program does not fit."""
     parser = make_config_parser(
         "compile",
         "Compile a config's train step and sampler for a TPU topology (extra [tpu]; no TPU is needed) or for virtual "
-        "CPU devices, and print what each chip needs: memory, traffic, a bound on the time. Where it does not fit, "
-        "settings with less memory are tried in turn.",
+        "CPU devices, and print the memory, the traffic and a lower bound on the time of each chip. If a program does "
+        "not fit, settings that need less memory are tried in turn.",
         _EXAMPLES,
     )
     parser.usage = f"{parser.prog} --config=FILE (--topology=CHIP:SIZE | --devices=N) [--config.FIELD=VALUE ...]"
-    parser.add_argument("--topology", default="", help="of v4, v5e, v5p or v6e, such as v5e:16x16 or v4:4x4x4")
-    parser.add_argument("--devices", type=int, default=0, help="virtual CPU devices, for meshes as of GPUs")
-    parser.add_argument("--sample_batch", type=int, default=0, help="images the sampler draws (default: 8 a chip)")
-    parser.add_argument("--no_sampler", action="store_true", help="the train step alone")
-    parser.add_argument("--no_search", action="store_true", help="do not look for a setting that fits")
+    parser.add_argument("--topology", default="", help="slice of v4, v5e, v5p or v6e chips, such as v5e:16x16")
+    parser.add_argument("--devices", type=int, default=0, help="number of virtual CPU devices, which stand for GPUs")
+    parser.add_argument("--sample_batch", type=int, default=0, help="images the sampler draws (default: 8 per chip)")
+    parser.add_argument("--no_sampler", action="store_true", help="compile the train step alone")
+    parser.add_argument("--no_search", action="store_true", help="do not search for a setting that fits")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="(default: %(default)s)")
     options, config = parse_with_config(parser, arguments)
     if bool(options.topology) == bool(options.devices):
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         sample_batch=options.sample_batch,
         sampler=not options.no_sampler,
         search=not options.no_search,
-        say=print if options.format == "text" else lambda text: print(text, file=sys.stderr),
+        log=print if options.format == "text" else lambda text: print(text, file=sys.stderr),
     )
     if options.format == "json":
         print(json.dumps(report, indent=2))

@@ -1,4 +1,4 @@
-"""Bytes that a compiled program moves between chips, read from its text."""
+"""Bytes that a compiled program moves between chips, read from its HLO text."""
 
 import dataclasses
 import math
@@ -13,60 +13,48 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one chip's collectives move in a run of a program.
+    """Bytes moved by one chip's collectives in a run of a program."""
 
-    Attributes:
-        by_kind: bytes of the arrays that the chip puts into or takes out of them: of an all-gather its result, of a
-            reduce-scatter its operand, which are the whole array.
-        sent: bytes that the chip sends, each collective as a ring of its n chips: of a gathered or scattered array all
-            but one nth, of an all-reduce, which is both, twice that.
-    """
-
-    by_kind: dict[str, int]
+    by_kind: dict[str, int]  # size of the whole arrays: an all-gather's result, a reduce-scatter's operand
+    # Bytes sent if each collective runs as a ring of its n chips: (n - 1) / n of a gathered or scattered array, twice
+    # as much of an all-reduce, which scatters and gathers, and all of a permuted array.
     sent: float
 
 
 def traffic(text: str, chips: int) -> Traffic:
-    """What a program's collectives move; the body of a loop counts as often as it runs.
+    """Count the bytes that the collectives of `compiled.as_text()` move; a loop's body counts as often as it runs.
 
-    TPU programs do many of them as rings beside the product that needs them: those are loops of collective permutes,
-    each of which moves one chip's part.
-
-    Args:
-        text: `compiled.as_text()`.
-        chips: that the program runs on.
-
-    Raises:
-        ConfigError: a program whose groups of chips cannot be read.
+    TPU programs run many collectives as a loop of collective permutes, each of which moves one chip's part, beside the
+    product that needs the result. Raise ConfigError if the groups of chips cannot be parsed.
     """
     by_kind, sent = dict.fromkeys(KINDS, 0), 0.0
     for visit in walk(text):
         operation = visit.instruction.operation
         kind = operation.removesuffix("-start")
-        if kind not in KINDS or _goes_on(visit):
+        if kind not in KINDS or _is_repeated(visit):
             continue
-        members = _members(visit.instruction.rest, chips)
-        size = visit.times * _whole(visit.instruction, kind, members)
+        members = _group_size(visit.instruction.rest, chips)
+        size = visit.times * _array_bytes(visit.instruction, kind, members)
         if kind == "all-reduce" and any("calls=%all-reduce-scatter" in caller.rest for caller in visit.callers):
-            kind = "reduce-scatter"  # as TPU programs write it: a sum of which each chip takes its part
+            kind = "reduce-scatter"  # TPU programs write it as an all-reduce of which each chip slices its part
         by_kind[kind] += size
         rounds = {"all-reduce": 2, "collective-permute": 0}.get(kind, 1)
         sent += size * rounds * (members - 1) / members if rounds else size
     return Traffic(by_kind, sent)
 
 
-def _whole(collective: Instruction, kind: str, members: int) -> int:
-    """Bytes of the arrays of one collective, each whole: what is gathered, or what is to be scattered."""
+def _array_bytes(collective: Instruction, kind: str, members: int) -> int:
+    """Return the size of the whole arrays of one collective."""
     if kind == "all-reduce" or not collective.operation.endswith("-start"):
         return sum(sizes(collective.shape)) * (members if kind == "reduce-scatter" else 1)
-    # Operands and results, of one collective or several: of a gathered or scattered array one nth and the whole.
+    # The shape of a "-start" lists operands and results; one of the two is 1/n of a gathered or scattered array.
     both = sum(size for size, shape in zip(sizes(collective.shape), dimensions(collective.shape), strict=True) if shape)
     return both * members // (members + 1) if kind in ("all-gather", "reduce-scatter") else both // 2
 
 
-def _goes_on(visit: Visit) -> bool:
-    """Whether this collective was counted where it started: TPU programs repeat it in every fusion that it runs beside
-    and in the one that waits for it.
+def _is_repeated(visit: Visit) -> bool:
+    """Return whether the collective is counted elsewhere: TPU programs repeat an asynchronous collective in every
+    fusion that runs beside it and in the fusion that waits for it.
     """
     return any(
         "calls=%async_collective_fusion" in caller.rest or caller.name.startswith("async-collective-done")
@@ -74,11 +62,11 @@ def _goes_on(visit: Visit) -> bool:
     )
 
 
-def _members(rest: str, chips: int) -> int:
-    """How many chips take part in one collective: those of a group, and without groups all.
+def _group_size(rest: str, chips: int) -> int:
+    """Return the number of chips in one group of a collective; without groups it is all chips.
 
-    Groups are listed, `{{0,1},{2,3}}`, or counted, `[2,2]<=[4]`, or axes of a mesh, `mesh['a'=2,'b'=2] {'b'}`, of which
-    `'b':(2)4` is a part.
+    Groups are written as lists, `{{0,1},{2,3}}`, as counts, `[2,2]<=[4]`, or as axes of a mesh,
+    `mesh['a'=2,'b'=2] {'b'}`, where `'b':(2)4` is a sub-axis of size 4.
     """
     if (listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest)) is not None:
         return len(listed[1].split(","))

@@ -1,25 +1,25 @@
-"""What must be in the environment before JAX starts, for compiling on machines that are not here."""
+"""The environment that libtpu needs to compile without chips."""
 
 import os
 
 import jax
 
 _DEFAULTS = {
-    # libtpu is not to look for chips,
+    # Do not search for chips,
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
-    # nor to warn that it finds none; --topology says which chips are meant.
+    # do not warn that there are none (--topology names the chips),
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    # and may be loaded by several processes at once, for none uses any.
+    # and let several processes load libtpu at once.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 
 def prepare(devices: int = 0) -> None:
-    """Keep JAX on the CPU, with so many virtual devices if any, and let libtpu compile without chips."""
+    """Keep JAX on the CPU and let libtpu compile without chips; with `devices`, make that many virtual CPU devices."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    jax.config.update("jax_platforms", "cpu")  # it has read the variable when it was imported
+    jax.config.update("jax_platforms", "cpu")  # JAX read the variable when it was imported
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     if devices:

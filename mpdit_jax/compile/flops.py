@@ -1,8 +1,7 @@
-"""Floating-point operations of a compiled program's matrix products, read from its text.
+"""Floating-point operations of a compiled program's matrix products, read from its HLO text.
 
-XLA writes a product as a `dot`; for TPUs it turns most into a `convolution`, whose window, dilated, can stand for the
-batch dimensions of a product: positions where the window meets padding or the gaps between dilated entries multiply
-nothing and do not count.
+XLA writes a product as a `dot`, but for TPUs mostly as a `convolution`. A dilated window can represent the batch
+dimensions of a product, so window positions on padding or on the gaps between dilated entries are not counted.
 """
 
 import re
@@ -12,10 +11,8 @@ from mpdit_jax.compile.hlo import Visit, dimensions, walk
 
 
 def product_flops(text: str) -> int:
-    """Operations of all matrix products of a run on one chip: 2 a multiply-add, loops as often as they run.
-
-    Args:
-        text: `compiled.as_text()`.
+    """Count one chip's operations in the matrix products of `compiled.as_text()`: 2 per multiply-add; a loop's body
+    counts as often as it runs.
     """
     counters = {"dot": _dot, "convolution": _convolution}
     return sum(
@@ -45,7 +42,7 @@ def _convolution(visit: Visit) -> int:
     of_image, of_kernel, of_result = labels.groups()
     total = result[of_result.index("b")] * result[of_result.index("f")] * kernel[of_kernel.index("i")]
     for axis in filter(str.isdigit, of_result):
-        total *= _meetings(
+        total *= _window_products(
             image[of_image.index(axis)],
             kernel[of_kernel.index(axis)],
             result[of_result.index(axis)],
@@ -55,20 +52,20 @@ def _convolution(visit: Visit) -> int:
 
 
 def _window(rest: str, axis: int) -> dict[str, int]:
-    """Stride, dilations and lower padding along one axis; what is not written is 1, or 0 for padding."""
-    found = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}
-    window = re.search(r"window=\{([^}]*)\}", rest)
-    for name, values in re.findall(r"(\w+)=([\dx_\-]+)", window[1] if window else ""):
-        if name in found:
-            found[name] = int(values.split("x")[axis].partition("_")[0])
-    return found
+    """Parse stride, dilations and lower padding along one axis."""
+    window = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}
+    text = re.search(r"window=\{([^}]*)\}", rest)
+    for name, values in re.findall(r"(\w+)=([\dx_\-]+)", text[1] if text else ""):
+        if name in window:
+            window[name] = int(values.split("x")[axis].partition("_")[0])
+    return window
 
 
-def _meetings(image: int, kernel: int, result: int, window: dict[str, int]) -> int:
-    """Pairs of a result's and a kernel's position between which an entry of the image lies."""
+def _window_products(image: int, kernel: int, result: int, window: dict[str, int]) -> int:
+    """Count the pairs of a result position and a kernel position that read an entry of the image."""
     end, gap = (image - 1) * window["lhs_dilate"] + 1, window["lhs_dilate"]
     return sum(
-        0 <= (place := out * window["stride"] + inner * window["rhs_dilate"] - window["pad"]) < end and place % gap == 0
+        0 <= (at := out * window["stride"] + tap * window["rhs_dilate"] - window["pad"]) < end and at % gap == 0
         for out in range(result)
-        for inner in range(kernel)
+        for tap in range(kernel)
     )

@@ -1,45 +1,38 @@
-"""A compiled program's text, read as instructions and how often each runs.
+"""Parser of a compiled program's HLO text: its instructions and how often each runs.
 
-`compiled.cost_analysis()` counts the body of a loop once however often it runs; what is counted here counts as often.
+`compiled.cost_analysis()` counts a loop's body once; here it counts as often as it runs.
 """
 
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
+from math import prod
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_PLACES = re.compile(r"(condition|body)=%?([\w.\-]+)")
-_TRIPS = re.compile(r'known_trip_count"?:?=?\{"?n"?:"?(\d+)')
+_LOOP_PARTS = re.compile(r"(condition|body)=%?([\w.\-]+)")
+_TRIP_COUNT = re.compile(r'known_trip_count"?:?=?\{"?n"?:"?(\d+)')
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
-# What these apply to each element costs nothing that is counted; what an asynchronous end names has been called before.
+# Element functions contain no matrix product or collective; the end of an asynchronous call names its start's function.
 _NOT_FOLLOWED = ("reduce", "sort", "scatter", "map", "async-update", "async-done", "all-reduce", "reduce-scatter")
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line.
+    """One instruction."""
 
-    Attributes:
-        name: without %.
-        shape: text of the result's type, such as "(f32[2,3]{1,0}, s32[])".
-        operation: such as "dot".
-        rest: the line after the operation's opening bracket: operands, then attributes.
-        is_root: whether the computation's result is this.
-    """
-
-    name: str
-    shape: str
-    operation: str
-    rest: str
-    is_root: bool
+    name: str  # without %
+    shape: str  # the result's type, such as "(f32[2,3]{1,0}, s32[])"
+    operation: str  # such as "dot"
+    rest: str  # the line after the operation's opening bracket: operands, then attributes
+    is_root: bool  # whether it is the computation's result
 
     @property
     def operands(self) -> list[str]:
-        """Names of the operands. (Only names carry a %, and attributes come after the first closing bracket.)"""
+        """Names of the operands, which begin with % and stand before the first closing bracket."""
         return re.findall(r"%([\w.\-]+)", self.rest.partition(")")[0])
 
 
@@ -48,46 +41,34 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
-    """An instruction as a run of the program meets it.
-
-    Attributes:
-        instruction: the instruction.
-        times: how often it runs.
-        computation: what it is part of, by name.
-        callers: the instructions through which that was called, outermost first.
-    """
+    """An instruction that a run of the program executes."""
 
     instruction: Instruction
-    times: int
-    computation: Computation
-    callers: tuple[Instruction, ...]
+    times: int  # how often it runs
+    computation: Computation  # the computation that contains it
+    callers: tuple[Instruction, ...]  # the instructions that led to it, outermost first
 
 
 def walk(text: str) -> Iterator[Visit]:
-    """Every instruction that a run of the program executes; a loop's body as often as it runs.
-
-    Args:
-        text: `compiled.as_text()`.
-    """
+    """Yield every instruction that a run of the program `compiled.as_text()` executes."""
     entry, computations = _parse(text)
     if entry:
         yield from _walk(computations, entry, 1, ())
 
 
 def dimensions(shape: str) -> list[tuple[int, ...]]:
-    """The dimensions of each array in the text of a (tuple) type."""
+    """Return the dimensions of each array in a (tuple) type."""
     return [_numbers(listed) for _, listed in _SHAPE.findall(shape)]
 
 
 def sizes(shape: str) -> list[int]:
-    """Bytes of each array in the text of a (tuple) type."""
-    found = []
-    for dtype, listed in _SHAPE.findall(shape):
-        bits = _BITS.get(dtype) or (int(dtype[1:]) if dtype[:1] in "su" and dtype[1:].isdigit() else 0)
-        for size in _numbers(listed):
-            bits *= size
-        found.append(bits // 8)
-    return found
+    """Return the bytes of each array in a (tuple) type."""
+    return [_bits(dtype) * prod(_numbers(listed)) // 8 for dtype, listed in _SHAPE.findall(shape)]
+
+
+def _bits(dtype: str) -> int:
+    """Return the bits of one element; 0 for a type without data, such as a token."""
+    return _BITS.get(dtype) or (int(dtype[1:]) if dtype[:1] in "su" and dtype[1:].isdigit() else 0)
 
 
 def _numbers(listed: str) -> tuple[int, ...]:
@@ -95,8 +76,8 @@ def _numbers(listed: str) -> tuple[int, ...]:
 
 
 def _parse(text: str) -> tuple[str, dict[str, Computation]]:
-    """The entry's name and every computation."""
-    entry, found, current = "", dict[str, Computation](), Computation()
+    """Return the name of the entry computation, and all computations by name."""
+    entry, computations, current = "", dict[str, Computation](), Computation()
     for line in text.splitlines():
         instruction = _INSTRUCTION.match(line)
         if instruction:
@@ -105,9 +86,9 @@ def _parse(text: str) -> tuple[str, dict[str, Computation]]:
             continue
         start = _COMPUTATION.match(line)
         if start and not line.startswith("HloModule"):
-            current = found.setdefault(start[1], {})
+            current = computations.setdefault(start[1], {})
             entry = start[1] if line.startswith("ENTRY") else entry
-    return entry, found
+    return entry, computations
 
 
 def _walk(
@@ -120,18 +101,18 @@ def _walk(
         called = _CALLED.findall(instruction.rest)
         for branches in _BRANCHES.findall(instruction.rest):
             called.extend(part.strip().lstrip("%") for part in branches.split(","))
-        inner = times * _trips(instruction, computations) if instruction.operation == "while" else times
-        for other in called:
-            if other in computations:
-                yield from _walk(computations, other, inner, (*callers, instruction))
+        inner = times * _trip_count(instruction, computations) if instruction.operation == "while" else times
+        for callee in called:
+            if callee in computations:
+                yield from _walk(computations, callee, inner, (*callers, instruction))
 
 
-def _trips(loop: Instruction, computations: Mapping[str, Computation]) -> int:
-    """How often a loop runs: as the compiler says, else by its condition "index < limit" and the index's step."""
-    if known := _TRIPS.search(loop.rest):
+def _trip_count(loop: Instruction, computations: Mapping[str, Computation]) -> int:
+    """Return how often a loop runs: the compiler's number, else from the condition "index < limit" and the step."""
+    if known := _TRIP_COUNT.search(loop.rest):
         return int(known[1])
-    places = dict(_PLACES.findall(loop.rest))
-    condition, body = (computations.get(places.get(part, ""), {}) for part in ("condition", "body"))
+    names = dict(_LOOP_PARTS.findall(loop.rest))
+    condition, body = (computations.get(names.get(part, ""), {}) for part in ("condition", "body"))
     limit = max((number for line in condition.values() if (number := _constant(line)) is not None), default=1)
     # The index is the entry of the loop's tuple that the condition reads.
     reads = [re.search(r"index=(\d+)", line.rest) for line in condition.values() if line.operation.startswith("get-")]
@@ -144,7 +125,8 @@ def _trips(loop: Instruction, computations: Mapping[str, Computation]) -> int:
     return limit
 
 
-def _constant(line: Instruction) -> int | None:
-    whole = line.operation == "constant" and re.match(r"[su]\d+\[\]", line.shape)
-    number = re.match(r"(\d+)\)", line.rest)
-    return int(number[1]) if whole and number else None
+def _constant(instruction: Instruction) -> int | None:
+    """Return the value of an integer constant, None for any other instruction."""
+    is_integer = instruction.operation == "constant" and re.match(r"[su]\d+\[\]", instruction.shape)
+    number = re.match(r"(\d+)\)", instruction.rest)
+    return int(number[1]) if is_integer and number else None

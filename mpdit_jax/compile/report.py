@@ -1,4 +1,4 @@
-"""From compiled programs to what a person wants to know before renting a pod."""
+"""Reports on compiled programs, and the settings to try if a program does not fit."""
 
 import dataclasses
 import itertools
@@ -13,90 +13,72 @@ from mpdit_jax.config.base import model_config
 from mpdit_jax.model.accounting import count_macs, recomputed_macs, training_flops
 from mpdit_jax.runtime.hardware import GIB, Chip
 
-_IMAGES_IN_A_PART = 8  # on a chip, at the least, before `full` is tried: of 64 coarse tokens, 512 rows of a product
+_MIN_IMAGES_PER_PART = 8  # per chip, without remat `full`; at 64 coarse tokens they make 512 rows of a product
 
 
 def step_flops(config: FrozenConfigDict) -> float:
-    """Floating-point operations of a step over all chips: a forward pass and twice as many backward, 2 a multiply-add.
-
-    What remat computes again is included.
-    """
+    """Count the floating-point operations of a train step on all chips, recomputation by remat included."""
     model = model_config(config)
     recomputed = 2 * recomputed_macs(model, config.mask_ratio)
     return float(config.batch_size * (training_flops(model, config.mask_ratio) + recomputed))
 
 
 def sampler_flops(config: FrozenConfigDict, batch_size: int) -> float:
-    """Floating-point operations of a guided sampling run over all chips."""
-    return (
-        2.0
-        * count_macs(model_config(config))
-        * batch_size
-        * config.sample.steps
-        * (1 + (config.sample.guidance_scale != 1))
-    )
+    """Count the floating-point operations of a guided sampling run on all chips."""
+    evaluations = config.sample.steps * (1 if config.sample.guidance_scale == 1 else 2)
+    return 2.0 * count_macs(model_config(config)) * batch_size * evaluations
 
 
 def describe(program: Program, flops: float, chips: int, chip: Chip | None) -> dict[str, Any]:
-    """One program's figures, per chip.
-
-    Args:
-        program: what was compiled.
-        flops: over all chips.
-        chips: their number.
-        chip: their kind, if its peaks are known.
-    """
+    """Return a program's figures per chip. `flops` are its operations on all chips; `chip` is None if it is unknown."""
     report: dict[str, Any] = {**dataclasses.asdict(program), "flops": flops / chips}
     if chip is not None:
         report["hbm"] = chip.hbm
         report["fits"] = not program.refused and program.peak <= chip.hbm
         bounds = chip.bounds(flops / chips, program.arguments + program.results, program.sent or 0)
-        report["bound_seconds"] = max(bounds.values())
-        report["bound_by"] = max(bounds, key=lambda name: bounds[name])
+        report["bound_by"], report["bound_seconds"] = max(bounds.items(), key=lambda item: item[1])
     return report
 
 
 def smaller(config: FrozenConfigDict, chips: int) -> Iterator[tuple[str, FrozenConfigDict]]:
-    """Settings that need less memory, those that cost the least time first: as flags, and as configs.
+    """Yield settings that need less memory, as (flags, config), in the order of the time they cost.
 
-    Each way of remat is tried with the state split as it is and over as many chips as the model's width divides over,
-    then with the batch cut into parts. That computes nothing again, but gathers the parameters once a part, and
-    products of few rows leave a chip idle: parts of fewer than eight images a chip are tried with `full` alone.
+    Each remat policy is tried with the config's fsdp and with the largest fsdp that divides the model's width, and then
+    with gradient accumulation. Accumulation recomputes nothing, but gathers the parameters for every part, and products
+    of few rows leave a chip idle; so parts of fewer than eight images per chip are tried with remat `full` alone.
     """
-    ways = ["none", "dots", "full"]
-    ways = ways[ways.index(config.model.remat) :]
-    now = chips // config.mesh.data if config.mesh.fsdp == -1 else config.mesh.fsdp
-    most = math.gcd(chips, model_config(config).hidden_size)  # a width that does not divide is not split
-    splits = [config.mesh.fsdp]
-    if most > now:
-        splits.append(most)
-    # `dots` computes attention's products again, a hundredth of all: before parts. `full`, a third: after them.
-    for least, alike in ((_IMAGES_IN_A_PART, [way for way in ways if way != "full"]), (1, ["full"])):
-        for remat, fsdp in itertools.product(alike, splits):
+    policies = ["none", "dots", "full"]
+    policies = policies[policies.index(config.model.remat) :]
+    current = chips // config.mesh.data if config.mesh.fsdp == -1 else config.mesh.fsdp
+    largest = math.gcd(chips, model_config(config).hidden_size)
+    splits = [config.mesh.fsdp] + [largest] * (largest > current)
+    # `dots` repeats 1 % of the operations and comes before accumulation; `full` repeats a third and comes after it.
+    for min_images, group in ((_MIN_IMAGES_PER_PART, [name for name in policies if name != "full"]), (1, ["full"])):
+        for remat, fsdp in itertools.product(group, splits):
             if (remat, fsdp) != (config.model.remat, config.mesh.fsdp):
-                yield _changed(config, remat, fsdp, config.gradient_accumulation)
-        for parts, remat in itertools.product(_parts(config, chips, least), alike):
-            yield _changed(config, remat, splits[-1], parts)
+                yield _with_settings(config, remat, fsdp, config.gradient_accumulation)
+        for parts, remat in itertools.product(_parts(config, chips, min_images), group):
+            yield _with_settings(config, remat, splits[-1], parts)
 
 
 def smaller_batches(batch_size: int, chips: int) -> Iterator[int]:
-    """Batches to sample, half of the one before each time, down to an image a chip."""
+    """Yield sampling batches, each half of the previous one, down to one image per chip."""
     images = batch_size // chips
     while images > 1:
         images //= 2
         yield images * chips
 
 
-def _parts(config: FrozenConfigDict, chips: int, least: int) -> Iterator[int]:
-    """More parts of a batch than the config's, twice as many each time, while a chip has `least` images of a part."""
+def _parts(config: FrozenConfigDict, chips: int, min_images: int) -> Iterator[int]:
+    """Yield doubled values of gradient_accumulation while a part has `min_images` images per chip."""
     parts = 2 * config.gradient_accumulation
-    while config.batch_size % (parts * chips) == 0 and config.batch_size // (parts * chips) >= least:
+    while config.batch_size % (parts * chips) == 0 and config.batch_size // (parts * chips) >= min_images:
         yield parts
         parts *= 2
 
 
-def _changed(config: FrozenConfigDict, remat: str, fsdp: int, parts: int) -> tuple[str, FrozenConfigDict]:
-    # By way of plain dicts: of a frozen config, all that are made by ConfigDict(config) share what is nested in it.
+def _with_settings(config: FrozenConfigDict, remat: str, fsdp: int, parts: int) -> tuple[str, FrozenConfigDict]:
+    # to_dict() copies; several ConfigDict(config) of one frozen config would share its nested values.
     changed, flags = ConfigDict(config.to_dict()), list[str]()
     if fsdp != config.mesh.fsdp:
         changed.mesh.data, changed.mesh.fsdp = -1, fsdp
@@ -111,7 +93,7 @@ def _changed(config: FrozenConfigDict, remat: str, fsdp: int, parts: int) -> tup
 
 
 def as_text(name: str, report: dict[str, Any]) -> str:
-    """A block of lines for one program."""
+    """Format one program's report as lines of text."""
     lines = [
         f"{name}, per chip",
         f"  arguments    {report['arguments'] / GIB:8.2f} GiB",
@@ -122,7 +104,7 @@ def as_text(name: str, report: dict[str, Any]) -> str:
         verdict = "fits" if report["fits"] else "does NOT fit"
         lines[-1] += f"  {verdict} {report['hbm'] / GIB:.2f} GiB"
     if report["refused"]:
-        lines[2] += "  by the compiler's early estimate: it went no further"
+        lines[2] += "  by the compiler's early estimate, after which it gave up"
     lines.append(f"  analytic     {report['flops'] / 1e12:8.3f} TFLOP")
     if report["compiled_flops"] is not None:
         lines.append(f"  compiled     {report['compiled_flops'] / 1e12:8.3f} TFLOP in matrix products")

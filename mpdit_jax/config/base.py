@@ -10,8 +10,8 @@ from ml_collections.config_dict import placeholder
 
 from mpdit_jax.config.checks import check_fields, check_values, expect, leaves
 from mpdit_jax.errors import ConfigError
-from mpdit_jax.io.files import parse_json
-from mpdit_jax.model.config import ModelConfig, without_idle
+from mpdit_jax.io.json_files import parse_json
+from mpdit_jax.model.config import ModelConfig, drop_unused
 from mpdit_jax.model.presets import PRESETS, preset_config
 
 # What a continued run may change. Everything else decides the numbers of the run from its first step.
@@ -129,8 +129,8 @@ def defaults() -> dict[str, Any]:
     return dict(leaves(base_config().to_dict()))
 
 
-def facts(config: ConfigDict) -> dict[str, str]:
-    """What all processes of a run must have alike: every field but where the data are; `processes.join` adds more."""
+def shared_values(config: ConfigDict) -> dict[str, str]:
+    """Config values that must match on every process: every field but the path of the data."""
     return {f"config.{path}": str(value) for path, value in leaves(config.to_dict()) if path != "data.path"}
 
 
@@ -195,7 +195,7 @@ def leave_out_idle(model: ConfigDict, keep: Collection[str] = ()) -> None:
     """
     preset = PRESETS.get(model.preset, {}) if isinstance(model.preset, str) else {}
     given = {name: value for name, value in model.items() if name != "preset" and value is not None}
-    needed = without_idle({**preset, **given})
+    needed = drop_unused({**preset, **given})
     with model.ignore_type():
         model.update({name: None for name in given if name not in needed and name not in keep})
 

@@ -1,53 +1,62 @@
-"""A config from the command line: `--config=FILE`, `--config.FIELD=VALUE`, and what is wrong with either."""
+"""The one parser of `--config=FILE` and `--config.FIELD=VALUE`, for every command that takes a config."""
 
 import argparse
-import functools
+import importlib.util
 import os
 import sys
-from collections.abc import Sequence
-from operator import getitem
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import tuple_parser
 
-from mpdit_jax.config.base import defaults, leave_out_idle
+from mpdit_jax.config.ablation import ABLATIONS
+from mpdit_jax.config.base import base_config, leave_out_idle
+from mpdit_jax.config.checks import leaves
 from mpdit_jax.errors import ConfigError, first_line
 from mpdit_jax.model.presets import PRESETS
 from mpdit_jax.runtime.cli import Parser, make_parser
 from mpdit_jax.validation import suggest
 
-_CONFIG_HELP = """
+_HELP = """
 config:
-  --config=FILE          the experiment: a Python file with get_config(), such as configs/digits.py
-  --config.FIELD=VALUE   any field of the config file, such as --config.optimizer.learning_rate=3e-4,
+  --config=NAME          the experiment, of those that mpdit_jax ships:
+{names}
+  --config=FILE          or a Python file with get_config(); FILE:TEXT calls get_config("TEXT")
+  --config.FIELD=VALUE   any field of the config, such as --config.optimizer.learning_rate=3e-4,
                          --config.batch_size=256 or --config.model.depths=4,8
 """
 
-# What a person would call the types that config fields have.
-_EXPECTED = {
-    bool: "True or False",
-    int: "a whole number, such as 8",
-    float: "a number, such as 3e-4",
-    tuple: "values with commas between them, such as 4,2",
+# How the text of an override becomes a value of the field's type, and what a person would call such a value.
+_READERS: dict[type, tuple[Callable[[str], Any], str]] = {
+    bool: (flags.BooleanParser().parse, "True or False"),
+    int: (flags.IntegerParser().parse, "a whole number, such as 8"),
+    float: (flags.FloatParser().parse, "a number, such as 3e-4"),
+    str: (str, "text"),
+    tuple: (tuple_parser.TupleParser().parse, "values with commas between them, such as 4,2"),
 }
 
 
-class ConfigParser(Parser):
-    """A parser whose help lists the config's fields as well."""
+def make_config_parser(
+    command: str, description: str, examples: str, base: Callable[[], ConfigDict] = base_config
+) -> Parser:
+    """A parser for `python -m mpdit_jax.COMMAND` that takes a config, see `parse_with_config`.
 
-    def format_help(self) -> str:
-        """The help, and every `--config.FIELD` with its default."""
-        fields = "\n".join(f"  --config.{path}={value}" for path, value in defaults().items())
-        return (
-            f"{super().format_help()}\nconfig fields and their defaults, before the file given as --config (None: from "
-            f"model.preset, or the model's own default);\nmpdit_jax/config/base.py and mpdit_jax/model/config.py say "
-            f"what each one means:\n{fields}\n"
-        )
-
-
-def make_config_parser(command: str, description: str, examples: str) -> Parser:
-    """A parser for `python -m mpdit_jax.COMMAND` that takes a config, see `parse_with_config`."""
-    return make_parser(command, description, examples, kind=ConfigParser, before_examples=_CONFIG_HELP)
+    Its help lists every field of `base()` with its default.
+    """
+    fields = "\n".join(f"  --config.{path}={value}" for path, value in leaves(base().to_dict()))
+    shipped = [name if name != "ablation" else "ablation:ROW" for name in shipped_configs()]
+    names = textwrap.fill(", ".join(shipped), 95, initial_indent=25 * " ", subsequent_indent=25 * " ")
+    parser = make_parser(command, description, examples)
+    parser.epilog = (
+        f"{_HELP.format(names=names)}{parser.epilog}\nconfig fields and their defaults, before the file of --config "
+        "(None: from model.preset, or the model's own default);\n"
+        f"{base.__module__.replace('.', '/')}.py and mpdit_jax/model/config.py say what each one means:\n{fields}"
+    )
+    return parser
 
 
 def parse_with_config(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
@@ -56,115 +65,119 @@ def parse_with_config(parser: Parser, arguments: Sequence[str]) -> tuple[argpars
     Raises:
         ConfigError: the file is missing or fails, an unknown field, or a value of the wrong type.
     """
-    parsed, rest = parser.parse_known_args(arguments)
-    rest = _one_word_each(rest)
-    unknown = [argument for argument in rest if not argument.startswith(("--config", "--noconfig."))]
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]!r}")
-    if not any(argument.startswith("--config=") for argument in rest):
-        parser.error("--config=FILE is needed, such as --config=configs/digits.py")
-    _check_config_file(rest)
-    try:
-        config = _load_config(rest)
-    except ConfigError:
-        _explain_overrides(rest)
-        raise
-    _let_preset_win(config, rest)
+    parsed, words = parser.parse_known_args(arguments)
+    file, overrides = split_config_words(parser, words)
+    if file is None:
+        parser.error("--config=FILE is needed, such as --config=digits")
+    config = load_config(file)
+    for path, text in overrides.items():
+        _override(config, path, text)
+    _let_preset_win(config, overrides)
     return parsed, config
 
 
-def _let_preset_win(config: ConfigDict, arguments: Sequence[str]) -> None:
-    """A preset named on the command line decides its fields, unless they are named there too; the data decide sizes.
+def split_config_words(parser: Parser, words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """The value of `--config`, or None, and the text of each `--config.PATH` by its path; the last of a flag wins.
 
-    What the config file says of parts that the preset's model does not have is left out.
+    Any other word ends the command by the parser's error.
     """
-    given = {argument.partition("=")[0].removeprefix("--config.model.") for argument in arguments}
-    if "preset" in given:
-        with config.ignore_type():
-            for name in set(PRESETS.get(config.model.preset, {})) - given - {"input_size"}:
-                config.model[name] = None
-        if config.model.preset in PRESETS:
-            leave_out_idle(config.model, keep=given)
+    left, given = list(words), dict[str, str]()
+    while left:
+        name, sign, value = left.pop(0).partition("=")
+        if name != "--config" and not name.startswith("--config."):
+            parser.error(f"unknown argument {name + sign + value!r}")
+        if not sign:
+            if not left or left[0].startswith("--"):
+                parser.error(f"{name} has no value: write {name}=VALUE")
+            value = left.pop(0)
+        given[name] = value
+    return given.pop("--config", None), {name.removeprefix("--config."): value for name, value in given.items()}
 
 
-def _one_word_each(arguments: Sequence[str]) -> list[str]:
-    """`--config.X V` as `--config.X=V`, and of a flag that is given twice the last: what flags of tuples and booleans
-    would otherwise join or ignore.
+def load_config(value: str) -> ConfigDict:
+    """The config of `--config=VALUE`: what `get_config()` returns, or `get_config("TEXT")` of a value `FILE:TEXT`.
+
+    Args:
+        value: a Python file, which may import its neighbours, or the name of a config that mpdit_jax ships.
+
+    Raises:
+        ConfigError: the file is missing, fails, or returns something else.
     """
-    words, flags_seen = list(arguments), dict[str, str]()
-    while words:
-        word = words.pop(0)
-        if word.startswith("--config") and "=" not in word and words and not words[0].startswith("--"):
-            word = f"{word}={words.pop(0)}"
-        name = word.partition("=")[0]
-        flags_seen.pop(name, None)
-        flags_seen[name] = word
-    return list(flags_seen.values())
-
-
-def _load_config(arguments: Sequence[str]) -> ConfigDict:
-    argv = ["", *arguments]
-    values = flags.FlagValues()
-    sys.modules.pop("config_config", None)  # or the file would be run inside what an earlier one has left
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    file, texts = _find_file(value)
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["config_file"] = importlib.util.module_from_spec(spec)
+    folder = os.path.dirname(os.path.abspath(file))
+    sys.path.insert(0, folder)
     try:
-        values(argv)
-        config = values["config"].value
+        spec.loader.exec_module(module)
+        config = module.get_config(*texts)
     except Exception as error:  # a config file is the user's own code and can fail in any way
-        raise ConfigError(f"{_config_file(arguments)}: {first_line(error)}") from error
+        raise ConfigError(f"--config={value}: {first_line(error)}") from error
+    finally:
+        sys.path.remove(folder)
     if not isinstance(config, ConfigDict):
-        raise ConfigError(f"{_config_file(arguments)}: get_config() must return a ConfigDict, got {config!r}.")
-    return config
+        raise ConfigError(f"--config={value}: get_config() must return a ConfigDict, got {config!r}.")
+    return config.lock()
 
 
-def _check_names(config: ConfigDict, arguments: Sequence[str]) -> None:
-    """Raise ConfigError for a `--config.FIELD` that the config does not have."""
-    for word in arguments:
-        name = word.partition("=")[0]
-        if not name.startswith(("--config.", "--noconfig.")):
-            continue
-        path, group = name.partition(".")[2], config
-        for index, part in enumerate(path.split(".")):
-            part = part.partition("[")[0]  # one entry of a tuple, as in --config.model.depths[0]
-            if not isinstance(group, ConfigDict) or part not in group:
-                inside = ".".join(["config", *path.split(".")[:index]])
-                known = list(group) if isinstance(group, ConfigDict) else []
-                fields = f"{inside} has {', '.join(known)}" if known else f"{inside} is a value, not a group of fields"
-                raise ConfigError(f"unknown config key config.{path}{suggest(part, known)}: {fields}.")
-            group = group[part]
+def shipped_configs() -> dict[str, str]:
+    """The files of the configs that come with mpdit_jax, by name: of a wheel inside the package, else beside it."""
+    package = Path(__file__).parents[1]
+    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    return {path.stem: str(path) for path in sorted(folder.glob("*.py"))}
 
 
-def _explain_overrides(arguments: Sequence[str]) -> None:
-    """Raise ConfigError for the `--config.FIELD=VALUE` that keeps a sound config file from being read."""
-    file = [word for word in arguments if word.startswith("--config=")]
-    config = _load_config(file)
-    _check_names(config, arguments)
-    for word in arguments:
-        if word in file or "=" not in word:
-            continue
-        name, _, value = word.removeprefix("--").partition("=")
-        *groups, field = name.partition("[")[0].split(".")[1:]
-        group = functools.reduce(getitem, groups, config)
-        if isinstance(group[field], ConfigDict):
-            known = ", ".join(f"--{name}.{key}" for key in group[field])
-            raise ConfigError(f"{name}={value}: {name} is a group of fields; set one of {known}.")
-        expected = _EXPECTED.get(group.get_type(field))
-        try:
-            _load_config([*file, word])
-        except ConfigError as error:
-            if expected is None or "[" in name:
-                raise
-            raise ConfigError(f"{name}={value}: expected {expected}.") from error
+def _find_file(value: str) -> tuple[str, list[str]]:
+    """The file of `--config=VALUE` and what its `get_config` is called with."""
+    path, colon, text = value.partition(":")
+    folder, name = os.path.split(path.removesuffix(".py"))
+    shipped = shipped_configs()
+    if os.path.basename(folder) == "ablations" and name in ABLATIONS and not os.path.exists(path):
+        print(f"--config={value} is written --config=ablation:{name} now", file=sys.stderr)
+        return shipped["ablation"], [name]
+    if path in shipped:
+        return shipped[path], [text] if colon else []
+    if path.endswith(".py") and os.path.isfile(path):
+        return path, [text] if colon else []
+    problem = "no such file" if path.endswith(".py") else "expected a Python file or the name of a shipped config"
+    if name in shipped:
+        raise ConfigError(f"--config={value}: {problem}; mpdit_jax ships --config={name}{colon}{text}.")
+    raise ConfigError(f"--config={value}: {problem}{suggest(path, shipped)}; mpdit_jax ships {', '.join(shipped)}.")
 
 
-def _check_config_file(arguments: Sequence[str]) -> None:
-    path = _config_file(arguments).partition(":")[0]
-    if not path.endswith(".py"):
-        known = f"{path}.py" if os.path.isfile(f"{path}.py") else "configs/digits.py"
-        raise ConfigError(f"--config={path}: expected a Python file, such as {known}.")
-    if not os.path.isfile(path):
-        raise ConfigError(f"--config={path}: no such file; configs/ has those that come with mpdit_jax.")
+def _override(config: ConfigDict, path: str, text: str) -> None:
+    """Set the field at `path`, such as "optimizer.learning_rate", to what `text` means for its type."""
+    group, value, inside, name = config, config, "config", "config"
+    for part in path.split("."):
+        group, inside, name = value, name, f"{name}.{part}"
+        if not isinstance(group, ConfigDict):
+            raise ConfigError(f"unknown config key config.{path}: {inside} is a value, not a group of fields.")
+        if part not in group:
+            known = list(group)
+            raise ConfigError(
+                f"unknown config key config.{path}{suggest(part, known)}: {inside} has {', '.join(known)}."
+            )
+        value = group[part]
+    if isinstance(value, ConfigDict):
+        fields = ", ".join(f"--{name}.{key}" for key in value)
+        raise ConfigError(f"{name}={text}: {name} is a group of fields; set one of {fields}.")
+    read, expected = _READERS.get(group.get_type(part), _READERS[str])
+    try:
+        group[part] = read(text)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}={text}: expected {expected}.") from error
 
 
-def _config_file(arguments: Sequence[str]) -> str:
-    return next(word.removeprefix("--config=") for word in arguments if word.startswith("--config="))
+def _let_preset_win(config: ConfigDict, overrides: Mapping[str, str]) -> None:
+    """A preset named on the command line replaces its fields in the file, but for those named there too.
+
+    The data decide `input_size`, and fields of parts that the preset's model does not have are left out.
+    """
+    preset = PRESETS.get(overrides.get("model.preset", ""))
+    if preset is not None:
+        given = {path.removeprefix("model.") for path in overrides}
+        with config.ignore_type():
+            config.model.update(dict.fromkeys({*preset} - given - {"input_size"}))
+        leave_out_idle(config.model, keep=given)

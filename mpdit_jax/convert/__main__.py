@@ -9,7 +9,7 @@ from mpdit_jax.runtime.cli import run
 _EXAMPLES = """\
   python -m mpdit_jax.convert --source=runs/digits --out=digits.safetensors
   python -m mpdit_jax.convert --source=runs/digits --out=digits.pt
-  python -m mpdit_jax.convert --source=mpdit_b.pt --out=runs/mpdit_b --config=configs/mpdit_b_256.py
+  python -m mpdit_jax.convert --source=mpdit_b.pt --out=runs/mpdit_b --config=mpdit_b_256
   python -m mpdit_jax.convert --source=SiT-XL-2-256.pt --convention=sit --out=sit_xl_2.safetensors
 """
 

@@ -14,10 +14,10 @@ from mpdit_jax.checkpoint.workdir import lock_workdir
 from mpdit_jax.config.base import base_config, model_config, resolve
 from mpdit_jax.convert.checksum import Checksum, checksum
 from mpdit_jax.distributed.mesh import make_mesh
-from mpdit_jax.errors import CheckpointError, ConfigError, InputError, MissingExtraError, WeightsError
-from mpdit_jax.interop.native_files import PUBLISHED, metadata_of, save_own, stored_step
+from mpdit_jax.errors import CheckpointError, ConfigError, InputError, MissingExtraError, WeightsError, install_extra
+from mpdit_jax.interop.native_files import PUBLISHED, build_metadata, save_native, stored_step
 from mpdit_jax.interop.torch_weights import check_agreement, load_with_metadata, to_torch
-from mpdit_jax.io.files import atomic_dir, atomic_write, check_writable
+from mpdit_jax.io.atomic import atomic_dir, atomic_write, check_writable
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import split
@@ -107,7 +107,7 @@ def write(out: Path, found: Found, config: ConfigDict | None, expected: Checksum
             _write_workdir(place, found, config)
             kind = f"workdir of step {found.step}, parameters and moving average the same, optimizer new"
         elif out.suffix == ".safetensors":
-            save_own(place, found.model, found.step)
+            save_native(place, found.model, found.step)
             kind = f"{_size(place)}, this project's names, the model's config in the metadata"
         else:
             _write_torch(place, found)
@@ -124,13 +124,14 @@ def _write_torch(out: Path, found: Found) -> None:
         import torch
     except ImportError as error:
         raise MissingExtraError(
-            f"{out.name} is a PyTorch file: install the extra with `pip install 'mpdit_jax[torch]'`, or write "
-            ".safetensors."
+            f"{out.name} is a PyTorch file: {install_extra('torch')}, or write .safetensors."
         ) from error
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
     with atomic_write(out) as file:
         try:
-            torch.save({"ema": tensors, "metadata": metadata_of(found.model, found.step) | {"names": PUBLISHED}}, file)
+            torch.save(
+                {"ema": tensors, "metadata": build_metadata(found.model, found.step) | {"names": PUBLISHED}}, file
+            )
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # a full disk, of which PyTorch tells in its own words
                 raise error.__context__ from error

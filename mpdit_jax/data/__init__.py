@@ -1,1 +1,1 @@
-"""Data sets and the input pipeline."""
+"""Data sets, the protocol of image sets, the store of latents and the input pipeline."""

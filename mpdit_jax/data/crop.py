@@ -1,4 +1,4 @@
-"""Image files of every kind to square RGB or grey arrays."""
+"""Conversion of pictures of every mode to square RGB or grey arrays."""
 
 import numpy as np
 from PIL import Image
@@ -12,19 +12,14 @@ _STILL_FORMATS = ("MPO",)  # cameras put a preview behind the photograph
 
 
 def to_square(image: Image.Image, size: int, channels: int) -> np.ndarray:
-    """A picture of any mode, cropped: uint8 (size, size, channels).
-
-    Grey, palette, CMYK and 16-bit pictures are converted, transparent ones laid on white. The orientation that a camera
-    notes is not applied, as in every published reference batch.
-
-    Raises:
-        InputError: several frames, numbers that are no brightness, or a size that no photograph has.
-    """
+    """Crop a picture of any mode: uint8 (size, size, channels); see `to_mode` and `center_crop`."""
     return np.asarray(center_crop(to_mode(image, channels), size), np.uint8).reshape(size, size, channels)
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """A picture as RGB (3 channels) or grey (1).
+    """Convert a picture of any mode to RGB (3 channels) or grey (1); a transparent one is laid on white.
+
+    The orientation that a camera notes is not applied, as in every published reference batch.
 
     Raises:
         InputError: several frames, numbers that are no brightness, or a size that no photograph has.
@@ -52,10 +47,10 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central square at `size` pixels a side, as ADM prepares images.
+    """Cut the central square at `size` pixels a side, as ADM prepares images (Dhariwal and Nichol, 2021).
 
     The picture is halved with a box filter while its shorter side stays at least twice `size`, then resized with a
-    bicubic filter so that this side is `size` (small pictures grow), then cropped (Dhariwal and Nichol, 2021).
+    bicubic filter so that this side is `size` (small pictures grow), then cropped.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

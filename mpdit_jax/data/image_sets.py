@@ -1,98 +1,112 @@
-"""Where images come from: folders, IDX files, TensorFlow Datasets; each a random-access `ImageSet`."""
+"""The protocol of image sets, and the pictures of a folder, of IDX files or of TensorFlow Datasets."""
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from mpdit_jax.errors import DataError, MissingExtraError
-from mpdit_jax.io.idx import read_idx
-from mpdit_jax.io.pictures import open_picture
-
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+from mpdit_jax.data.crop import to_mode, to_square
+from mpdit_jax.data.picture_files import find_labelled_pictures, find_pictures
+from mpdit_jax.errors import DataError, MissingExtraError, first_line, install_extra
+from mpdit_jax.io.idx import read_idx_pair
+from mpdit_jax.io.pictures import SUFFIXES, open_picture
 
 
 class ImageSet(Protocol):
-    """Labelled images."""
+    """Images of one shape that can be read at any index."""
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """One a class, in label order."""
+    def about(self) -> dict[str, Any]:
+        """What identifies the set, as JSON values; another set, or a changed one, has other values."""
 
     @property
-    def keys(self) -> Sequence[str]:
-        """What each image is called at its source, (N,)."""
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of each image."""
 
-    @property
-    def identity(self) -> str:
-        """Differs where another set would give other latents or labels."""
+    def __len__(self) -> int: ...
 
-    def open(self, index: int) -> tuple[Image.Image, int]:
-        """An image and its label; anything may be raised for a broken one."""
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """The images at `indices` (n,): uint8 (n, H, W, C)."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageFolder:
-    """ROOT/CLASS/…/IMAGE: classes are the sorted names of the subfolders."""
+class Pictures:
+    """An image set of encoded pictures, decoded and cropped on reading."""
 
-    root: Path
-    class_names: tuple[str, ...]
-    labels: np.ndarray
-    keys: tuple[str, ...]
+    place: str  # the name a user gave
+    keys: Sequence[str]  # names of the pictures at their source
+    class_names: tuple[str, ...]  # in label order; empty without classes
+    labels: np.ndarray | None  # int32 (N,); None where each picture's own record holds it
+    open: Callable[[int], tuple[Image.Image, int]]  # a picture and its label; raises anything for a broken one
+    identify: Callable[[], dict[str, Any]]  # see `ImageSet.about`; its "contents" are equal for a copy elsewhere
+    image_size: int = 0  # pixels a side of the central square that is cut; 0 for whole pictures of one size
+    channels: int = 3  # 3 for RGB, 1 for grey
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def identity(self) -> str:
+        """A digest of names, labels and sizes or pixels; copies of the same files have the same."""
+        return str(self.identify()["contents"])
 
     @cached_property
-    def identity(self) -> str:
-        """Of names, labels and sizes in bytes. Times would differ between copies of the same files."""
-        sizes = np.array([_size(self.root / key) for key in self.keys], "<i8")
-        return f"{_digest(self.keys, self.labels)} {hashlib.sha256(sizes.tobytes()).hexdigest()[:16]}"
-
-    def open(self, index: int) -> tuple[Image.Image, int]:
-        """Read the file."""
-        return open_picture((self.root / self.keys[index]).read_bytes()), int(self.labels[index])
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageArrays:
-    """Images in memory."""
-
-    images: np.ndarray  # uint8 (N, H, W)
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-    keys: tuple[str, ...]
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C), by decoding the first picture if all are taken whole."""
+        if self.image_size:
+            return self.image_size, self.image_size, self.channels
+        height, width, channels = self._decode_or_name(0).shape
+        return height, width, channels
 
     @cached_property
-    def identity(self) -> str:
-        """Of names, labels and pixels."""
-        return f"{_digest(self.keys, self.labels)} {hashlib.sha256(self.images.tobytes()).hexdigest()[:16]}"
+    def about(self) -> dict[str, Any]:
+        """See `ImageSet.about`."""
+        crop = f"central square, {self.image_size}" if self.image_size else "none"
+        known = {"path": self.place, "count": len(self), "shape": list(self.shape)}
+        return known | self.identify() | {"crop": crop}
 
-    def open(self, index: int) -> tuple[Image.Image, int]:
-        """Take the row."""
-        return Image.fromarray(self.images[index]), int(self.labels[index])
+    def decode(self, index: int) -> tuple[np.ndarray, int]:
+        """Decode one picture, uint8 (H, W, C), with its label; raises anything for a broken one."""
+        image, label = self.open(index)
+        with image:
+            if self.image_size:
+                return to_square(image, self.image_size, self.channels), label
+            array = np.asarray(to_mode(image, self.channels), np.uint8)
+            return array.reshape(*array.shape[:2], self.channels), label
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """See `ImageSet.read`; raises DataError that names a broken picture, or one of another size."""
+        found = [self._decode_or_name(int(index)) for index in indices]
+        for index, array in zip(indices, found, strict=True):
+            if array.shape != self.shape:
+                raise DataError(
+                    f"{self.place}/{self.keys[index]} is {array.shape[:2]} and {self.keys[0]} is {self.shape[:2]} "
+                    "(height, width): expected one size, as samples have; of photographs that are a reference, give "
+                    "--image_size=PIXELS to cut squares of one size, as the reference batches of ImageNet were."
+                )
+        return np.stack(found)
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The images at `indices` (n,) to train on: `x` float32 (n, H, W, C) in [-1, 1]."""
+        return {"x": self.read(indices).astype(np.float32) / 127.5 - 1}
+
+    def _decode_or_name(self, index: int) -> np.ndarray:
+        try:
+            return self.decode(index)[0]
+        except Exception as error:  # what a broken file raises is up to its decoder, TypeError for some TIFF files
+            name = f"{self.place}/{self.keys[index]}"
+            raise DataError(f"{name} cannot be used ({error}): repair or remove it.") from error
 
 
-@dataclasses.dataclass(frozen=True)
-class RandomAccess:
-    """A TFDS data source of undecoded images; labels are known when a record is read."""
+def open_images(images: str, split: str = "train", *, classes: bool = True) -> Pictures:
+    """Open what `--images` names: a folder, `idx:FOLDER`, or `tfds:NAME`; the latter two have splits.
 
-    source: Any
-    class_names: tuple[str, ...]
-    keys: tuple[str, ...]
-    identity: str
-
-    def open(self, index: int) -> tuple[Image.Image, int]:
-        """Read the record."""
-        record = self.source[index]
-        return open_picture(record["image"]), int(record["label"])
-
-
-def open_images(images: str, split: str = "train") -> ImageSet:
-    """What `--images` names: a folder, `idx:FOLDER`, or `tfds:NAME`.
+    Without `classes`, labels are not needed, and a folder's images may lie anywhere in it.
 
     Raises:
         DataError: nothing there, or not of that form.
@@ -100,84 +114,92 @@ def open_images(images: str, split: str = "train") -> ImageSet:
     """
     kind, colon, rest = images.partition(":")
     opener = _OPENERS.get(kind) if colon else None
-    found = open_folder(Path(images)) if opener is None else opener(rest, split)
-    if not len(found.keys):
+    found = open_folder(Path(images), classes=classes) if opener is None else opener(rest, split)
+    if not len(found):
         raise DataError(f"--images={images}: there are no images.")
     return found
 
 
-def open_folder(root: Path) -> ImageFolder:
-    """A folder with one subfolder a class, as torchvision's ImageFolder reads it.
+def open_folder(root: Path, *, classes: bool = False) -> Pictures:
+    """Open the pictures below a folder; with `classes`, each subfolder is a class.
 
     Raises:
-        DataError: no such folder, or no subfolders with images.
+        DataError: no such folder, or no pictures.
     """
-    if not root.is_dir():
-        raise DataError(f"--images={root}: no such folder; expected one with a subfolder for each class.")
-    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    files = [_files(root, name) for name in names]
-    if not any(files):
-        raise DataError(
-            f"--images={root}: no images in subfolders; expected {root}/CLASS/IMAGE with names that end in "
-            f"{', '.join(_SUFFIXES)}."
-        )
-    labels = np.repeat(np.arange(len(names), dtype=np.int32), [len(keys) for keys in files])
-    return ImageFolder(root, tuple(names), labels, tuple(key for keys in files for key in keys))
+    keys, labels, names = find_labelled_pictures(root) if classes else (find_pictures(root), [], [])
+    if not keys:
+        raise DataError(f"{root}: no images; expected names that end in {', '.join(SUFFIXES)}.")
+    known = np.array(labels or [0] * len(keys), np.int32)
+
+    def read(index: int) -> tuple[Image.Image, int]:
+        return open_picture((root / keys[index]).read_bytes()), int(known[index])
+
+    @cache
+    def identify() -> dict[str, Any]:
+        files, sizes = hashlib.sha256(), []
+        for key in keys:
+            size, changed = _size_and_time(root / key)
+            files.update(f"{root / key} {size} {changed}\n".encode(errors="surrogateescape"))
+            sizes.append(size)
+        contents = f"{_digest(keys, known)} {hashlib.sha256(np.array(sizes, '<i8').tobytes()).hexdigest()[:16]}"
+        # `files` differs for a copy elsewhere: whole paths, sizes and times of change.
+        return {"bytes": sum(sizes), "files": files.hexdigest()[:16], "contents": contents}
+
+    return Pictures(str(root), keys, tuple(names), known if classes else None, read, identify)
 
 
-def open_idx(path: str, split: str) -> ImageArrays:
-    """`SPLIT-images-idx3-ubyte` and `SPLIT-labels-idx1-ubyte`, gzipped or not; the split "test" is also called t10k.
+def _open_idx(path: str, split: str) -> Pictures:
+    try:
+        images, labels, name = read_idx_pair(Path(path), split)
+    except FileNotFoundError as error:
+        raise DataError(f"--images=idx:{path}: expected {error} there.") from error
+    labels, names = labels.astype(np.int32), tuple(str(label) for label in range(int(labels.max(initial=0)) + 1))
+    keys = [f"{name}/{index}" for index in range(len(labels))]
 
-    Raises:
-        DataError: files missing, damaged, or not of the same length.
-    """
-    folder = Path(path)
-    stems = (split, "t10k") if split == "test" else (split,)
-    found = [_idx_pair(folder, stem) for stem in stems]
-    pair = next((files for files in found if files), None)
-    if pair is None:
-        raise DataError(
-            f"--images=idx:{path}: expected {split}-images-idx3-ubyte and {split}-labels-idx1-ubyte there, or the same "
-            "with .gz."
-        )
-    images, labels = read_idx(pair[0]), read_idx(pair[1])
-    if images.ndim != 3 or labels.shape != images.shape[:1]:
-        raise DataError(f"{folder}: images {images.shape}, labels {labels.shape}; expected (N, H, W) and (N,).")
-    names = tuple(str(label) for label in range(int(labels.max(initial=0)) + 1))
-    keys = tuple(f"{pair[0].name}/{index}" for index in range(len(labels)))
-    return ImageArrays(images, labels.astype(np.int32), names, keys)
+    def read(index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(images[index]), int(labels[index])
+
+    @cache
+    def identify() -> dict[str, Any]:
+        return {"contents": f"{_digest(keys, labels)} {hashlib.sha256(images.tobytes()).hexdigest()[:16]}"}
+
+    return Pictures(f"idx:{path}", keys, names, labels, read, identify)
 
 
-def open_tfds(name: str, split: str) -> RandomAccess:
-    """A data set that TFDS has prepared as array_record files, such as imagenet2012.
-
-    Raises:
-        MissingExtraError: TFDS is not installed.
-        DataError: TFDS cannot open it this way, or it has no `image` and `label`.
-    """
+def _open_tfds(name: str, split: str) -> Pictures:
+    """A data set that TFDS has prepared as array_record files, such as imagenet2012."""
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise MissingExtraError(
-            f"--images=tfds:{name} needs TensorFlow Datasets: pip install 'mpdit_jax[tfds]' (or give a folder of "
-            "images)."
+            f"--images=tfds:{name} needs TensorFlow Datasets: {install_extra('tfds')}, or give a folder of images."
         ) from error
     try:
         builder = tfds.builder(name)
         features = builder.info.features
         source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
         class_names = tuple(features["label"].names)
-        identity = f"{builder.info.full_name} {split} {len(source)}"
+        contents = f"{builder.info.full_name} {split} {len(source)}"
     except Exception as error:  # what TFDS raises is up to the data set
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"--images=tfds:{name} (split {split}) cannot be opened ({reason[:300]}): expected a data set with `image` "
-            "and `label`, prepared by `tfds build --file_format=array_record` (which needs TensorFlow)."
+            f"--images=tfds:{name} (split {split}) cannot be opened ({first_line(error)[:300]}): expected a data set "
+            "with `image` and `label`, prepared by `tfds build --file_format=array_record` (which needs TensorFlow)."
         ) from error
-    return RandomAccess(source, class_names, tuple(f"{split}/{index}" for index in range(len(source))), identity)
+
+    def read(index: int) -> tuple[Image.Image, int]:
+        record = source[index]
+        return open_picture(record["image"]), int(record["label"])
+
+    keys = [f"{split}/{index}" for index in range(len(source))]
+    return Pictures(f"tfds:{name}", keys, class_names, None, read, lambda: {"contents": contents})
 
 
-_OPENERS: dict[str, Callable[[str, str], ImageSet]] = {"idx": open_idx, "tfds": open_tfds}
+_OPENERS: dict[str, Callable[[str, str], Pictures]] = {"idx": _open_idx, "tfds": _open_tfds}
+
+
+def key_bytes_of(key: str) -> bytes:
+    """A key as a store holds it: UTF-8, or the file system's own bytes of a name that is not."""
+    return key.encode("utf-8", "surrogateescape")
 
 
 def _digest(keys: Sequence[str], labels: np.ndarray) -> str:
@@ -186,30 +208,10 @@ def _digest(keys: Sequence[str], labels: np.ndarray) -> str:
     return content.hexdigest()[:16]
 
 
-def key_bytes_of(key: str) -> bytes:
-    """A key as it is stored: UTF-8, or whatever other bytes a file system has for a name."""
-    return key.encode("utf-8", "surrogateescape")
-
-
-def _files(root: Path, name: str) -> list[str]:
-    found: list[str] = []
-    for folder, _, files in os.walk(root / name, followlinks=True):
-        place = Path(folder).relative_to(root)
-        found.extend((place / file).as_posix() for file in files if file.lower().endswith(_SUFFIXES))
-    return sorted(found)
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file; -1 where there is none, as behind a link whose target is gone."""
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """Bytes and time of change of a file; -1 for a link whose target is gone."""
     try:
-        return path.stat().st_size
+        known = path.stat()
     except OSError:
-        return -1
-
-
-def _idx_pair(folder: Path, stem: str) -> tuple[Path, Path] | None:
-    for ending in ("", ".gz"):
-        images, labels = (folder / f"{stem}-{part}-ubyte{ending}" for part in ("images-idx3", "labels-idx1"))
-        if images.is_file() and labels.is_file():
-            return images, labels
-    return None
+        return -1, -1
+    return known.st_size, known.st_mtime_ns

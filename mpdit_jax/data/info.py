@@ -1,4 +1,4 @@
-"""`workdir/data.json`: what sampling has to know of the data a model was trained on."""
+"""`workdir/data.json`: what a run records about its data, for sampling and for continuing it."""
 
 import dataclasses
 import hashlib
@@ -10,67 +10,52 @@ import numpy as np
 from mpdit_jax.data.latents import LatentSpace
 from mpdit_jax.data.sources import Source
 from mpdit_jax.errors import CheckpointError
-from mpdit_jax.io.files import atomic_write, parse_json
+from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.io.json_files import parse_json
 
-FACTS_FILE = "data.json"
-FACTS = ("class_names", "latents")
-"""Fields of every version's file."""
+INFO_FILE = "data.json"
+INFO_FIELDS = ("class_names", "latents")  # of every version's file
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """What identifies a run's data.
+    """The record of a run's data."""
 
-    Attributes:
-        class_names: in label order.
-        latents: the VAE's latent space, or None for a model of images.
-        labels: number of examples and a digest of their labels in order; None in files of versions without it.
-    """
-
-    class_names: tuple[str, ...]
-    latents: LatentSpace | None
-    labels: str | None = None
+    class_names: tuple[str, ...]  # in label order
+    latents: LatentSpace | None  # None for a model of images
+    labels: str | None = None  # number of examples and a digest of their labels in order; None in older files
 
 
 def record_dataset(workdir: Path, source: Source, *, trained: bool) -> None:
-    """Store a source's facts, or check that they continue those stored.
-
-    Args:
-        workdir: of the run.
-        source: its data.
-        trained: whether the run has steps that other data would contradict.
+    """Record a run's data in its workdir; check first, if it has `trained` steps, that they are those recorded there.
 
     Raises:
         CheckpointError: the run was trained on latents of another VAE or normalization, or on other examples.
     """
-    facts = DatasetInfo(tuple(source.class_names), source.latents, _identify(source.labels))
+    info = DatasetInfo(tuple(source.class_names), source.latents, _identify(source.labels))
     stored = read_dataset_info(workdir) if trained else None
-    if stored is not None and stored.latents != facts.latents:
+    if stored is not None and stored.latents != info.latents:
         raise CheckpointError(
             f"{workdir} was trained on latents of another VAE or normalization ({_say(stored.latents)}) than those of "
-            f"config.data.path ({_say(facts.latents)}): give the latents it was trained on, or use another --workdir."
+            f"config.data.path ({_say(info.latents)}): give the latents it was trained on, or use another --workdir."
         )
-    if stored is not None and stored.labels not in (None, facts.labels):
+    if stored is not None and stored.labels not in (None, info.labels):
         raise CheckpointError(
             f"{workdir} was trained on other examples (number and digest of the labels: {stored.labels}) than those of "
-            f"config.data.path ({facts.labels}): give the data it was trained on, or use another --workdir."
+            f"config.data.path ({info.labels}): give the data it was trained on, or use another --workdir."
         )
-    with atomic_write(workdir / FACTS_FILE) as file:
-        file.write((json.dumps(dataclasses.asdict(facts), indent=1) + "\n").encode())
+    with atomic_write(workdir / INFO_FILE) as file:
+        file.write((json.dumps(dataclasses.asdict(info), indent=1) + "\n").encode())
 
 
 def identity(source: Source) -> dict[str, str]:
-    """What must be the same of a source wherever it is read, in words."""
+    """What every process must read alike of a source, in words."""
     return {"data": _identify(source.labels), "latents": _say(source.latents)}
 
 
 def read_dataset_info(workdir: str | Path) -> DatasetInfo | None:
-    """The facts of a run; None if it has none, as when its folder was put together by hand.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    path = Path(workdir) / FACTS_FILE
+    """Read the record of a run's data, None if there is none; raises CheckpointError if it is damaged."""
+    path = Path(workdir) / INFO_FILE
     if not path.is_file():
         return None
     try:

@@ -1,10 +1,10 @@
-"""Latents on disk: ArrayRecord shards beside a manifest that says what is in them.
+"""A store of latents on disk: ArrayRecord shards and a manifest that describes them.
 
 STORE/manifest.json                         written last: a folder that has one is finished
-STORE/labels.npy                            int32 (N,), the labels in order, so that classes are known without reading
+STORE/labels.npy                            int32 (N,), the labels in order
 STORE/shard-00002-of-00313.array_record     one record an example, all of one length, see `record_dtype`
 STORE/rejected.jsonl                        the images that could not be used, and why
-STORE/.shard-….array_record.json            what prepare knows of a shard, to make again only what is lost
+STORE/.shard-….array_record.json            prepare's report on a shard, so that it makes again only what is lost
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from mpdit_jax.errors import DataError
-from mpdit_jax.io.files import digest_of, parse_json
+from mpdit_jax.io.json_files import digest_of, parse_json
 from mpdit_jax.io.npz import read_npy
 
 SCHEMA_VERSION = 1
@@ -44,55 +44,33 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a store holds.
+    """The description of a store."""
 
-    Attributes:
-        latent_shape: (h, w, C) of an example.
-        views: 1, or 2 where the moments of the mirrored image are stored as well.
-        key_bytes: length of the longest source key.
-        image_size: pixels along each side of the square that was encoded.
-        vae_fingerprint: SHA-256 of the weights that encoded (`VAE.fingerprint`).
-        class_names: one a class, in label order.
-        class_counts: examples of each class.
-        latent_mean: of each channel over all examples and positions, (C,).
-        latent_std: likewise, of samples from the posteriors, (C,).
-        scaling_factor, shift_factor: of the VAE's config: `(latents - shift_factor) * scaling_factor`.
-        rejected: images left out.
-        source: what was encoded, as `prepare` was told.
-        labels_sha256: of labels.npy.
-        shards: in order.
-    """
-
-    latent_shape: tuple[int, int, int]
-    views: int
-    key_bytes: int
-    image_size: int
-    vae_fingerprint: str
-    class_names: tuple[str, ...]
-    class_counts: tuple[int, ...]
-    latent_mean: tuple[float, ...]
-    latent_std: tuple[float, ...]
-    scaling_factor: float
+    latent_shape: tuple[int, int, int]  # (h, w, C) of an example
+    views: int  # 1, or 2 where the moments of the mirrored image are stored as well
+    key_bytes: int  # length of the longest source key
+    image_size: int  # pixels along each side of the square that was encoded
+    vae_fingerprint: str  # SHA-256 of the weights that encoded, see `VAE.fingerprint`
+    class_names: tuple[str, ...]  # in label order
+    class_counts: tuple[int, ...]  # examples of each class
+    latent_mean: tuple[float, ...]  # of each channel, (C,)
+    latent_std: tuple[float, ...]  # likewise, of samples from the posteriors
+    scaling_factor: float  # of the VAE's config: `(latents - shift_factor) * scaling_factor`
     shift_factor: float
-    rejected: int
-    source: str
+    rejected: int  # images left out
+    source: str  # the images that were encoded, as given to `prepare`
     labels_sha256: str
     shards: tuple[Shard, ...]
 
     @property
     def examples(self) -> int:
-        """Their number."""
+        """The number of examples."""
         return sum(shard.examples for shard in self.shards)
 
     @property
     def contents(self) -> str:
-        """A digest of all records and labels, by the digests of their files."""
+        """A digest of all records and labels."""
         return digest_of([self.labels_sha256, *(shard.sha256 for shard in self.shards)])
-
-    @property
-    def record_dtype(self) -> np.dtype:
-        """See `record_dtype`."""
-        return record_dtype(self.latent_shape, self.views, self.key_bytes)
 
 
 def record_dtype(latent_shape: tuple[int, int, int], views: int, key_bytes: int) -> np.dtype:
@@ -102,17 +80,13 @@ def record_dtype(latent_shape: tuple[int, int, int], views: int, key_bytes: int)
 
 
 def manifest_to_json(manifest: Manifest) -> str:
-    """Indented JSON with the schema's version and the number of examples in front."""
+    """Write a manifest as indented JSON, with the schema's version and the number of examples in front."""
     fields = dataclasses.asdict(manifest)
     return json.dumps({"schema_version": SCHEMA_VERSION, "examples": manifest.examples, **fields}, indent=1) + "\n"
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a store.
-
-    Raises:
-        DataError: none there, damaged, or of a newer schema.
-    """
+    """Read the manifest of a store; raises DataError if there is none, or one damaged or of another schema."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise DataError(
@@ -138,7 +112,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             and manifest.views in (1, 2)
             and manifest.scaling_factor > 0
             and math.isfinite(manifest.scaling_factor + manifest.shift_factor)
-            and 0 < manifest.record_dtype.itemsize < _LARGEST_RECORD
+            and 0 < record_dtype(manifest.latent_shape, manifest.views, manifest.key_bytes).itemsize < _LARGEST_RECORD
             and all(map(_is_sound, shards))
             and all(isinstance(name, str) for name in manifest.class_names)
             and all(isinstance(count, int) and count >= 0 for count in manifest.class_counts)
@@ -165,18 +139,22 @@ class LatentStore:
     """The examples of a store, readable at any index by several threads at once."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Open it: every shard must be there at its full length, but none is read yet.
+        """Open a store without reading its shards.
 
         Raises:
-            DataError: no manifest, a damaged one, a shard missing or of another length, labels that do not fit, or
-                more shards than this process may open.
+            DataError: it is damaged, or has more shards than this process may open.
         """
         self.folder = Path(folder)
         self.manifest = manifest = read_manifest(self.folder)
         allow_open_files(len(manifest.shards), str(folder))
         for shard in manifest.shards:
-            check_shard(self.folder, shard)
+            path = self.folder / shard.name
+            found = path.stat().st_size if path.is_file() else -1
+            if found != shard.bytes:
+                problem = "is missing" if found < 0 else f"has {found} bytes instead of {shard.bytes}"
+                raise DataError(f"{path} {problem}: copy it again, or repeat the prepare command, which makes it anew.")
         self.labels = _read_labels(self.folder, manifest)
+        self._dtype = record_dtype(manifest.latent_shape, manifest.views, manifest.key_bytes)
         self._starts = np.cumsum([0, *[shard.examples for shard in manifest.shards]])
         self._readers: dict[int, Any] = {}
         self._locks = [threading.Lock() for _ in manifest.shards]
@@ -185,23 +163,11 @@ class LatentStore:
         return self.manifest.examples
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """The records at `indices` (n,), as an array (n,) of `Manifest.record_dtype`.
-
-        Raises:
-            DataError: a damaged shard.
-        """
-        dtype = self.manifest.record_dtype
-        records = np.empty((len(indices), dtype.itemsize), np.uint8)
-        for place, record in enumerate(self._records(indices)):
-            records[place] = np.frombuffer(record, np.uint8)
-        return records.view(dtype)[:, 0]
+        """Read the records at `indices` (n,): an array (n,) of `record_dtype`; raises DataError for a damaged shard."""
+        return np.frombuffer(b"".join(self._records(indices)), self._dtype)
 
     def moments(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of the examples at `indices` (n,), each float16 (n, views, h, w, C), contiguous.
-
-        Raises:
-            DataError: a damaged shard.
-        """
+        """Read mean and standard deviation of the examples at `indices` (n,), each float16 (n, views, h, w, C)."""
         shape = (self.manifest.views, *self.manifest.latent_shape)
         size = 2 * math.prod(shape)  # bytes
         mean, std = (np.empty((len(indices), *shape), "<f2") for _ in range(2))
@@ -214,14 +180,15 @@ class LatentStore:
 
     def _records(self, indices: np.ndarray) -> Iterator[bytes]:
         """The records, one by one: ArrayRecord takes three times as long for each of a list of scattered ones."""
-        size = self.manifest.record_dtype.itemsize
+        size = self._dtype.itemsize
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         for number, row in zip(shards.tolist(), (indices - self._starts[shards]).tolist(), strict=True):
             try:
                 with self._locks[number]:  # a reader has one position
-                    reader = self._readers.get(number)
-                    if reader is None:
-                        reader = self._open(number)
+                    if number not in self._readers:
+                        path = self.folder / self.manifest.shards[number].name
+                        self._readers[number] = ArrayRecordReader(str(path), _READER_OPTIONS)
+                    reader = self._readers[number]
                     reader.seek(row)
                     record: bytes = reader.read()
                 if len(record) != size:
@@ -234,18 +201,9 @@ class LatentStore:
                 ) from error
             yield record
 
-    def _open(self, number: int) -> Any:
-        path = self.folder / self.manifest.shards[number].name
-        self._readers[number] = reader = ArrayRecordReader(str(path), _READER_OPTIONS)
-        return reader
-
 
 def allow_open_files(count: int, folder: str) -> None:
-    """Let this process keep `count` files open beside what else it needs; all shards are, once they have been read.
-
-    Raises:
-        DataError: the system does not allow it.
-    """
+    """Raise this process's limit of open files for `count` shards; raises DataError if the system does not allow it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + _OTHER_FILES
     if soft == resource.RLIM_INFINITY or soft >= needed:
@@ -256,18 +214,6 @@ def allow_open_files(count: int, folder: str) -> None:
             f"{needed}` as an administrator), or prepare with a larger --shard_size."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def check_shard(folder: Path, shard: Shard) -> None:
-    """Raise DataError unless the shard is there at its full length."""
-    path = folder / shard.name
-    if not path.is_file():
-        raise DataError(f"{path} is missing: copy it again, or repeat the prepare command, which makes it anew.")
-    if path.stat().st_size != shard.bytes:
-        raise DataError(
-            f"{path} has {path.stat().st_size} bytes instead of {shard.bytes}: copy it again, or repeat the "
-            "prepare command, which makes it anew."
-        )
 
 
 def sha256(path: Path) -> str:

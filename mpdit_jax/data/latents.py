@@ -1,8 +1,6 @@
-"""Latents to train on: the moments of a store, and the constants that bring samples from them to unit variance."""
+"""Latents to train on: a store's moments, and the constants that normalize samples from them."""
 
 import dataclasses
-
-import numpy as np
 
 from mpdit_jax.data.latent_store import LatentStore
 from mpdit_jax.errors import ConfigError, DataError
@@ -15,67 +13,23 @@ PAPER_STD = (4.17, 4.62, 3.71, 3.28)
 
 @dataclasses.dataclass(frozen=True)
 class LatentSpace:
-    """What turns a model's latents into those of the VAE: `latents * std + mean`.
+    """The constants that turn a model's latents into those of the VAE: `latents * std + mean`."""
 
-    Attributes:
-        mean: of each channel, (C,).
-        std: likewise.
-        vae_fingerprint: SHA-256 of the VAE's weights.
-    """
-
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # of each channel, (C,)
     std: tuple[float, ...]
-    vae_fingerprint: str
+    vae_fingerprint: str  # SHA-256 of the VAE's weights
 
 
-@dataclasses.dataclass(frozen=True)
-class LatentSource:
-    """The examples of a store, as moments: what is drawn from them is drawn on the device, anew at every visit."""
-
-    store: LatentStore
-    latents: LatentSpace
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(h, w, C) of an example."""
-        return self.store.manifest.latent_shape
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """One name a class, in label order."""
-        return self.store.manifest.class_names
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int32 (N,)."""
-        return self.store.labels
-
-    @property
-    def contents(self) -> str:
-        """Of the store, see `Manifest.contents`."""
-        return self.store.manifest.contents
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The examples at `indices` (n,): `mean` and `std` float16 (n, views, h, w, C), `y` int32 (n,)."""
-        mean, std = self.store.moments(indices)
-        return {"mean": mean, "std": std, "y": self.store.labels[indices]}
-
-
-def load_latents(path: str = "", split: str = "train", normalization: str = "paper") -> LatentSource:
-    """The latents in a folder that `python -m mpdit_jax.prepare` has made.
+def load_latents(path: str, normalization: str = "paper") -> tuple[LatentStore, LatentSpace]:
+    """Open the latents in a folder that `python -m mpdit_jax.prepare` has made.
 
     Args:
         path: the folder.
-        split: unused; the folder is the split.
         normalization: "paper" for the constants of Stable Diffusion's VAE, "manifest" for those measured by prepare,
             "vae" for the VAE's own scaling and shift factors.
 
     Raises:
-        DataError: no finished store there, or a damaged one, or a channel that has one value everywhere and would be
-            divided by its standard deviation of 0.
+        DataError: no finished store there, a damaged one, or a channel with standard deviation 0 to divide by.
         ConfigError: the paper's constants for another number of channels.
     """
     if not path:
@@ -104,4 +58,4 @@ def load_latents(path: str = "", split: str = "train", normalization: str = "pap
             f"config.data.normalization='paper' has {len(PAPER_MEAN)} channels and the latents in {path} have "
             f"{manifest.latent_shape[2]}: set it to 'manifest', the constants measured on them, or to 'vae', its own."
         )
-    return LatentSource(store, LatentSpace(mean, std, manifest.vae_fingerprint))
+    return store, LatentSpace(mean, std, manifest.vae_fingerprint)

@@ -1,4 +1,4 @@
-"""Batches in an order that is a pure function of (seed, step)."""
+"""The input pipeline: batches in an order that is a pure function of (seed, step)."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -19,7 +19,7 @@ def batches(
     rows: slice | np.ndarray = slice(None),
     threads: int = 1,
 ) -> Iterator[Batch]:
-    """Endless batches from step `start` on: the batch of step s depends on (seed, s) and nothing else.
+    """Yield endless batches from step `start` on; the batch of step s depends on (seed, s) and nothing else.
 
     Every epoch is a new permutation of the whole set; a batch may span two epochs.
 
@@ -29,7 +29,7 @@ def batches(
         seed: seed of the permutations.
         start: the first step wanted; resuming costs nothing.
         rows: the rows of the global batch that this process reads.
-        threads: that read; they change no batch. Reading a store holds Python's lock, for which they contend.
+        threads: that read; the batches do not depend on their number. They contend for Python's global lock.
     """
     order = Order(len(source), seed)
     steps = grain.MapDataset.range(start, 2**62).map(lambda step: source.batch(order.batch(step, batch_size)[rows]))
@@ -37,12 +37,12 @@ def batches(
 
 
 def batch_at(source: Batched, batch_size: int, seed: int, step: int) -> Batch:
-    """The whole batch of one step, for replaying it."""
+    """The whole batch of one step, for a replay."""
     return source.batch(Order(len(source), seed).batch(step, batch_size))
 
 
 class Order:
-    """Endless shuffled epochs over `count` examples, each made at once: index by index would cost more than reading."""
+    """Endless shuffled epochs over `count` examples; a permutation is made at once, as index by index would be slow."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count = count

@@ -1,4 +1,4 @@
-"""Reading a whole store against its manifest."""
+"""The check of a whole store against its manifest."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +10,7 @@ from mpdit_jax.errors import DataError
 
 
 def verify(folder: str | Path) -> Iterator[int]:
-    """Read everything and compare it with the manifest, the statistics included; gives the examples read so far, after
-    every shard.
+    """Read a store and compare all of it with its manifest; yields the number of examples read after every shard.
 
     Raises:
         DataError: the first thing that differs, by name.
@@ -19,8 +18,9 @@ def verify(folder: str | Path) -> Iterator[int]:
     store = LatentStore(folder)
     if sha256(store.folder / LABELS) != store.manifest.labels_sha256:
         raise DataError(f"{store.folder / LABELS} is not what was written (SHA-256 differs); prepare again.")
-    if _count_lines(store.folder / REJECTED) != store.manifest.rejected:
-        raise DataError(f"{store.folder / REJECTED} does not name {store.manifest.rejected} images; copy it again.")
+    rejected = store.folder / REJECTED
+    if not rejected.is_file() or len(rejected.read_text().splitlines()) != store.manifest.rejected:
+        raise DataError(f"{rejected} does not name {store.manifest.rejected} images; copy it again.")
     channels, done = store.manifest.latent_shape[2], 0
     total, square = np.zeros(channels), np.zeros(channels)
     for shard in store.manifest.shards:
@@ -55,7 +55,3 @@ def verify(folder: str | Path) -> Iterator[int]:
             f"{store.folder / MANIFEST} states latent means and standard deviations {stated.tolist()} and they are "
             f"{found.tolist()}: copy it again, or delete it and repeat the prepare command."
         )
-
-
-def _count_lines(path: Path) -> int:
-    return len(path.read_text().splitlines()) if path.is_file() else -1

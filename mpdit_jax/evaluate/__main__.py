@@ -1,15 +1,18 @@
-"""`python -m mpdit_jax.evaluate`: how close generated images are to real ones."""
+"""`python -m mpdit_jax.evaluate`: compare generated images with real ones."""
 
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mpdit_jax.config.evaluation import PREPROCESSINGS, choose_metrics, metric_names
+from mpdit_jax.distributed.collectives import run_on_process_0
 from mpdit_jax.distributed.startup import add_flags, join
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import expand
+from mpdit_jax.io.paths import expand
 from mpdit_jax.runtime.cli import Parser, add_tile_option, make_parser, run
 from mpdit_jax.validation import check_image_size, check_seed
 
@@ -30,10 +33,9 @@ def make_evaluate_parser() -> Parser:
     parser = make_parser(
         "evaluate",
         "Compare images with a reference: FID, sFID, Inception Score, precision, recall, KID. Give --samples, or "
-        "--workdir to draw them from a run first, once for every combination of --guidance_scale, --steps and "
-        "--solver. FID needs Inception's weights; other networks give an FD(NAME), which compares with none but "
-        "itself. Features that are finished are kept beside --out until the end: the same command continues after an "
-        "interruption of any kind.",
+        "--workdir to draw them from a run, once for every combination of --guidance_scale, --steps and --solver. FID "
+        "needs Inception's weights; other networks give an FD(NAME), which compares with no other. Finished features "
+        "are kept beside --out until the end: after any interruption the same command continues.",
         _EXAMPLES,
     )
     parser.add_argument("--samples", default="", metavar="SET", help="an .npz with arr_0 (uint8 NHWC), a folder of")
@@ -49,11 +51,9 @@ def make_evaluate_parser() -> Parser:
         "--metrics", default="", help="fid,sfid,is,precision,recall,kid; fd for another network's Fréchet distance"
     )
     parser.add_argument("--out", default="", metavar="FILE.json", help="numbers and settings (default: beside the set)")
-    parser.add_argument("--save_stats", default="", metavar="FILE.npz", help="keep the samples' mean and covariance")
+    parser.add_argument("--save_stats", default="", metavar="FILE.npz", help="save the samples' mean and covariance")
     parser.add_argument("--save_features", action="store_true", help="and their features, for precision and recall")
-    parser.add_argument(
-        "--num_samples", type=int, help="how many, spread over the set (default: all; of a run, 8 a class)"
-    )
+    parser.add_argument("--num_samples", type=int, help="spread over the set (default: all; of a run, 8 a class)")
     parser.add_argument(
         "--image_size",
         type=int,
@@ -62,7 +62,7 @@ def make_evaluate_parser() -> Parser:
         help="cut the images of a reference's folder to squares, or those of --samples for --save_stats alone; samples "
         "that are compared must have this size",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of samples, and of KID's subsets (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of samples and KID's subsets (default: 0)")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")
     group = parser.add_argument_group("extractor")
     group.add_argument(
@@ -78,15 +78,15 @@ def make_evaluate_parser() -> Parser:
         "~/.cache/mpdit_jax)",
     )
     group.add_argument(
-        "--save_inception", default="", metavar="FILE.safetensors", help="write those weights so, and do nothing else"
+        "--save_inception", default="", metavar="FILE.safetensors", help="convert those weights and exit"
     )
     group.add_argument(
         "--preprocessing",
         choices=PREPROCESSINGS,
-        help="of Inception: as ADM and torch-fidelity, or as pytorch-fid (default: tensorflow)",
+        help="Inception: as ADM and torch-fidelity, or as pytorch-fid (default: tensorflow)",
     )
     group.add_argument(
-        "--feature_size", type=int, default=0, metavar="PIXELS", help="what efficientnet_lite0 sees (224)"
+        "--feature_size", type=int, default=0, metavar="PIXELS", help="input of efficientnet_lite0 (224)"
     )
     group.add_argument("--k", type=int, default=3, help="neighbour of precision and recall (default: %(default)s)")
     group.add_argument("--splits", type=int, default=10, help="of the Inception Score (default: %(default)s)")
@@ -94,11 +94,11 @@ def make_evaluate_parser() -> Parser:
     group.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     group.add_argument("--no_ema", action="store_true", help="use the raw parameters, not their moving average")
     group.add_argument("--labels", default="balanced", help="balanced | random | classes, such as 3,5")
-    group.add_argument("--vae", default="", help="of latents, drawn or stored: folder or hub name of their VAE")
-    group.add_argument("--vae_dtype", choices=("float32", "bfloat16"), default="float32", help="it computes in")
+    group.add_argument("--vae", default="", help="folder or hub name of the VAE that decodes latents, drawn or stored")
+    group.add_argument("--vae_dtype", choices=("float32", "bfloat16"), default="float32", help="its compute dtype")
     add_tile_option(parser)
     add_sampler_options(parser)
-    # The three settings that one compares may have several values here, in place of the sampler's own flags.
+    # These three take several values here, in place of the sampler's own flags.
     parser.conflict_handler = "resolve"
     group = parser.add_argument_group("sampler, several values at once")
     group.add_argument("--guidance_scale", type=_list_of(float), default=[1.0], metavar="W,...", help="(default: 1.0)")
@@ -131,9 +131,10 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.distributed.collectives import barrier
     from mpdit_jax.evaluate import command
     from mpdit_jax.evaluate.report import table, write_json
-    from mpdit_jax.evaluate.scratch import claimed, clear
-    from mpdit_jax.evaluate.statistics import check_count, check_metrics, save_statistics
-    from mpdit_jax.io.files import check_writable
+    from mpdit_jax.evaluate.scratch import lock_scratch
+    from mpdit_jax.evaluate.statistics import check_count, check_metrics
+    from mpdit_jax.evaluate.stored_statistics import save_statistics
+    from mpdit_jax.io.atomic import check_writable
 
     if options.workdir:
         load_config(options.workdir)  # before any weights: there may be no run
@@ -150,12 +151,12 @@ def main(arguments: Sequence[str]) -> int:
     check_metrics(metrics, extractor)
     scratch = out.with_name(f"{out.name}.unfinished")
     written = [out, *([Path(options.save_stats)] if options.save_stats else [])]
-    with claimed(scratch, written):
+    with run_on_process_0(partial(lock_scratch, scratch, written)) or nullcontext() as held:
         if options.workdir:
             from mpdit_jax.evaluate.runs import evaluate_run, prepare_run
 
             drawing = prepare_run(options, extractor, metrics)
-            reference = command.reference_of(options, extractor, metrics, scratch, {"shape": drawing.shape})
+            reference = command.reference_statistics(options, extractor, metrics, scratch, drawing.shape)
             results = evaluate_run(options, drawing, extractor, metrics, reference, scratch)
         else:
             statistics, result = command.evaluate_set(options, extractor, metrics, scratch)
@@ -163,19 +164,19 @@ def main(arguments: Sequence[str]) -> int:
             if options.save_stats and jax.process_index() == 0:
                 save_statistics(options.save_stats, statistics, features=options.save_features)
                 print(f"statistics of {statistics.count} images in {options.save_stats}")
-        barrier("nobody reads what is cleared")
-        if jax.process_index() > 0:
+        barrier("nobody reads the scratch folder")
+        if held is None:  # on other processes than the first
             return 0
         if results:
             write_json(out, {"results": [dataclasses.asdict(row) for row in results]})
             print(f"{table(results)}\nwith their settings in {out}")
-        clear(scratch)
+        held.remove()
     return 0
 
 
 def _check(options: argparse.Namespace) -> None:
     if bool(options.samples) == bool(options.workdir):
-        raise InputError("give either --samples=SET or --workdir=FOLDER: what is to be evaluated.")
+        raise InputError("give either --samples=SET or --workdir=FOLDER, the images to evaluate.")
     asked = set(metric_names(options.metrics))
     if options.samples and not options.reference and asked != {"is"} and (asked or not options.save_stats):
         raise InputError("--reference is missing: expected what to compare with (or --save_stats=FILE.npz alone).")
@@ -192,7 +193,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def reject_unused_flags(options: argparse.Namespace, parser: Parser) -> None:
-    """Raise InputError for a flag of drawing where nothing is drawn, or of cutting where nothing is cut."""
+    """Raise InputError for a sampler's flag beside --samples, or for --image_size without a folder to cut."""
     from mpdit_jax.sample.options import add_sampler_options
 
     sampler = argparse.ArgumentParser(add_help=False)
@@ -221,7 +222,7 @@ def _as_given(name: str, value: Any) -> str:
 
 
 def _may_be_photographs(place: str) -> bool:
-    """Whether a reference may be a folder of images; what is not there is refused by those who look for it."""
+    """Whether a reference may be a folder of images; a missing one is refused later."""
     from mpdit_jax.data.latent_store import MANIFEST
 
     if not place or place.startswith("data:"):

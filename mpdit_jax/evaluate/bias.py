@@ -1,7 +1,6 @@
-"""By how much a Fréchet distance of few images is too high."""
+"""Fréchet distances of few images are too high: warnings, and by how much."""
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from mpdit_jax.evaluate.statistics import MOMENTS, Statistics
 
 
 def perfect_distance(real: Statistics, count: int, output: str = "pool", seed: int = 0) -> float:
-    """The Fréchet distance that `count` draws from the real Gaussian itself have: how far too high so few images score.
+    """The Fréchet distance between the real Gaussian and `count` draws from it: what a perfect model would score.
 
     One draw; its spread is a few hundredths of it.
     """
@@ -22,29 +21,31 @@ def perfect_distance(real: Statistics, count: int, output: str = "pool", seed: i
     return frechet_distance(gaussian.mean, gaussian.covariance, drawn.mean, drawn.covariance)
 
 
-def warn_of_bias(real: Statistics, fake: Statistics, metrics: Sequence[str]) -> dict[str, float]:
-    """Warn where there are fewer images than features, and tell by how much a distance of few samples is too high.
+def few_images(metrics: Sequence[str], extractor: str, outputs: Mapping[str, int], count: int, whose: str) -> list[str]:
+    """A sentence for each distance of a set with fewer images than features; a `count` of 0 is unknown.
 
-    Returns:
-        What a perfect model would score with so few samples, by the distances' printed names; nothing for enough.
+    `outputs` are the extractor's dimensions, and `whose` is what a sentence calls the set, such as "100 samples".
     """
-    biases = {}
-    for name, output in MOMENTS.items():
-        if name not in metrics:
-            continue
-        dimension, label = len(real.gaussian(output).mean), metric_label(name, fake.extractor)
-        if 0 < real.count < dimension:
-            warnings.warn(
-                f"the reference's {real.count} images are fewer than the {dimension} features of "
-                f"{fake.extractor}: {label} comes out too high; give a larger one.",
-                stacklevel=2,
-            )
-        if fake.count < dimension:
-            biases[label] = perfect_distance(real, fake.count, output)
-            warnings.warn(
-                f"{fake.count} samples are fewer than the {dimension} features of {fake.extractor}: {label} "
-                f"comes out too high, and a perfect model would score {biases[label]:.3g} with so few; draw more, and "
-                "compare equal numbers only.",
-                stacklevel=2,
-            )
-    return biases
+    return [
+        f"{whose} are fewer than the {outputs[output]} features of {extractor}: {metric_label(name, extractor)} comes "
+        "out too high; give more, and compare equal numbers only."
+        for name, output in MOMENTS.items()
+        if name in metrics and 0 < count < outputs.get(output, 0)
+    ]
+
+
+def describe_bias(real: Statistics, count: int, metrics: Sequence[str]) -> tuple[list[str], dict[str, float]]:
+    """Warnings of too few real images or of `count` samples, and what a perfect model would score.
+
+    The scores are by printed name, of the distances with fewer samples than features.
+    """
+    outputs = {output: len(gaussian.mean) for output, gaussian in real.gaussians.items()}
+    notes = few_images(metrics, real.extractor, outputs, real.count, f"the reference's {real.count} images")
+    notes += few_images(metrics, real.extractor, outputs, count, f"{count} samples")
+    scores = {
+        metric_label(name, real.extractor): perfect_distance(real, count, output)
+        for name, output in MOMENTS.items()
+        if name in metrics and count < outputs[output]
+    }
+    notes += [f"a perfect model would have {label} {value:.3g} with {count} samples" for label, value in scores.items()]
+    return notes, scores

@@ -1,6 +1,6 @@
 """A small classifier of one data set, whose last hidden layer serves as features where no published network fits.
 
-A file of it is a safetensors of the weights with the architecture as JSON in its metadata.
+Its file is a safetensors of the weights, with the architecture as JSON in the metadata.
 """
 
 import dataclasses
@@ -17,15 +17,17 @@ from flax import nnx
 
 from mpdit_jax.errors import WeightsError
 from mpdit_jax.evaluate.layers import Conv, assign
-from mpdit_jax.io.files import atomic_write, expand, parse_json
+from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.io.json_files import parse_json
+from mpdit_jax.io.paths import expand
 
 _KEY, _FORMAT = "mpdit_jax", "classifier 1"
-_SMALLEST = 4  # pixels a side that the images are brought down to, by halves
+_SMALLEST = 4  # pixels a side to which the images are halved
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-    """What it looks at and how wide it is."""
+    """The shape of its images and its width."""
 
     height: int
     width: int
@@ -72,25 +74,17 @@ def initialize(config: ClassifierConfig, seed: int) -> Classifier:
 
 
 def save_classifier(path: str | Path, model: Classifier) -> None:
-    """Write weights and architecture into one file.
-
-    Raises:
-        InputError: it cannot be written.
-    """
+    """Write weights and architecture into one file; raises InputError if they cannot be written."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     arrays = {".".join(map(str, name)): np.asarray(leaf[...]) for name, leaf in flat}
-    # One entry: several would be written in an order that changes from one time to the next.
+    # One entry: the order of several would change from one time to the next.
     metadata = {_KEY: json.dumps({"format": _FORMAT, **dataclasses.asdict(model.config)}, sort_keys=True)}
     with atomic_write(path) as file:
         file.write(safetensors.numpy.save(arrays, metadata=metadata))
 
 
 def load_classifier(path: str | Path) -> Classifier:
-    """Inverse of `save_classifier`.
-
-    Raises:
-        WeightsError: no such file, damaged, or not a classifier's.
-    """
+    """Inverse of `save_classifier`; raises WeightsError for a missing, damaged or foreign file."""
     path = expand(path)  # behind `classifier:` neither the shell nor the command's parser has done it
     if not path.is_file():
         raise WeightsError(
@@ -110,7 +104,7 @@ def load_classifier(path: str | Path) -> Classifier:
         if isinstance(error, WeightsError):
             raise
         raise WeightsError(f"{path} is not a readable classifier ({error}): train it again.") from error
-    # Compared before it is allocated: a few bytes of metadata could ask for more than any machine has.
+    # Compared before anything is allocated: the metadata could ask for more than any machine has.
     shapes = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: Classifier(config)), nnx.Param))
     expected, found = sum(math.prod(leaf.shape) for leaf in shapes), sum(array.size for array in arrays.values())
     if expected != found:

@@ -1,4 +1,4 @@
-"""Training the small classifier, on arrays."""
+"""Train the small classifier on arrays."""
 
 import math
 from collections.abc import Callable
@@ -33,12 +33,12 @@ def train_classifier(
     Args:
         read: gives the images at indices (n,) as float32 (n, H, W, C) in [-1, 1].
         labels: whole numbers (N,).
-        num_classes: how many there are.
-        steps: batches.
-        batch_size: images in each.
-        learning_rate: of Adam, decayed to 0 by a cosine.
-        seed: of the weights and of what is drawn.
-        quiet: without a progress bar.
+        num_classes: number of classes.
+        steps: of Adam.
+        batch_size: images a step.
+        learning_rate: decayed to 0 by a cosine.
+        seed: of the weights, the batches and the augmentation.
+        quiet: no progress bar.
 
     Returns:
         The classifier, and its accuracy on the tenth held out.

@@ -1,18 +1,30 @@
-"""From a set of images to its statistics."""
+"""From images to the statistics of an extractor's features: the one pass of the command and of training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from mpdit_jax.evaluate.agreement import agree, portable
-from mpdit_jax.evaluate.extraction import FeatureFolder, extract
-from mpdit_jax.evaluate.extractors import Extractor
-from mpdit_jax.evaluate.moments import Moments, merge_processes
-from mpdit_jax.evaluate.sets import ImageBlocks
+from mpdit_jax.data.image_sets import ImageSet
+from mpdit_jax.distributed.collectives import any_process, barrier
+from mpdit_jax.distributed.mesh import make_mesh
+from mpdit_jax.evaluate.extractors import Extractor, Features
+from mpdit_jax.evaluate.moments import Moments, gather_rows, merge_processes
+from mpdit_jax.evaluate.shared_values import assert_shared, name_from_process_0, portable
 from mpdit_jax.evaluate.statistics import OF_SINGLE_IMAGES, Statistics, from_moments
+from mpdit_jax.io.json_files import digest_of
+from mpdit_jax.io.npz_blocks import NpzBlocks
+from mpdit_jax.runtime.progress import WorkBar
+from mpdit_jax.sample.drawing import own_blocks
 
+BLOCK = 512  # images whose features are stored in one file
 _NEEDS = {"sfd": "spatial", "is": "probs"}
+
+
+class StopRequested(Exception):
+    """One of the processes was asked to stop in the middle of a pass; raised on all of them."""
 
 
 def needed(metrics: Sequence[str]) -> list[str]:
@@ -21,48 +33,105 @@ def needed(metrics: Sequence[str]) -> list[str]:
 
 
 def kept(metrics: Sequence[str]) -> list[str]:
-    """Those of them that metrics need of every single image, which take memory in proportion to the images."""
+    """Outputs kept for every image; memory grows with the set."""
     single = ["pool"] if OF_SINGLE_IMAGES & set(metrics) else []
     return single + (["probs"] if "is" in metrics else [])
 
 
 def compute_statistics(
     extractor: Extractor,
-    images: ImageBlocks,
+    images: ImageSet,
     outputs: Sequence[str],
     keep: Sequence[str],
-    scratch: Path,
     verb: str,
+    *,
+    batch_size: int,
+    block_size: int | None = None,
+    scratch: Path | None = None,
+    stopped: Callable[[], bool] | None = None,
+    mesh: Mesh | None = None,
 ) -> Statistics:
-    """The statistics of a set of images. Interrupted, the same call goes on where it was: `scratch` has the features.
+    """Extract the features of a set of images and merge their moments. Collective.
 
-    Every process looks at its share of the blocks, in the copy of the set that it finds, and the sums are merged. Only
-    what is kept of single images is read by all: one block is in memory beside it.
+    Every process reads its own blocks of the set, see `own_blocks`, in the copy of the set that it finds. Images that
+    `images.read` leaves out do not count.
 
     Args:
         extractor: the network, the same on all processes.
-        images: what it looks at.
-        outputs: which of the extractor's to look at, see `needed`.
-        keep: which of them to keep of every image, see `kept`.
-        scratch: a folder that all processes see.
-        verb: of the progress bar.
+        images: a set, or samples that are drawn when they are read.
+        outputs: the extractor's outputs to compute, see `needed`.
+        keep: the outputs to keep for every image, see `kept`.
+        verb: label of the progress bar.
+        batch_size: images read at a time.
+        block_size: images of a block; default `BLOCK` with `scratch`, else `batch_size`.
+        scratch: a folder that all processes see, where finished blocks are stored: the same call continues from them.
+        stopped: whether this process was asked to stop; asked before every block. Progress is then shown in lines.
+        mesh: this process's devices; default all of its own.
 
     Raises:
-        InputError, DataError: images that cannot be looked at, or a damaged block.
-        ProcessError: the processes find sets that differ.
+        InputError, DataError: images that cannot be read, features that are not finite, or a damaged block.
+        ProcessError: the processes find different sets.
+        StopRequested: see `stopped`.
     """
-    agree(portable(images.about))
-    folder = FeatureFolder(scratch, extractor, images, outputs)
-    extract(extractor, images, outputs, folder, verb)
+    assert_shared(portable(images.about))
+    mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
+    block_size = block_size or (batch_size if scratch is None else BLOCK)
+    stored = None if scratch is None else _stored_blocks(scratch, extractor, images, outputs, block_size)
+    mine, index, count = own_blocks(len(images), block_size), jax.process_index(), jax.process_count()
+    finished = [number for number in mine if stored is not None and stored.has(number)]
+    total, done = sum(map(len, mine.values())), sum(len(mine[number]) for number in finished)
     moments = {name: Moments.empty(extractor.outputs[name]) for name in ("pool", "spatial") if name in outputs}
-    whole = {name: np.empty((len(images), extractor.outputs[name]), np.float32) for name in keep}
-    for number in range(folder.count):
-        if not (keep or folder.is_mine(number)):
-            continue
-        part = folder.read(number)
-        for name in keep:
-            whole[name][folder.rows(number)] = part[name]
-        if folder.is_mine(number):
-            moments = {name: seen.update(part[name]) for name, seen in moments.items()}
+    parts = {name: [np.zeros((0, extractor.outputs[name]), np.float32)] for name in keep}
+    numbers = [np.zeros(0, int)]
+    in_training = stopped is not None
+    with WorkBar(verb, "images", total, done, quiet=in_training and index > 0, lines=in_training) as bar:
+        if stored is not None and 0 < done < total:
+            bar.say(f"{done} of {total} images are there already, in {stored.folder}")
+        for number in range(index, -(-len(images) // (block_size * count)) * count, count):
+            if stopped is not None and any_process(stopped()):
+                raise StopRequested
+            rows = mine.get(number)
+            if rows is None:  # in the last turn, some processes have no block
+                continue
+            if stored is not None and number in finished:
+                features = stored.read(number)
+            else:
+                with jax.set_mesh(mesh):
+                    features = _extract(extractor, images, outputs, rows, batch_size, bar)
+                if stored is not None:
+                    stored.write(number, features)
+            if not len(features["pool"]):
+                continue
+            moments = {name: seen.update(features[name]) for name, seen in moments.items()}
+            for name in keep:
+                parts[name].append(features[name])
+            numbers.append(rows[: len(features["pool"])])
+    barrier("every image has its features")
     merged = {name: merge_processes(seen) for name, seen in moments.items()}
-    return from_moments(extractor, merged, whole.get("pool"), whole.get("probs"), images.about)
+    order = np.concatenate(numbers)
+    whole = {name: gather_rows(np.concatenate(arrays), order) for name, arrays in parts.items()}
+    about = {**images.about, "count": merged["pool"].count}
+    return from_moments(extractor, merged, whole.get("pool"), whole.get("probs"), about)
+
+
+def _stored_blocks(
+    scratch: Path, extractor: Extractor, images: ImageSet, outputs: Sequence[str], size: int
+) -> NpzBlocks:
+    """The folder of finished blocks, named after everything that decides the features."""
+    decides = [extractor.fingerprint, images.about, sorted(outputs), size]
+    return NpzBlocks(scratch / name_from_process_0(digest_of(decides)), sorted(outputs))
+
+
+def _extract(
+    extractor: Extractor, images: ImageSet, outputs: Sequence[str], rows: np.ndarray, batch_size: int, bar: WorkBar
+) -> Features:
+    parts = {name: [np.zeros((0, extractor.outputs[name]), np.float32)] for name in outputs}
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        found = images.read(part)
+        if len(found):
+            features = extractor(found, part[: len(found)])
+            for name in outputs:
+                parts[name].append(features[name])
+        bar.advance(len(part))
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}

@@ -1,4 +1,4 @@
-"""What decodes a store of latents that is to be looked at: the VAE that encoded it, and no other."""
+"""Decode a store of latents by the VAE that encoded it, and no other."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -10,17 +10,17 @@ import numpy as np
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.sets import Decode, FindDecode
-from mpdit_jax.vae import NO_VAE, PIXELS, check_made, decode_all, load_vae, tiles
+from mpdit_jax.vae import NO_VAE, PIXELS, check_fingerprint, decode_all, load_vae, tiles
 
 
 def find_decode(vae: str, dtype: str = "float32", tile: int = 0, *, name: str = "--vae") -> FindDecode:
-    """What finds the decoder of a store. A store of pixels has one of its own and needs no VAE.
+    """A function that finds a store's decoder. A store of pixels has its own and needs no VAE.
 
     Args:
-        vae: folder or hub name; "" or "none" for none. Nothing is loaded before a store asks for it.
-        dtype: the VAE computes in.
-        tile: image pixels of the tiles that larger images are decoded in; 0 for whole images.
-        name: of the flag or field that gives the VAE, for the sentences.
+        vae: folder or hub name; "" or "none" for none. Loaded when a store needs it.
+        dtype: the VAE's compute dtype.
+        tile: decode larger images in tiles of so many pixels; 0 for whole images.
+        name: the flag or field that gives the VAE, for messages.
 
     Returns:
         See `FindDecode`; it raises InputError where `vae` is another one, or none is given.
@@ -36,7 +36,7 @@ def find_decode(vae: str, dtype: str = "float32", tile: int = 0, *, name: str = 
                 f"{fingerprint[:12]}…)."
             )
         loaded = load(None if in_pixels else vae)
-        check_made(loaded, fingerprint, f"{name}={vae}", f"{store} holds latents of")
+        check_fingerprint(loaded, fingerprint, f"{name}={vae}", f"{store} holds latents of")
         settings = {} if in_pixels else {"vae_dtype": dtype, "vae_tile": tile}
         return lambda latents: np.asarray(decode_all(loaded, latents)), settings
 

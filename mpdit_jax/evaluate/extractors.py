@@ -1,8 +1,8 @@
-"""From images to features: each extractor by its name, with everything that changes its numbers.
+"""Feature extractors by name, with every setting that changes their numbers.
 
 inception               the network of FID; needs a weights file
 efficientnet_lite0      an ImageNet classifier that comes as a Python package (extra [proxy])
-classifier:FILE         what `python -m mpdit_jax.train_classifier` has made
+classifier:FILE         a file of `python -m mpdit_jax.train_classifier`
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ Features: TypeAlias = dict[str, np.ndarray]
 """`pool` (n, d), and where the network has them `spatial` (n, s) and `probs` (n, classes), float32."""
 
 NAMES = ("inception", "efficientnet_lite0", "classifier:FILE")
-_MOST_ON_CPU = 4  # images of 299 pixels: what the layers make of more of them falls out of the caches
+_MOST_ON_CPU = 4  # images of 299 pixels: activations of more fall out of the caches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,22 +58,14 @@ class Extractor:
 
     @property
     def channels(self) -> int:
-        """Of the images that it looks at: 1 for a classifier of grey ones, else 3."""
+        """Channels of its images: 1 for a classifier of grey ones, else 3."""
         return 3 if self.image_shape is None else self.image_shape[2]
-
-    def label(self, metric: str) -> str:
-        """What a metric is called in print: FID and its kin for Inception, FD(name) for every other network."""
-        return metric_label(metric, self.name)
 
     def __call__(self, images: np.ndarray, rows: np.ndarray | None = None) -> Features:
         """Features of uint8 images (n, H, W, 1 or 3), n of any size; grey ones count as RGB of equal channels.
 
-        Args:
-            images: what to look at.
-            rows: their numbers (n,) in the set they are of, by which an error names one; from 0 by default.
-
-        Raises:
-            InputError: another shape or dtype, or features that are not finite.
+        Raises InputError for another shape or dtype, or features that are not finite; it names an image by its number
+        in the set, `rows` (n,), or from 0.
         """
         check_images(images)
         if self.image_shape is not None and images.shape[1:] != self.image_shape:
@@ -84,7 +76,7 @@ class Extractor:
         found: list[dict[str, np.ndarray]] = []
         for start in range(0, len(images), self.batch_size):
             part = images[start : start + self.batch_size]
-            # Always a full batch, so that there is one compilation; what fills it up is thrown away.
+            # Always a full batch, so that there is one compilation.
             filled = part[np.arange(self.batch_size) % len(part)]
             outputs = self._apply(self._state, jax.device_put(filled, batch_sharding(self._mesh)))
             found.append({name: np.asarray(array)[: len(part)] for name, array in outputs.items()})
@@ -115,18 +107,18 @@ def make_extractor(
     preprocessing: str = "tensorflow",
     image_size: int = 0,
     batch_size: int = 64,
-    inception_setting: str = "--inception",
+    prefix: str = "--",
 ) -> Extractor:
     """The extractor of that name, on all of this process's devices.
 
     Args:
         features: one of `NAMES`.
-        inception_path: weights of inception; "" to look where they usually are.
+        inception_path: weights of inception; "" for the usual places, see `locate_inception`.
         preprocessing: of inception: "tensorflow", as FID, ADM and torch-fidelity have it ((x - 128) / 128, bilinear
             from the corner), or "pytorch_fid" (2x / 255 - 1, bilinear from the pixels' centres).
-        image_size: pixels a side that efficientnet_lite0 sees; 0 for its own 224. Fewer are faster, another extractor.
+        image_size: pixels a side that efficientnet_lite0 gets; 0 for its own 224. Another size is another extractor.
         batch_size: images at a time.
-        inception_setting: the flag or field that gives `inception_path`, for the sentences.
+        prefix: how flags or fields begin in messages, "--" or "config.eval.".
 
     Raises:
         ConfigError: an unknown name or setting.
@@ -139,23 +131,25 @@ def make_extractor(
     if image_size and (features != "efficientnet_lite0" or not 32 <= image_size <= 1024):
         raise ConfigError(f"feature_size={image_size}: expected 32 to 1024 pixels, with efficientnet_lite0 alone.")
     kind, _, path = features.partition(":")
+    model: nnx.Module
     if features == "inception":
-        weights = locate_inception(inception_path, setting=inception_setting)
-        model: nnx.Module = load_inception(weights, setting=inception_setting)
+        model = load_inception(locate_inception(inception_path, prefix=prefix), prefix=prefix)
         return build_inception(model, preprocessing=preprocessing, batch_size=batch_size)
     if features == "efficientnet_lite0":
         size = image_size or efficientnet.IMAGE_SIZE
         settings = {"input": f"{size}x{size}, bilinear from pixel centres, (x - 127) / 128", "precision": "float32"}
         outputs = {"pool": efficientnet.FEATURES}
         name = features if size == efficientnet.IMAGE_SIZE else f"{features}@{size}"
-        return _build(name, efficientnet.load_efficientnet(), partial(_see, size), outputs, settings, batch_size)
+        return _build(
+            name, efficientnet.load_efficientnet(), partial(_apply_efficientnet, size), outputs, settings, batch_size
+        )
     if kind == "classifier" and path:
         return build_classifier(load_classifier(path), batch_size=batch_size)
     raise ConfigError(f"features={features!r}: expected one of {', '.join(NAMES)}.")
 
 
 def build_inception(model: nnx.Module, *, preprocessing: str = "tensorflow", batch_size: int = 64) -> Extractor:
-    """The extractor of an Inception network with weights. On CPUs it looks at 4 images at a time at most."""
+    """The extractor of an Inception network with weights. On CPUs it takes 4 images at a time at most."""
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
         batch_size = min(batch_size, _MOST_ON_CPU * len(devices))
@@ -163,7 +157,7 @@ def build_inception(model: nnx.Module, *, preprocessing: str = "tensorflow", bat
     scaled = {"tensorflow": "(x - 128) / 128", "pytorch_fid": "2x / 255 - 1"}[preprocessing]
     settings = {"input": f"299x299, {resized}, {scaled}", "preprocessing": preprocessing, "precision": "float32"}
     outputs = {"pool": inception.POOL, "spatial": inception.SPATIAL, "probs": inception.CLASSES}
-    return _build("inception", model, partial(_inspect, preprocessing), outputs, settings, batch_size)
+    return _build("inception", model, partial(_apply_inception, preprocessing), outputs, settings, batch_size)
 
 
 def build_classifier(model: Classifier, *, batch_size: int = 64) -> Extractor:
@@ -172,7 +166,7 @@ def build_classifier(model: Classifier, *, batch_size: int = 64) -> Extractor:
     outputs = {"pool": config.features, "probs": config.num_classes}
     shape = (config.height, config.width, config.channels)
     settings = {"input": f"{config.height}x{config.width}x{config.channels}, x / 127.5 - 1", "precision": "float32"}
-    return _build("classifier", model, _classify, outputs, settings, batch_size, shape)
+    return _build("classifier", model, _apply_classifier, outputs, settings, batch_size, shape)
 
 
 def _build(
@@ -214,7 +208,7 @@ def check_images(images: np.ndarray) -> None:
         raise InputError(f"images of shape {images.shape}: expected (images, height, width, 1 or 3), channels last.")
 
 
-def _inspect(preprocessing: str, model: inception.Inception, images: jax.Array) -> dict[str, jax.Array]:
+def _apply_inception(preprocessing: str, model: inception.Inception, images: jax.Array) -> dict[str, jax.Array]:
     x = _rgb(images)
     if preprocessing == "tensorflow":
         x = (resize(x, inception.IMAGE_SIZE, half_pixel=False) - 128) / 128
@@ -224,11 +218,11 @@ def _inspect(preprocessing: str, model: inception.Inception, images: jax.Array) 
     return {"pool": found.pool, "spatial": found.spatial, "probs": jax.nn.softmax(found.unbiased_logits)}
 
 
-def _see(size: int, model: efficientnet.EfficientNetLite0, images: jax.Array) -> dict[str, jax.Array]:
+def _apply_efficientnet(size: int, model: efficientnet.EfficientNetLite0, images: jax.Array) -> dict[str, jax.Array]:
     return {"pool": model((resize(_rgb(images), size, half_pixel=True) - 127) / 128)}
 
 
-def _classify(model: Classifier, images: jax.Array) -> dict[str, jax.Array]:
+def _apply_classifier(model: Classifier, images: jax.Array) -> dict[str, jax.Array]:
     features, logits = model(images.astype(jnp.float32) / 127.5 - 1)
     return {"pool": features, "probs": jax.nn.softmax(logits)}
 

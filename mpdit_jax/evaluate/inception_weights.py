@@ -1,4 +1,4 @@
-"""Inception's weights: the files people have, where they are looked for, and a safetensors of them."""
+"""Inception's weights: where their file is found, and how it is read and converted."""
 
 import os
 import re
@@ -13,7 +13,8 @@ from mpdit_jax.errors import WeightsError
 from mpdit_jax.evaluate.inception import Inception
 from mpdit_jax.evaluate.layers import assign, entry, fold
 from mpdit_jax.interop.files import read_state_dict
-from mpdit_jax.io.files import atomic_write, expand
+from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.io.paths import expand
 
 VARIABLE = "MPDIT_JAX_INCEPTION"
 CACHE = Path("~/.cache/mpdit_jax")
@@ -23,7 +24,6 @@ NAMES = (
     "weights-inception-2015-12-05-6726825d.pth",  # as torch-fidelity does
 )
 _PAGE = "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights"
-_SETTING = "--inception"  # of `evaluate`; while training it is config.eval.inception
 _EPSILON = 1e-3
 # Published names of the first convolutions; those of the mixed blocks are ours with a capital letter.
 _STEM = {
@@ -36,52 +36,38 @@ _STEM = {
 _IGNORED = re.compile(r"AuxLogits\..*|.*\.num_batches_tracked")
 
 
-def locate_inception(path: str = "", *, setting: str = _SETTING) -> Path:
+def locate_inception(path: str = "", *, prefix: str = "--") -> Path:
     """The weights file: the given path, else the one MPDIT_JAX_INCEPTION names, else one in ~/.cache/mpdit_jax.
 
-    Args:
-        path: as the user has given it, or "".
-        setting: the flag or field that gives it, for the sentences.
-
-    Raises:
-        WeightsError: none of them is there; the sentence says what to download and where to put it.
+    `prefix` is how flags or fields begin in messages, "--" or "config.eval.". Raises WeightsError where there is none;
+    the sentence says what to download and where to put it.
     """
     named = path or os.environ.get(VARIABLE, "")
     if named:
         found = expand(named)
         if found.is_file():
             return found
-        origin = f"{setting}={path}" if path else f"{VARIABLE}={named}"
-        raise WeightsError(f"{origin}: no such file; {_remedy(setting)}")
+        origin = f"{prefix}inception={path}" if path else f"{VARIABLE}={named}"
+        raise WeightsError(f"{origin}: no such file; {_remedy(prefix)}")
     folder = expand(CACHE)
     for name in NAMES:
         if (folder / name).is_file():
             return folder / name
-    raise WeightsError(f"there are no Inception weights in {folder}: {_remedy(setting)}")
+    raise WeightsError(f"there are no Inception weights in {folder}: {_remedy(prefix)}")
 
 
-def load_inception(path: str | Path, *, setting: str = _SETTING) -> Inception:
-    """The network with the weights of a file.
-
-    Args:
-        path: `.pth` of pytorch-fid or torch-fidelity (read weights-only, extra [torch]), or a safetensors with the
-            same names.
-        setting: as of `locate_inception`.
+def load_inception(path: str | Path, *, prefix: str = "--") -> Inception:
+    """The network with the weights of a `.pth` of pytorch-fid or torch-fidelity, or of a safetensors of the same names.
 
     Raises:
-        WeightsError: no such file, damaged, or the weights of another network.
+        WeightsError: a missing or damaged file, or the weights of another network.
         MissingExtraError: a `.pth` without PyTorch installed.
     """
-    return from_torch(read_state_dict(path), str(path), setting=setting)
+    return from_torch(read_state_dict(path), str(path), prefix=prefix)
 
 
 def convert_inception(source: str | Path, target: str | Path) -> None:
-    """Write a safetensors of a weights file, which then needs no PyTorch to be read.
-
-    Raises:
-        WeightsError: it does not hold the weights of Inception.
-        InputError: the target cannot be written.
-    """
+    """Write a weights file as safetensors, which are read without PyTorch; raises WeightsError for other weights."""
     state = read_state_dict(source)
     from_torch(state, str(source))
     kept = {name: np.ascontiguousarray(array) for name, array in state.items() if not _IGNORED.fullmatch(name)}
@@ -89,21 +75,15 @@ def convert_inception(source: str | Path, target: str | Path) -> None:
         file.write(safetensors.numpy.save(kept, metadata={"format": "pt"}))
 
 
-def from_torch(state: Mapping[str, np.ndarray], source: str, *, setting: str = _SETTING) -> Inception:
-    """The network with the weights of a state dict under their published names.
+def from_torch(state: Mapping[str, np.ndarray], source: str, *, prefix: str = "--") -> Inception:
+    """The network with the weights of a state dict, read from the file `source`, under their published names.
 
-    Args:
-        state: what a file holds.
-        source: that file, for the sentences.
-        setting: as of `locate_inception`.
-
-    Raises:
-        WeightsError: entries are missing, extra, misshapen or not finite; the message names one.
+    Raises WeightsError if entries are missing, extra, misshapen or not finite; the message names one.
     """
     if "fc.weight" in state and np.shape(state["fc.weight"])[0] == 1000:
         raise WeightsError(
             f"{source} is torchvision's Inception v3 of 1,000 classes, which is not the network of FID: "
-            f"{_remedy(setting)}"
+            f"{_remedy(prefix)}"
         )
     arrays: dict[str, np.ndarray] = {}
     left = {name for name in state if not _IGNORED.fullmatch(name)}
@@ -120,20 +100,19 @@ def from_torch(state: Mapping[str, np.ndarray], source: str, *, setting: str = _
     arrays["fc.bias"] = entry(state, "fc.bias", source, 1)
     if left := left - {"fc.weight", "fc.bias"}:
         raise WeightsError(
-            f"{source}: entry {min(left)} has no place in the Inception network of FID; {_remedy(setting)}"
+            f"{source}: entry {min(left)} has no place in the Inception network of FID; {_remedy(prefix)}"
         )
     assign(model, arrays, source)
     return model
 
 
 def published_name(path: Sequence[str]) -> str:
-    """What a convolution of ours is called in published files, such as Mixed_5b.branch1x1."""
+    """The published name of a convolution, such as Mixed_5b.branch1x1."""
     return ".".join([_STEM.get(path[0], path[0].capitalize()), *path[1:]])
 
 
-def _remedy(setting: str) -> str:
-    features = setting.removesuffix("inception") + "features"
+def _remedy(prefix: str) -> str:
     return (
-        f"download {NAMES[1]} (pytorch-fid, {_PAGE}) to {CACHE}/, or give its path by {setting}=FILE or "
-        f"{VARIABLE}=FILE; FD(efficientnet_lite0) needs no download ({features}=efficientnet_lite0)."
+        f"download {NAMES[1]} (pytorch-fid, {_PAGE}) to {CACHE}/, or give its path by {prefix}inception=FILE or "
+        f"{VARIABLE}=FILE; FD(efficientnet_lite0) needs no download ({prefix}features=efficientnet_lite0)."
     )

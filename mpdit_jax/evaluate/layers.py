@@ -1,4 +1,4 @@
-"""Parts of convolutional networks that only look: batch norm folded into the convolution before it."""
+"""Parts of convolutional networks for inference: batch norm is folded into the convolution before it."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial, reduce
@@ -14,7 +14,7 @@ Padding = str | tuple[tuple[int, int], tuple[int, int]]
 
 
 class Conv(nnx.Module):
-    """A convolution with bias, as its batch norm left it; the activation is the caller's.
+    """A convolution with bias; the activation is the caller's.
 
     Attributes:
         kernel: (height, width, inputs / groups, outputs).
@@ -64,7 +64,7 @@ def pointwise(x: jax.Array, convolutions: Sequence[Conv]) -> list[jax.Array]:
 
 
 def average_pool(x: jax.Array) -> jax.Array:
-    """3x3 means at every position; at the border of the pixels that are there, not of zeros around them."""
+    """3x3 means at every position; the border's leave the padding out."""
     sums = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
     rows, columns = (np.convolve(np.ones(n), np.ones(3), "same") for n in x.shape[1:3])
     return sums / np.outer(rows, columns).astype(np.float32)[:, :, None]
@@ -84,7 +84,7 @@ def _max_of_windows(x: jax.Array, stride: int, padding: str) -> jax.Array:
 
 
 def _max_of_slices(x: jax.Array, stride: int, padding: str) -> jax.Array:
-    """The same: on CPUs XLA visits windows one number at a time, slices a vector at a time."""
+    """The same maxima, faster on CPUs, where XLA vectorizes slices and not windows."""
     for axis in (1, 2):
         pads = jax.lax.padtype_to_pads((x.shape[axis],), (3,), (stride,), padding)
         x = jnp.pad(x, [pads[0] if each == axis else (0, 0) for each in range(4)], constant_values=-jnp.inf)
@@ -99,15 +99,8 @@ def fold(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Kernel (height, width, in, out) and bias (out,) of a bias-free PyTorch convolution and the batch norm after it.
 
-    Args:
-        state: arrays by PyTorch's names.
-        conv: name of the convolution.
-        norm: name of its batch norm.
-        epsilon: of the batch norm.
-        source: what errors call the state.
-
-    Raises:
-        WeightsError: an entry is missing, misshapen or not finite.
+    `state` has arrays by PyTorch's names, and `source` is its name in errors. Raises WeightsError where an entry is
+    missing, misshapen or not finite.
     """
     kernel = entry(state, f"{conv}.weight", source, 4)
     scale, shift, mean, variance = (
@@ -120,11 +113,7 @@ def fold(
 
 
 def entry(state: Mapping[str, np.ndarray], name: str, source: str, dimensions: int) -> np.ndarray:
-    """An array of a state as float64.
-
-    Raises:
-        WeightsError: missing, of another number of dimensions, or not finite.
-    """
+    """An array of a state as float64; raises WeightsError if it is missing, misshapen or not finite."""
     if name not in state:
         raise WeightsError(
             f"{source}: entry {name} is missing; expected the weights of another network, or all of them."
@@ -136,11 +125,7 @@ def entry(state: Mapping[str, np.ndarray], name: str, source: str, dimensions: i
 
 
 def assign(module: nnx.Module, arrays: Mapping[str, np.ndarray], source: str) -> None:
-    """Put arrays into the parameters of a module, by dotted path; every one exactly once.
-
-    Raises:
-        WeightsError: an array for no parameter, none for one, or of another shape.
-    """
+    """Put arrays into a module's parameters, by dotted path; raises WeightsError unless they fit one to one."""
     state = nnx.state(module, nnx.Param)
     flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     if missing := sorted(flat.keys() ^ arrays.keys()):

@@ -1,6 +1,6 @@
-"""The field's distances between two sets of images, from the features of an extractor. Arrays in, numbers out.
+"""Distances between two sets of images from an extractor's features: arrays in, numbers out.
 
-`precision_recall` is in `neighbours.py` and streaming moments are in `moments.py`; both are offered here as well.
+`precision_recall` (`neighbours.py`) and the moments (`moments.py`) are exported here as well.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,7 @@ from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.moments import Moments, merge_processes
 from mpdit_jax.evaluate.neighbours import precision_recall
 
-__all__ = [
-    "Moments",
-    "frechet_distance",
-    "inception_score",
-    "kernel_distance",
-    "merge_processes",
-    "precision_recall",
-]
+__all__ = ["Moments", "frechet_distance", "inception_score", "kernel_distance", "merge_processes", "precision_recall"]
 
 
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
@@ -44,14 +37,14 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
             f"features of length {len(means[0])} and {len(means[1])} have no distance: use one extractor for both."
         )
     covariances = [_covariance(cov1, "cov1", len(means[0])), _covariance(cov2, "cov2", len(means[0]))]
-    # By a power of two, which is exact: products of covariances would leave float64's range long before they do.
+    # Scaled by a power of two, which is exact: products of covariances overflow long before the covariances do.
     exponent = int(np.frexp(max(np.abs(covariance).max() for covariance in covariances))[1])
     covariances = [np.ldexp(covariance, -exponent) for covariance in covariances]
     difference = means[0] - means[1]
     values, vectors = np.linalg.eigh(covariances[0])
     _check_positive(np.ldexp(values, exponent), "cov1")
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T  # (d, d)
-    # By its own eigenvalues: the product does not show the directions in which the first has no spread.
+    # Checked by its own eigenvalues: the product hides directions in which the first has no spread.
     _check_positive(np.ldexp(np.linalg.eigvalsh(covariances[1]), exponent), "cov2")
     product = root @ covariances[1] @ root
     spectrum = np.linalg.eigvalsh((product + product.T) / 2)

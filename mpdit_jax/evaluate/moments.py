@@ -1,4 +1,4 @@
-"""Mean and covariance of features that pass by once, in float64, for any number of passers-by."""
+"""Streaming mean and covariance of features in float64, merged over batches and processes."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ _GATHERED = 32 << 20  # bytes that every device receives at a time, from all pro
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Of the first `count` vectors: their mean and their scatter, both float64.
+    """Mean and scatter of `count` vectors, both float64.
 
     Two halves merge to the same as the whole, by the pairwise update of Chan, Golub and LeVeque ("Updating formulae and
     a pairwise algorithm for computing sample variances", 1979): no difference of large sums is ever taken.
@@ -30,16 +30,12 @@ class Moments:
 
     @classmethod
     def empty(cls, dimension: int) -> "Moments":
-        """Of no vectors yet."""
+        """Moments of no vectors."""
         return cls(0, np.zeros(dimension), np.zeros((dimension, dimension)))
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Moments":
-        """Of one batch (n, d), by two passes.
-
-        Raises:
-            InputError: not a matrix, or a feature that is not finite.
-        """
+        """Moments of one batch (n, d), by two passes; raises InputError unless it is a matrix of finite numbers."""
         values = np.asarray(features)
         if values.ndim != 2 or not len(values):
             raise InputError(f"features of shape {values.shape}: expected (images, features), one image or more.")
@@ -53,25 +49,17 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """The unbiased covariance (d, d), as numpy.cov gives it.
-
-        Raises:
-            InputError: fewer than two vectors.
-        """
+        """The unbiased covariance (d, d), as numpy.cov gives it; raises InputError for fewer than two vectors."""
         if self.count < 2:
             raise InputError(f"a covariance of {self.count} image(s): expected 2 or more.")
         return self.scatter / (self.count - 1)
 
     def update(self, features: np.ndarray) -> "Moments":
-        """With another batch (n, d)."""
+        """These moments merged with another batch (n, d)."""
         return self.merge(Moments.of(features))
 
     def merge(self, other: "Moments") -> "Moments":
-        """Of both sets of vectors together.
-
-        Raises:
-            InputError: vectors of another length.
-        """
+        """Moments of both sets of vectors; raises InputError if their lengths differ."""
         if self.mean.shape != other.mean.shape:
             raise InputError(f"features of length {len(self.mean)} and {len(other.mean)} do not merge.")
         count = self.count + other.count
@@ -84,7 +72,7 @@ class Moments:
 
 
 def merge_processes(moments: Moments) -> Moments:
-    """Of the vectors of all processes together, the same bits on each; every process must call it."""
+    """Moments of all processes' vectors, the same bits on each. Collective."""
     if jax.process_count() == 1:
         return moments
     dimension = len(moments.mean)
@@ -105,7 +93,7 @@ def merge_processes(moments: Moments) -> Moments:
 
 
 def gather_rows(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """What every process has a part of, (n, d) float32, whole on each and sorted by the rows' numbers `order` (n,)."""
+    """All processes' rows (n, d) float32 on each, sorted by their numbers `order` (n,). Collective."""
     if jax.process_count() == 1:
         return rows[np.argsort(order)]
     most = int(gather(np.array([float(len(rows))])).max())
@@ -120,7 +108,7 @@ def gather_rows(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def gather(array: np.ndarray) -> np.ndarray:
-    """The float64 arrays of all processes, stacked; as bytes, since JAX by itself would make float32 of them."""
+    """All processes' float64 arrays, stacked; sent as bytes, since JAX would make float32 of them. Collective."""
     local = np.ascontiguousarray(array, np.float64)
     if jax.process_count() == 1:
         return local[None]

@@ -1,4 +1,4 @@
-"""Improved precision and recall, exact, in blocks.
+"""Improved precision and recall, exact, computed in blocks.
 
 Whether an image lies in another's ball is decided by float32 distances with a bound on their error; what falls within
 the bound is decided again in float64. The result is therefore that of float64 brute force, at float32's speed.
@@ -16,7 +16,7 @@ from mpdit_jax.errors import InputError
 
 _BLOCK = 2048  # rows and columns of distances at a time, at most: 16 MiB
 _SMALLEST_BLOCK = 256
-_SPARE = 5  # more neighbours than asked for are kept, for float64 to choose from
+_SPARE = 5  # neighbours kept beyond k, for float64 to choose from
 _EXACT = 64  # rows settled in float64 at a time
 _RANGE = 40  # binary exponents of features, whose squares and their sums float32 holds
 _EPSILON, _TINY = float(np.finfo(np.float32).eps), float(np.finfo(np.float32).tiny)
@@ -36,7 +36,7 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
 
     A manifold is the union of balls around its images, each reaching to the image's k-th nearest neighbour in its own
     set, its border included. With 50,000 images of 2,048 features in each set the process needs 2.3 GiB, the
-    features' 0.8 included (`benchmark evaluate --neighbours=50000`).
+    features' 0.8 included (`studies.beside_torch evaluate --neighbours=50000`).
 
     Args:
         real: features (N, d), any real dtype.
@@ -74,7 +74,7 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
 
 
 def _within_float32(real: np.ndarray, fake: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both by one power of two, where squares of the features would leave float32's range.
+    """Both sets scaled by one power of two, where squares of the features would leave float32's range.
 
     Exact, but for squares of differences 300 orders of magnitude below the largest.
     """
@@ -99,7 +99,7 @@ def _prepare(features: np.ndarray, centre: np.ndarray, block: int) -> _Set:
 
 def _radii(features: np.ndarray, k: int, block: int) -> np.ndarray:
     """Squared distance of each point to its k-th nearest neighbour in the set, float64 (n,)."""
-    # About the set's own mean: far from another's, float32 could tell nothing of a narrow set apart.
+    # Centred on the set's own mean: far from another centre, float32 cannot resolve a narrow set.
     points = _prepare(features, features.mean(axis=0, dtype=np.float64), block)
     count, keep = len(features), min(k + _SPARE, len(features) - 1)
     radii = np.empty(count)
@@ -130,7 +130,7 @@ def _choose(
 
 
 def _radii_exactly(features: np.ndarray, rows: np.ndarray, k: int, keep: int) -> np.ndarray:
-    """Those of a few rows (m,), from float64 products; one by one where even these cannot tell neighbours apart."""
+    """Radii of a few rows (m,) from float64 products, or from differences where products are too coarse."""
     origin = features[rows].mean(axis=0, dtype=np.float64)
     near = features[rows] - origin
     lower, found = np.full((len(rows), keep), np.inf), np.zeros((len(rows), keep), int)

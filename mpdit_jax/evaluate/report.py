@@ -1,10 +1,9 @@
-"""Rows of metrics with the settings that make them comparable: as a table, as JSON."""
+"""Rows of metrics with the settings that make them comparable, as a table and as JSON."""
 
 import argparse
 import dataclasses
 import json
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from typing import Any
 import jax
 
 from mpdit_jax.errors import InputError
-from mpdit_jax.evaluate.bias import warn_of_bias
+from mpdit_jax.evaluate.bias import describe_bias
 from mpdit_jax.evaluate.extractors import Extractor
 from mpdit_jax.evaluate.statistics import KID_SUBSETS, Statistics, check_same_size, compare, kid_subset_size
-from mpdit_jax.io.files import atomic_write
+from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.version import __version__
 
 
@@ -37,18 +36,15 @@ def make_result(
     extractor: Extractor,
     drawn: dict[str, Any],
 ) -> Result:
-    """Compare two sets, warn of too few images, and note everything that changes a number; what has no part is null.
+    """Compare two sets, warn of too few images, and list every setting that changes a number; unused ones are null.
 
     Raises:
-        InputError: images of two sizes, what a metric needs is not there, or a metric that is no number.
+        InputError: images of two sizes, statistics that a metric needs and are missing, or a metric that is no number.
     """
     check_same_size(reference.about, statistics.about)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        biases = warn_of_bias(reference, statistics, metrics)
-    for warning in caught:
-        if jax.process_index() == 0:
-            print(f"warning: {warning.message}")
+    notes, perfect = describe_bias(reference, statistics.count, metrics)
+    if jax.process_index() == 0:
+        print("".join(f"warning: {note}\n" for note in notes), end="")
     found = compare(reference, statistics, metrics, k=options.k, splits=options.splits, seed=options.seed)
     for label, value in found.items():
         if not math.isfinite(value):
@@ -68,15 +64,15 @@ def make_result(
         "jax": jax.__version__,
         "platform": jax.devices()[0].platform,
     }
-    if biases:
-        settings["distance_of_a_perfect_model"] = biases
+    if perfect:
+        settings["distance_of_a_perfect_model"] = perfect
     if drawn:
         settings["sampler"] = drawn
     return Result(name, found, settings)
 
 
 def table(results: Sequence[Result]) -> str:
-    """The rows under their metrics' names."""
+    """Results as a table of text, a column for each metric."""
     names = list(dict.fromkeys(name for result in results for name in result.metrics))
     rows = [["", *names]]
     rows += [[result.name, *(_number(name, result.metrics.get(name)) for name in names)] for result in results]
@@ -90,7 +86,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _describe(statistics: Statistics) -> dict[str, Any]:
-    """A set: what it was, and how many images its moments and its single features are of; null for unknown or none."""
+    """A set's `about`, with the numbers of images behind its moments and its features; null for unknown or none."""
     described = {
         **statistics.about,
         "count": statistics.count or None,
@@ -100,7 +96,7 @@ def _describe(statistics: Statistics) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace a file by this content."""
+    """Write content as JSON, in place of the file that was there."""
     with atomic_write(path) as file:
         file.write((json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 

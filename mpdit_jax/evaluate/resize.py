@@ -1,4 +1,4 @@
-"""How images reach a network's size: the choices that change a published number, by name."""
+"""Bilinear resizing as TensorFlow and PyTorch do it; the difference changes published numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,11 @@ import numpy as np
 def bilinear_weights(size: int, target: int, *, half_pixel: bool) -> np.ndarray:
     """Bilinear interpolation without antialiasing as a matrix, float32 (target, size).
 
-    TensorFlow 1, and with it FID, lays the first pixels' corners on each other: output i samples i · size / target.
+    TensorFlow 1, and with it FID, aligns the first pixels' corners: output i samples i · size / target.
     With `half_pixel` it samples (i + ½) · size / target - ½, as PyTorch and newer TensorFlow do. Beyond the border the
     outermost pixel is repeated.
     """
-    # In float32 as both compute it: other rounding moves a position by a 10,000th of a pixel.
+    # In float32, as both libraries compute it: other rounding moves a position by a 10,000th of a pixel.
     index, scale, half = np.arange(target, dtype=np.float32), np.float32(size / target), np.float32(0.5)
     place = np.maximum(scale * (index + half) - half, np.float32(0)) if half_pixel else index * scale
     lower = np.floor(place).astype(int)

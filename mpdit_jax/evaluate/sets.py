@@ -1,51 +1,34 @@
-"""Images to look at, by what a user calls them: an .npz, a folder, a store of latents, a data set."""
+"""The image sets that evaluations open by name: an .npz, a folder, a store of latents, a data set to train on."""
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from mpdit_jax.data.crop import to_mode, to_square
+from mpdit_jax.data.image_sets import ImageSet, open_folder
 from mpdit_jax.data.info import identity
 from mpdit_jax.data.latent_store import LABELS, MANIFEST, LatentStore
 from mpdit_jax.data.sources import SOURCES, Source, load_source
 from mpdit_jax.errors import DataError, InputError
 from mpdit_jax.io import pictures
-from mpdit_jax.io.files import digest_of, expand
+from mpdit_jax.io.json_files import digest_of
 from mpdit_jax.io.npz import map_npz, npz_checksums, npz_names, read_npz
+from mpdit_jax.io.paths import expand
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 Decode = Callable[[np.ndarray], np.ndarray]
 """Unscaled latents float32 (n, h, w, C) to images (n, H, W, 1 or 3) in [-1, 1]."""
 FindDecode = Callable[[Path, str], tuple[Decode, dict[str, Any]]]
-"""From a store and the fingerprint of the VAE that encoded it to what decodes it, and the settings that change its
-images; InputError where there is no such.
+"""From a store and the fingerprint of the VAE that encoded it to its decoder, and the settings that change its images;
+raises InputError where there is none.
 """
-
-
-class ImageBlocks(Protocol):
-    """Images that can be read at any index."""
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What it is, for the report; another set, or one changed since, says something else."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of each."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 (n, H, W, C)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayImages:
-    """In memory, or mapped from a file."""
+    """An image set in memory, or mapped from a file."""
 
     images: np.ndarray  # uint8 (N, H, W, C)
     about: dict[str, Any]
@@ -61,59 +44,13 @@ class ArrayImages:
         return height, width, channels
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Those rows."""
+        """Copy those rows."""
         return np.ascontiguousarray(self.images[indices])
 
 
 @dataclasses.dataclass(frozen=True)
-class FolderImages:
-    """Files below a folder, in the order of their names."""
-
-    root: Path
-    names: tuple[str, ...]
-    shape: tuple[int, int, int]
-    cropped: int  # pixels of the central square; 0 for images as they are
-    about: dict[str, Any]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """Decode those files."""
-        return np.stack([self._one(self.names[index]) for index in indices])
-
-    def _one(self, name: str) -> np.ndarray:
-        array = _decode_file(self.root / name, self.shape[2], self.cropped)
-        if array.shape != self.shape:
-            raise DataError(
-                f"{self.root / name} is {array.shape[:2]} and {self.names[0]} is {self.shape[:2]} (height, width): "
-                "expected one size, as samples have; of photographs that are a reference, give --image_size=PIXELS to "
-                "cut squares of one size, as the reference batches of ImageNet were."
-            )
-        return array
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodedLatents:
-    """What a VAE makes of the means of a store's posteriors."""
-
-    store: LatentStore
-    shape: tuple[int, int, int]
-    decode: Decode
-    about: dict[str, Any]
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """Decode those examples, not mirrored."""
-        means = self.store.moments(indices)[0][:, 0].astype(np.float32)  # (n, h, w, C)
-        return pictures.to_uint8(np.asarray(self.decode(means)))
-
-
-@dataclasses.dataclass(frozen=True)
 class SourceImages:
-    """A data set that one can train on."""
+    """A data set that one can train on, as an image set."""
 
     source: Any
     about: dict[str, Any]
@@ -128,12 +65,12 @@ class SourceImages:
         return height, width, channels
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Those examples, brought back to 0…255."""
+        """Read those examples, brought back to 0…255."""
         return pictures.to_uint8(self.source.batch(indices)["x"])
 
 
-def open_set(place: str, *, image_size: int = 0, channels: int = 3, find: FindDecode | None = None) -> ImageBlocks:
-    """The images that a command's argument names.
+def open_set(place: str, *, image_size: int = 0, channels: int = 3, find: FindDecode | None = None) -> ImageSet:
+    """Open the images that a command's argument names.
 
     Args:
         place: an .npz with `arr_0`, a folder of images (with subfolders or not), a store of latents, or
@@ -149,17 +86,21 @@ def open_set(place: str, *, image_size: int = 0, channels: int = 3, find: FindDe
     if colon and kind == "data":
         return _open_source(place, rest)
     path = expand(place)
-    if path.is_dir():
-        return _open_store(path, find) if (path / MANIFEST).is_file() else open_folder(path, image_size, channels)
-    if not path.is_file():
+    if path.is_file():
+        return open_npz(path)
+    if not path.is_dir():
         raise InputError(
             f"{place}: no such file or folder; expected an .npz, a folder of images, or a store of latents."
         )
-    return open_npz(path)
+    if (path / MANIFEST).is_file():
+        return _open_store(path, find)
+    images = dataclasses.replace(open_folder(path), image_size=image_size, channels=channels)
+    images.read(np.arange(1))  # a broken picture is known early
+    return images
 
 
 def open_npz(path: Path) -> ArrayImages:
-    """`arr_0` uint8 (N, H, W, 1 or 3) of an .npz, mapped and not loaded where it is not compressed; and its `labels`.
+    """Open `arr_0` uint8 (N, H, W, 1 or 3) of an .npz, mapped and not loaded where it is not compressed; and `labels`.
 
     Raises:
         InputError: no such array, another dtype or shape.
@@ -175,29 +116,14 @@ def open_npz(path: Path) -> ArrayImages:
             f"{path}: arr_0 is {images.dtype} {images.shape}; expected uint8 from 0 to 255, (N, height, width, "
             "1 or 3), as `python -m mpdit_jax.sample --out=samples.npz` writes it."
         )
-    about = _about(path, len(images), images.shape[1:], [path]) | {"contents": contents}
+    about = _about(path, len(images), images.shape[1:], [path], contents)
     if labels is None or labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         return ArrayImages(images, about)
     return ArrayImages(images, about | {"labels": count_labels(labels)}, labels)
 
 
-def open_folder(root: Path, image_size: int = 0, channels: int = 3) -> FolderImages:
-    """Every image below a folder, all as RGB (3 channels) or all as grey (1).
-
-    Raises:
-        DataError: none, or a first one that cannot be read.
-    """
-    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES)
-    if not names:
-        raise DataError(f"{root}: no images; expected names that end in {', '.join(_SUFFIXES)}.")
-    first = _decode_file(root / names[0], channels, image_size)
-    about = _about(root, len(names), first.shape, (root / name for name in names))
-    about["crop"] = f"central square, {image_size}" if image_size else "none"
-    return FolderImages(root, tuple(names), first.shape, image_size, about)
-
-
 def count_labels(labels: np.ndarray) -> dict[str, int]:
-    """How many classes there are among some labels (n,), and how many images the fewest and the most of one."""
+    """Count the classes among some labels (n,), and the images of the rarest and the most frequent one."""
     counts = np.unique(labels, return_counts=True)[1]
     return {"classes": len(counts), "fewest": int(counts.min()), "most": int(counts.max())}
 
@@ -211,54 +137,40 @@ def _open_source(place: str, rest: str) -> SourceImages:
 
 
 def about_source(place: str, source: Source) -> dict[str, Any]:
-    """What `ImageBlocks.about` says of a data set that one can train on."""
+    """What `ImageSet.about` says of a data set that one can train on."""
     about = {"path": place, "count": len(source), "shape": list(source.shape)}
     return about | {"contents": f"{identity(source)['data']} {source.contents}"}  # of the labels and of the whole
 
 
-def _open_store(path: Path, find: FindDecode | None) -> DecodedLatents:
+def _open_store(path: Path, find: FindDecode | None) -> SourceImages:
+    """The means of a store's posteriors, decoded and not mirrored."""
     if find is None:
         raise InputError(f"{path} is a store of latents: expected images.")
     store = LatentStore(path)
     if not len(store):
         raise DataError(f"{path}: there are no examples.")
     (decode, settings), size = find(path, store.manifest.vae_fingerprint), store.manifest.image_size
-    one = np.asarray(decode(store.moments(np.arange(1))[0][:, 0].astype(np.float32)))
-    # What `prepare` notes beside them is of the machine: processes of the same job, paths of the images.
+
+    def read(rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {"x": np.asarray(decode(store.moments(rows)[0][:, 0].astype(np.float32)))}
+
+    height, width, channels = read(np.arange(1))["x"].shape[1:]
+    # Other files of `prepare` are about the machine: the processes of its job, paths of the images.
     files = [path / name for name in (LABELS, *(shard.name for shard in store.manifest.shards))]
-    about = _about(path, len(store), (size, size, one.shape[-1]), files)
-    about |= {"contents": store.manifest.contents, "latents": "decoded means of the posteriors"}
-    about |= {"vae": store.manifest.vae_fingerprint, **settings}
-    return DecodedLatents(store, (one.shape[1], one.shape[2], one.shape[3]), decode, about)
+    about = _about(path, len(store), (size, size, channels), files, store.manifest.contents)
+    about |= {"latents": "decoded means of the posteriors", "vae": store.manifest.vae_fingerprint, **settings}
+    return SourceImages(Source(store.labels, store.manifest.class_names, (height, width, channels), read), about)
 
 
-def _about(path: Path, count: int, shape: Sequence[int], files: Iterable[Path]) -> dict[str, Any]:
-    """Of images in some files below a folder, or in one: `files` in it is another when one of them is."""
-    digest, listing, size = hashlib.sha256(), hashlib.sha256(), 0
-    for file in files:
-        try:
-            known = file.stat()
-        except OSError as error:
-            raise DataError(f"{file} cannot be read ({error.strerror}): repair or remove it.") from error
-        digest.update(f"{file} {known.st_size} {known.st_mtime_ns}\n".encode())
-        listing.update(f"{file.relative_to(path)} {known.st_size}\n".encode())
-        size += known.st_size
+def _about(path: Path, count: int, shape: Sequence[int], files: Sequence[Path], contents: str) -> dict[str, Any]:
+    """What `ImageSet.about` says of images in some files; `files` in it differs for a changed file, or a copy."""
+    known = [file.stat() for file in files]
+    listing = [f"{file} {one.st_size} {one.st_mtime_ns}\n" for file, one in zip(files, known, strict=True)]
     return {
         "path": str(path),
         "count": count,
         "shape": list(shape),
-        "bytes": size,
-        "files": digest.hexdigest()[:16],  # whole names, sizes and times of change
-        "contents": listing.hexdigest()[:16],  # names and sizes: the same of a copy elsewhere
+        "bytes": sum(one.st_size for one in known),
+        "files": hashlib.sha256("".join(listing).encode()).hexdigest()[:16],
+        "contents": contents,
     }
-
-
-def _decode_file(path: Path, channels: int, cropped: int) -> np.ndarray:
-    try:
-        with pictures.open_picture(path.read_bytes()) as image:
-            if cropped:
-                return to_square(image, cropped, channels)
-            array = np.asarray(to_mode(image, channels), np.uint8)
-            return array.reshape(*array.shape[:2], channels)
-    except Exception as error:  # Pillow's decoders raise whatever the damage leads to, TypeError of a TIFF
-        raise DataError(f"{path} cannot be used ({error}): repair or remove it.") from error

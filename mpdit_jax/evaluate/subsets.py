@@ -5,15 +5,16 @@ from typing import Any
 
 import numpy as np
 
+from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.errors import InputError
-from mpdit_jax.evaluate.sets import ArrayImages, ImageBlocks, count_labels
+from mpdit_jax.evaluate.sets import ArrayImages, count_labels
 
 
 @dataclasses.dataclass(frozen=True)
 class SomeImages:
     """Rows of a set."""
 
-    images: ImageBlocks
+    images: ImageSet
     rows: np.ndarray  # int (n,), rising
     about: dict[str, Any]
 
@@ -30,7 +31,7 @@ class SomeImages:
         return self.images.read(self.rows[indices])
 
 
-def limited(images: ImageBlocks, count: int | None) -> ImageBlocks:
+def limited(images: ImageSet, count: int | None) -> ImageSet:
     """`count` images, one from each of as many equal parts of a set; all for None. The same ones each time.
 
     Which one of its part is random: sets lie class by class, or go round the classes, and every tenth image of the

@@ -1,1 +1,1 @@
-"""Flow matching: objective, solvers, guidance, sampler."""
+"""Flow matching: the objective, solvers, guidance and the sampler."""

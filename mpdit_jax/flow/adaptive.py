@@ -1,4 +1,4 @@
-"""Adaptive Runge–Kutta solvers, by diffrax: they choose their own steps, for every image by itself."""
+"""Adaptive Runge–Kutta solvers from diffrax, with separate step sizes for every image."""
 
 import dataclasses
 import math
@@ -8,37 +8,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpdit_jax.errors import ConfigError, InputError, MissingExtraError
+from mpdit_jax.errors import ConfigError, InputError, MissingExtraError, install_extra
 from mpdit_jax.flow.fields import Field, Segment
 from mpdit_jax.flow.solvers import Increments, Solution
 from mpdit_jax.flow.times import TimeGrid
 from mpdit_jax.validation import is_real
 
-METHODS = {"dopri5": "Dopri5", "tsit5": "Tsit5"}  # ours to diffrax's
-_STAGES = 6  # new evaluations a step: both methods have seven stages, the first of which is the step before's last
-_START = 1  # evaluations before the first step: its first stage
-_FIRST_STEP = 0.01  # of time; the controller takes over from there
-_FRAMES = 17  # recorded times a segment
-_LIMIT = 4096  # steps, after which the tolerance is out of reach
+METHODS = {"dopri5": "Dopri5", "tsit5": "Tsit5"}  # our names: diffrax's
+_STAGES = 6  # evaluations per step; the first of the seven stages is the previous step's last
+_FIRST_STAGE = 1  # evaluations before the first step
+_FIRST_STEP = 0.01  # length in t of the first step
+_FRAMES = 17  # recorded times per segment
+_MAX_STEPS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Adaptive:
-    """Runge–Kutta of order 5 with step sizes chosen from an error estimate, each example its own.
+    """A Runge–Kutta method of order 5 whose step sizes follow an error estimate, separately for each image.
 
-    Image i therefore does not depend on what else is in its batch; a batch takes as long as its slowest image. The
-    guidance interval splits the integration, so that no step straddles its ends. An image whose tolerance cannot be
-    met in 4,096 steps comes out as NaN.
-
-    Attributes:
-        method: "dopri5" (Dormand–Prince) or "tsit5" (Tsitouras).
-        rtol: error allowed a step, relative to the latents.
-        atol: error allowed a step, absolute.
+    An image therefore does not depend on the rest of its batch; a batch takes as long as its slowest image. The
+    integration is split at the ends of the guidance interval. An image that needs more than 4,096 steps becomes NaN.
     """
 
-    method: str = "dopri5"
-    rtol: float = 1e-5
-    atol: float = 1e-5
+    method: str = "dopri5"  # "dopri5" (Dormand–Prince) or "tsit5" (Tsitouras)
+    rtol: float = 1e-5  # tolerance of a step, relative to the latents
+    atol: float = 1e-5  # absolute tolerance of a step
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -50,11 +44,9 @@ class Adaptive:
     def solve(
         self, field: Field, z: jax.Array, grid: TimeGrid, steps: int, increments: Increments, record: bool = False
     ) -> Solution:
-        """Carry noise z to data; see `Solver`. `grid` and `steps` are for fixed-step solvers.
+        """Carry noise z to data; see `Solver`. `grid` and `steps` are not used.
 
-        Raises:
-            MissingExtraError: diffrax is not installed.
-            InputError: inside a `jax.shard_map` that checks over which axes values vary.
+        Raise MissingExtraError without diffrax, and InputError inside a `jax.shard_map` with check_vma=True.
         """
         evaluations = jnp.zeros(z.shape[0], jnp.int32)
         times, paths = [jnp.ones(1, z.dtype)], [z[None]]
@@ -70,7 +62,10 @@ class Adaptive:
     def _integrate(
         self, segment: Segment, z: jax.Array, record: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Latents at the segment's end, evaluations (B,), and the recorded times and path (the end alone if not)."""
+        """Return the latents at the segment's end, the evaluations (B,), and times and latents of the path.
+
+        Unless `record` is set, the path is the segment's end alone.
+        """
         diffrax = _diffrax()
         terms = diffrax.ODETerm(lambda t, z, field: _one_example(t, z, field))
         method = vars(diffrax)[METHODS[self.method]]()
@@ -78,11 +73,11 @@ class Adaptive:
         times = jnp.linspace(segment.start, segment.end, _FRAMES if record else 2, dtype=z.dtype)[1:]
 
         def integrate(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-            found = diffrax.diffeqsolve(
+            solution = diffrax.diffeqsolve(
                 terms,
                 method,
-                # Plain numbers: diffrax checks them while tracing. Arrays it would check when the program runs, by a
-                # callback to Python, and such a program cannot be exported.
+                # diffrax checks Python floats while tracing, but arrays at run time by a callback to Python, and a
+                # program with a callback cannot be exported.
                 t0=float(segment.start),
                 t1=float(segment.end),
                 dt0=-min(_FIRST_STEP, segment.start - segment.end),
@@ -90,17 +85,19 @@ class Adaptive:
                 args=segment.field,
                 saveat=diffrax.SaveAt(ts=times) if record else diffrax.SaveAt(t1=True),
                 stepsize_controller=controller,
-                max_steps=_LIMIT,
+                max_steps=_MAX_STEPS,
                 throw=False,
             )
-            reached = found.result == diffrax.RESULTS.successful
-            return jnp.where(reached, found.ys, jnp.nan), _START + _STAGES * found.stats["num_steps"]
+            successful = solution.result == diffrax.RESULTS.successful
+            evaluations = _FIRST_STAGE + _STAGES * solution.stats["num_steps"]
+            return jnp.where(successful, solution.ys, jnp.nan), evaluations
 
         try:
-            with jax.enable_x64(z.dtype == jnp.float64):  # diffrax takes plain times for JAX's default: the latents'
+            # diffrax computes float times in JAX's default dtype, which must be the dtype of the latents.
+            with jax.enable_x64(z.dtype == jnp.float64):
                 path, evaluations = jax.vmap(integrate, out_axes=(1, 0))(z)  # (n, B, H, W, C), (B,)
         except TypeError as error:
-            # diffrax's loops start from constants, which vary over no axis as the states that follow them do.
+            # diffrax's loops start from constants, which shard_map's check does not accept in place of varying states.
             if jax.sharding.get_abstract_mesh().manual_axes and "manual axis types" in str(error):
                 raise InputError(
                     f"{self.method} runs inside jax.shard_map with check_vma=False only: give it that argument, or "
@@ -112,9 +109,9 @@ class Adaptive:
 
 @jax.custom_batching.custom_vmap
 def _one_example(t: jax.Array, z: jax.Array, field: Field) -> jax.Array:
-    """The velocity of one example of a batch; mapped over the batch, one evaluation of it all.
+    """Return the velocity of one example; under `vmap`, evaluate the field once for the whole batch (`_whole_batch`).
 
-    diffeqsolve is always mapped over the batch here, so what this body gives has the shape and is never used.
+    diffeqsolve always runs under `vmap` here, so this body only provides the shape of the result.
     """
     return z
 
@@ -122,8 +119,8 @@ def _one_example(t: jax.Array, z: jax.Array, field: Field) -> jax.Array:
 @_one_example.def_vmap
 def _whole_batch(size: int, mapped: Any, t: jax.Array, z: jax.Array, field: Field) -> tuple[jax.Array, bool]:
     times = t if mapped[0] else jnp.broadcast_to(t, (size,))
-    point = jax.tree.map(lambda leaf: leaf[0], field.prepare(times[None]))
-    return field(z if mapped[1] else jnp.broadcast_to(z, (size, *z.shape)), point), True
+    prepared = jax.tree.map(lambda leaf: leaf[0], field.prepare(times[None]))
+    return field(z if mapped[1] else jnp.broadcast_to(z, (size, *z.shape)), prepared), True
 
 
 def _diffrax() -> ModuleType:
@@ -131,6 +128,6 @@ def _diffrax() -> ModuleType:
         import diffrax
     except ImportError as error:
         raise MissingExtraError(
-            "the adaptive solvers need diffrax: pip install 'mpdit_jax[adaptive]', or choose a fixed-step solver."
+            f"the adaptive solvers need diffrax: {install_extra('adaptive')}, or choose a fixed-step solver."
         ) from error
     return diffrax

@@ -1,7 +1,7 @@
-"""Velocity fields: what a solver integrates. The work that time or class alone decides is done apart, once.
+"""Velocity fields, which solvers integrate.
 
-A solver first asks a field to `prepare` every time at which it will evaluate it, outside its loop, and then passes one
-entry of what it got with each evaluation. For an MPDiT that takes the time embedding and the modulation out of the
+Before its loop, a solver calls `prepare` once for all times at which it will evaluate the field. In the loop it passes
+one entry of the result to each evaluation. For an MPDiT this moves the time embedding and the modulation out of the
 loop. Fields are pytrees of their arrays.
 """
 
@@ -24,18 +24,19 @@ class Field(Protocol):
     """A velocity field of a batch."""
 
     def prepare(self, times: jax.Array) -> Prepared:
-        """Points for times (n, 1) or (n, B): a pytree with leading axes (n, 1) or (n, B)."""
+        """Prepare the times (n, 1) or (n, B): a pytree with leading axes (n, 1) or (n, B)."""
 
-    def __call__(self, z: jax.Array, point: Prepared) -> jax.Array:
-        """Velocities (B, H, W, C) at latents z (B, H, W, C) and one entry of `prepare`."""
+    def __call__(self, z: jax.Array, prepared: Prepared) -> jax.Array:
+        """Return velocities (B, H, W, C) at latents z (B, H, W, C) and one entry of `prepare`'s result."""
 
     def segments(self, start: float, end: float) -> "Sequence[Segment]":
-        """Stretches of [start, end], falling times, on each of which a field is smooth."""
+        """Split the falling times [start, end] into segments, on each of which a field is smooth."""
+        return [Segment(self, start, end)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A field and the stretch of falling times on which it holds."""
+    """A field and the interval of falling times on which it applies."""
 
     field: Field
     start: float
@@ -44,69 +45,57 @@ class Segment:
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FunctionField:
-    """The field of a plain function (z, t) with t of shape (1,) or (B,)."""
+class FunctionField(Field):
+    """The field of a function (z, t), with t of shape (1,) or (B,)."""
 
     function: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(metadata={"static": True})
 
     def prepare(self, times: jax.Array) -> Prepared:
-        """The times themselves."""
+        """Return the times."""
         return times
 
-    def __call__(self, z: jax.Array, point: Prepared) -> jax.Array:
-        """function(z, t)."""
-        return self.function(z, point)
-
-    def segments(self, start: float, end: float) -> Sequence[Segment]:
-        """One."""
-        return [Segment(self, start, end)]
+    def __call__(self, z: jax.Array, prepared: Prepared) -> jax.Array:
+        """Evaluate the function."""
+        return self.function(z, prepared)
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PlainField:
-    """A model that has the call signature and nothing more."""
+class PlainField(Field):
+    """The field of a model that has the call signature alone."""
 
     model: ClassConditional
     labels: jax.Array  # (B,)
 
     def prepare(self, times: jax.Array) -> Prepared:
-        """The times themselves."""
+        """Return the times."""
         return times
 
-    def __call__(self, z: jax.Array, point: Prepared) -> jax.Array:
-        """The model at time `point`, (1,) or (B,)."""
-        return _checked(self.model(z, jnp.broadcast_to(point, self.labels.shape), self.labels), z)
-
-    def segments(self, start: float, end: float) -> Sequence[Segment]:
-        """One."""
-        return [Segment(self, start, end)]
+    def __call__(self, z: jax.Array, prepared: Prepared) -> jax.Array:
+        """Evaluate the model at a time (1,) or (B,)."""
+        return _checked(self.model(z, jnp.broadcast_to(prepared, self.labels.shape), self.labels), z)
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FactoredField:
-    """A model taken apart: what the class decides is made once, what the time decides for all times at once."""
+class FactoredField(Field):
+    """The field of a model with separate parts: the class is embedded once, the modulation computed for all times."""
 
     model: Factored
     class_embedding: Any  # a pytree of (B, ...)
 
     def prepare(self, times: jax.Array) -> Prepared:
-        """The modulation of every time."""
+        """Compute the modulation of every time."""
         modulation = self.model.modulation(times.reshape(-1))
         return jax.tree.map(lambda leaf: leaf.reshape(*times.shape, *leaf.shape[1:]), modulation)
 
-    def __call__(self, z: jax.Array, point: Prepared) -> jax.Array:
-        """The model's trunk."""
-        return _checked(self.model.velocity(z, point, self.class_embedding), z)
-
-    def segments(self, start: float, end: float) -> Sequence[Segment]:
-        """One."""
-        return [Segment(self, start, end)]
+    def __call__(self, z: jax.Array, prepared: Prepared) -> jax.Array:
+        """Evaluate the model's transformer."""
+        return _checked(self.model.velocity(z, prepared, self.class_embedding), z)
 
 
 def model_field(model: ClassConditional, labels: jax.Array) -> Field:
-    """The model's velocity for `labels` (B,), one evaluation a call."""
+    """Build the field of the model's velocity for `labels` (B,), without guidance."""
     if isinstance(model, Factored):
         return FactoredField(model, model.class_embedding(labels))
     return PlainField(model, labels)
@@ -115,7 +104,7 @@ def model_field(model: ClassConditional, labels: jax.Array) -> Field:
 def _checked(velocity: jax.Array, z: jax.Array) -> jax.Array:
     if velocity.shape != z.shape:
         raise InputError(
-            f"the model gives {velocity.shape} for latents {z.shape}: expected a velocity of the same shape, channels "
-            "last (for a model with a learned variance, keep the first half of its channels)."
+            f"the model returns {velocity.shape} for latents {z.shape}: expected a velocity of the same shape, "
+            "channels last (for a model with a learned variance, keep the first half of its channels)."
         )
     return velocity.astype(jnp.float32)

@@ -1,6 +1,4 @@
-"""Guidance: fields that push the model's velocity away from a worse one.
-
-    v = v_worse + scale (v_class - v_worse)
+"""Guided velocity fields: v = v_worse + scale (v_class - v_worse).
 
 The worse velocity is that of the null class (classifier-free guidance, Ho & Salimans 2022), of a negative label, or of
 a second, weaker model (autoguidance, Karras et al. 2024).
@@ -19,58 +17,50 @@ from mpdit_jax.flow.protocols import ClassConditional
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ClassifierFree:
-    """Both velocities from one model: one batch of 2B, in which an example's two rows follow each other.
+class ClassifierFree(Field):
+    """Guidance with both velocities from one model, evaluated as one batch of 2B.
 
-    So they stay on the device that has the example: one half after the other would send half of the batch to other
-    devices and back, at every step.
+    The two rows of an example are adjacent and so stay on the example's device. With the rows in two halves, half of
+    the batch would move between devices at every step.
     """
 
-    both: Field  # of a label and of what to guide away from, in turn: (2B,)
+    both: Field  # labels (2B,): for each example its label, then the label to guide away from
     scale: jax.Array  # () or (B,)
 
     def prepare(self, times: jax.Array) -> Prepared:
-        """Points of the model; those of one time for each example are doubled as the batch is."""
-        points = self.both.prepare(times)
-        return points if times.shape[1] == 1 else jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=1), points)
+        """Prepare the times for the batch of 2B."""
+        prepared = self.both.prepare(times)
+        return prepared if times.shape[1] == 1 else jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=1), prepared)
 
-    def __call__(self, z: jax.Array, point: Prepared) -> jax.Array:
-        """The guided velocity."""
-        v = self.both(jnp.repeat(z, 2, axis=0), point)  # (2B, H, W, C)
+    def __call__(self, z: jax.Array, prepared: Prepared) -> jax.Array:
+        """Return the guided velocity."""
+        v = self.both(jnp.repeat(z, 2, axis=0), prepared)  # (2B, H, W, C)
         v = v.reshape(z.shape[0], 2, *z.shape[1:])  # (B, 2, H, W, C)
-        return _push(v[:, 0], v[:, 1], self.scale)
-
-    def segments(self, start: float, end: float) -> Sequence[Segment]:
-        """One."""
-        return [Segment(self, start, end)]
+        return _extrapolate(v[:, 0], v[:, 1], self.scale)
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AutoGuidance:
-    """The worse velocity from a second model."""
+class AutoGuidance(Field):
+    """Guidance with the worse velocity from a second model."""
 
     model: Field
     guide: Field
     scale: jax.Array  # () or (B,)
 
     def prepare(self, times: jax.Array) -> Prepared:
-        """Points of both models."""
+        """Prepare the times for both models."""
         return self.model.prepare(times), self.guide.prepare(times)
 
-    def __call__(self, z: jax.Array, point: Prepared) -> jax.Array:
-        """The guided velocity."""
-        return _push(self.model(z, point[0]), self.guide(z, point[1]), self.scale)
-
-    def segments(self, start: float, end: float) -> Sequence[Segment]:
-        """One."""
-        return [Segment(self, start, end)]
+    def __call__(self, z: jax.Array, prepared: Prepared) -> jax.Array:
+        """Return the guided velocity."""
+        return _extrapolate(self.model(z, prepared[0]), self.guide(z, prepared[1]), self.scale)
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LimitedInterval:
-    """Guided for low <= t <= high, and one plain evaluation elsewhere (Kynkäänniemi et al. 2024)."""
+class LimitedInterval(Field):
+    """The guided field for low <= t <= high, and the plain field elsewhere (Kynkäänniemi et al. 2024)."""
 
     guided: Field
     plain: Field
@@ -78,17 +68,17 @@ class LimitedInterval:
     high: float = dataclasses.field(metadata={"static": True})
 
     def prepare(self, times: jax.Array) -> Prepared:
-        """Points of both fields, and which of them holds; times (n, 1)."""
+        """Prepare times (n, 1) for both fields, and record which field applies."""
         inside = (times[:, 0] >= jnp.float32(self.low)) & (times[:, 0] <= jnp.float32(self.high))  # (n,)
         return inside, self.guided.prepare(times), self.plain.prepare(times)
 
-    def __call__(self, z: jax.Array, point: Prepared) -> jax.Array:
-        """The field that holds; the other one does not run."""
-        inside, guided, plain = point
+    def __call__(self, z: jax.Array, prepared: Prepared) -> jax.Array:
+        """Evaluate the field that applies; the other one does not run."""
+        inside, guided, plain = prepared
         return jax.lax.cond(inside, lambda: self.guided(z, guided), lambda: self.plain(z, plain))
 
     def segments(self, start: float, end: float) -> Sequence[Segment]:
-        """Up to three: before, inside, after."""
+        """Return up to three segments: before, inside and after the interval."""
         high, low = min(self.high, start), max(self.low, end)
         pieces = [(self.plain, start, high), (self.guided, high, low), (self.plain, low, end)]
         return [Segment(field, first, last) for field, first, last in pieces if first > last]
@@ -102,15 +92,15 @@ def guided_field(
     interval: tuple[float, float] = (0.0, 1.0),
     guide: ClassConditional | None = None,
 ) -> Field:
-    """The guided velocity.
+    """Build the guided velocity field.
 
     Args:
         model: the model.
-        labels: what to draw, (B,).
+        labels: labels to draw, (B,).
         negatives: labels of the worse velocity, (B,).
-        scale: 1 is no guidance; () or (B,).
-        interval: (low, high); outside it the second pass does not run.
-        guide: the model of the worse velocity, where it is another one.
+        scale: guidance scale, () or (B,); 1 is no guidance.
+        interval: times (low, high) at which to guide; elsewhere there is no second pass.
+        guide: the model of the worse velocity; default `model`.
     """
     field: Field
     if guide is None:
@@ -122,5 +112,5 @@ def guided_field(
     return LimitedInterval(field, model_field(model, labels), *interval)
 
 
-def _push(better: jax.Array, worse: jax.Array, scale: jax.Array) -> jax.Array:
+def _extrapolate(better: jax.Array, worse: jax.Array, scale: jax.Array) -> jax.Array:
     return worse + jnp.reshape(scale, (-1, 1, 1, 1)) * (better - worse)

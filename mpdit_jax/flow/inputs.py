@@ -1,4 +1,4 @@
-"""Checks of what a sampler is called with. Values are checked unless they are being traced; shapes always."""
+"""Checks of the arguments of a sampler. Shapes are always checked, values unless they are traced."""
 
 from collections.abc import Mapping, Set
 from typing import Any, TypeAlias, cast
@@ -16,16 +16,12 @@ Negatives: TypeAlias = jax.typing.ArrayLike | Mapping[int, int] | None
 
 
 def is_traced(value: object) -> bool:
-    """Whether a value is known only when the program runs."""
+    """Return whether a value is a tracer, known only at run time."""
     return isinstance(value, jax.core.Tracer)
 
 
 def check_model(model: object, name: str = "model") -> ClassConditional:
-    """The model, known to be one that a sampler can call.
-
-    Raises:
-        InputError: not an NNX module with the call signature, or one whose output is not our velocity.
-    """
+    """Return the model. Raise InputError unless it is an NNX module with the call signature and predicts velocities."""
     if not isinstance(model, nnx.Module) or not isinstance(model, ClassConditional):
         raise InputError(
             f"{name}={type(model).__name__}: expected an MPDiT, or an NNX module called as model(x, t, y) that has "
@@ -36,42 +32,38 @@ def check_model(model: object, name: str = "model") -> ClassConditional:
 
 
 def check_convention(model: object, name: str = "model") -> None:
-    """Raise InputError for a model that says its output is something else than our velocity."""
+    """Raise InputError if the model declares a convention other than "velocity"."""
     if isinstance(model, DeclaresConvention) and model.convention != "velocity":
         raise InputError(
-            f"{name} says that its convention is {model.convention!r}: expected 'velocity' (noise minus data, with t=0 "
-            "at the data and t=1 at the noise); mpdit_jax.as_velocity(model) converts a DiT or SiT."
+            f"{name}'s convention is {model.convention!r}: expected 'velocity' (noise minus data, with t=0 at the data "
+            "and t=1 at the noise); mpdit_jax.as_velocity(model) converts a DiT or SiT."
         )
 
 
 def check_guide(guide: object, model: ClassConditional) -> None:
-    """Raise InputError unless `guide` is a model of the same latents and the same classes."""
+    """Raise InputError unless `guide` is a model with the same latent shape and number of classes."""
     worse = check_model(guide, "guide")
     if worse.input_shape != model.input_shape:
         raise InputError(f"guide draws {worse.input_shape} and model {model.input_shape}: expected the same shape.")
     if worse.num_classes != model.num_classes:
         raise InputError(
-            f"guide has {worse.num_classes} classes and model {model.num_classes}: expected the same, for both are "
-            "given the same labels."
+            f"guide has {worse.num_classes} classes and model {model.num_classes}: expected the same number, because "
+            "both get the same labels."
         )
 
 
 def check_key(key: object) -> None:
-    """Raise InputError unless `key` is a JAX random key, of the new kind or the old (uint32 of two numbers)."""
+    """Raise InputError unless `key` is a JAX random key, typed or raw (uint32)."""
     is_key = isinstance(key, jax.Array) and (
         (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0)
         or (key.dtype == jnp.uint32 and key.ndim == 1)
     )
     if not is_key:
-        raise InputError(f"key={key!r}: expected a random key, such as jax.random.key(0), also where noise is given.")
+        raise InputError(f"key={key!r}: expected a random key, such as jax.random.key(0), even if noise is given.")
 
 
 def check_labels(labels: jax.typing.ArrayLike, num_classes: int, name: str = "label") -> jax.Array:
-    """Labels as int32 (B,).
-
-    Raises:
-        InputError: not a vector of whole numbers, or a label outside [0, num_classes].
-    """
+    """Return the labels as int32 (B,). Raise InputError unless they are a vector of integers in [0, num_classes]."""
     values: Any = labels if is_traced(labels) else np.asarray(labels)
     if values.ndim != 1 or 0 in values.shape or not np.issubdtype(values.dtype, np.integer):
         raise InputError(f"{name}s of shape {values.shape}, dtype {values.dtype}: expected whole numbers (B,).")
@@ -85,27 +77,8 @@ def check_labels(labels: jax.typing.ArrayLike, num_classes: int, name: str = "la
     return jnp.asarray(labels, jnp.int32)
 
 
-def check_axes(value: object, name: str) -> None:
-    """Raise InputError for an array that is split over mesh axes of type Explicit, over which models do not compute."""
-    if not isinstance(value, jax.Array):
-        return
-    sharding = jax.typeof(value).sharding
-    names = [name for part in sharding.spec for name in (part if isinstance(part, tuple) else (part,))]
-    explicit = [axis for axis in names if axis in sharding.mesh.explicit_axes]
-    if explicit:
-        raise InputError(
-            f"{name} are split over the mesh axis {explicit[0]!r} of type Explicit, JAX's default: make the mesh with "
-            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(sharding.mesh.axis_names)}, or wrap the call in "
-            "jax.sharding.auto_axes or jax.shard_map."
-        )
-
-
 def check_indices(indices: jax.typing.ArrayLike | None, count: int) -> jax.Array:
-    """The images' numbers as integers (B,); 0, 1, … by default.
-
-    Raises:
-        InputError: not one whole number for each of `count` labels, or one outside [0, 2**32 - 2].
-    """
+    """Return the image indices as integers (count,), by default 0, 1, … Raise InputError for a wrong shape or index."""
     if indices is None:
         return jnp.arange(count, dtype=jnp.uint32)
     values: Any = indices if is_traced(indices) else np.asarray(indices)
@@ -116,16 +89,12 @@ def check_indices(indices: jax.typing.ArrayLike | None, count: int) -> jax.Array
     if not is_traced(indices):
         bad = values[(values < 0) | (values >= NO_IMAGE)]
         if bad.size:
-            raise InputError(f"index {bad[0]}: expected the number of an image, from 0 to {NO_IMAGE - 1}.")
+            raise InputError(f"index {bad[0]}: expected the index of an image, from 0 to {NO_IMAGE - 1}.")
     return indices if isinstance(indices, jax.Array) else jnp.asarray(values.astype(np.uint32))
 
 
 def check_scale(scale: jax.typing.ArrayLike, batch: int | None = None) -> jax.Array | np.ndarray:
-    """A guidance scale as float32, () or (B,).
-
-    Raises:
-        InputError: negative or not finite, or a vector of another length than the batch.
-    """
+    """Return the guidance scale as float32, () or (batch,). Raise InputError for a negative or non-finite scale."""
     if not is_traced(scale):
         try:
             scale = np.asarray(scale, np.float32)
@@ -142,11 +111,7 @@ def check_scale(scale: jax.typing.ArrayLike, batch: int | None = None) -> jax.Ar
 
 
 def check_negatives(negatives: Negatives, labels: jax.Array, num_classes: int, default: jax.Array) -> jax.Array:
-    """Labels of the worse velocity, int32 (B,): given for each image, or for each class as {class: negative}.
-
-    Raises:
-        InputError: a label the model does not have, or another number of them than labels.
-    """
+    """Return the labels of the worse velocity, int32 (B,), from one per image, one for all, or {class: negative}."""
     if negatives is None:
         return default
     if isinstance(negatives, Mapping):
@@ -171,11 +136,7 @@ def check_negatives(negatives: Negatives, labels: jax.Array, num_classes: int, d
 
 
 def check_shape(value: jax.typing.ArrayLike, shape: tuple[int, ...], name: str, meaning: str) -> jax.Array:
-    """An array of that shape as float32.
-
-    Raises:
-        InputError: another shape.
-    """
+    """Return the array as float32. Raise InputError unless it has the shape, which `meaning` describes."""
     if np.shape(value) != shape:
         raise InputError(f"{name} {np.shape(value)}: expected {shape}, {meaning}.")
     return jnp.asarray(value, jnp.float32)

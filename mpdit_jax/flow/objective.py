@@ -1,26 +1,28 @@
-"""The flow-matching objective: the linear path, how times are drawn, and the loss (paper, section 3)."""
+"""The flow-matching objective: the linear path, the distribution of training times, and the loss (paper, section 3)."""
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from mpdit_jax.distributed.mesh import with_auto_axes
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.flow.inputs import check_convention, check_labels
 from mpdit_jax.flow.protocols import ClassConditional, Velocity
 
 
 class TimeDistribution(Protocol):
-    """How training times are drawn."""
+    """A distribution of training times."""
 
     def sample(self, key: jax.Array, count: int) -> jax.Array:
-        """`count` times in (0, 1), float32."""
+        """Draw `count` times in [0, 1], float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LogitNormal:
-    """t = sigmoid(mean + std n), n ~ N(0, 1): the paper's, with mean 0 and std 1."""
+    """t = sigmoid(mean + std n) with n ~ N(0, 1). The paper has mean 0 and std 1."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -30,7 +32,7 @@ class LogitNormal:
             raise ConfigError(f"time.std={self.std}: expected a positive number (the paper uses 1.0).")
 
     def sample(self, key: jax.Array, count: int) -> jax.Array:
-        """`count` times in (0, 1), float32."""
+        """Draw `count` times in (0, 1), float32."""
         return jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (count,)))
 
 
@@ -39,7 +41,7 @@ class Uniform:
     """t uniform in [0, 1)."""
 
     def sample(self, key: jax.Array, count: int) -> jax.Array:
-        """`count` times in [0, 1), float32."""
+        """Draw `count` times in [0, 1), float32."""
         return jax.random.uniform(key, (count,))
 
 
@@ -48,12 +50,12 @@ TIME_DISTRIBUTIONS = {"logit_normal": LogitNormal, "uniform": Uniform}
 
 
 def time_distribution(name: str, mean: float, std: float) -> TimeDistribution:
-    """The distribution of that name; `mean` and `std` are of the logit."""
+    """Build a time distribution by name; `mean` and `std` are those of the logit."""
     return LogitNormal(mean, std) if name == "logit_normal" else TIME_DISTRIBUTIONS[name]()
 
 
 def interpolate(x: jax.Array, noise: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The point z_t = (1 - t) x + t noise on the path, and its velocity noise - x; both (B, H, W, C)."""
+    """Return the point z_t = (1 - t) x + t noise of the path and its velocity noise - x, both (B, H, W, C)."""
     t = t[:, None, None, None]
     return (1 - t) * x + t * noise, noise - x
 
@@ -68,31 +70,49 @@ def flow_matching_loss(
     noise: jax.typing.ArrayLike | None = None,
     times: TimeDistribution = PAPER_TIMES,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean squared error between the model's velocity and the path's.
+    """Compute the mean squared error between the model's velocity and the path's velocity.
 
-    Deterministic when `t` and `noise` are given; what is not given is drawn from `key`.
+    `t` and `noise` are drawn from `key` unless they are given.
 
     Args:
         model: called as model(z, t, y).
         x: clean latents (B, H, W, C), float32.
         y: labels (B,), int32.
-        key: needed unless both `t` and `noise` are given.
+        key: random key; required unless both `t` and `noise` are given.
         t: times (B,).
-        noise: standard normal (B, H, W, C).
-        times: how times are drawn when not given.
+        noise: standard normal noise (B, H, W, C).
+        times: distribution from which times are drawn.
 
     Returns:
-        The loss, a float32 scalar, and per_example (B,), whose mean it is.
+        The loss, a float32 scalar, and the loss of each example (B,), of which it is the mean.
 
     Raises:
-        InputError: no key and something to draw, shapes that do not fit each other, labels the model does not have
-            (unless they are traced), or a model whose output is not our velocity.
+        InputError: the key is missing, shapes do not match, a label is out of range (unless traced), or the model's
+            convention is not "velocity".
     """
     check_convention(model)
+    if key is None and (t is None or noise is None):
+        raise InputError("flow_matching_loss needs key=… unless both t=… and noise=… are given.")
+    module, arrays = model if isinstance(model, nnx.Module) else None, (x, y, key, t, noise)
+
+    def loss(module: nnx.Module | None, *arrays: Any) -> tuple[jax.Array, jax.Array]:
+        return _loss(model if module is None else cast(Velocity, module), times, *arrays)
+
+    return with_auto_axes(loss, (module,), arrays, batched=(x, y, t, noise), out=(-1, 0))
+
+
+def _loss(
+    model: Velocity,
+    times: TimeDistribution,
+    x: jax.typing.ArrayLike,
+    y: jax.typing.ArrayLike,
+    key: jax.Array | None,
+    t: jax.typing.ArrayLike | None,
+    noise: jax.typing.ArrayLike | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Loss and per_example, under automatic axes."""
     x = jnp.asarray(x, jnp.float32)
-    if t is None or noise is None:
-        if key is None:
-            raise InputError("flow_matching_loss needs key=… unless both t=… and noise=… are given.")
+    if key is not None and (t is None or noise is None):
         time_key, noise_key = jax.random.split(key)
         t = times.sample(time_key, x.shape[0]) if t is None else t
         noise = jax.random.normal(noise_key, x.shape) if noise is None else noise

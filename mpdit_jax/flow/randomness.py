@@ -1,4 +1,4 @@
-"""Noise that belongs to an image: a function of (key, the image's number, the step), whatever batch it is drawn in."""
+"""Noise as a function of (key, image index, step), independent of the batch in which an image is drawn."""
 
 import functools
 from functools import partial
@@ -9,19 +9,19 @@ import numpy as np
 
 from mpdit_jax.flow.solvers import Increments
 
-NO_IMAGE = np.uint32(2**32 - 1)  # the number that no image has
+NO_IMAGE = np.uint32(2**32 - 1)  # an index that no image has
 _IMPLEMENTATION = "threefry2x32"
 
 
 def seed_key(seed: jax.typing.ArrayLike) -> jax.Array:
-    """The key of a seed, the same whatever JAX's default implementation of keys is."""
+    """Make the Threefry key of a seed, whatever JAX's default implementation of keys is."""
     return jax.random.key(seed, impl=_IMPLEMENTATION)
 
 
 def threefry(key: jax.Array) -> jax.Array:
-    """The key, or a Threefry key made of one of another implementation, of either kind.
+    """Return the key if it is a Threefry key, else a Threefry key derived from it; typed and raw keys are accepted.
 
-    Mapped over keys, other implementations ("rbg") give an entry numbers that depend on the rest of the batch.
+    Under `vmap` over keys, an implementation such as "rbg" draws numbers that depend on the rest of the batch.
     """
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if jax.random.key_impl(key) == _IMPLEMENTATION:
@@ -34,15 +34,12 @@ def threefry(key: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames="shape")
 def draw_noise(key: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise float32 (n, *shape) of the images numbered `indices` (n,), by a Threefry key.
-
-    A function of (key, index) alone.
-    """
+    """Draw standard normal noise float32 (n, *shape) for the image indices (n,); `key` is a Threefry key."""
     return jax.vmap(lambda index: _normal(jax.random.fold_in(key, index), shape))(indices)
 
 
 def noise_increments(key: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> Increments:
-    """The noise of a stochastic solver's steps, for the images numbered `indices` (n,), by a Threefry key."""
+    """Return the function that draws the noise of a step for the image indices (n,); `key` is a Threefry key."""
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, NO_IMAGE)))(indices)
 
     def increments(step: jax.Array) -> jax.Array:
@@ -52,18 +49,14 @@ def noise_increments(key: jax.Array, indices: jax.Array, shape: tuple[int, ...])
 
 
 class GivenIncrements:
-    """Noise read from an array (steps, n, H, W, C).
-
-    Attributes:
-        asked: whether a solver has asked for any.
-    """
+    """Noise of a stochastic solver, read from an array (steps, n, H, W, C); `used` tells whether it was read."""
 
     def __init__(self, values: jax.Array) -> None:
-        self._values, self.asked = values, False
+        self._values, self.used = values, False
 
     def __call__(self, step: jax.Array) -> jax.Array:
-        """That of a step."""
-        self.asked = True
+        """Return the noise of a step."""
+        self.used = True
         return jnp.take(self._values, step, axis=0)
 
 

@@ -1,4 +1,4 @@
-"""Every solver by its name."""
+"""The solvers by name."""
 
 import dataclasses
 from typing import Any
@@ -21,10 +21,10 @@ SOLVERS: dict[str, Solver] = {
 
 
 def get_solver(solver: str | Solver, **options: Any) -> Solver:
-    """A solver by name, or the object itself, with fields replaced by `options`.
+    """Return the solver of that name, or the given solver, with fields replaced by `options`.
 
     Raises:
-        ConfigError: unknown name, or an option the solver does not have.
+        ConfigError: unknown name, not a solver, or an option that the solver does not have.
     """
     if isinstance(solver, str):
         if solver not in SOLVERS:
@@ -38,10 +38,10 @@ def get_solver(solver: str | Solver, **options: Any) -> Solver:
     if not options:
         return solver
     if not dataclasses.is_dataclass(solver) or isinstance(solver, type):
-        raise ConfigError(f"solver {name!r} has no options: give {', '.join(options)} where you make it.")
+        raise ConfigError(f"solver {name!r} has no options: give {', '.join(options)} where you create it.")
     fields = [field.name for field in dataclasses.fields(solver) if field.name != "method"]
     for option, value in options.items():
         if option not in fields:
-            offered = f"its options are {', '.join(fields)}" if fields else "it has no options"
-            raise ConfigError(f"{option}={value!r} is not an option of solver {name!r}: {offered}.")
+            known = f"its options are {', '.join(fields)}" if fields else "it has no options"
+            raise ConfigError(f"{option}={value!r} is not an option of solver {name!r}: {known}.")
     return dataclasses.replace(solver, **options)

@@ -1,6 +1,7 @@
-"""From labels to latents in one jitted call."""
+"""The sampler: labels to latents in one jitted call."""
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -9,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mpdit_jax.distributed.mesh import with_auto_axes
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.flow.fields import Field, model_field
 from mpdit_jax.flow.guidance import guided_field
 from mpdit_jax.flow.inputs import (
     Negatives,
-    check_axes,
     check_guide,
     check_indices,
     check_key,
@@ -29,7 +30,7 @@ from mpdit_jax.flow.protocols import Castable, ClassConditional
 from mpdit_jax.flow.randomness import GivenIncrements, draw_noise, noise_increments, threefry
 from mpdit_jax.flow.registry import get_solver
 from mpdit_jax.flow.solvers import Solution, Solver
-from mpdit_jax.flow.times import TimeGrid, check_times, find_time_grid
+from mpdit_jax.flow.times import TimeGrid, check_times, get_time_grid
 from mpdit_jax.validation import is_whole
 
 PRECISIONS = ("float32", "bfloat16")
@@ -37,7 +38,7 @@ PRECISIONS = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides a sampler's program. Hashable: a static argument of jit."""
+    """The settings that a sampler's program is compiled for. Hashable, as a static argument of jit."""
 
     solver: Solver
     steps: int
@@ -48,11 +49,11 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler:
-    """Draws latents from a model; made by `make_sampler`.
+    """A function that draws latents from a model; built by `make_sampler`.
 
-    Compiles once for each batch shape and model structure: other labels, keys, weights and guidance scales reuse the
-    program (a scale of exactly 1 has a program of its own, with no second pass). It may be called inside a caller's own
-    `jit` and `shard_map`.
+    It compiles once for each batch shape and model structure; other labels, keys, weights and guidance scales reuse the
+    program. A guidance scale of exactly 1 has a program of its own, without a second pass. The sampler may be called
+    inside `jit` and `shard_map`.
     """
 
     settings: Settings
@@ -76,25 +77,24 @@ class Sampler:
         Args:
             model: an MPDiT, or any NNX module with its call signature, `input_shape` and `num_classes`.
             labels: int (B,), each in [0, num_classes].
-            key: a JAX random key; one of another implementation than Threefry is turned into such. Image i depends on
+            key: a JAX random key; a key of another implementation is converted to Threefry. Image i depends on
                 (key, indices[i], labels[i]) and the settings alone, not on B.
-            noise: starting noise (B, H, W, C) in place of what `key` gives.
-            indices: the images' numbers, int (B,) below 2**32 - 1; default 0, 1, …
-            guidance_scale: in place of the sampler's own: one number, or one for each label (B,).
-            negative_labels: what to guide away from in place of the null class: one label for each image (B,), one for
-                all, or `{class: negative}`, where a class without an entry keeps the null class. Without guidance, at
-                a scale of 1, neither these nor a guide play a part.
-            guide: a second, weaker model to guide away from (autoguidance); it is given the same labels, or the
-                negative ones.
-            increments: normal noise (steps - 1, B, H, W, C) of a stochastic solver in place of what `key` gives.
+            noise: initial noise (B, H, W, C); default drawn from `key`.
+            indices: index of each image, int (B,) below 2**32 - 1; default 0, 1, …
+            guidance_scale: one number, or one for each label (B,); default the sampler's own.
+            negative_labels: labels to guide away from: one for each image (B,), one for all, or `{class: negative}`;
+                default, also for a class without an entry, the null class. Not used at guidance scale 1.
+            guide: a second, weaker model to guide away from (autoguidance), called with the negative labels or, by
+                default, the same labels. Not used at guidance scale 1.
+            increments: noise (steps - 1, B, H, W, C) of a stochastic solver; default drawn from `key`.
 
         Returns:
-            Latents float32 (B, H, W, C), as the model was trained on: of a run on a store of latents they are
-            normalized, and `mean` and `std` are in the run's data.json.
+            Latents float32 (B, H, W, C) in the space of the training data. Those of a run on a latent store are
+            normalized; the run's data.json has `mean` and `std`.
 
         Raises:
-            InputError: a label the model does not have, an array of another shape, a negative scale, or a model that a
-                sampler cannot call.
+            InputError: a label is out of range, an array has the wrong shape, a scale is negative, or the model does
+                not fit a sampler.
         """
         return self.solve(
             model,
@@ -122,12 +122,34 @@ class Sampler:
         increments: jax.Array | None = None,
         record: bool = False,
     ) -> Solution:
-        """As a call, but with the number of velocity evaluations and, with `record`, the latents on the way."""
+        """Draw latents as `__call__` does; return also the evaluation count and, with `record`, the whole path."""
+        check_model(model)
+        check_key(key)
+        given, table = (negative_labels, None) if not isinstance(negative_labels, Mapping) else (None, negative_labels)
+
+        def draw(model: nnx.Module, guide: nnx.Module | None, negatives: Negatives, *arrays: Any) -> Solution:
+            return self._draw(model, guide, negatives if table is None else table, record, *arrays)
+
+        arrays = (given, labels, key, noise, indices, guidance_scale, increments)
+        split = Solution(latents=0, evaluations=-1, path_times=-1, path=1)  # type: ignore[arg-type]
+        return with_auto_axes(draw, (model, guide), arrays, batched=(labels, noise, indices), out=split)
+
+    def _draw(
+        self,
+        model: nnx.Module,
+        guide: nnx.Module | None,
+        negative_labels: Negatives,
+        record: bool,
+        labels: jax.typing.ArrayLike,
+        key: jax.Array,
+        noise: jax.Array | None,
+        indices: jax.typing.ArrayLike | None,
+        guidance_scale: jax.typing.ArrayLike | None,
+        increments: jax.Array | None,
+    ) -> Solution:
+        """`solve` under automatic axes."""
         target = check_model(model)
         labels = check_labels(labels, target.num_classes)
-        for value, name in ((labels, "labels"), (indices, "indices"), (noise, "noise")):
-            check_axes(value, name)
-        check_key(key)
         key = threefry(key)
         count, shape = labels.shape[0], tuple(target.input_shape)
         scale = check_scale(self.guidance_scale if guidance_scale is None else guidance_scale, count)
@@ -140,9 +162,9 @@ class Sampler:
             noise = draw_noise(key, indices, shape)
         noise = check_shape(noise, (count, *shape), "noise", f"one latent for each of {count} labels")
         if increments is not None:
-            wanted = (self.settings.steps - 1, count, *shape)
-            increments = check_shape(increments, wanted, "increments", "one for each step but the last")
-        # A scale that is known to be 1 everywhere needs no second pass.
+            expected = (self.settings.steps - 1, count, *shape)
+            increments = check_shape(increments, expected, "increments", "one for each step but the last")
+        # If the scale is known to be 1 everywhere, the program has no second pass.
         guided = is_traced(scale) or bool(np.any(np.asarray(scale) != 1))
         structure, state = nnx.split(model)
         guide_parts = nnx.split(guide) if guide is not None and guided else (None, None)
@@ -160,22 +182,21 @@ def make_sampler(
     precision: str | None = None,
     **solver_options: Any,
 ) -> Sampler:
-    """A sampling function `sampler(model, labels, key, noise=None, …) -> latents`, jitted once for each shape.
+    """Build a sampling function `sampler(model, labels, key, noise=None, …) -> latents`, jitted once for each shape.
 
     Args:
         solver: "euler", "heun", "midpoint", "dpmpp_2m", "euler_maruyama", "dopri5", "tsit5", or a `Solver`.
-        steps: velocity evaluations; 250 means 250, in second-order solvers too. Adaptive solvers do not read it: they
-            take as many as `rtol` and `atol` need.
-        guidance_scale: w in v_null + w (v_class - v_null), one or one for each label; 1.0 is the conditional model and
-            costs no second pass.
-        guidance_interval: (t_low, t_high), times at which to guide; outside it no second pass runs.
+        steps: number of velocity evaluations, in second-order solvers too. Adaptive solvers ignore it.
+        guidance_scale: w in v_null + w (v_class - v_null), one number or one for each label; 1.0 is the conditional
+            model, without a second pass.
+        guidance_interval: times (t_low, t_high) at which to guide; elsewhere there is no second pass.
         time_grid: "uniform", "shifted", "quadratic", or a `TimeGrid`, such as ShiftedGrid(2.0).
-        precision: "float32" or "bfloat16", what the model computes in; default what the model was made with.
+        precision: compute dtype of the model, "float32" or "bfloat16"; default the model's own.
         **solver_options: fields of the solver, such as rtol and atol of "dopri5" or diffusion of "euler_maruyama".
 
     Raises:
-        ConfigError: an unknown name, steps below 1, a negative guidance scale, an interval outside [0, 1] or reversed,
-            or a solver or grid of one's own that breaks its protocol.
+        ConfigError: an unknown name, steps below 1, a negative guidance scale, an interval that is reversed or outside
+            [0, 1], or a custom solver or time grid that breaks its protocol.
     """
     if not is_whole(steps) or steps < 1:
         raise ConfigError(f"steps={steps!r}: expected a whole number of velocity evaluations, 1 or more.")
@@ -186,7 +207,7 @@ def make_sampler(
     except InputError as error:
         raise ConfigError(str(error)) from error
     interval = _check_interval(guidance_interval)
-    grid = find_time_grid(time_grid)
+    grid = get_time_grid(time_grid)
     check_times(grid, int(steps))
     settings = Settings(get_solver(solver, **solver_options), int(steps), grid, interval, precision)
     for value in (settings.solver, grid):
@@ -233,10 +254,12 @@ def _solve(
     field: Field = model_field(model, labels)
     if guided:
         field = guided_field(model, labels, negatives, scale, settings.guidance_interval, guide)
-    given = GivenIncrements(increments) if increments is not None else None
-    drawn = noise_increments(key, indices, noise.shape[1:]) if given is None else given
-    solution = settings.solver.solve(field, noise, settings.time_grid, settings.steps, drawn, record)
-    if given is not None and not given.asked:
+    if increments is None:
+        drawn = noise_increments(key, indices, noise.shape[1:])
+        return settings.solver.solve(field, noise, settings.time_grid, settings.steps, drawn, record)
+    given = GivenIncrements(increments)
+    solution = settings.solver.solve(field, noise, settings.time_grid, settings.steps, given, record)
+    if not given.used:
         raise InputError(f"increments are given and {settings.solver!r} adds no noise: choose a stochastic solver.")
     return solution
 

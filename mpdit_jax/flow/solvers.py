@@ -1,7 +1,7 @@
-"""Solvers of the sampling ODE dz/dt = v(z, t), from noise at t = 1 to data at t = 0.
+"""Fixed-step solvers of the sampling ODE dz/dt = v(z, t), from noise at t = 1 to data at t = 0.
 
-`steps` counts velocity evaluations in every fixed-step solver: 250 means 250. A second-order solver spends two on an
-interval, so it crosses half as many; when `steps` is odd its last interval is an Euler step.
+`steps` counts velocity evaluations. A second-order solver spends two evaluations per interval and so has half as many
+intervals; if `steps` is odd, the last interval is an Euler step.
 """
 
 import dataclasses
@@ -16,21 +16,21 @@ from mpdit_jax.flow.fields import Field
 from mpdit_jax.flow.times import TimeGrid
 
 Increments: TypeAlias = Callable[[jax.Array], jax.Array]
-"""Step number () to standard normal noise (B, H, W, C)."""
+"""A function from the step index () to standard normal noise (B, H, W, C)."""
 
 
 class Solution(NamedTuple):
-    """What a solver found."""
+    """The result of a solver."""
 
     latents: jax.Array  # (B, H, W, C)
-    evaluations: jax.Array  # velocity evaluations, int32: () or, where each example has its own steps, (B,)
-    path_times: jax.Array | None  # (n,) falling, from the start to the end; None unless recorded
-    path: jax.Array | None  # latents at those times (n, B, H, W, C)
+    evaluations: jax.Array  # number of velocity evaluations, int32 (), or (B,) if each example has its own steps
+    path_times: jax.Array | None  # falling times from start to end, (n,); None unless recorded
+    path: jax.Array | None  # latents at these times, (n, B, H, W, C)
 
 
 @runtime_checkable
 class Solver(Protocol):
-    """A solver. Hashable, so that it is a static argument of jit."""
+    """A solver. Hashable, because it is a static argument of jit."""
 
     def solve(
         self, field: Field, z: jax.Array, grid: TimeGrid, steps: int, increments: Increments, record: bool = False
@@ -38,18 +38,18 @@ class Solver(Protocol):
         """Carry noise z (B, H, W, C) to data.
 
         Args:
-            field: the velocity.
+            field: velocity field.
             z: standard normal noise.
-            grid: where to stop on the way.
-            steps: velocity evaluations to spend.
-            increments: the noise of a stochastic solver; others do not call it.
-            record: keep the latents of every time on the way.
+            grid: time grid.
+            steps: number of velocity evaluations.
+            increments: noise of a stochastic solver's steps.
+            record: also return the latents at every time of the grid.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class Euler:
-    """z <- z + (t' - t) v(z, t): first order, one evaluation an interval."""
+    """z <- z + (t' - t) v(z, t): first order, one evaluation per interval."""
 
     def solve(
         self, field: Field, z: jax.Array, grid: TimeGrid, steps: int, increments: Increments, record: bool = False
@@ -57,60 +57,60 @@ class Euler:
         """Carry noise z to data; see `Solver`."""
         times = grid.times(steps)
 
-        def step(z: jax.Array, t: jax.Array, t_next: jax.Array, point: Any) -> jax.Array:
-            return z + (t_next - t) * field(z, point)
+        def step(z: jax.Array, t: jax.Array, t_next: jax.Array, prepared: Any) -> jax.Array:
+            return z + (t_next - t) * field(z, prepared)
 
         return integrate(step, z, times, prepare(field, times[:-1], z.dtype), steps, record)
 
 
 @dataclasses.dataclass(frozen=True)
 class Heun:
-    """Euler to t', then again with the mean of both velocities: second order, two evaluations an interval."""
+    """The trapezoidal rule with an Euler predictor: second order, two evaluations per interval."""
 
     def solve(
         self, field: Field, z: jax.Array, grid: TimeGrid, steps: int, increments: Increments, record: bool = False
     ) -> Solution:
         """Carry noise z to data; see `Solver`."""
         times = grid.times(-(-steps // 2))
-        points = prepare(field, times, z.dtype)
+        prepared = prepare(field, times, z.dtype)
+        pairs = _rows(prepared, 0, -1), _rows(prepared, 1, None)
 
-        def step(z: jax.Array, t: jax.Array, t_next: jax.Array, point: Any) -> jax.Array:
-            first = field(z, point[0])
-            second = field(z + (t_next - t) * first, point[1])
+        def step(z: jax.Array, t: jax.Array, t_next: jax.Array, pair: Any) -> jax.Array:
+            first = field(z, pair[0])
+            second = field(z + (t_next - t) * first, pair[1])
             return z + (t_next - t) * (first + second) / 2
 
-        return _march_pairs(field, step, z, times, (_rows(points, 0, -1), _rows(points, 1, None)), steps, record)
+        return _integrate_pairs(field, step, z, times, pairs, steps, record)
 
 
 @dataclasses.dataclass(frozen=True)
 class Midpoint:
-    """Euler to the middle, then the whole way with its velocity: second order, two evaluations an interval."""
+    """The explicit midpoint rule: second order, two evaluations per interval."""
 
     def solve(
         self, field: Field, z: jax.Array, grid: TimeGrid, steps: int, increments: Increments, record: bool = False
     ) -> Solution:
         """Carry noise z to data; see `Solver`."""
         times = grid.times(-(-steps // 2))
-        points = prepare(field, times[:-1], z.dtype), prepare(field, (times[:-1] + times[1:]) / 2, z.dtype)
+        pairs = prepare(field, times[:-1], z.dtype), prepare(field, (times[:-1] + times[1:]) / 2, z.dtype)
 
-        def step(z: jax.Array, t: jax.Array, t_next: jax.Array, point: Any) -> jax.Array:
-            middle = z + (t_next - t) / 2 * field(z, point[0])
-            return z + (t_next - t) * field(middle, point[1])
+        def step(z: jax.Array, t: jax.Array, t_next: jax.Array, pair: Any) -> jax.Array:
+            middle = z + (t_next - t) / 2 * field(z, pair[0])
+            return z + (t_next - t) * field(middle, pair[1])
 
-        return _march_pairs(field, step, z, times, points, steps, record)
+        return _integrate_pairs(field, step, z, times, pairs, steps, record)
 
 
 @dataclasses.dataclass(frozen=True)
 class DPMpp2M:
-    """DPM-Solver++(2M) (Lu et al. 2022) for a velocity on the linear path; one evaluation an interval.
+    """DPM-Solver++(2M) (Lu et al. 2022) for a velocity on the linear path; one evaluation per interval.
 
     With the data prediction D = z - t v, signal 1 - t, noise t and λ = log((1 - t) / t), an interval from t to t' is
 
         z' = (t' / t) z + ((1 - t') - (1 - t) t' / t) (D + c (D - D_before)),    c = (λ' - λ) / (2 (λ - λ_before)).
 
-    λ is infinite at t = 1 and t = 0; the intervals whose c it would spoil (the first two and the last) take c = 0, an
-    Euler step. The order is 2, and from 1 to 0, where the outer intervals stay long in λ, the error falls as
-    log(N) / N².
+    λ is infinite at t = 1 and t = 0, so c = 0, an Euler step, on the first two intervals and the last. The order is 2;
+    on a grid from 1 to 0, whose outer intervals stay long in λ, the error falls as log(N) / N².
     """
 
     def solve(
@@ -119,31 +119,31 @@ class DPMpp2M:
         """Carry noise z to data; see `Solver`."""
         times = grid.times(steps)
         coefficients = jnp.asarray(self.coefficients(times), z.dtype)  # (steps, 3)
-        points = prepare(field, times[:-1], z.dtype)
+        prepared = prepare(field, times[:-1], z.dtype)
 
         def step(
-            carry: tuple[jax.Array, jax.Array], t: jax.Array, t_next: jax.Array, point: Any
+            carry: tuple[jax.Array, jax.Array], t: jax.Array, t_next: jax.Array, inputs: Any
         ) -> tuple[jax.Array, jax.Array]:
-            (z, before), (keep, add, more) = carry, point[1]
-            data = z - t * field(z, point[0])
-            return keep * z + add * (data + more * (data - before)), data
+            (z, data_before), (prepared, (z_factor, data_factor, c)) = carry, inputs
+            data = z - t * field(z, prepared)
+            return z_factor * z + data_factor * (data + c * (data - data_before)), data
 
-        # The first `before` is multiplied by zero.
-        return integrate(step, (z, z), times, (points, coefficients), steps, record, of=lambda carry: carry[0])
+        # The first `data_before` is multiplied by zero.
+        return integrate(step, (z, z), times, (prepared, coefficients), steps, record, latents=lambda carry: carry[0])
 
     @staticmethod
     def coefficients(times: np.ndarray) -> np.ndarray:
-        """What z, the data prediction and its extrapolation are multiplied by: float64 (intervals, 3)."""
+        """Return the factor of z, the factor of the data term, and c for every interval: float64 (intervals, 3)."""
         t, t_next = times[:-1], times[1:]
         with np.errstate(divide="ignore", invalid="ignore"):
             h = np.diff(np.log((1 - times) / times))  # (intervals,), infinite at the ends
-            more = np.concatenate([[0.0], h[1:] / (2 * h[:-1])])
-        more[~np.isfinite(more)] = 0.0
-        return np.stack([t_next / t, (1 - t_next) - (1 - t) * t_next / t, more], axis=1)
+            c = np.concatenate([[0.0], h[1:] / (2 * h[:-1])])
+        c[~np.isfinite(c)] = 0.0
+        return np.stack([t_next / t, (1 - t_next) - (1 - t) * t_next / t, c], axis=1)
 
 
 def prepare(field: Field, times: np.ndarray, dtype: jnp.dtype) -> Any:
-    """The field's points for the times (n,) of a whole batch, with leading axes (n, 1)."""
+    """Prepare times (n,) that the whole batch shares: a pytree with leading axes (n, 1)."""
     return field.prepare(jnp.asarray(times, dtype)[:, None])
 
 
@@ -151,39 +151,39 @@ def integrate(
     step: Callable[..., Any],
     carry: Any,
     times: np.ndarray,
-    points: Any,
+    inputs: Any,
     evaluations: int,
     record: bool,
-    of: Callable[[Any], jax.Array] = lambda carry: carry,
+    latents: Callable[[Any], jax.Array] = lambda carry: carry,
 ) -> Solution:
-    """Scan `carry = step(carry, t, t_next, point)` over the intervals of `times`; `of(carry)` are the latents."""
-    t = jnp.asarray(times, of(carry).dtype)
+    """Scan `carry = step(carry, t, t_next, inputs)` over the intervals of `times`; `latents` reads z from a carry."""
+    t = jnp.asarray(times, latents(carry).dtype)
 
     def body(carry: Any, interval: Any) -> tuple[Any, jax.Array | None]:
         carry = step(carry, *interval)
-        return carry, of(carry) if record else None
+        return carry, latents(carry) if record else None
 
-    last, path = jax.lax.scan(body, carry, (t[:-1], t[1:], points))
+    last, path = jax.lax.scan(body, carry, (t[:-1], t[1:], inputs))
     if path is not None:
-        path = jnp.concatenate([of(carry)[None], path])
-    return Solution(of(last), jnp.int32(evaluations), t if record else None, path)
+        path = jnp.concatenate([latents(carry)[None], path])
+    return Solution(latents(last), jnp.int32(evaluations), t if record else None, path)
 
 
-def _march_pairs(
-    field: Field, step: Callable[..., jax.Array], z: jax.Array, times: np.ndarray, points: Any, steps: int, record: bool
+def _integrate_pairs(
+    field: Field, step: Callable[..., jax.Array], z: jax.Array, times: np.ndarray, pairs: Any, steps: int, record: bool
 ) -> Solution:
-    """`steps // 2` intervals by `step`; a last one by Euler when `steps` is odd."""
+    """Integrate `steps // 2` intervals with `step`, and a last one with Euler if `steps` is odd."""
     full = steps // 2
-    solution = integrate(step, z, times[: full + 1], _rows(points, 0, full), steps, record)
+    solution = integrate(step, z, times[: full + 1], _rows(pairs, 0, full), steps, record)
     if steps % 2 == 0:
         return solution
     start, end = jnp.asarray(times[full:], z.dtype)
-    latents = solution.latents + (end - start) * field(solution.latents, jax.tree.map(lambda x: x[full], points[0]))
+    latents = solution.latents + (end - start) * field(solution.latents, jax.tree.map(lambda x: x[full], pairs[0]))
     if solution.path is None or solution.path_times is None:
         return solution._replace(latents=latents)
     path_times, path = jnp.append(solution.path_times, end), jnp.concatenate([solution.path, latents[None]])
     return Solution(latents, solution.evaluations, path_times, path)
 
 
-def _rows(points: Any, first: int, last: int | None) -> Any:
-    return jax.tree.map(lambda leaf: leaf[first:last], points)
+def _rows(tree: Any, first: int, last: int | None) -> Any:
+    return jax.tree.map(lambda leaf: leaf[first:last], tree)

@@ -1,4 +1,4 @@
-"""Sampling by the stochastic equation that has the same densities as the ODE (Ma et al. 2024, SiT)."""
+"""Euler–Maruyama for the SDE with the same marginal densities as the ODE (Ma et al. 2024, SiT)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from mpdit_jax.flow.solvers import Increments, Solution, integrate, prepare
 from mpdit_jax.flow.times import TimeGrid
 from mpdit_jax.validation import is_real, suggest
 
-# How strong the noise is at time t: w(t) over `norm`, or with `norm` inside where its form has one.
+# The diffusion coefficient w(t), given t and `norm`.
 DIFFUSIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "constant": lambda t, norm: np.full_like(t, norm),
     "SBDM": lambda t, norm: norm * t / (1 - t),
@@ -28,15 +28,15 @@ DIFFUSIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
 class EulerMaruyama:
     """Euler–Maruyama for dz = (v - w(t) s) dt + sqrt(2 w(t)) dW, backwards in time.
 
-    The score is s = -((1 - t) v + z) / t. It runs from `start` to `end`, where score and SBDM's w are finite, and then
-    takes one step without noise from `end` to 0. One evaluation a step, that last one included.
+    The score is s = -((1 - t) v + z) / t. The solver runs from `start` to `end`, between which the score and SBDM's w
+    are finite, and then takes one step without noise from `end` to 0. Every step costs one evaluation.
 
     Attributes:
-        diffusion: the form of w(t): "constant", "SBDM" t / (1 - t), "sigma" t, "decreasing" (from noise to data)
+        diffusion: the form of w(t): "constant" 1, "SBDM" t / (1 - t), "sigma" t, "decreasing" (from noise to data)
             (1 - cos πt)² / 4, "increasing-decreasing" sin² πt.
-        norm: a factor on w; inside the square, on the cosine, in "decreasing".
-        start: the first time.
-        end: the last time with noise.
+        norm: factor of w; in "decreasing", factor of the cosine.
+        start: first time.
+        end: last time at which noise is added.
     """
 
     diffusion: str = "sigma"
@@ -64,22 +64,21 @@ class EulerMaruyama:
         """Carry noise z to data; see `Solver`."""
         times = np.append(self.times(grid, steps), 0.0)  # (steps + 1,)
         weights = DIFFUSIONS[self.diffusion](times[:-1], self.norm)
-        # Noise that a step adds; none in the last one.
-        spread = np.append(np.sqrt(2 * weights[:-1] * -np.diff(times[:-1])), 0.0)
-        numbers = jnp.arange(steps)
-        points = prepare(field, times[:-1], z.dtype), jnp.asarray(np.stack([weights, spread], 1), z.dtype), numbers
+        noise_std = np.append(np.sqrt(2 * weights[:-1] * -np.diff(times[:-1])), 0.0)  # the last step adds no noise
+        coefficients = jnp.asarray(np.stack([weights, noise_std], 1), z.dtype)
+        inputs = prepare(field, times[:-1], z.dtype), coefficients, jnp.arange(steps)
 
-        def step(z: jax.Array, t: jax.Array, t_next: jax.Array, point: Any) -> jax.Array:
-            point, (weight, spread), number = point
-            velocity = field(z, point)
+        def step(z: jax.Array, t: jax.Array, t_next: jax.Array, inputs: Any) -> jax.Array:
+            prepared, (weight, noise_std), index = inputs
+            velocity = field(z, prepared)
             score = -((1 - t) * velocity + z) / t
             z = z + (t_next - t) * (velocity - weight * score)
-            return jax.lax.cond(number < steps - 1, lambda: z + spread * increments(number), lambda: z)
+            return jax.lax.cond(index < steps - 1, lambda: z + noise_std * increments(index), lambda: z)
 
-        return integrate(step, z, times, points, steps, record)
+        return integrate(step, z, times, inputs, steps, record)
 
     def times(self, grid: TimeGrid, steps: int) -> np.ndarray:
-        """Times of the `steps` evaluations, from `start` to `end`: float64 (steps,)."""
+        """Return the times of the `steps` evaluations, from `start` to `end`: float64 (steps,)."""
         if steps == 1:
             return np.array([self.start])
         return self.end + (self.start - self.end) * grid.times(steps - 1)

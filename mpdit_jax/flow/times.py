@@ -1,4 +1,4 @@
-"""Time grids: where on [1, 0] a fixed-step solver stops."""
+"""Time grids: the times from 1 to 0 at which a fixed-step solver stops."""
 
 import dataclasses
 from typing import Protocol, runtime_checkable
@@ -11,10 +11,10 @@ from mpdit_jax.validation import suggest
 
 @runtime_checkable
 class TimeGrid(Protocol):
-    """A way of placing points between noise and data. Hashable, so that it is a static argument of jit."""
+    """A time grid. Hashable, because it is a static argument of jit."""
 
     def times(self, intervals: int) -> np.ndarray:
-        """Falling times from exactly 1 to exactly 0, float64 (intervals + 1,)."""
+        """Return falling times from exactly 1 to exactly 0, float64 (intervals + 1,)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class UniformGrid:
     """Intervals of equal length."""
 
     def times(self, intervals: int) -> np.ndarray:
-        """Falling times from 1 to 0, float64 (intervals + 1,)."""
+        """Return falling times from 1 to 0, float64 (intervals + 1,)."""
         return np.linspace(1.0, 0.0, intervals + 1)
 
 
@@ -30,8 +30,8 @@ class UniformGrid:
 class ShiftedGrid:
     """t = s u / (1 + (s - 1) u) of uniform u: more points near the noise for s > 1.
 
-    The resolution shift of Stable Diffusion 3 (Esser et al. 2024, eq. 23): s is the square root of the number of
-    latent values over that of the size the uniform grid suits, so 2 for 64x64 latents against 32x32.
+    This is the resolution shift of Stable Diffusion 3 (Esser et al. 2024, eq. 23). If the uniform grid suits latents of
+    n values, latents of m values take s = √(m / n): 2 for 64x64 against 32x32.
     """
 
     shift: float = 3.0
@@ -41,7 +41,7 @@ class ShiftedGrid:
             raise ConfigError(f"time_shift={self.shift!r}: expected a positive number (1.0 is the uniform grid).")
 
     def times(self, intervals: int) -> np.ndarray:
-        """Falling times from 1 to 0, float64 (intervals + 1,)."""
+        """Return falling times from 1 to 0, float64 (intervals + 1,)."""
         u = np.linspace(1.0, 0.0, intervals + 1)
         return self.shift * u / (1 + (self.shift - 1) * u)
 
@@ -51,19 +51,15 @@ class QuadraticGrid:
     """t = u² of uniform u: more points near the data (DDIM's "quad")."""
 
     def times(self, intervals: int) -> np.ndarray:
-        """Falling times from 1 to 0, float64 (intervals + 1,)."""
+        """Return falling times from 1 to 0, float64 (intervals + 1,)."""
         return np.linspace(1.0, 0.0, intervals + 1) ** 2
 
 
 TIME_GRIDS: dict[str, TimeGrid] = {"uniform": UniformGrid(), "shifted": ShiftedGrid(), "quadratic": QuadraticGrid()}
 
 
-def find_time_grid(grid: str | TimeGrid) -> TimeGrid:
-    """A grid by name, or the object itself.
-
-    Raises:
-        ConfigError: unknown name, or an object that is no grid.
-    """
+def get_time_grid(grid: str | TimeGrid) -> TimeGrid:
+    """Return the time grid of that name, or the given grid. Raise ConfigError for an unknown name or another object."""
     if not isinstance(grid, str):
         if not isinstance(grid, TimeGrid) or isinstance(grid, type):
             raise ConfigError(
@@ -78,7 +74,7 @@ def find_time_grid(grid: str | TimeGrid) -> TimeGrid:
 
 
 def check_times(grid: TimeGrid, intervals: int) -> None:
-    """Raise ConfigError unless the grid's times fall from 1 to 0 over that many intervals."""
+    """Raise ConfigError unless the grid's times fall from 1 to 0 in `intervals` intervals."""
     times = np.asarray(grid.times(intervals))
     if times.shape != (intervals + 1,) or times[0] != 1 or times[-1] != 0 or not (np.diff(times) < 0).all():
         raise ConfigError(

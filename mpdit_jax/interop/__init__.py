@@ -1,1 +1,1 @@
-"""Reading and writing other projects' weights."""
+"""Conversion of weights from and to PyTorch and safetensors files."""

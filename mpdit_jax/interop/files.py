@@ -1,4 +1,4 @@
-"""Weights files to plain numpy arrays, executing nothing."""
+"""Reading of weights files as numpy arrays, without executing anything from them."""
 
 import argparse
 import re
@@ -11,38 +11,33 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from mpdit_jax.errors import MissingExtraError, WeightsError
-from mpdit_jax.interop.pickles import refusal
+from mpdit_jax.errors import MissingExtraError, WeightsError, install_extra
+from mpdit_jax.interop.pickles import explain_refusal
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
 
 class Weights(NamedTuple):
-    """What a file holds.
+    """The content of a weights file."""
 
-    Attributes:
-        arrays: float32, by name.
-        metadata: what a file of this project says of itself; of others, anything or nothing.
-    """
-
-    arrays: dict[str, np.ndarray]
-    metadata: Mapping[str, str]
+    arrays: dict[str, np.ndarray]  # float32 arrays by name
+    metadata: Mapping[str, str]  # see native_files.py; other projects' files may have other entries or none
 
 
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of `read_weights`."""
+    """Read the arrays of a weights file; see `read_weights`."""
     return read_weights(path).arrays
 
 
 def read_weights(path: str | Path) -> Weights:
-    """The tensors of a `.safetensors`, or of a PyTorch file read weights-only, as float32 numpy arrays.
+    """Read a `.safetensors` file, or a PyTorch file with weights_only=True, as float32 numpy arrays.
 
-    A PyTorch file may hold the state dict itself or keep it under "ema" (preferred), "model" or "state_dict".
+    A PyTorch file may be a state dict or have one under "ema" (preferred), "model" or "state_dict".
 
     Raises:
-        WeightsError: no such file, unknown type, damaged, or a pickle that carries more than tensors.
-        MissingExtraError: a PyTorch file without PyTorch installed.
+        WeightsError: the file is missing, damaged or of unknown type, or its pickle holds more than tensors.
+        MissingExtraError: PyTorch is needed and not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -61,9 +56,9 @@ def read_weights(path: str | Path) -> Weights:
 
 
 def normalize_state_dict(mapping: Mapping[str, Any], source: str) -> dict[str, np.ndarray]:
-    """Arrays or tensors by name, as numpy: numbers become float32.
+    """Convert arrays or tensors by name to float32 numpy arrays.
 
-    The prefixes `module.` of DataParallel and `_orig_mod.` of torch.compile go.
+    The prefixes `module.` (DataParallel) and `_orig_mod.` (torch.compile) are removed from the names.
     """
     arrays: dict[str, np.ndarray] = {}
     for name, value in mapping.items():
@@ -75,11 +70,24 @@ def normalize_state_dict(mapping: Mapping[str, Any], source: str) -> dict[str, n
             raise WeightsError(
                 f"{source}: entry {name!r} is {type(value).__name__}, not an array ({error})."
             ) from error
-        # bfloat16 comes as a type that numpy itself does not list as floating.
+        # To numpy, bfloat16 is not of a floating kind.
         if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
             raise WeightsError(f"{source}: entry {name!r} has dtype {array.dtype}; expected numbers.")
         arrays[_WRAPPERS.sub("", name)] = array.astype(np.float32)
     return arrays
+
+
+def compare_shapes(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    """Compare arrays with expected shapes by name; return lists of the "missing", the "extra" and the "misshapen"."""
+    return {
+        "missing": [name for name in shapes if name not in arrays],
+        "extra": [name for name in arrays if name not in shapes],
+        "misshapen": [
+            f"{name} is {arrays[name].shape} instead of {shape}"
+            for name, shape in shapes.items()
+            if name in arrays and arrays[name].shape != shape
+        ],
+    }
 
 
 def _read_torch(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
@@ -87,16 +95,15 @@ def _read_torch(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
         import torch
     except ImportError as error:
         raise MissingExtraError(
-            f"{path} is a PyTorch file: install the extra with `pip install 'mpdit_jax[torch]'`, "
-            "or convert it to .safetensors."
+            f"{path} is a PyTorch file: {install_extra('torch')}, or convert it to .safetensors."
         ) from error
     try:
-        # Trainers store their arguments beside the weights; a Namespace holds values and runs nothing.
+        # Training scripts store their arguments beside the weights, and a Namespace runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong is told by our own error
+            warnings.simplefilter("ignore")  # errors are reported below
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no PyTorch file fail its reader in any way they like
-        raise refusal(path, error) from error
+    except Exception as error:  # arbitrary bytes can raise any exception
+        raise explain_refusal(path, error) from error
     metadata: Mapping[str, str] = {}
     for key in ("ema", "model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -110,11 +117,10 @@ def _read_torch(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
 
 
 def _to_float32(name: object, tensor: Any, path: Path) -> Any:
-    # numpy has no bfloat16 of its own, so widening happens on PyTorch's side.
     if not (hasattr(tensor, "is_floating_point") and tensor.is_floating_point()):
         return tensor
     try:
-        return tensor.detach().float().numpy()
+        return tensor.detach().float().numpy()  # float() first, because numpy has no bfloat16
     except (TypeError, ValueError, RuntimeError) as error:
         kind = "a meta tensor" if tensor.is_meta else f"a tensor of layout {tensor.layout}"
-        raise WeightsError(f"{path}: entry {name!r} is {kind}; expected a dense one with values.") from error
+        raise WeightsError(f"{path}: entry {name!r} is {kind}; expected a dense tensor with values.") from error

@@ -1,4 +1,4 @@
-"""Read a model's shape off the names and shapes of a published PyTorch state dict, also of a damaged one."""
+"""Inference of a model's config from the names and shapes of a published PyTorch state dict, even a damaged one."""
 
 import itertools
 import math
@@ -11,69 +11,52 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpdit_jax.errors import ConfigError, WeightsError
+from mpdit_jax.interop.files import compare_shapes
 from mpdit_jax.interop.published_names import DIT_NAMES, LevelNames, expected_shapes, is_dit, level_names
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.embeddings import sincos_positions
 
-# Tables are compared and recomputed, not kept. In float32 they differ by what float64 sin and cos round to; who saved
-# them in bfloat16 rounded everything else in the file as well.
+# Tolerances of position tables, for files in float32 and in half precision.
 TABLE_ATOL = 1e-5
 HALF_PRECISION_ATOL = 1e-2
-# Combinations tried: one for a sound state dict, a few for one with a damaged entry.
-CANDIDATES = 500
+MAX_CANDIDATES = 500  # an intact state dict has one, a damaged entry adds a few
 
 State = Mapping[str, np.ndarray]
 
 
 def infer_config(state: State, origin: str) -> ModelConfig:
-    """The config whose state dict this is, but for the heads, of which there is one: shapes do not tell them.
+    """Infer the config of a state dict, with num_heads=1 because the shapes do not show the heads.
 
-    Most sizes can be read in several places. Of what those suggest, the config is taken that the fewest entries
-    contradict, so that a damaged state dict is compared with the model it was meant for.
-
-    Raises:
-        WeightsError: no size that the shapes suggest makes a model.
+    Most sizes appear in several entries. If entries disagree, the config that the fewest entries contradict is chosen,
+    so that error messages compare a damaged state dict with the intended model. Raise WeightsError if no combination of
+    the sizes is a valid model.
     """
-    refused: ConfigError | None = None
+    first_error: ConfigError | None = None
     best: tuple[int, ModelConfig] | None = None
-    for fields in itertools.islice(_candidates(state), CANDIDATES):
+    for fields in itertools.islice(_candidates(state), MAX_CANDIDATES):
         try:
             config = ModelConfig(num_heads=1, **fields)
         except ConfigError as error:
-            refused = refused or error
+            first_error = first_error or error
             continue
-        contradicted = sum(map(len, find_problems(state, config).values()))
-        if best is None or contradicted < best[0]:
-            best = contradicted, config
+        problems = sum(map(len, compare_shapes(state, expected_shapes(config)).values()))
+        if best is None or problems < best[0]:
+            best = problems, config
     if best is None:
-        raise WeightsError(f"{origin}: its shapes describe no MPDiT ({refused}).") from refused
+        raise WeightsError(f"{origin}: its shapes describe no MPDiT ({first_error}).") from first_error
     return best[1]
 
 
-def find_problems(state: State, config: ModelConfig) -> dict[str, list[str]]:
-    """What keeps the entries from being that config's, one list for "missing", "extra" and "misshapen"."""
-    expected = expected_shapes(config)
-    return {
-        "missing": [name for name in expected if name not in state],
-        "extra": [name for name in state if name not in expected],
-        "misshapen": [
-            f"{name} is {state[name].shape} instead of {shape}"
-            for name, shape in expected.items()
-            if name in state and state[name].shape != shape
-        ],
-    }
-
-
 def is_table(array: np.ndarray, table: np.ndarray) -> bool:
-    """Whether `array` is that position table, as precisely as the file it comes from was saved."""
-    # bfloat16 and float16 are told by values that lose nothing when rounded to them once more.
-    halves = (jnp.bfloat16, np.float16)
-    rounded = any(np.array_equal(array.astype(half).astype(np.float32), array) for half in halves)
-    return np.allclose(array, table, rtol=0, atol=HALF_PRECISION_ATOL if rounded else TABLE_ATOL)
+    """Return whether `array` is the position table up to the precision in which it was saved."""
+    # A saved dtype of bfloat16 or float16 is detected by rounding to it, which then changes nothing.
+    dtypes = (jnp.bfloat16, np.float16)
+    is_half = any(np.array_equal(array.astype(dtype).astype(np.float32), array) for dtype in dtypes)
+    return np.allclose(array, table, rtol=0, atol=HALF_PRECISION_ATOL if is_half else TABLE_ATOL)
 
 
 def _candidates(state: State) -> Iterator[dict[str, Any]]:
-    """Every combination of the sizes that some entry suggests; exactly one when all entries agree."""
+    """Yield all combinations of the sizes that the entries show: exactly one if all entries agree."""
     dit = is_dit(state)
     names = [DIT_NAMES] if dit else level_names(_count_levels(state))
     sizes = _Sizes(state)
@@ -92,7 +75,7 @@ def _candidates(state: State) -> Iterator[dict[str, Any]]:
     table = re.escape("y_embedder.embedding_table.weight")
     fno = any(name.startswith(("t_embedder.fc", "t_embedder.conv", "t_embedder.w")) for name in state)
     skips = tuple(f"{part}." for name in names[1:] for part in (name.skip, name.patches))
-    known: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "depths": tuple(_count(state, rf"{re.escape(name.blocks)}\.(\d+)\..*") for name in names),
         "hidden_size": width,
         "mlp_ratio": mlp / width,
@@ -103,99 +86,95 @@ def _candidates(state: State) -> Iterator[dict[str, Any]]:
         "skip": not skips or any(name.startswith(skips) for name in state),
     }
     if not dit:
-        known["class_tokens"] = max(1, sizes.first((table, 1, 2), default=16 * width) // width)
+        fields["class_tokens"] = max(1, sizes.first((table, 1, 2), default=16 * width) // width)
     if fno:
         spectral = r"t_embedder\.conv\d+\.weights_(?:real|imag)"
-        known |= {
+        fields |= {
             "fno_width": sizes.first((spectral, 0, 3), default=32),
             "fno_modes": sizes.first((spectral, 2, 3), default=16),
             "fno_layers": _count(state, r"t_embedder\.(?:conv|w)(\d+)\..*"),
         }
     tables = {level: state[name.positions] for level, name in enumerate(names) if name.positions in state}
     grids = {level: grid for level, array in tables.items() if (grid := _grid(array, width)) is not None}
-    if not grids:  # a table that is not one is better compared with one of its shape
+    if not grids:  # no table has the right values, so use the shapes alone
         grids = {level: shaped[0] for level, array in tables.items() if (shaped := _shaped_grids(array, width))}
     patch_embeds = "|".join(re.escape(f"{name.patches}.proj.weight") for name in names)
     for channels in sizes.all((patch_embeds, 1, 4)) or [4]:
         for patch_sizes in _patch_sizes(sizes, names, grids, width, channels):
-            read = [
+            input_sizes = [
                 (rows * patch_sizes[level], columns * patch_sizes[level]) for level, (rows, columns) in grids.items()
             ]
-            for input_size in dict.fromkeys(read) or [(8 * patch_sizes[0],) * 2]:
-                yield known | {"in_channels": channels, "patch_sizes": patch_sizes, "input_size": input_size}
+            for input_size in dict.fromkeys(input_sizes) or [(8 * patch_sizes[0],) * 2]:
+                yield fields | {"in_channels": channels, "patch_sizes": patch_sizes, "input_size": input_size}
 
 
 def _patch_sizes(
     sizes: "_Sizes", names: list[LevelNames], grids: Mapping[int, tuple[int, int]], width: int, channels: int
 ) -> Iterator[tuple[int, ...]]:
-    """Finest patch size times the ratios between levels, each from every entry that tells it."""
-    direct = []
-    for name in names:
-        embed = re.escape(f"{name.patches}.proj.weight")
-        direct.append(sizes.all((embed, 2, 4), (embed, 3, 4)))
+    """Yield patch sizes from every size that the entries show for the finest patch and for the ratios of levels."""
+    embeds = [re.escape(f"{name.patches}.proj.weight") for name in names]
+    patches = [sizes.all((embed, 2, 4), (embed, 3, 4)) for embed in embeds]
     final = r"final_layer\.linear\."
     pixels = [size // channels for size in sizes.all((rf"{final}weight", 0, 2), (rf"{final}bias", 0, 1))]
-    finest = dict.fromkeys([*map(math.isqrt, pixels), *direct[-1]]) or [2]
+    finest = dict.fromkeys([*map(math.isqrt, pixels), *patches[-1]]) or [2]
     ratios: list[Iterable[int]] = []
     for level in range(1, len(names)):
         upsampler = re.escape(f"{names[level].upsampler}.proj.")
-        opened = sizes.all((rf"{upsampler}weight", 0, 2), (rf"{upsampler}bias", 0, 1))
-        told = [math.isqrt(size // width) for size in opened]
-        told += [coarse // fine for coarse in direct[level - 1] for fine in direct[level] if fine]
+        expanded = sizes.all((rf"{upsampler}weight", 0, 2), (rf"{upsampler}bias", 0, 1))
+        candidates = [math.isqrt(size // width) for size in expanded]
+        candidates += [coarse // fine for coarse in patches[level - 1] for fine in patches[level] if fine]
         if level in grids and level - 1 in grids:
-            told.append(grids[level][0] // grids[level - 1][0])
-        ratios.append(dict.fromkeys(told) or [2])
+            candidates.append(grids[level][0] // grids[level - 1][0])
+        ratios.append(dict.fromkeys(candidates) or [2])
     for fine, *steps in itertools.product(finest, *reversed(ratios)):
         yield tuple(reversed([*itertools.accumulate(steps, int.__mul__, initial=fine)]))
 
 
 class _Sizes:
-    """Sizes of axes of the entries, those that most entries have first.
+    """Sizes of the entries' axes, the most frequent first.
 
-    Where to read one is given as (pattern of the whole name, axis, dimensions); entries of other dimensions are passed
-    over.
+    A place is (pattern of the name, axis, number of dimensions). Entries with another number of dimensions are skipped.
     """
 
     def __init__(self, state: State) -> None:
         self.shapes = {name: array.shape for name, array in state.items()}
 
     def all(self, *places: tuple[str, int, int]) -> list[int]:
-        """The distinct sizes found in any of these places."""
-        found = Counter(
+        """Return the distinct sizes in any of the places."""
+        counts = Counter(
             shape[axis]
             for pattern, axis, dimensions in places
             for name, shape in self.shapes.items()
             if len(shape) == dimensions and re.fullmatch(pattern, name)
         )
-        return [size for size, _ in found.most_common() if size > 0]
+        return [size for size, _ in counts.most_common() if size > 0]
 
     def first(self, *places: tuple[str, int, int], default: int) -> int:
-        """The size that most places have, or the default if none can be read."""
+        """Return the most frequent size in the places, or the default."""
         return next(iter(self.all(*places)), default)
 
 
 def _count_levels(state: State) -> int:
-    two = ("pos_embed_downsampled", "x_embedder_skip.", "linear_skip.", "upsampler.", "upsample_blocks.")
-    if any(name.startswith(two) for name in state):
+    two_levels = ("pos_embed_downsampled", "x_embedder_skip.", "linear_skip.", "upsampler.", "upsample_blocks.")
+    if any(name.startswith(two_levels) for name in state):
         return 2
-    found = {match.group(1) for name in state if (match := re.search(r"_lvl(\d+)(?:\.|$)", name))}
-    return 1 + len(found)
+    return 1 + len({match.group(1) for name in state if (match := re.search(r"_lvl(\d+)(?:\.|$)", name))})
 
 
 def _count(state: State, pattern: str) -> int:
-    """How many layers are numbered so: the last of them counts those that are missing, unless most are; at least 1."""
+    """Count the layers by the largest number in their names, unless more than half are missing; at least 1."""
     numbers = {int(match.group(1)) for name in state if (match := re.fullmatch(pattern, name))}
     return min(max(numbers) + 1, 2 * len(numbers)) if numbers else 1
 
 
 def _grid(table: np.ndarray, width: int) -> tuple[int, int] | None:
-    """The grid whose sin-cos table this is."""
+    """Return the grid whose sin-cos table this is, or None."""
     grids = _shaped_grids(table, width)
     return next((grid for grid in grids if is_table(table[0], sincos_positions(grid, width))), None)
 
 
 def _shaped_grids(table: np.ndarray, width: int) -> list[tuple[int, int]]:
-    """The grids of that many tokens, squares first."""
+    """Return the grids with as many tokens as the table, most square first; [] if it has not a table's shape."""
     if table.ndim != 3 or table.shape[0] != 1 or table.shape[2] != width or not table.shape[1] or width % 4:
         return []
     tokens = table.shape[1]

@@ -1,4 +1,4 @@
-"""The published PyTorch state dict: every entry's name, shape and layout, and the parameter of ours it becomes."""
+"""The published PyTorch state dict: name, shape and layout of every entry, and our parameter that it corresponds to."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -12,37 +12,33 @@ from mpdit_jax.model.embeddings import TIME_FEATURES, sincos_positions
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one kind of weight is laid out: `torch_shape` on their side, transposed by `axes`, `jax_shape` on ours."""
+    """The layout of a weight: a `torch_shape` array, transposed by `axes` and reshaped, is a `jax_shape` array."""
 
     torch_shape: tuple[int, ...]
     axes: tuple[int, ...]
     jax_shape: tuple[int, ...]
 
     def to_jax(self, array: np.ndarray) -> np.ndarray:
-        """Their layout to ours."""
+        """Convert an array from PyTorch's layout to ours."""
         return np.ascontiguousarray(array.transpose(self.axes).reshape(self.jax_shape))
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """Our layout to theirs."""
+        """Convert an array from our layout to PyTorch's."""
         transposed = [self.torch_shape[axis] for axis in self.axes]
         return np.ascontiguousarray(array.reshape(transposed).transpose(np.argsort(self.axes)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One PyTorch tensor and the parameter (or the layer of a stacked parameter) it becomes."""
+    """A PyTorch tensor and the parameter that it corresponds to."""
 
     name: str
     path: str
     layout: Layout
-    layer: int | None = None
+    layer: int | None = None  # index in a stacked parameter
 
 
-def _vector(size: int) -> Layout:
-    return Layout((size,), (0,), (size,))
-
-
-def _kept(*shape: int) -> Layout:
+def _unchanged(*shape: int) -> Layout:
     return Layout(shape, tuple(range(len(shape))), shape)
 
 
@@ -59,14 +55,14 @@ def _patch(patch: int, channels: int, width: int) -> Layout:
 
 
 def _pair(name: str, path: str, weight: Layout, layer: int | None = None) -> Iterator[Entry]:
-    """A weight and its bias."""
+    """Yield the entries of a weight and its bias."""
     yield Entry(f"{name}.weight", f"{path}.kernel", weight, layer)
-    yield Entry(f"{name}.bias", f"{path}.bias", _vector(weight.torch_shape[0]), layer)
+    yield Entry(f"{name}.bias", f"{path}.bias", _unchanged(weight.torch_shape[0]), layer)
 
 
 @dataclasses.dataclass(frozen=True)
 class LevelNames:
-    """What the published code calls the parts of one level."""
+    """Published names of the parts of one level; "" for a part that the level does not have."""
 
     positions: str
     patches: str
@@ -79,7 +75,7 @@ DIT_NAMES = LevelNames("pos_embed", "x_embedder", "", "", "blocks")
 
 
 def level_names(levels: int) -> list[LevelNames]:
-    """The published names of each of so many levels, coarse to fine; what the coarsest lacks is called ""."""
+    """Return the published names of each level, coarse to fine, of an MPDiT with that many levels."""
     first = LevelNames("pos_embed", "x_embedder", "", "", "downsample_blocks")
     if levels == 2:
         first = dataclasses.replace(first, positions="pos_embed_downsampled")
@@ -89,11 +85,7 @@ def level_names(levels: int) -> list[LevelNames]:
 
 
 def trained_entries(config: ModelConfig) -> Iterator[Entry]:
-    """Every trained tensor of the published state dict.
-
-    Raises:
-        ConfigError: neither an MPDiT nor a DiT: nobody has published weights of this kind.
-    """
+    """Yield the entry of every trained tensor. Raise ConfigError if the config has no published names."""
     for name, published in (
         ("upsampler", "linear_linear"),
         ("fno_init", "paper"),
@@ -102,7 +94,7 @@ def trained_entries(config: ModelConfig) -> Iterator[Entry]:
     ):
         value = getattr(config, name)
         if value != published:
-            raise ConfigError(f"model.{name}={value!r} has no published PyTorch names: only {published!r} has.")
+            raise ConfigError(f"model.{name}={value!r} has no published PyTorch names: only {published!r} has them.")
     if (config.modulation, config.condition) == ("shared", "tokens"):
         return _mpdit_entries(config)
     dit = (config.modulation, config.condition, config.time_embedding) == ("per_block", "vector", "sinusoidal")
@@ -110,37 +102,37 @@ def trained_entries(config: ModelConfig) -> Iterator[Entry]:
         return _dit_entries(config)
     raise ConfigError(
         f"model.modulation={config.modulation!r}, model.condition={config.condition!r}, {len(config.depths)} level(s), "
-        f"model.time_embedding={config.time_embedding!r} has no published PyTorch names: those of MPDiT (shared, "
-        "tokens) and of DiT (per_block, vector, one level, sinusoidal) have."
+        f"model.time_embedding={config.time_embedding!r} has no published PyTorch names: only MPDiT (shared, "
+        "tokens) and DiT (per_block, vector, one level, sinusoidal) have them."
     )
 
 
 def is_dit(names: Iterable[str]) -> bool:
-    """Whether these are a DiT's names rather than an MPDiT's."""
+    """Return whether these are the names of a DiT."""
     return any(name.startswith("blocks.") for name in names)
 
 
 def is_mpdit(names: Iterable[str]) -> bool:
-    """Whether these are an MPDiT's names."""
+    """Return whether these are the names of an MPDiT."""
     return any(name.startswith("downsample_blocks.") for name in names)
 
 
 def _mpdit_entries(config: ModelConfig) -> Iterator[Entry]:
     width, channels = config.hidden_size, config.in_channels
     for level, names in enumerate(level_names(len(config.depths))):
-        here, patch = f"levels.{level}", config.patch_sizes[level]
+        path, patch = f"levels.{level}", config.patch_sizes[level]
         if level == 0 or config.skip:
-            yield from _pair(f"{names.patches}.proj", f"{here}.patch_embed", _patch(patch, channels, width))
+            yield from _pair(f"{names.patches}.proj", f"{path}.patch_embed", _patch(patch, channels, width))
         if level > 0 and config.skip:
-            yield from _pair(names.skip, f"{here}.skip", _linear(width, width))
+            yield from _pair(names.skip, f"{path}.skip", _linear(width, width))
         if level > 0:
-            opened = width * (config.patch_sizes[level - 1] // patch) ** 2
-            yield from _pair(f"{names.upsampler}.proj", f"{here}.upsample.expand.linear", _linear(width, opened))
-            yield from _pair(f"{names.upsampler}.refine", f"{here}.upsample.refine.linear", _linear(width, width))
+            expanded = width * (config.patch_sizes[level - 1] // patch) ** 2
+            yield from _pair(f"{names.upsampler}.proj", f"{path}.upsample.expand.linear", _linear(width, expanded))
+            yield from _pair(f"{names.upsampler}.refine", f"{path}.upsample.refine.linear", _linear(width, width))
         for layer in range(config.depths[level]):
             yield from _block_entries(f"{names.blocks}.{layer}", level, layer, config)
     yield from _time_entries(config)
-    table = _kept(config.num_classes + 1, config.class_tokens * width)
+    table = _unchanged(config.num_classes + 1, config.class_tokens * width)
     yield Entry("y_embedder.embedding_table.weight", "class_embedding.table", table)
     yield from _pair("time_modulation.1", "time_modulation.linear", _linear(width, 6 * width))
     yield from _pair("final_layer.linear", "final", _linear(width, config.patch_sizes[-1] ** 2 * channels))
@@ -150,21 +142,21 @@ def _dit_entries(config: ModelConfig) -> Iterator[Entry]:
     width, channels, patch = config.hidden_size, config.in_channels, config.patch_sizes[0]
     yield from _pair("x_embedder.proj", "levels.0.patch_embed", _patch(patch, channels, width))
     yield from _time_entries(config)
-    yield Entry("y_embedder.embedding_table.weight", "class_embedding.table", _kept(config.num_classes + 1, width))
+    yield Entry("y_embedder.embedding_table.weight", "class_embedding.table", _unchanged(config.num_classes + 1, width))
     for layer in range(config.depths[0]):
         yield from _block_entries(f"blocks.{layer}", 0, layer, config)
-        own = f"blocks.{layer}.adaLN_modulation.1"
-        yield from _pair(own, "levels.0.blocks.layers.modulation.linear", _linear(width, 6 * width), layer)
+        name = f"blocks.{layer}.adaLN_modulation.1"
+        yield from _pair(name, "levels.0.blocks.layers.modulation.linear", _linear(width, 6 * width), layer)
     yield from _pair("final_layer.adaLN_modulation.1", "final_modulation.linear", _linear(width, 2 * width))
     yield from _pair("final_layer.linear", "final", _linear(width, patch**2 * channels))
 
 
-def _block_entries(theirs: str, level: int, layer: int, config: ModelConfig) -> Iterator[Entry]:
-    width, mlp, ours = config.hidden_size, config.mlp_size, f"levels.{level}.blocks.layers"
-    yield from _pair(f"{theirs}.attn.qkv", f"{ours}.attention.qkv", _linear(width, 3 * width), layer)
-    yield from _pair(f"{theirs}.attn.proj", f"{ours}.attention.out", _linear(width, width), layer)
-    yield from _pair(f"{theirs}.mlp.fc1", f"{ours}.mlp.inner", _linear(width, mlp), layer)
-    yield from _pair(f"{theirs}.mlp.fc2", f"{ours}.mlp.outer", _linear(mlp, width), layer)
+def _block_entries(name: str, level: int, layer: int, config: ModelConfig) -> Iterator[Entry]:
+    width, mlp, path = config.hidden_size, config.mlp_size, f"levels.{level}.blocks.layers"
+    yield from _pair(f"{name}.attn.qkv", f"{path}.attention.qkv", _linear(width, 3 * width), layer)
+    yield from _pair(f"{name}.attn.proj", f"{path}.attention.out", _linear(width, width), layer)
+    yield from _pair(f"{name}.mlp.fc1", f"{path}.mlp.inner", _linear(width, mlp), layer)
+    yield from _pair(f"{name}.mlp.fc2", f"{path}.mlp.outer", _linear(mlp, width), layer)
 
 
 def _time_entries(config: ModelConfig) -> Iterator[Entry]:
@@ -174,23 +166,23 @@ def _time_entries(config: ModelConfig) -> Iterator[Entry]:
         yield from _pair("t_embedder.mlp.2", "time_embedding.layers.1", _linear(width, width))
         return
     fno = config.fno_width
-    spectral = _kept(fno, fno, config.fno_modes)
+    spectral = _unchanged(fno, fno, config.fno_modes)
     yield from _pair("t_embedder.fc0", "time_embedding.lift", _linear(1, fno))
     for layer in range(config.fno_layers):
-        ours = f"time_embedding.layers.{layer}"
-        yield Entry(f"t_embedder.conv{layer}.weights_real", f"{ours}.spectral.real", spectral)
-        yield Entry(f"t_embedder.conv{layer}.weights_imag", f"{ours}.spectral.imaginary", spectral)
-        yield from _pair(f"t_embedder.w{layer}", f"{ours}.pointwise", _pointwise(fno))
+        path = f"time_embedding.layers.{layer}"
+        yield Entry(f"t_embedder.conv{layer}.weights_real", f"{path}.spectral.real", spectral)
+        yield Entry(f"t_embedder.conv{layer}.weights_imag", f"{path}.spectral.imaginary", spectral)
+        yield from _pair(f"t_embedder.w{layer}", f"{path}.pointwise", _pointwise(fno))
     yield from _pair("t_embedder.fc1", "time_embedding.project", _linear(fno, width))
 
 
 def position_tables(config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """The frozen tables that PyTorch keeps in the state dict and we compute."""
+    """Yield name and array (1, N, D) of every position table, which the published state dict stores."""
     for level, names in enumerate(level_names(len(config.depths))):
         yield names.positions, sincos_positions(config.grid(level), config.hidden_size)[None]
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every entry of that config's state dict, by name."""
+    """Return the shape of every entry of the config's published state dict, by name."""
     trained = {entry.name: entry.layout.torch_shape for entry in trained_entries(config)}
     return trained | {name: table.shape for name, table in position_tables(config)}

@@ -1,1 +1,1 @@
-"""Files: atomic writes, locks, pictures, .npz and IDX."""
+"""Files: atomic writes, the locked folder, pictures, JSON, .npz and IDX."""

@@ -12,15 +12,35 @@ _UNSIGNED_BYTE = 8
 _LARGEST = 2**31  # bytes: refuse a header that promises more before allocating it
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """The unsigned-byte array in an IDX file, gzipped if its name ends in `.gz`.
+def read_idx_pair(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray, str]:
+    """Read SPLIT-images-idx3-ubyte and SPLIT-labels-idx1-ubyte, gzipped or not; the split "test" may be called t10k.
+
+    Returns:
+        Images uint8 (N, H, W), labels uint8 (N,), and the name of the images' file.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the pair is not there.
+        DataError: damaged files, or other shapes.
+    """
+    for stem in (split, "t10k") if split == "test" else (split,):
+        for ending in ("", ".gz"):
+            paths = [folder / f"{stem}-{part}-ubyte{ending}" for part in ("images-idx3", "labels-idx1")]
+            if all(path.is_file() for path in paths):
+                images, labels = map(read_idx, paths)
+                if images.ndim != 3 or labels.shape != images.shape[:1]:
+                    raise DataError(
+                        f"{folder}: images {images.shape}, labels {labels.shape}; expected (N, H, W) and (N,)."
+                    )
+                return images, labels, paths[0].name
+    raise FileNotFoundError(f"{split}-images-idx3-ubyte and {split}-labels-idx1-ubyte, or both with .gz")
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read the unsigned-byte array of an IDX file, gzipped if its name ends in `.gz`.
+
+    Raises:
         DataError: not an IDX file of unsigned bytes, or shorter or longer than its header says.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             magic = file.read(4)

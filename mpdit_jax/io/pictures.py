@@ -1,24 +1,29 @@
-"""From arrays to pictures."""
+"""Pictures: opening encoded ones, and drawing arrays as PNG, GIF, contact sheets and film strips."""
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 
 from mpdit_jax.errors import InputError
-from mpdit_jax.io.files import atomic_write
+from mpdit_jax.io.atomic import atomic_write
 
 _TILE = 40  # pixels; smaller images are enlarged by a whole factor so that a person can see them
 _GAP = 2  # pixels between tiles
+_AVIF = "avif" in features.modules and features.check_module("avif")  # not every build of Pillow reads it
 # What pictures of a data set may be, whatever their names say. Pillow knows more, and has programs read some (EPS).
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", *(["AVIF"] * _AVIF))
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", *([".avif"] * _AVIF)
+)  # fmt: skip
+"""Endings, in lower case, of files that are taken for pictures."""
 _TEXT = 14  # height of a caption's letters in pixels
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Images in [-1, 1], (..., H, W, C) float, to uint8 by rounding; values outside are clipped.
+    """Round images in [-1, 1], (N, H, W, C) float, to uint8; values outside are clipped.
 
     Raises:
         InputError: NaN or Inf, with the index of the first such image.
@@ -30,16 +35,16 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def open_picture(content: bytes) -> Image.Image:
-    """The picture in a file's bytes, not decoded yet; no other program is ever asked to.
+    """Open the picture in a file's bytes without decoding it; no other program is started.
 
     Raises:
-        PIL.UnidentifiedImageError: not a JPEG, PNG, WEBP, BMP, TIFF, PPM or GIF.
+        PIL.UnidentifiedImageError: not a JPEG, PNG, WEBP, BMP, TIFF, PPM, GIF or, where Pillow reads it, AVIF.
     """
     return Image.open(io.BytesIO(content), formats=_FORMATS)
 
 
 def grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """Tile uint8 (N, H, W, C) row by row into one (height, width, C) picture on white."""
+    """Tile uint8 (N, H, W, C) row by row on white: uint8 (height, width, C)."""
     factor = max(1, -(-_TILE // images.shape[1]))
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     count, height, width, channels = images.shape
@@ -53,7 +58,7 @@ def grid(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def encode_png(picture: np.ndarray) -> bytes:
-    """PNG bytes of uint8 (H, W, 1) or (H, W, 3)."""
+    """Encode uint8 (H, W, 1 or 3) as PNG."""
     if picture.shape[-1] not in (1, 3):
         raise InputError(f"a picture has 1 or 3 channels, not {picture.shape[-1]}: decode latents before drawing them.")
     buffer = io.BytesIO()
@@ -62,24 +67,17 @@ def encode_png(picture: np.ndarray) -> bytes:
 
 
 def save_png(path: str | Path, picture: np.ndarray) -> None:
-    """Write uint8 (H, W, 1) or (H, W, 3) as PNG."""
-    data = encode_png(picture)
+    """Write uint8 (H, W, 1 or 3) as a PNG file."""
+    content = encode_png(picture)
     with atomic_write(path) as file:
-        file.write(data)
-
-
-def save_npz(path: str | Path, images: np.ndarray, labels: Sequence[int] | np.ndarray) -> None:
-    """Write uint8 (N, H, W, C) as `arr_0`, as ADM's evaluator reads it, with int64 `labels` beside it."""
-    with atomic_write(path) as file:
-        np.savez(file, arr_0=images, labels=np.asarray(labels, np.int64))
+        file.write(content)
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> np.ndarray:
-    """One row of pictures for each name, its name at the left: uint8 (height, width, 3) on white.
+    """Draw a row of pictures for each name, with the name at the left, on white: uint8 (height, width, 3).
 
     Args:
-        rows: names, of which some may be the same, and pictures uint8 (H, W, 1 or 3), all of one size; rows may be of
-            different lengths.
+        rows: names, and pictures uint8 (H, W, 1 or 3) of one size; rows may have different lengths.
     """
     columns = max(len(pictures) for _, pictures in rows)
     size = next(picture.shape for _, pictures in rows for picture in pictures)
@@ -97,7 +95,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> np.ndarra
 
 
 def film_strip(frames: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-    """Frames uint8 (n, B, H, W, 1 or 3) side by side, one row an image, a caption over each column."""
+    """Draw frames uint8 (n, B, H, W, 1 or 3) side by side, one row an image, with a caption over each column."""
     count = len(frames)
     strip = Image.fromarray(_colour(grid(frames.swapaxes(0, 1).reshape(-1, *frames.shape[2:]), count)))
     font = ImageFont.load_default(_TEXT)
@@ -110,7 +108,7 @@ def film_strip(frames: np.ndarray, captions: Sequence[str]) -> np.ndarray:
 
 
 def save_gif(path: str | Path, frames: Sequence[np.ndarray], milliseconds: int = 60, last: int = 1500) -> None:
-    """Write pictures uint8 (H, W, 1 or 3) as an endless GIF that rests `last` milliseconds on the final one."""
+    """Write pictures uint8 (H, W, 1 or 3) as an endless GIF that shows the final one for `last` milliseconds."""
     pictures = [Image.fromarray(_colour(frame)) for frame in frames]
     durations = [milliseconds] * (len(pictures) - 1) + [last]
     with atomic_write(path) as file:

@@ -1,1 +1,1 @@
-"""The model: levels, blocks, embeddings, and what they cost."""
+"""The MPDiT model: levels, blocks, embeddings, presets, and parameter and multiply-add counts."""

@@ -1,6 +1,7 @@
 """The transformer block, and a stack of blocks run by a scan."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -15,7 +16,7 @@ from mpdit_jax.model.linear import linear
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
-    """Normalize the last axis, without affine parameters, ε = 1e-6; float32 inside, the dtype of `x` outside."""
+    """Normalize the last axis in float32, without affine parameters, ε = 1e-6. The result has the dtype of `x`."""
     y = x.astype(jnp.float32)
     mean = y.mean(axis=-1, keepdims=True)
     variance = jnp.square(y - mean).mean(axis=-1, keepdims=True)
@@ -23,24 +24,24 @@ def layer_norm(x: jax.Array) -> jax.Array:
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """`x * (1 + scale) + shift` with (B, D) vectors broadcast over the tokens of x (B, T, D)."""
+    """Return `x * (1 + scale) + shift`, with the (B, D) vectors broadcast over the tokens of x (B, T, D)."""
     return x * (1 + scale[:, None].astype(x.dtype)) + shift[:, None].astype(x.dtype)
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """The tanh GELU."""
+    """Apply the tanh GELU."""
     return jax.nn.gelu(x, approximate=True)
 
 
 TokenMap: TypeAlias = Callable[[jax.Array], jax.Array]
-"""From tokens (B, T, D) to tokens (B, T, E), each by itself."""
+"""A function that maps every token by itself, (B, T, D) to (B, T, E)."""
 
 
 def recompute_input(prepare: TokenMap, layer: nnx.Linear) -> TokenMap:
-    """`layer(prepare(x))`, of which x is kept for the backward pass and not `prepare(x)`: that is computed again.
+    """Return `layer ∘ prepare` with a backward pass that stores x and computes `prepare(x)` again.
 
-    For a norm or an activation it is cheaper than to write it to memory and read it back, and no matrix product is done
-    twice. Within a scan, that is; elsewhere XLA may see that it is the same, and keep it.
+    Recomputing a norm or an activation is cheaper than writing it to memory and reading it back, and no matrix product
+    is done twice. This holds inside a scan; elsewhere XLA may merge the two computations and store the result.
     """
     return jax.checkpoint(lambda x: layer(prepare(x)), prevent_cse=False)
 
@@ -55,7 +56,7 @@ class Attention(nnx.Module):
         self.out = linear(width, width, rngs, dtype=config.dtype, platform=config.platform)
 
     def __call__(self, x: jax.Array, norm: TokenMap) -> jax.Array:
-        """Self-attention of norm(x), (B, T, D) to (B, T, D)."""
+        """Apply self-attention to norm(x), (B, T, D) to (B, T, D)."""
         batch, length, width = x.shape
         qkv = recompute_input(norm, self.qkv)(x)  # (B, T, 3 * D)
         qkv = qkv.reshape(batch, length, 3, self.heads, width // self.heads)  # (B, T, 3, heads, d)
@@ -73,13 +74,13 @@ class MLP(nnx.Module):
         self.outer = linear(hidden, width, rngs, dtype=config.dtype, platform=config.platform)
 
     def __call__(self, x: jax.Array, norm: TokenMap) -> jax.Array:
-        """The MLP of norm(x), (B, T, D) to (B, T, D)."""
+        """Apply the MLP to norm(x), (B, T, D) to (B, T, D)."""
         hidden = recompute_input(norm, self.inner)(x)  # (B, T, mlp_ratio * D)
         return recompute_input(gelu, self.outer)(hidden)
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block whose norms and residuals are modulated."""
+    """A pre-norm transformer block with modulated norms (shift, scale) and residuals (gate)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.modulation = MODULATIONS[config.modulation].block(config, rngs)
@@ -87,7 +88,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs)
 
     def __call__(self, x: jax.Array, condition: Any) -> jax.Array:
-        """(B, T, D) to (B, T, D), given what the model's modulation gives to all blocks."""
+        """Map tokens (B, T, D) to (B, T, D); `condition` is what `MPDiT.condition` returns."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
         gate1, gate2 = gate1[:, None].astype(x.dtype), gate2[:, None].astype(x.dtype)
         x = x + gate1 * self.attention(x, lambda tokens: modulate(layer_norm(tokens), shift1, scale1))
@@ -95,7 +96,7 @@ class Block(nnx.Module):
 
 
 class BlockStack(nnx.Module):
-    """`depth` blocks with stacked parameters, run by one scan: compile time does not grow with depth."""
+    """A stack of `depth` blocks with stacked parameters, run by one scan: compile time does not grow with depth."""
 
     def __init__(self, depth: int, config: ModelConfig, rngs: nnx.Rngs) -> None:
         create = nnx.split_rngs(splits=depth)(nnx.vmap(lambda layer_rngs: Block(config, layer_rngs)))
@@ -103,7 +104,7 @@ class BlockStack(nnx.Module):
         self.remat = config.remat
 
     def __call__(self, x: jax.Array, condition: Any, layers: slice = slice(None)) -> jax.Array:
-        """(B, T, D) to (B, T, D), by those of the blocks."""
+        """Map tokens (B, T, D) to (B, T, D) through the blocks that `layers` selects."""
         structure, stacked = nnx.split(self.layers)
         if layers != slice(None):
             stacked = jax.tree.map(lambda parameter: parameter[layers], stacked)
@@ -115,20 +116,9 @@ class BlockStack(nnx.Module):
         return jax.lax.scan(REMAT[self.remat](apply_layer), constrain_batch(x), stacked)[0]
 
 
-_Step = Callable[[jax.Array, nnx.State], tuple[jax.Array, None]]
-
-
-def _keep_everything(step: _Step) -> _Step:
-    return step
-
-
-def _keep_dots(step: _Step) -> _Step:
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(step, policy=policy, prevent_cse=False)
-
-
-def _keep_nothing(step: _Step) -> _Step:
-    return jax.checkpoint(step, prevent_cse=False)
-
-
-REMAT: dict[str, Callable[[_Step], _Step]] = {"none": _keep_everything, "dots": _keep_dots, "full": _keep_nothing}
+_KEEP_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+REMAT: dict[str, Callable[..., Any]] = {
+    "none": lambda step: step,
+    "dots": partial(jax.checkpoint, policy=_KEEP_DOTS, prevent_cse=False),
+    "full": partial(jax.checkpoint, prevent_cse=False),
+}

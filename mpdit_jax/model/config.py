@@ -1,4 +1,4 @@
-"""`ModelConfig`: every choice that shapes the model, checked when it is made."""
+"""`ModelConfig`: the architecture and numerics of a model, checked on creation."""
 
 import dataclasses
 import math
@@ -19,11 +19,11 @@ DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "dots", "full")
 ATTENTIONS = ("xla", "cudnn")
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
-_LARGEST = 2**24  # of any size: beyond every model, and few enough to multiply
+_LARGEST = 2**24  # upper limit of every size
 FNO_GRID = 32  # points of the FNO time embedding's grid
 _ONE_LEVEL = "one level"
-# What a kind of model has no use for, and why.
-_IDLE = {
+# Kind of model: (fields that it does not use, the reason).
+_UNUSED = {
     "vector": (("class_tokens",), "condition='vector' has no class tokens"),
     "sinusoidal": (("fno_width", "fno_modes", "fno_layers", "fno_init"), "time_embedding='sinusoidal' has no FNO"),
     "fno": (("sinusoidal_layers",), "time_embedding='fno' has no such layers"),
@@ -33,41 +33,41 @@ _IDLE = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape and numerics of one MPDiT. Hashable; impossible values raise ConfigError.
+    """Architecture and numerics of one MPDiT. Hashable; impossible values raise ConfigError.
 
-    Lists become tuples, and NumPy's numbers Python's.
+    Lists are converted to tuples, NumPy numbers to Python's.
 
     Attributes:
-        patch_sizes: patch size of each level, coarse to fine, each dividing the one before; (4, 2) is the paper's.
-        depths: transformer blocks of each level.
-        hidden_size: token width D; divisible by num_heads and by 4.
-        num_heads: attention heads.
+        patch_sizes: patch size of each level, coarse to fine; each divides the previous one. The paper has (4, 2).
+        depths: number of transformer blocks of each level.
+        hidden_size: token width D, divisible by num_heads and by 4.
+        num_heads: number of attention heads.
         input_size: latent height and width (one number for a square).
-        in_channels: latent channels.
-        num_classes: classes; index `num_classes` is the null class of classifier-free guidance.
-        mlp_ratio: MLP width over D.
-        condition: how the class enters: "tokens" in front of the image tokens (the paper's), or a "vector" added to the
-            time vector (DiT's).
-        class_tokens: how many tokens, of condition="tokens".
-        modulation: "shared" by all blocks and the final layer (the paper's), or "per_block", each its own (DiT's).
-        time_embedding: "fno" (the paper's) or "sinusoidal" (DiT's).
+        in_channels: number of latent channels.
+        num_classes: number of classes; label `num_classes` is the null class of classifier-free guidance.
+        mlp_ratio: hidden width of the MLP, divided by D.
+        condition: class conditioning: "tokens" in front of the image tokens (paper), or a "vector" added to the time
+            vector (DiT).
+        class_tokens: number of class tokens if condition="tokens".
+        modulation: "shared" by all blocks and the final layer (paper), or "per_block" (DiT).
+        time_embedding: "fno" (paper) or "sinusoidal" (DiT).
         fno_width, fno_modes, fno_layers: channels, Fourier modes and layers of the FNO time embedding.
-        fno_init: "paper", or "scaled", whose output and gradients do not grow with fno_width (see `model.fno`).
-        sinusoidal_layers: linear layers of the sinusoidal time embedding's MLP; 2 is DiT's.
-        upsampler: how a coarse token becomes fine ones: "linear_linear" (the paper's), "linear", "linear_mlp",
-            "linear_conv" or "conv_transpose" (see `model.upsample`).
-        skip: add a linear projection of the level's own patches when entering a finer level.
-        decoder_depth: the last blocks, of a model of one level, that see every token where training hides some
-            (config.mask_ratio, see `model.masking`); 0 for a model that is never trained so.
-        convention: what the output means: "velocity" (noise minus data, t = 0 at the data), or what "sit" and "dit"
-            predict, which `mpdit_jax.as_velocity` converts.
-        dtype: compute dtype of linear layers and attention, "float32" or "bfloat16"; parameters are always float32,
-            and so are norms, softmax, FFT and the output.
-        remat: what the backward pass recomputes of a block: "none" (norms, modulations and GELU; on CPUs
-            attention as well), "dots" (all but the products with weights) or "full" (everything).
-        attention: "xla" anywhere, or "cudnn" on NVIDIA GPUs.
-        platform: whose arithmetic to suit, "cpu", "gpu" or "tpu", or "auto" for that of JAX's default device; any of
-            them runs anywhere, and values agree to rounding.
+        fno_init: "paper", or "scaled": output and gradients do not grow with fno_width (see `model.fno`).
+        sinusoidal_layers: linear layers of the sinusoidal time embedding; DiT has 2.
+        upsampler: upsampler between levels: "linear_linear" (paper), "linear", "linear_mlp", "linear_conv" or
+            "conv_transpose" (see `model.upsample`).
+        skip: whether a finer level adds a linear projection of its own patches to its image tokens.
+        decoder_depth: number of last blocks that see all tokens in masked training of a model of one level
+            (config.mask_ratio, see `model.masking`); 0 for a model without masked training.
+        convention: convention of the output: "velocity" (noise minus data, t = 0 at the data), "sit" or "dit";
+            `mpdit_jax.as_velocity` converts the last two.
+        dtype: compute dtype of linear layers and attention, "float32" or "bfloat16". Parameters, norms, softmax, FFT
+            and the output are always float32.
+        remat: what the backward pass recomputes of a block: "none" (norms, modulations and GELU; on CPUs also
+            attention), "dots" (all but the products with weights) or "full" (everything).
+        attention: "xla" on any device, or "cudnn" on NVIDIA GPUs.
+        platform: choose the arithmetic that is fastest on "cpu", "gpu" or "tpu", or "auto" for JAX's default device.
+            Each runs on any device; values agree up to rounding.
     """
 
     patch_sizes: tuple[int, ...] = (4, 2)
@@ -118,7 +118,7 @@ class ModelConfig:
         _choice("platform", self.platform, PLATFORMS)
         self._check_levels()
         self._check_widths()
-        self._check_switches()
+        self._check_unused()
         self._check_decoder()
 
     def _check_levels(self) -> None:
@@ -148,7 +148,7 @@ class ModelConfig:
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"model.hidden_size={self.hidden_size} is not divisible by model.num_heads={self.num_heads}: "
-                "the heads share the width equally."
+                "every head has an equal share of the width."
             )
         if self.hidden_size % 4:
             raise ConfigError(
@@ -162,9 +162,8 @@ class ModelConfig:
                 "use that many or fewer."
             )
 
-    def _check_switches(self) -> None:
-        """A switch of a part that the model does not have would change nothing: say so."""
-        for name, reason in self.idle_switches().items():
+    def _check_unused(self) -> None:
+        for name, reason in self.unused_fields().items():
             value, default = vars(self)[name], vars(ModelConfig)[name]
             if value != default:
                 raise ConfigError(
@@ -178,43 +177,40 @@ class ModelConfig:
         if self.decoder_depth and len(self.depths) > 1:
             raise ConfigError(
                 f"model.decoder_depth={self.decoder_depth} with patch_sizes={self.patch_sizes}: random masking is for "
-                "isotropic models, of one level; several levels reduce tokens by themselves."
+                "isotropic models, of one level; give one patch size, or decoder_depth=0."
             )
         if self.decoder_depth and self.decoder_depth >= self.depths[0]:
             raise ConfigError(
                 f"model.decoder_depth={self.decoder_depth} leaves no block of {self.depths[0]} to the trunk: use fewer."
             )
 
-    def idle_switches(self) -> dict[str, str]:
-        """The fields of parts that this model does not have, which keep their default, and why."""
+    def unused_fields(self) -> dict[str, str]:
+        """Return the fields that this model does not use, and so must keep their defaults, with the reason."""
         kinds = {self.condition, self.time_embedding, *([_ONE_LEVEL] if len(self.depths) == 1 else [])}
         return {
             name: reason.format(patch_sizes=self.patch_sizes)
-            for kind, (names, reason) in _IDLE.items()
+            for kind, (names, reason) in _UNUSED.items()
             if kind in kinds
             for name in names
         }
 
     @property
     def mlp_size(self) -> int:
-        """Hidden width of the MLP, rounded down as PyTorch's is.
-
-        A ratio that was read off a width w as w / hidden_size gives w again, whatever the division rounded to.
-        """
-        return int(self.hidden_size * self.mlp_ratio + 1e-6)
+        """Hidden width of the MLP, rounded down as in the published code."""
+        return int(self.hidden_size * self.mlp_ratio + 1e-6)  # 1e-6: mlp_ratio = w / hidden_size must give w again
 
     @property
     def prefix_tokens(self) -> int:
-        """Tokens in front of the image tokens."""
+        """Number of tokens in front of the image tokens."""
         return self.class_tokens if self.condition == "tokens" else 0
 
     def grid(self, level: int) -> tuple[int, int]:
-        """Rows and columns of image tokens at `level`."""
+        """Return the rows and columns of image tokens at `level`."""
         height, width = self.input_size
         return height // self.patch_sizes[level], width // self.patch_sizes[level]
 
     def replace(self, **changes: Any) -> "ModelConfig":
-        """A copy with fields changed and checked again; an unknown field raises ConfigError."""
+        """Return a copy with changed fields, checked again; an unknown field raises ConfigError."""
         known = [field.name for field in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
@@ -222,18 +218,15 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
 
-def without_idle(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a model without those of parts that it does not have.
+def drop_unused(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a stored model config without those that the model does not use.
 
-    Older versions let these be set, and stored them; what a user writes is refused instead.
-
-    Raises:
-        ConfigError: an unknown field, or an impossible value of the others.
+    Older versions stored such fields with any value; in a new config they raise ConfigError.
     """
-    switches = {name for names, _ in _IDLE.values() for name in names}
-    rest = {name: value for name, value in fields.items() if name not in switches}
-    idle = ModelConfig().replace(**rest).idle_switches()
-    return {name: value for name, value in fields.items() if name not in idle}
+    optional = {name for names, _ in _UNUSED.values() for name in names}
+    rest = {name: value for name, value in fields.items() if name not in optional}
+    unused = ModelConfig().replace(**rest).unused_fields()
+    return {name: value for name, value in fields.items() if name not in unused}
 
 
 def _integers(name: str, value: Any) -> tuple[int, ...]:

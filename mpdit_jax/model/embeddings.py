@@ -1,4 +1,4 @@
-"""What turns an input into tokens or vectors: patches, positions, sinusoids of time."""
+"""Input embeddings: patches, sin-cos positions, and the sinusoidal time embedding."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def patchify(x: jax.Array, patch: int) -> jax.Array:
 
 
 def unpatchify(x: jax.Array, patch: int, grid: tuple[int, int]) -> jax.Array:
-    """Inverse of `patchify`: (B, h*w, p*p*C) to (B, h*p, w*p, C)."""
+    """Put the patches (B, h*w, p*p*C) back together as (B, h*p, w*p, C); the inverse of `patchify`."""
     batch, (rows, columns) = x.shape[0], grid
     x = x.reshape(batch, rows, columns, patch, patch, -1)  # (B, h, w, p, p, C)
     x = x.transpose(0, 1, 3, 2, 4, 5)  # (B, h, p, w, p, C)
@@ -28,9 +28,10 @@ def unpatchify(x: jax.Array, patch: int, grid: tuple[int, int]) -> jax.Array:
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
-    """Fixed 2-D sin-cos table, float32 (rows * columns, width): column index in the first half, row in the second.
+    """Compute the fixed 2-D sin-cos table, float32 (rows * columns, width).
 
-    Each half is [sin(pos ω), cos(pos ω)] with ω_i = 10000^(-i / (width/4)), computed in float64.
+    The first half of the channels encodes the column, the second the row. Each half is [sin(pos ω), cos(pos ω)] with
+    ω_i = 10000^(-i / (width/4)), computed in float64.
     """
     rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
     quarter = width // 4
@@ -43,7 +44,7 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
 
 
 class SinusoidalTime(nnx.Module):
-    """DiT's time embedding: 256 sinusoids of t (not rescaled), then linear layers with SiLU between; DiT has two."""
+    """DiT's time embedding: 256 sinusoids of t, then linear layers (DiT has two) with SiLU between them."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
@@ -51,7 +52,7 @@ class SinusoidalTime(nnx.Module):
         self.layers = nnx.List([linear(size, width, rngs, kernel_init=NORMAL_002) for size in inputs])
 
     def __call__(self, t: jax.Array) -> jax.Array:
-        """Time vectors (B, D) float32 of times (B,) in [0, 1]."""
+        """Embed times (B,) in [0, 1], which are not rescaled, as float32 vectors (B, D)."""
         half = TIME_FEATURES // 2
         frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
         angles = t.astype(jnp.float32)[:, None] * frequencies  # (B, 128)

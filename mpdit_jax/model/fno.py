@@ -1,30 +1,27 @@
-r"""The paper's time embedding: a small Fourier neural operator on a grid shifted by t (paper, section 3.4).
+r"""The paper's time embedding: a small Fourier neural operator (FNO) on a grid shifted by t (paper, section 3.4).
 
-**How large it is at the start.** Let every channel of x (grid of n points, w channels) have mean square e. By
-Parseval, irfft of the product of rfft(x) with complex weights (w, w, modes), whose real and imaginary parts have
-variance s², has in every channel the mean square
+The output and the gradient grow with the width w, because the paper draws spectral weights with variance 1 at every
+width. fno_init="scaled" removes this. docs/fno_width.md has the measurements (`python -m studies.fno_width`).
+
+**Size at initialization.** Let every channel of x (n grid points, w channels) have mean square e, and let the real and
+imaginary parts of the complex weights (w, w, modes) have variance s². By Parseval, a spectral convolution of x has mean
+square
 
     (s² / n²) Σ_channels (|X₀|² + 4 Σ_{m ≥ 1} |X_m|²)  <=  2 s² w e,    X = rfft(x),
 
-for e is (|X₀|² + 2 Σ_{m ≥ 1} |X_m|²) / n² of a channel: rfft gives one of each pair of modes. Equality is where the
-modes that are kept hold everything and there is no constant mode (its product is cut to its real part). With the
-paper's s = 1 each spectral convolution multiplies the root mean square by up to √(2w), three of them by (2w)^1.5: 181
-at w = 16, 11,585 at w = 256. Gradients grow as the weights they pass through, and again with the features that they are
-multiplied by.
+in every channel, because e = (|X₀|² + 2 Σ_{m ≥ 1} |X_m|²) / n². With the paper's s = 1, three spectral convolutions
+multiply the root mean square by up to (2w)^1.5: 181 at w = 16, 11,585 at w = 256.
 
-**Why no variance repairs both.** Take a linear map of w features h with independent weights of variance s². Its output
-has the size s |h|. A gradient g of the output, independent of the weights, gives the features the gradient s √w |g| and
-the weights |h| |g|. With an output that does not depend on w, the product of the two is (s |h|) √w |g|²: one of them
-grows with w.
+**No variance repairs both output and gradient.** A linear map of w features h, with independent weights of variance s²,
+has an output of size s |h|. An output gradient g gives features a gradient of size s √w |g| and weights one of size
+|h| |g|. If the output does not depend on w, the product of these two, (s |h|) √w |g|², grows with w.
 
-**The scaling.** fno_init="scaled" draws every weight from N(0, 1) and multiplies each sum of w terms by a constant c,
-1/√(2w) in a spectral convolution and 1/√w in the other maps ("equalized learning rate", Karras et al. 2018). Features
-keep their size, |h| ~ √w in all, as by weights of variance c². The gradient of all features is c √w |g| ~ |g|, and that
-of the weights has the constant as a factor as well: c |h| |g| ~ |g|. Neither depends on w.
-`python -m studies.fno_width` measures it (docs/fno_width.md).
+**Scaled initialization** draws every weight from N(0, 1) and multiplies each sum of w terms by a constant c: 1/√(2w) in
+a spectral convolution, 1/√w in the other maps ("equalized learning rate", Karras et al. 2018). Features keep the size
+|h| ~ √w. The feature gradient c √w |g| and the weight gradient c |h| |g| are both ~ |g|, whatever w is.
 
-The mean over the grid at the end is the constant mode, so that of the last layer's spectral weights only the real part
-of that mode matters. The others are kept as published.
+The final mean over the grid keeps the constant mode alone. Of the last layer's spectral weights, only the real part of
+that mode has an effect; the others exist because the published weights have them.
 """
 
 import dataclasses
@@ -44,7 +41,7 @@ _UNIT = nnx.initializers.normal(1.0)
 
 @dataclasses.dataclass(frozen=True)
 class FNOInit:
-    """How the weights are drawn, and the constants that multiply their maps."""
+    """Initializers of the embedding's weights, and the constants that multiply the maps' outputs."""
 
     lift: Initializer
     pointwise: Initializer
@@ -55,12 +52,12 @@ class FNOInit:
 
 
 def paper_init(width: int) -> FNOInit:
-    """The published code's: linear maps Xavier, the 1x1 convolutions PyTorch's default."""
+    """Return the published initialization: Xavier linear maps, 1x1 convolutions with PyTorch's default."""
     return FNOInit(XAVIER_UNIFORM, _uniform(width**-0.5), _uniform(width**-0.5), XAVIER_UNIFORM)
 
 
 def scaled_init(width: int) -> FNOInit:
-    """Output and gradients of the same size at every width; derived above."""
+    """Return the initialization whose output and gradients have the same size at every width (derived above)."""
     return FNOInit(_UNIT, _UNIT, ZEROS, _UNIT, spectral_gain=(2 * width) ** -0.5, linear_gain=width**-0.5)
 
 
@@ -68,16 +65,16 @@ FNO_INITS: dict[str, Callable[[int], FNOInit]] = {"paper": paper_init, "scaled":
 
 
 class SpectralConv(nnx.Module):
-    """Mix the channels of the lowest Fourier modes of (B, grid, width) by learned matrices; other modes become zero."""
+    """A learned channel mixing of the lowest Fourier modes of (B, grid, width); other modes become zero."""
 
     def __init__(self, width: int, modes: int, gain: float, rngs: nnx.Rngs) -> None:
-        # Two real arrays: optimizers, EMA and checkpoints then never meet a complex number.
+        # Two real arrays, so that optimizers, EMA and checkpoints need not handle complex numbers.
         self.real = nnx.Param(_UNIT(rngs.params(), (width, width, modes), jnp.float32))
         self.imaginary = nnx.Param(_UNIT(rngs.params(), (width, width, modes), jnp.float32))
         self.modes, self.gain = modes, gain
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, grid, width) float32 to the same; FFT and product in float32 and complex64."""
+        """Map (B, grid, width) float32 to the same shape; FFT and product are in float32 and complex64."""
         spectrum = jnp.fft.rfft(x * self.gain, axis=1)[:, : self.modes]  # (B, modes, width)
         weights = jax.lax.complex(self.real[...], self.imaginary[...])  # (in, out, modes)
         mixed = jnp.einsum("bmi,iom->bmo", spectrum, weights, precision=jax.lax.Precision.HIGHEST)
@@ -85,7 +82,7 @@ class SpectralConv(nnx.Module):
 
 
 class FNOLayer(nnx.Module):
-    """`SpectralConv(x) + Linear(x)`: a global and a pointwise path. The pointwise path is a 1x1 convolution."""
+    """`SpectralConv(x) + Linear(x)`: a global path and a pointwise path, which is a 1x1 convolution."""
 
     def __init__(self, width: int, modes: int, init: FNOInit, rngs: nnx.Rngs) -> None:
         self.spectral = SpectralConv(width, modes, init.spectral_gain, rngs)
@@ -93,12 +90,14 @@ class FNOLayer(nnx.Module):
         self.gain = init.linear_gain
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, grid, width) to the same."""
+        """Map (B, grid, width) to the same shape."""
         return self.spectral(x) + self.pointwise(x * self.gain)
 
 
 class FNOTime(nnx.Module):
-    """Time embedding: `linspace(-1, 1, 32) + t`, lifted to `fno_width` channels, mixed, averaged, mapped to D."""
+    """The FNO time embedding: `linspace(-1, 1, 32) + t` is lifted to `fno_width` channels, mixed by FNO layers,
+    averaged over the grid, and projected to D.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         width, init = config.fno_width, FNO_INITS[config.fno_init](config.fno_width)
@@ -108,7 +107,7 @@ class FNOTime(nnx.Module):
         self.gain = init.linear_gain
 
     def __call__(self, t: jax.Array) -> jax.Array:
-        """Time vectors (B, D) float32 of times (B,) in [0, 1]."""
+        """Embed times (B,) in [0, 1] as float32 vectors (B, D)."""
         grid = jnp.asarray(np.linspace(-1.0, 1.0, FNO_GRID, dtype=np.float32))
         x = self.lift((grid + t.astype(jnp.float32)[:, None])[..., None])  # (B, 32, width)
         for index, layer in enumerate(self.layers):
@@ -119,6 +118,6 @@ class FNOTime(nnx.Module):
 
 
 def _uniform(bound: float) -> Initializer:
-    """Uniform in ±bound."""
+    """Return an initializer that draws uniformly from [-bound, bound)."""
     draw = nnx.initializers.uniform(2 * bound)  # in [0, 2 bound)
     return lambda key, shape, dtype=jnp.float32, out_sharding=None: draw(key, shape, dtype) - bound

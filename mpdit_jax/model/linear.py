@@ -1,4 +1,4 @@
-"""The model's linear layer: Flax's, with the paper's initialization and one rule about precision."""
+"""The model's linear layer: `nnx.Linear` with the paper's initialization and one precision rule."""
 
 from typing import Any
 
@@ -24,12 +24,10 @@ def linear(
     kernel_init: Initializer = XAVIER_UNIFORM,
     bias_init: Initializer = ZEROS,
 ) -> nnx.Linear:
-    """A linear map (..., inputs) to (..., outputs) with float32 parameters that computes in `dtype`.
+    """Build a linear map (..., inputs) to (..., outputs) with float32 parameters that computes in `dtype`.
 
-    Of bfloat16 operands the result is bfloat16, or float32 where `platform` gains by it (kernels.py).
-
-    float32 means float32: precision "highest" keeps TPUs and GPUs from rounding the operands to bfloat16 or TF32. With
-    bfloat16 operands the setting has no effect.
+    In float32, precision "highest" keeps TPUs and GPUs from rounding the operands to bfloat16 or TF32. In bfloat16, the
+    result is bfloat16, or float32 on platforms where that is faster (`kernels.product_dtype`).
     """
     return nnx.Linear(
         inputs,
@@ -46,10 +44,10 @@ def linear(
 
 
 def flat_dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
-    """`x @ kernel` over the last axis of x, as a product of two matrices: (B, T, in) is seen as (B * T, in).
+    """Compute `x @ kernel` as a product of two matrices: x (B, T, in) is reshaped to (B * T, in).
 
-    The value is that of `jax.lax.dot_general`. The weight gradient then contracts one axis instead of two, which XLA's
-    CPU backend does several times faster; TPUs and GPUs merge the axes themselves.
+    The values are those of `jax.lax.dot_general`. The weight gradient then contracts one axis instead of two, which is
+    several times faster on XLA's CPU backend; on TPUs and GPUs XLA merges the axes itself.
     """
     outputs = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
     return outputs.reshape(*x.shape[:-1], kernel.shape[-1])

@@ -6,8 +6,8 @@
                                                                                                          + positions
     velocity (B, H, W, C) ── unpatchify ── final linear ── few blocks ── [class tokens | 256 fine tokens] ────────┘
 
-Time enters through one modulation that every block and the final layer share. Any number of levels works the same way;
-one level is an isotropic transformer, and with DiT's kind of conditioning (conditioning.py) it is DiT.
+Every block and the final layer share one modulation, computed from the time. A model may have any number of levels.
+With one level it is an isotropic transformer; with DiT's conditioning as well (conditioning.py) it is DiT.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mpdit_jax.distributed.mesh import constrain_batch
+from mpdit_jax.distributed.mesh import constrain_batch, with_auto_axes
 from mpdit_jax.errors import InputError
 from mpdit_jax.model.blocks import BlockStack, layer_norm, modulate
 from mpdit_jax.model.conditioning import CONDITIONS, MODULATIONS, ClassEmbedding
@@ -32,22 +32,22 @@ TIME_EMBEDDINGS = {"fno": FNOTime, "sinusoidal": SinusoidalTime}
 
 
 class Level(nnx.Module):
-    """The blocks at one patch size, and what brings tokens to it."""
+    """The transformer blocks of one patch size, with the upsampler and the skip that lead into them."""
 
     def __init__(self, index: int, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.patch, self.grid, self.width = config.patch_sizes[index], config.grid(index), config.hidden_size
         patch_features = self.patch * self.patch * config.in_channels
-        entering, embedding = index > 0, index == 0 or config.skip
-        ratio = config.patch_sizes[index - 1] // self.patch if entering else 1
-        self.upsample = Upsample(ratio, config.grid(index - 1), config, rngs) if entering else None
+        upsamples, embeds = index > 0, index == 0 or config.skip
+        ratio = config.patch_sizes[index - 1] // self.patch if upsamples else 1
+        self.upsample = Upsample(ratio, config.grid(index - 1), config, rngs) if upsamples else None
         linear_map = partial(linear, rngs=rngs, dtype=config.dtype, platform=config.platform)
-        self.patch_embed = linear_map(patch_features, self.width) if embedding else None
-        self.skip = linear_map(self.width, self.width) if entering and embedding else None
+        self.patch_embed = linear_map(patch_features, self.width) if embeds else None
+        self.skip = linear_map(self.width, self.width) if upsamples and embeds else None
         self.blocks = BlockStack(config.depths[index], config, rngs)
 
     def __call__(self, tokens: jax.Array, latents: jax.Array, condition: Any) -> jax.Array:
-        """Carry tokens (B, m + N_coarse, D) to (B, m + N, D). On the first level the tokens are the m class tokens."""
-        image = self.embed(latents)  # (B, N, D), or (1, N, D) where nothing but positions enters
+        """Map tokens (B, m + N_coarse, D) to (B, m + N, D). The first level receives the m class tokens alone."""
+        image = self.embed(latents)  # (B, N, D), or (1, N, D) if the level has positions alone
         if self.upsample is None:
             tokens = jnp.concatenate([tokens, image], axis=1)  # (B, m + N, D)
         else:
@@ -57,7 +57,7 @@ class Level(nnx.Module):
         return self.blocks(tokens, condition)
 
     def embed(self, latents: jax.Array) -> jax.Array:
-        """What the level's own patches of latents (B, H, W, C) bring to its image tokens (B, N, D), with positions."""
+        """Embed the latents (B, H, W, C) as patches of this level, plus positions: (B, N, D)."""
         positions = self.positions(latents.dtype)
         if self.patch_embed is None:
             return positions
@@ -65,15 +65,15 @@ class Level(nnx.Module):
         return positions + (patches if self.skip is None else self.skip(patches))
 
     def positions(self, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """(1, N, D)."""
+        """Return the fixed sin-cos positions, (1, N, D)."""
         return jnp.asarray(sincos_positions(self.grid, self.width), dtype)[None]
 
 
 class MPDiT(nnx.Module):
-    """The multi-patch diffusion transformer. Holds parameters and nothing else: no random state, no mode.
+    """The multi-patch diffusion transformer. It holds parameters alone: no random state, no train or eval mode.
 
-    `model(x, t, y)` is the velocity. Its three parts are public because a sampler computes `modulation` for all steps
-    at once and `class_embedding` once: `model.velocity(x, model.modulation(t), model.class_embedding(y))`.
+    `model(x, t, y)` is `model.velocity(x, model.modulation(t), model.class_embedding(y))`. A sampler calls the parts
+    itself: it computes `modulation` for all steps at once and `class_embedding` once.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
@@ -85,7 +85,7 @@ class MPDiT(nnx.Module):
         self.time_modulation, self.final_modulation = parts.model(config, rngs), parts.final(config, rngs)
         self.levels = nnx.List([Level(index, config, rngs) for index in range(len(config.patch_sizes))])
         self.final = linear(width, patch * patch * config.in_channels, rngs, kernel_init=ZEROS)
-        # Stands for the tokens that masked training hides; sampling has no use for it.
+        # Takes the place of the tokens hidden by masked training (masking.py); sampling never uses it.
         self.mask_token = nnx.Param(NORMAL_002(rngs.params(), (width,), jnp.float32)) if config.decoder_depth else None
 
     @property
@@ -95,16 +95,16 @@ class MPDiT(nnx.Module):
 
     @property
     def convention(self) -> str:
-        """What the output means; "velocity" is noise minus data, with t = 0 at the data."""
+        """Convention of the output; "velocity" is noise minus data, with t = 0 at the data."""
         return self.config.convention
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; as a label, the null class."""
+        """Number of classes; also the label of the null class."""
         return self.config.num_classes
 
     def __call__(self, x: jax.typing.ArrayLike, t: jax.typing.ArrayLike, y: jax.typing.ArrayLike) -> jax.Array:
-        """Velocity dz/dt at latents `x`, time `t` (0 = data, 1 = noise) and class `y`.
+        """Return the velocity dz/dt at latents `x`, time `t` (0 = data, 1 = noise) and class `y`.
 
         Args:
             x: noisy latents, float32 (B, H, W, C).
@@ -115,18 +115,21 @@ class MPDiT(nnx.Module):
             float32 (B, H, W, C).
 
         Raises:
-            InputError: a shape does not fit the model, or labels that are not whole numbers or that it does not have.
-                The values of traced labels cannot be checked; one out of range then gives NaN.
+            InputError: a shape does not fit the model, or a label is not an integer or out of range. The values of
+                traced labels cannot be checked: a label out of range then gives NaN.
         """
+        return with_auto_axes(MPDiT._call, (self,), (x, t, y), batched=(x, y, t), out=0)
+
+    def _call(self, x: jax.typing.ArrayLike, t: jax.typing.ArrayLike, y: jax.typing.ArrayLike) -> jax.Array:
         x, t, y = self.check(x, t, y)
-        # Without the constraint the compiler splits the conditioning by features and gathers the whole batch's.
+        # Without this constraint XLA splits the modulation by features and then gathers it for the whole batch.
         modulation = jax.tree.map(constrain_batch, self.modulation(t))
         return self.velocity(x, modulation, self.class_embedding(y))
 
     def check(
         self, x: jax.typing.ArrayLike, t: jax.typing.ArrayLike, y: jax.typing.ArrayLike
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The arguments of a call as arrays, split over the devices; raises InputError as that does."""
+        """Return the arguments of a call as arrays, split over the devices. Raise InputError as `__call__` does."""
         x, t, y = jnp.asarray(x, jnp.float32), jnp.asarray(t, jnp.float32), jnp.asarray(y)
         if x.shape[1:] != self.input_shape or t.shape != x.shape[:1] or y.shape != x.shape[:1]:
             height, width, channels = self.input_shape
@@ -147,61 +150,50 @@ class MPDiT(nnx.Module):
         return constrain_batch(x), constrain_batch(t), constrain_batch(y)
 
     def modulation(self, t: jax.Array) -> Any:
-        """What depends on the times (B,) alone, float32: the modulation, or the time vector (B, D) that the
-        class is yet to be added to.
-        """
-        vector = self.time_embedding(t)  # (B, D)
+        """Return the float32 modulation of times (B,), or, with condition="vector", the time vector (B, D)."""
+        vector = self.time_embedding(t)  # (B, D); `condition` adds a class vector to it
         return vector if self.config.condition == "vector" else self.time_modulation(vector)
 
     def velocity(self, x: jax.Array, modulation: Any, class_embedding: ClassEmbedding) -> jax.Array:
-        """The trunk: latents (B, H, W, C), and what `modulation` and `class_embedding` give, to (B, H, W, C)."""
+        """Map latents (B, H, W, C) and the results of `modulation` and `class_embedding` to velocities (B, H, W, C)."""
         condition, tokens = self.condition(modulation, class_embedding), class_embedding.tokens
         x = x.astype(tokens.dtype)
         for level in self.levels:
             tokens = level(tokens, x, condition)
-        return self.read(tokens, condition)
+        return self.final_layer(tokens, condition)
 
     def condition(self, modulation: Any, class_embedding: ClassEmbedding) -> Any:
-        """What all blocks and the final layer are given."""
+        """Return the conditioning that every block and the final layer receive."""
         vector = class_embedding.vector
         return modulation if vector is None else self.time_modulation(modulation + vector)
 
-    def read(self, tokens: jax.Array, condition: Any) -> jax.Array:
-        """The final layer: tokens (B, m + N, D) of the last level to velocities (B, H, W, C), float32."""
+    def final_layer(self, tokens: jax.Array, condition: Any) -> jax.Array:
+        """Map tokens (B, m + N, D) of the last level to velocities (B, H, W, C), float32."""
         image = tokens[:, self.config.prefix_tokens :].astype(jnp.float32)  # (B, N, D)
         image = self.final(modulate(layer_norm(image), *self.final_modulation(condition)))  # (B, N, p * p * C)
         return unpatchify(image, self.levels[-1].patch, self.levels[-1].grid)
 
     def astype(self, dtype: str) -> "MPDiT":
-        """A copy for inference that computes in "float32" or "bfloat16".
+        """Return a copy for inference that computes in "float32" or "bfloat16".
 
-        The weights of the levels and class tokens are stored in `dtype`, so that a loop over steps does not convert
-        them again and again; those of modulations and of all else stay float32, as everything does in training. The
-        values are those of a model made with `dtype`.
-
-        Raises:
-            ConfigError: another dtype.
+        Weights of the levels and of the class tokens are stored in `dtype`, so that a sampling loop does not convert
+        them at every step; all others, modulations included, stay float32. The outputs equal those of a model created
+        with `dtype`.
         """
+
+        def cast(path: Any, leaf: jax.Array) -> jax.Array:
+            return leaf if "modulation" in path else leaf.astype(dtype)
+
         model = self._with(self.config.replace(dtype=dtype))
-        levels = nnx.state(model.levels)
-        nnx.update(
-            model.levels,
-            nnx.map_state(lambda path, leaf: leaf if "modulation" in path else leaf.astype(dtype), levels),
-        )
-        if self.config.condition == "tokens":
-            tokens = nnx.state(model.class_embedding)
-            nnx.update(model.class_embedding, jax.tree.map(lambda leaf: leaf.astype(dtype), tokens))
+        for module in (model.levels, model.class_embedding) if self.config.condition == "tokens" else (model.levels,):
+            nnx.update(module, nnx.map_state(cast, nnx.state(module)))
         return model
 
     def for_platform(self, platform: str) -> "MPDiT":
-        """The same weights with the arithmetic that suits "cpu", "gpu" or "tpu" (kernels.py).
-
-        Raises:
-            ConfigError: another platform.
-        """
+        """Return the same weights with the arithmetic that suits "cpu", "gpu" or "tpu" (kernels.py)."""
         return self._with(self.config.replace(platform=platform))
 
     def _with(self, config: ModelConfig) -> "MPDiT":
-        """These parameters in a model of another config with the same parameters."""
+        """Return a model of `config`, whose parameters have the same shapes, with these parameters."""
         structure = nnx.graphdef(nnx.eval_shape(lambda: MPDiT(config, nnx.Rngs(params=0))))
         return nnx.merge(structure, nnx.state(self))

@@ -1,10 +1,11 @@
-"""A model as (structure, parameters): the parameters one flat dict from dotted path to array.
+"""A module as (structure, parameters), where the parameters are a flat dict from dotted path to array.
 
-The flat dict is what is trained, averaged, sharded, saved and converted: `{"levels.0.blocks.layers.mlp.inner.kernel":
-array, ...}`. A name in a rule, an error or a file is then the name in the code.
+The flat dict, `{"levels.0.blocks.layers.mlp.inner.kernel": array, ...}`, is what the project trains, averages, shards,
+saves and converts. Names in sharding rules, error messages and files are therefore the names in the code.
 """
 
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 from flax import nnx
@@ -13,24 +14,25 @@ from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.presets import build_model
 
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 Parameters: TypeAlias = dict[str, jax.Array]
 Structure: TypeAlias = nnx.GraphDef[MPDiT]
 
 
-def split(model: MPDiT) -> tuple[Structure, Parameters]:
-    """Take a model apart. The structure is hashable (a static argument of jit); the arrays are shared, not copied."""
-    structure, state = nnx.split(model)
+def split(module: ModuleT) -> tuple[nnx.GraphDef[ModuleT], Parameters]:
+    """Split a module into a hashable structure (a static argument of jit) and its arrays, which are not copied."""
+    structure, state = nnx.split(module)
     return structure, _flatten(state)
 
 
-def merge(structure: Structure, parameters: Parameters) -> MPDiT:
-    """Inverse of `split`; the arrays may be tracers."""
+def merge(structure: nnx.GraphDef[ModuleT], parameters: Mapping[str, Any]) -> ModuleT:
+    """Rebuild the module from the results of `split`. The arrays may be tracers."""
     leaves: list[Any] = [(tuple(_key(part) for part in path.split(".")), leaf) for path, leaf in parameters.items()]
     return nnx.merge(structure, nnx.from_flat_state(leaves))
 
 
 def abstract(config: ModelConfig) -> tuple[Structure, dict[str, jax.ShapeDtypeStruct]]:
-    """Structure and shapes of a model, without allocating it."""
+    """Return the structure and the parameter shapes of a model without allocating it."""
     structure, state = nnx.split(nnx.eval_shape(lambda: build_model(config, jax.random.key(0))))
     return structure, _flatten(state)
 

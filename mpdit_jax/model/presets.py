@@ -1,4 +1,4 @@
-"""Named models, and the one function that makes a model."""
+"""Named presets, and functions that create a model from one."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mpdit3_xl_paper": {"patch_sizes": (8, 4, 2), "depths": (18, 6, 4), "input_size": (64, 64), **_XLARGE},
 }
 
-# The isotropic baselines: dit_b_2 is DiT-B with patches of 2.
+# The isotropic baselines: dit_b_2 is DiT-B with patch size 2.
 _DIT = {"time_embedding": "sinusoidal", "condition": "vector", "modulation": "per_block"}
 for _name, _depth, _size in (("s", 12, _SMALL), ("b", 12, _BASE), ("l", 24, _LARGE), ("xl", 28, _XLARGE)):
     for _patch in (2, 4, 8):
@@ -33,12 +33,12 @@ for _name, _depth, _size in (("s", 12, _SMALL), ("b", 12, _BASE), ("l", 24, _LAR
 
 
 def presets() -> tuple[str, ...]:
-    """Names that `create_model` and `config.model.preset` accept."""
+    """Return the names that `create_model` and `config.model.preset` accept."""
     return tuple(PRESETS)
 
 
 def preset_config(preset: str, **overrides: Any) -> ModelConfig:
-    """The preset's ModelConfig with fields replaced.
+    """Return the preset's ModelConfig with some fields replaced.
 
     Raises:
         ConfigError: unknown preset, unknown field, or an impossible value.
@@ -51,7 +51,7 @@ def preset_config(preset: str, **overrides: Any) -> ModelConfig:
 
 
 def create_model(preset: str = "mpdit_b", *, seed: int = 0, **overrides: Any) -> MPDiT:
-    """A freshly initialized model.
+    """Create a model with randomly initialized parameters.
 
     Args:
         preset: a name from `presets()`.
@@ -67,5 +67,5 @@ def create_model(preset: str = "mpdit_b", *, seed: int = 0, **overrides: Any) ->
 
 
 def build_model(config: ModelConfig, key: jax.Array) -> MPDiT:
-    """A freshly initialized model of `config`; may be traced."""
+    """Create a randomly initialized model of `config`; may be called under `jit` and `eval_shape`."""
     return MPDiT(config, nnx.Rngs(params=key))

@@ -1,19 +1,21 @@
-"""From coarse tokens to fine tokens, by name (paper, section 3.1 and the upsamplers of its ablation).
+"""Upsamplers from coarse tokens to fine tokens (paper, section 3.1 and its ablation of upsamplers).
 
-The published code has "linear_linear". The paper names the other four in its table without defining them; here they are
-what changes one thing about it, and D² stands for a matrix of the model's width, r for the ratio of patch sizes:
+The published code has "linear_linear". The paper's table names the other four without defining them; each definition
+here changes one thing. D is the model's width, r the ratio of patch sizes; parameter counts leave out biases:
 
-- "linear_linear": Linear(D -> D r²), pixel shuffle, GELU; then over class and image tokens, norm and Linear(D -> D).
-  (r² + 1) D² parameters.
-- "linear": the first map and the shuffle alone. r² D².
-- "linear_mlp": the blocks' MLP in place of the second map. (r² + 2 mlp_ratio) D².
-- "linear_conv": a 3x3 convolution over the image tokens in its place; class tokens pass beside. (r² + 9) D².
-- "conv_transpose": one transposed convolution of stride r with kernel 2r, so that windows overlap as is usual (one of
-  kernel r is "linear" with fewer biases); class tokens pass beside. 4 r² D².
+- "linear_linear": Linear(D -> D r²), pixel shuffle and GELU of the image tokens, then norm and Linear(D -> D) of class
+  and image tokens. (r² + 1) D² parameters.
+- "linear": Linear(D -> D r²) and pixel shuffle alone. r² D² parameters.
+- "linear_mlp": the blocks' MLP in place of Linear(D -> D). (r² + 2 mlp_ratio) D² parameters.
+- "linear_conv": a 3x3 convolution of the image tokens in place of Linear(D -> D). (r² + 9) D² parameters.
+- "conv_transpose": a transposed convolution of stride r and kernel 2r, so that windows overlap (with kernel r it would
+  be "linear"). 4 r² D² parameters.
+
+Class tokens pass unchanged through "linear", "linear_conv" and "conv_transpose".
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +30,14 @@ TRANSPOSED_KERNEL = 2  # side of the transposed convolution, times its stride
 
 
 class Geometry(NamedTuple):
-    """Where tokens are opened: each of the coarse grid's (h, w) into factor x factor."""
+    """The geometry of an upsampler: each token of the coarse grid (h, w) becomes factor x factor tokens."""
 
     factor: int
     grid: tuple[int, int]
 
 
 def pixel_shuffle(x: jax.Array, grid: tuple[int, int], factor: int) -> jax.Array:
-    """(B, h*w, D*r*r) to (B, h*r*w*r, D): each token opens into r x r; feature index (channel, row, column)."""
+    """Turn each token into r x r tokens: (B, h*w, D*r*r) to (B, h*r*w*r, D), feature index (channel, row, column)."""
     batch, (rows, columns) = x.shape[0], grid
     x = x.reshape(batch, rows, columns, -1, factor, factor)  # (B, h, w, D, r, r)
     x = x.transpose(0, 1, 4, 2, 5, 3)  # (B, h, r, w, r, D)
@@ -45,97 +47,78 @@ def pixel_shuffle(x: jax.Array, grid: tuple[int, int], factor: int) -> jax.Array
 class LinearExpand(nnx.Module):
     """Linear(D -> D r²) and pixel shuffle."""
 
-    def __init__(self, place: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        width, self.place = config.hidden_size, place
-        self.linear = linear(width, width * place.factor**2, rngs, dtype=config.dtype, platform=config.platform)
+    def __init__(self, geometry: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        width, self.geometry = config.hidden_size, geometry
+        self.linear = linear(width, width * geometry.factor**2, rngs, dtype=config.dtype, platform=config.platform)
 
     def __call__(self, image: jax.Array) -> jax.Array:
-        """(B, h*w, D) to (B, h*w*r*r, D)."""
-        return pixel_shuffle(self.linear(image), self.place.grid, self.place.factor)
+        """Map image tokens (B, h*w, D) to (B, h*w*r*r, D)."""
+        return pixel_shuffle(self.linear(image), self.geometry.grid, self.geometry.factor)
 
 
 class ConvExpand(nnx.Module):
     """A transposed convolution of stride r and kernel 2r."""
 
-    def __init__(self, place: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        width, self.grid = config.hidden_size, place.grid
-        side = TRANSPOSED_KERNEL * place.factor
-        self.conv = nnx.ConvTranspose(
-            width,
-            width,
-            (side, side),
-            strides=(place.factor, place.factor),
-            padding="SAME",
-            dtype=jnp.dtype(config.dtype),
-            precision=jax.lax.Precision.HIGHEST,
-            kernel_init=XAVIER_UNIFORM,
-            rngs=rngs,
-        )
+    def __init__(self, geometry: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        width, self.grid, stride = config.hidden_size, geometry.grid, geometry.factor
+        kernel, options = (TRANSPOSED_KERNEL * stride,) * 2, _conv_options(config, rngs)
+        self.conv = nnx.ConvTranspose(width, width, kernel, strides=(stride, stride), **options)
 
     def __call__(self, image: jax.Array) -> jax.Array:
-        """(B, h*w, D) to (B, h*w*r*r, D)."""
+        """Map image tokens (B, h*w, D) to (B, h*w*r*r, D)."""
         image = self.conv(_as_grid(image, self.grid))  # (B, h*r, w*r, D)
         return _as_tokens(image)
 
 
 class NoRefine(nnx.Module):
-    """Class tokens and opened tokens as they are."""
+    """Concatenation of class and image tokens."""
 
-    def __init__(self, place: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, geometry: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
         pass
 
     def __call__(self, classes: jax.Array, image: jax.Array) -> jax.Array:
-        """(B, m, D) and (B, N, D) to (B, m + N, D)."""
+        """Map class tokens (B, m, D) and image tokens (B, N, D) to (B, m + N, D)."""
         return jnp.concatenate([classes, image], axis=1)
 
 
 class LinearRefine(nnx.Module):
-    """GELU of the opened tokens; then all tokens through norm and Linear(D -> D)."""
+    """GELU of the image tokens, then norm and Linear(D -> D) of all tokens."""
 
-    def __init__(self, place: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, geometry: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.linear = linear(config.hidden_size, config.hidden_size, rngs, dtype=config.dtype, platform=config.platform)
 
     def __call__(self, classes: jax.Array, image: jax.Array) -> jax.Array:
-        """(B, m, D) and (B, N, D) to (B, m + N, D)."""
+        """Map class tokens (B, m, D) and image tokens (B, N, D) to (B, m + N, D)."""
         return self.linear(layer_norm(jnp.concatenate([classes, gelu(image)], axis=1)))
 
 
 class MLPRefine(nnx.Module):
-    """GELU of the opened tokens; then all tokens through norm and the blocks' MLP."""
+    """GELU of the image tokens, then norm and the blocks' MLP of all tokens."""
 
-    def __init__(self, place: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, geometry: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.mlp = MLP(config, rngs)
 
     def __call__(self, classes: jax.Array, image: jax.Array) -> jax.Array:
-        """(B, m, D) and (B, N, D) to (B, m + N, D)."""
+        """Map class tokens (B, m, D) and image tokens (B, N, D) to (B, m + N, D)."""
         return self.mlp(jnp.concatenate([classes, gelu(image)], axis=1), layer_norm)
 
 
 class ConvRefine(nnx.Module):
-    """GELU, norm and a 3x3 convolution of the opened tokens; class tokens pass beside."""
+    """GELU, norm and a 3x3 convolution of the image tokens; class tokens stay as they are."""
 
-    def __init__(self, place: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        rows, columns = place.grid
-        self.grid, width = (rows * place.factor, columns * place.factor), config.hidden_size
-        self.conv = nnx.Conv(
-            width,
-            width,
-            (CONV_KERNEL, CONV_KERNEL),
-            padding="SAME",
-            dtype=jnp.dtype(config.dtype),
-            precision=jax.lax.Precision.HIGHEST,
-            kernel_init=XAVIER_UNIFORM,
-            rngs=rngs,
-        )
+    def __init__(self, geometry: Geometry, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        rows, columns = geometry.grid
+        self.grid, width = (rows * geometry.factor, columns * geometry.factor), config.hidden_size
+        self.conv = nnx.Conv(width, width, (CONV_KERNEL, CONV_KERNEL), **_conv_options(config, rngs))
 
     def __call__(self, classes: jax.Array, image: jax.Array) -> jax.Array:
-        """(B, m, D) and (B, N, D) to (B, m + N, D)."""
+        """Map class tokens (B, m, D) and image tokens (B, N, D) to (B, m + N, D)."""
         image = self.conv(_as_grid(layer_norm(gelu(image)), self.grid))  # (B, H, W, D)
         return jnp.concatenate([classes, _as_tokens(image)], axis=1)
 
 
 class UpsamplerParts(NamedTuple):
-    """What opens the image tokens, and what comes after."""
+    """The two modules of an upsampler: `expand` multiplies the image tokens, `refine` maps all tokens afterwards."""
 
     expand: Callable[[Geometry, ModelConfig, nnx.Rngs], nnx.Module]
     refine: Callable[[Geometry, ModelConfig, nnx.Rngs], nnx.Module]
@@ -151,17 +134,23 @@ UPSAMPLERS = {
 
 
 class Upsample(nnx.Module):
-    """Open every image token into r x r tokens, with the class tokens beside or refined together with them."""
+    """The config's upsampler: every image token becomes r x r tokens. `grid` is the coarse (h, w), `factor` is r."""
 
     def __init__(self, factor: int, grid: tuple[int, int], config: ModelConfig, rngs: nnx.Rngs) -> None:
-        parts, place = UPSAMPLERS[config.upsampler], Geometry(factor, grid)
+        parts, geometry = UPSAMPLERS[config.upsampler], Geometry(factor, grid)
         self.class_tokens = config.prefix_tokens
-        self.expand, self.refine = parts.expand(place, config, rngs), parts.refine(place, config, rngs)
+        self.expand, self.refine = parts.expand(geometry, config, rngs), parts.refine(geometry, config, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, m + h*w, D) to (B, m + h*w*r*r, D); `grid` is the coarse (h, w)."""
+        """Map tokens (B, m + h*w, D) to (B, m + h*w*r*r, D)."""
         classes, image = x[:, : self.class_tokens], x[:, self.class_tokens :]
         return self.refine(classes, self.expand(image))
+
+
+def _conv_options(config: ModelConfig, rngs: nnx.Rngs) -> dict[str, Any]:
+    precision = jax.lax.Precision.HIGHEST
+    dtype = jnp.dtype(config.dtype)
+    return {"padding": "SAME", "dtype": dtype, "precision": precision, "kernel_init": XAVIER_UNIFORM, "rngs": rngs}
 
 
 def _as_grid(image: jax.Array, grid: tuple[int, int]) -> jax.Array:

@@ -1,1 +1,1 @@
-"""From images to a store of latents."""
+"""The command `prepare`: from images to a store of latents."""

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mpdit_jax.distributed.startup import add_flags, join
@@ -72,34 +73,32 @@ def _prepare(options: argparse.Namespace, out: Path) -> int:
     images = open_images(options.images, options.split)
     names = _names(options.class_names, images.class_names)
     own = ("process_id", "initialization_timeout", "heartbeat_timeout", "images", "vae", "threads")
-    shared_values = {f"--{name}": str(value) for name, value in vars(options).items() if name not in own}
-    join(options, shared_values | {"the images": images.identity})
+    shared = {f"--{name}": str(value) for name, value in vars(options).items() if name not in own}
+    join(options, shared | {"the images": images.identity})
 
     import jax
 
     from mpdit_jax.distributed.mesh import make_mesh
-    from mpdit_jax.prepare.store import Plan, prepare, round_up
+    from mpdit_jax.prepare.plan import Plan
+    from mpdit_jax.prepare.store import prepare
     from mpdit_jax.vae import load_vae, tiles
 
+    mesh = make_mesh(devices=jax.local_devices())
+    vae = load_vae(options.vae, dtype=options.dtype, mesh=mesh, tiling=tiles(options.vae_tile))
     plan = Plan(
-        images=images,
+        images=replace(images, image_size=options.image_size, channels=vae.config.in_channels),
         source=f"{options.images} ({options.split})" if ":" in options.images else options.images,
         class_names=names,
-        vae=load_vae(
-            options.vae,
-            dtype=options.dtype,
-            mesh=make_mesh(devices=jax.local_devices()),
-            tiling=tiles(options.vae_tile),
-        ),
+        vae=vae,
         image_size=options.image_size,
         flip=options.flip,
         shard_size=options.shard_size,
-        batch_size=round_up(options.batch_size),
+        batch_size=-(-options.batch_size // mesh.size) * mesh.size,
         threads=options.threads,
     )
     is_primary = jax.process_index() == 0
     if is_primary:
-        print(f"{len(images.keys):,} images of {len(names)} classes; interrupt at any time: the same command continues")
+        print(f"{len(images):,} images of {len(names)} classes; interrupt at any time: the same command continues")
     manifest = prepare(plan, out)
     if manifest is None:
         if is_primary:

@@ -1,17 +1,15 @@
-"""From images to a finished store: every process its shards, then one manifest."""
+"""The making of a store: every process encodes its shards, then process 0 writes the manifest."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from mpdit_jax.data.image_sets import ImageSet, key_bytes_of
 from mpdit_jax.data.latent_store import (
     LABELS,
     MANIFEST,
@@ -23,108 +21,33 @@ from mpdit_jax.data.latent_store import (
     sha256,
 )
 from mpdit_jax.distributed.collectives import any_process, assert_equal_across_processes, run_on_process_0
-from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import DataError, InputError, MPDiTError, ProcessError
-from mpdit_jax.io.files import atomic_write
-from mpdit_jax.prepare.claiming import claim, flat
-from mpdit_jax.prepare.shards import Encode, Report, Stopped, Work, read_report, report_path, write_shard
+from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.io.locked_folder import Job, LockedFolder, flat
+from mpdit_jax.prepare.plan import Plan
+from mpdit_jax.prepare.shards import Report, Stopped, read_report, report_path, write_shard
 from mpdit_jax.runtime.progress import WorkBar
 from mpdit_jax.runtime.signals import PreemptionHandler
-from mpdit_jax.vae import VAE
 
-FLIPS = ("none", "both")
 _MOST_REJECTED = 0.01  # of all images
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is to be made.
-
-    Attributes:
-        images: their set.
-        source: what to call it in the manifest.
-        class_names: one a class, in label order.
-        vae: what encodes.
-        image_size: pixels a side.
-        flip: "none", or "both" to store the moments of the mirror images as well.
-        shard_size: images a shard.
-        batch_size: images at a time; a multiple of this process's devices.
-        threads: that read images.
-    """
-
-    images: ImageSet
-    source: str
-    class_names: tuple[str, ...]
-    vae: VAE
-    image_size: int
-    flip: str
-    shard_size: int
-    batch_size: int
-    threads: int
-
-    def __post_init__(self) -> None:
-        factor = self.vae.downsample_factor
-        if self.image_size < 1 or self.image_size % factor:
-            raise InputError(
-                f"--image_size={self.image_size}: expected a multiple of the VAE's downsample factor {factor}."
-            )
-        if self.vae.config.in_channels not in (1, 3):
-            raise InputError(f"the VAE reads {self.vae.config.in_channels} channels: expected 1 (grey) or 3 (RGB).")
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(h, w, C)."""
-        side = self.image_size // self.vae.downsample_factor
-        return side, side, self.vae.latent_channels
-
-    @property
-    def key_bytes(self) -> int:
-        """Length of the longest key."""
-        return max(len(key_bytes_of(key)) for key in self.images.keys)
-
-    def settings(self) -> dict[str, Any]:
-        """What decides every byte of the shards."""
-        return {
-            "image_size": self.image_size,
-            "flip": self.flip,
-            "shard_size": self.shard_size,
-            "dtype": self.vae.dtype,
-            "vae_tile": self.vae.tiling.size if self.vae.tiling is not None else 0,
-            "vae_fingerprint": self.vae.fingerprint,
-            "number of images": len(self.images.keys),
-            "images": self.images.identity,
-            "class_names": list(self.class_names),
-        }
-
-    def shard_names(self) -> list[str]:
-        """The files, in order."""
-        count = -(-len(self.images.keys) // self.shard_size)
-        return [f"shard-{number:05d}-of-{count:05d}.array_record" for number in range(count)]
-
-    def rows(self, number: int) -> range:
-        """The images of a shard."""
-        return range(number * self.shard_size, min((number + 1) * self.shard_size, len(self.images.keys)))
+JOB = Job("prepare", "writing to", "use another --out", settings="prepare.json", holds="latents", outputs=MANIFEST)
 
 
 def prepare(plan: Plan, out: Path) -> Manifest | None:
-    """Make the store, or finish one that was interrupted or has lost files; shards that are there are left alone.
-
-    Args:
-        plan: what to make.
-        out: its folder.
+    """Make the store in the folder `out`, or finish one that was interrupted or lost files; whole shards stay.
 
     Returns:
         The manifest, or None if asked to stop by SIGINT or SIGTERM.
 
     Raises:
-        ProcessError: another process would encode with another VAE, or otherwise.
+        ProcessError: another process has other settings.
         InputError: the folder holds latents of other settings, is being written to, or cannot be written.
         DataError: more than 1 % of the images were rejected.
     """
     settings = plan.settings()
-    # What is under a path may differ from one machine to the next, and two VAEs in one store nobody would notice.
+    # One path may name different VAEs on two machines, and nobody would notice both in one store.
     assert_equal_across_processes({name: str(value) for name, value in flat(settings).items()})
-    with PreemptionHandler() as stop, claim(out, settings):
+    with PreemptionHandler() as stop, run_on_process_0(partial(LockedFolder, out, JOB, settings)) or nullcontext():
         if (out / MANIFEST).is_file() and not any_process(bool(run_on_process_0(partial(_needs_repair, out)))):
             return read_manifest(out)
         failure: MPDiTError | None = None
@@ -141,22 +64,12 @@ def prepare(plan: Plan, out: Path) -> Manifest | None:
 
 
 def _encode_all(plan: Plan, out: Path, stop: PreemptionHandler) -> bool:
-    """This process's shards; whether it was asked to stop before the last of them."""
+    """Encode this process's shards; True if it was asked to stop before the last of them."""
     names = plan.shard_names()
     mine = range(jax.process_index(), len(names), jax.process_count())
     todo = [number for number in mine if read_report(out / names[number]) is None]
     total = sum(len(plan.rows(number)) for number in mine)
     done = total - sum(len(plan.rows(number)) for number in todo)
-    work = Work(
-        images=plan.images,
-        encode=_encoder(plan),
-        image_size=plan.image_size,
-        channels=plan.vae.config.in_channels,
-        latent_channels=plan.vae.latent_channels,
-        batch_size=plan.batch_size,
-        key_bytes=plan.key_bytes,
-        classes=len(plan.class_names),
-    )
     with WorkBar("encoding", "images", total, done) as bar, ThreadPoolExecutor(plan.threads) as pool:
         if done:
             bar.say(f"{done} of {total} images are there already, in {out}")
@@ -168,7 +81,7 @@ def _encode_all(plan: Plan, out: Path, stop: PreemptionHandler) -> bool:
 
         for number in todo:
             try:
-                write_shard(out / names[number], plan.rows(number), work, pool, advance)
+                write_shard(out / names[number], plan.rows(number), plan, pool, advance)
             except Stopped:
                 pool.shutdown(cancel_futures=True)
                 bar.say(f"{stop.name}: the shards that are finished stay in {out}")
@@ -178,33 +91,22 @@ def _encode_all(plan: Plan, out: Path, stop: PreemptionHandler) -> bool:
     return False
 
 
-def _encoder(plan: Plan) -> Encode:
-    def encode(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        views = [images, images[:, :, ::-1]] if plan.flip == "both" else [images]
-        moments = [plan.vae.encode(view) for view in views]
-        mean, std = (np.stack([np.asarray(part) for part in parts], axis=1) for parts in zip(*moments, strict=True))
-        with np.errstate(over="ignore"):  # what float16 cannot hold becomes Inf and is rejected
-            return mean.astype(np.float16), std.astype(np.float16)
-
-    return encode
-
-
 def _finish(plan: Plan, out: Path) -> None:
-    """Gather the reports into labels and manifest, after which the store counts as finished."""
-    paths = [out / name for name in plan.shard_names()]
-    reports = [read_report(path) for path in paths]
-    if any(report is None for report in reports):
-        missing = next(path for path, report in zip(paths, reports, strict=True) if report is None)
-        raise DataError(f"{missing} is missing: does every process see the same {out}? Repeat the command.")
-    finished = [report for report in reports if report is not None]
+    """Write labels and manifest from the shards' reports; the manifest marks the store as finished."""
+    finished = []
+    for path in (out / name for name in plan.shard_names()):
+        report = read_report(path)
+        if report is None:
+            raise DataError(f"{path} is missing: does every process see the same {out}? Repeat the command.")
+        finished.append(report)
     rejected = [{"key": key, "reason": reason} for report in finished for key, reason in report.rejected]
     with atomic_write(out / REJECTED) as file:
         file.write("".join(json.dumps(line) + "\n" for line in rejected).encode())
-    count = len(plan.images.keys)
+    count = len(plan.images)
     if len(rejected) > _MOST_REJECTED * count:
-        for path, report in zip(paths, finished, strict=True):
+        for report in finished:
             if report.rejected:
-                report_path(path).unlink()  # repaired images get another chance
+                report_path(out / report.shard.name).unlink()  # the next start tries their images again
         raise DataError(
             f"{len(rejected)} of {count} images were rejected, more than {_MOST_REJECTED:.0%}: see {out / REJECTED} "
             f"for the reasons (the first: {rejected[0]['key']}: {rejected[0]['reason']}); repair or remove them and "
@@ -236,7 +138,7 @@ def _finish(plan: Plan, out: Path) -> None:
 
 
 def _needs_repair(out: Path) -> bool:
-    """Whether something is missing of a finished store, which then counts as unfinished."""
+    """Whether a finished store lost files; if so, its manifest is removed and it counts as unfinished."""
     read_manifest(out)
     try:
         LatentStore(out)
@@ -248,14 +150,8 @@ def _needs_repair(out: Path) -> bool:
 
 
 def _statistics(reports: Sequence[Report]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, of samples from the posteriors: Var z = E[μ² + σ²] − E[μ]²."""
+    """Mean and standard deviation of each channel of samples from the posteriors: Var z = E[μ² + σ²] − E[μ]²."""
     positions = sum(report.positions for report in reports)
     mean = np.sum([report.total for report in reports], axis=0) / positions
     square = np.sum([report.total_square for report in reports], axis=0) / positions
     return tuple(mean.tolist()), tuple(np.sqrt(np.maximum(square - mean**2, 0)).tolist())
-
-
-def round_up(batch_size: int) -> int:
-    """To a multiple of this process's devices."""
-    devices = make_mesh(devices=jax.local_devices()).size
-    return -(-batch_size // devices) * devices

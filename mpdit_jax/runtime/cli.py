@@ -16,8 +16,8 @@ import jax
 
 from mpdit_jax.distributed.collectives import barrier
 from mpdit_jax.distributed.startup import end_failed, may_be_lost
-from mpdit_jax.errors import DamageWarning, MPDiTError, first_line
-from mpdit_jax.io.files import REFUSALS, expand
+from mpdit_jax.errors import DamageWarning, DataWarning, MPDiTError, first_line
+from mpdit_jax.io.paths import REFUSALS, expand
 from mpdit_jax.runtime.signals import KILLED_BY, LOST, Terminated, ending_by_exception, stopped_status, this_command
 
 
@@ -29,15 +29,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-def make_parser(
-    command: str,
-    description: str,
-    examples: str,
-    *,
-    package: str = "mpdit_jax",
-    kind: type[Parser] = Parser,
-    before_examples: str = "",
-) -> Parser:
+def make_parser(command: str, description: str, examples: str, *, package: str = "mpdit_jax") -> Parser:
     """A parser for `python -m PACKAGE.COMMAND` whose help ends with examples.
 
     Args:
@@ -45,13 +37,11 @@ def make_parser(
         description: what the command does, one paragraph.
         examples: command lines, one a line.
         package: which package the command is of.
-        kind: the parser's class.
-        before_examples: more of the help, between the flags and the examples.
     """
-    return kind(
+    return Parser(
         prog=f"python -m {package}.{command}",
         description=textwrap.fill(description, 100),
-        epilog=f"{before_examples}\nexamples:\n{examples}",
+        epilog=f"\nexamples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -171,7 +161,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """Our own warnings are sentences."""
-    ours = issubclass(category, DamageWarning)
+    ours = issubclass(category, DamageWarning | DataWarning)
     _say(f"warning: {message}" if ours else warnings.formatwarning(message, category, filename, lineno, line).rstrip())
 
 

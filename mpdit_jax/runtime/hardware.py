@@ -1,4 +1,4 @@
-"""Accelerators by their makers' published figures, and what a CPU reaches where there are none."""
+"""Peak performance of accelerators, from published figures, and of CPUs, by measurement."""
 
 import dataclasses
 import math
@@ -13,39 +13,25 @@ import numpy as np
 from mpdit_jax.errors import ConfigError
 
 GIB = 2**30
-_SIDE = {"cpu": 2048}  # of the square matrices whose product is a machine's peak
-_LARGE_SIDE = 8192  # elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published peaks of one TPU chip.
+    """Published peak performance of one TPU chip."""
 
-    Attributes:
-        kind: as `jax.Device.device_kind` spells it.
-        flops: bfloat16 matrix products a second, 2 for each multiply-add.
-        hbm: bytes of memory that a program may use.
-        hbm_bandwidth: bytes a second.
-        ici_bandwidth: bytes a second out of one chip over all its links.
-        dimensions: of a topology, such as 2 for 16x16.
-        pod: chips of the largest slice there is.
-    """
-
-    kind: str
-    flops: float
-    hbm: int
-    hbm_bandwidth: float
-    ici_bandwidth: float
-    dimensions: int
-    pod: int
+    kind: str  # `jax.Device.device_kind`
+    flops: float  # bfloat16 operations per second, 2 per multiply-add
+    hbm: int  # bytes of memory that a program may use
+    hbm_bandwidth: float  # bytes per second
+    ici_bandwidth: float  # bytes per second from one chip over all its links
+    dimensions: int  # dimensions of a topology, such as 2 for 16x16
+    pod: int  # chips of the largest slice
 
     def bounds(self, flops: float, moved: float, sent: float) -> dict[str, float]:
-        """Seconds below which no program stays on this chip, by what limits it.
+        """Return a lower bound on a program's time, in seconds, for each resource of the chip.
 
-        Args:
-            flops: operations of its matrix products.
-            moved: bytes it reads and writes in the chip's memory.
-            sent: bytes it sends to other chips.
+        `flops` are the operations of matrix products, `moved` the bytes read from and written to the chip's memory,
+        `sent` the bytes sent to other chips.
         """
         return {
             "matrix products": flops / self.flops,
@@ -54,7 +40,7 @@ class Chip:
         }
 
 
-# https://cloud.google.com/tpu/docs/system-architecture-tpu-vm; of v5e's 16 GiB the runtime keeps 0.25.
+# https://cloud.google.com/tpu/docs/system-architecture-tpu-vm; less what the runtime reserves, such as 0.25 GiB on v5e.
 CHIPS = {
     "v4": Chip("TPU v4", 275e12, int(31.75 * GIB), 1228e9, 300e9, 3, 4096),
     "v5e": Chip("TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, 2, 256),
@@ -62,7 +48,7 @@ CHIPS = {
     "v6e": Chip("TPU v6 lite", 918e12, int(31.25 * GIB), 1638e9, 400e9, 2, 256),
 }
 
-# bfloat16 without sparsity, from NVIDIA's data sheets; the first name that a device's kind starts with.
+# bfloat16 operations per second without sparsity, from NVIDIA's data sheets, by the beginning of the device kind.
 GPU_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
@@ -79,12 +65,8 @@ GPU_FLOPS = {
 }
 
 
-def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as v5e:16x16 or v4:4x4x4.
-
-    Raises:
-        ConfigError: not of this form, an unknown chip, or more of them than there are.
-    """
+def topology_chip(topology: str) -> Chip:
+    """Return the chip of a TPU topology such as v5e:16x16. Raise ConfigError if there is no such topology."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
     known = ", ".join(CHIPS)
     if match is None or match[1] not in CHIPS:
@@ -104,11 +86,7 @@ def chip_of(topology: str) -> Chip:
 
 
 def published_flops(kind: str) -> float | None:
-    """bfloat16 floating-point operations a second of a device kind, without sparsity; None if it is not in the tables.
-
-    Args:
-        kind: `jax.Device.device_kind`, such as "TPU v4" or "NVIDIA H100 80GB HBM3".
-    """
+    """Return the published bfloat16 operations per second of a `jax.Device.device_kind`; None if it is unknown."""
     for chip in CHIPS.values():
         if chip.kind == kind:
             return chip.flops
@@ -116,26 +94,21 @@ def published_flops(kind: str) -> float | None:
 
 
 def matrix_product(device: jax.Device, dtype: str) -> tuple[Callable[[], None], float]:
-    """A large square matrix times itself on a device: a function that computes it once, and its operations."""
-    side = _SIDE.get(device.platform, _LARGE_SIDE)
-    draw = np.random.default_rng(0)  # not by JAX, which would compile a program for it at the start of every training
-    matrix = jax.device_put(draw.random((side, side), np.float32).astype(jnp.dtype(dtype)), device)
-    with jax.set_mesh(jax.sharding.Mesh([device], ["alone"])):  # the caller may have set one of all devices
+    """Return a function that multiplies a large square matrix by itself on the device, and its operation count."""
+    side = 2048 if device.platform == "cpu" else 8192
+    random = np.random.default_rng(0)  # not JAX's, which would compile a program at the start of every training
+    matrix = jax.device_put(random.random((side, side), np.float32).astype(jnp.dtype(dtype)), device)
+    with jax.set_mesh(jax.sharding.Mesh([device], ["alone"])):  # the caller may have set a mesh of all devices
         product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
     return lambda: product(matrix, matrix).block_until_ready(), 2.0 * side**3
 
 
 def peak_flops(mesh: jax.sharding.Mesh, dtype: str, machines: int = 1) -> float | None:
-    """Floating-point operations a second that all devices of a mesh could do; None if nobody has published theirs.
+    """Return the peak operations per second of all devices of a mesh; None if they are unknown.
 
-    On CPUs it is measured, as the best of up to four matrix products in half a second of this process, for each
-    machine: processes and virtual devices share its processor. Accelerators count by their published bfloat16 peak,
-    whatever `dtype` is.
-
-    Args:
-        mesh: the devices.
-        dtype: of the matrices that are multiplied.
-        machines: how many like this one the mesh's processes run on.
+    Accelerators have their published bfloat16 peak, whatever `dtype` is. A CPU's peak is measured, as the best of up to
+    four matrix products of `dtype` in half a second, and multiplied by the number of machines, because all processes
+    and virtual devices of a machine share its processor.
     """
     device = mesh.local_devices[0]
     if device.platform != "cpu":

@@ -1,8 +1,8 @@
 """Huge pages for the arrays of a CPU run.
 
-Linux hands out memory in pages of 4 KiB and clears each when it is first touched; XLA takes and returns gigabytes every
-step, and a large step spends a quarter of its time there. Where the system leaves huge pages to whoever asks for them
-("madvise"), glibc from 2.35 on asks when its tunable says so, which it reads once, when a process starts.
+XLA allocates and frees gigabytes every step. Linux clears every page of 4 KiB on first use, which takes a quarter of a
+large step's time; huge pages avoid this. If the system gives huge pages on request only ("madvise"), glibc 2.35 or
+newer requests them when a tunable is set, which it reads when a process starts.
 """
 
 import os
@@ -15,18 +15,15 @@ _POLICY = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def restart_with_huge_pages() -> None:
-    """Start this process anew as it was started, with huge pages; returns where that would change nothing.
-
-    Somebody's own GLIBC_TUNABLES are left as they are.
-    """
-    if _VARIABLE in os.environ or not _can_ask():
+    """Restart this process with huge pages, unless the tunable has no effect or the user has set GLIBC_TUNABLES."""
+    if _VARIABLE in os.environ or not _tunable_has_effect():
         return
     sys.stdout.flush()
     os.execve(sys.executable, sys.orig_argv, os.environ | {_VARIABLE: TUNABLE})
 
 
-def _can_ask() -> bool:
-    """Whether this is glibc 2.35 or newer on a system where huge pages must be asked for."""
+def _tunable_has_effect() -> bool:
+    """Return whether this is glibc 2.35 or newer on a system that gives huge pages on request only."""
     try:
         name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
         return (
@@ -34,5 +31,5 @@ def _can_ask() -> bool:
             and tuple(map(int, version.split(".")[:2])) >= (2, 35)
             and "[madvise]" in _POLICY.read_text()
         )
-    except (AttributeError, ValueError, OSError):  # another system than Linux, another libc
+    except (AttributeError, ValueError, OSError):  # not Linux, or another libc
         return False

@@ -1,4 +1,4 @@
-"""A bar for work that is counted: so many of so many, the rate, the time left; lines where the output is a log."""
+"""A progress bar with the count, the rate and the time left; lines instead of a bar if the output is not a terminal."""
 
 import math
 import sys
@@ -13,22 +13,22 @@ _LOG_EVERY = 10  # seconds
 
 
 class WorkBar:
-    """A context manager around counted work, such as `WorkBar("sampling", "images", total, done)`."""
+    """A progress bar as a context manager, such as `WorkBar("sampling", "images", total)`."""
 
     def __init__(
         self, verb: str, unit: str, total: int, done: int = 0, *, quiet: bool = False, lines: bool = False
     ) -> None:
-        """Nothing is shown yet.
+        """Configure the bar.
 
         Args:
-            verb: what is done.
-            unit: of what.
-            total: how many of them.
-            done: how many of these before.
+            verb: the work, such as "sampling".
+            unit: what is counted, such as "images".
+            total: the number of units.
+            done: the number of units that an earlier process has done.
             quiet: show nothing.
-            lines: no bar, where another bar is live: lines, and none for what takes less than 10 seconds.
+            lines: print lines also on a terminal, because another bar is live; print none for work under 10 seconds.
         """
-        self._verb, self._unit, self._brief = verb, unit, lines
+        self._verb, self._unit, self._lines = verb, unit, lines
         self._last = time.monotonic() if lines else -math.inf
         self._rate, self._left = _Rate(), TimeRemainingColumn()
         console = Console(
@@ -43,7 +43,7 @@ class WorkBar:
             self._left,
             TextColumn("left"),
             console=console,
-            disable=not console.is_terminal,  # a log gets the lines of `advance` instead
+            disable=not console.is_terminal,  # `advance` prints lines instead
         )
         self._task = self._progress.add_task(verb, total=total, completed=done, done=done)
 
@@ -61,27 +61,26 @@ class WorkBar:
         self._progress.console.print(message)
 
     def advance(self, count: int) -> None:
-        """So many more are done. A log gets a line for the first, for the last, and at most one in 10 seconds."""
+        """Count `count` more units. A log gets a line for the first call, for the last, and every 10 seconds."""
         self._progress.advance(self._task, count)
         task, now = self._progress.tasks[0], time.monotonic()
         if not self._progress.console.is_terminal and (
-            now - self._last >= _LOG_EVERY or (task.finished and not self._brief)
+            now - self._last >= _LOG_EVERY or (task.finished and not self._lines)
         ):
             self._last = now
-            rate, left = str(self._rate(task)), str(self._left(task))
             counted = f"{int(task.completed)}/{int(task.total or 0)}"
-            self.say(f"{self._verb} {counted} {self._unit}  {rate}  {left} left")
+            self.say(f"{self._verb} {counted} {self._unit}  {self._rate(task)}  {self._left(task)} left")
 
 
 class _Rate(ProgressColumn):
-    """Units a second since this process began, the first ones (which wait for a compilation) left out."""
+    """Units per second in this process, without the first `advance`, which includes compilation."""
 
     def __init__(self) -> None:
         super().__init__()
         self._start: tuple[float, float] | None = None
 
     def render(self, task: Task) -> Text:
-        """The rate, once it is known."""
+        """Return the rate, or "compiling" before the first `advance`."""
         if self._start is None and task.completed > task.fields["done"]:
             self._start = time.perf_counter(), task.completed
         if self._start is None or task.completed == self._start[1]:

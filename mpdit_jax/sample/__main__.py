@@ -24,9 +24,9 @@ def make_sample_parser() -> Parser:
 
     parser = make_parser(
         "sample",
-        "Draw images from a checkpoint of a run. Samples go round the labels in turn; the picture has one row a label. "
-        "Finished blocks are kept in a folder beside --out until all are done: the same command continues after an "
-        "interruption of any kind.",
+        "Draw images from a checkpoint of a run. The labels take turns; a picture has one row a label. "
+        "Finished blocks are kept in a folder beside --out until all are done: after any interruption the same command "
+        "continues.",
         _EXAMPLES,
     )
     add_model_options(parser)
@@ -60,7 +60,7 @@ def make_sample_parser() -> Parser:
     )
     parser.add_argument("--class_names", default="", metavar="FILE", help="one name a line, for --grid")
     parser.add_argument("--vae", default="", help="for a run on latents: the folder or hub name of their VAE")
-    parser.add_argument("--vae_dtype", choices=("float32", "bfloat16"), default="float32", help="the VAE computes in")
+    parser.add_argument("--vae_dtype", choices=("float32", "bfloat16"), default="float32", help="its compute dtype")
     add_tile_option(parser)
     add_sampler_options(parser)
     return parser
@@ -74,29 +74,18 @@ def main(arguments: Sequence[str]) -> int:
 
     import jax
 
-    from mpdit_jax.checkpoint.load import load_together
-    from mpdit_jax.io.files import check_writable
+    from mpdit_jax.io.atomic import check_writable
     from mpdit_jax.sample import command
-    from mpdit_jax.sample.decoding import make_decode
     from mpdit_jax.sample.options import reject_unused_flags, sampler_from
 
     sampler = sampler_from(options)
     reject_unused_flags(options)
     check_writable(out)
-    decode = make_decode(options.workdir, options.vae, options.vae_dtype, options.vae_tile)
-    options.step, model = load_together(options.workdir, options.step, ema=not options.no_ema)
-    request = command.Request(
-        options=options,
-        sampler=sampler,
-        model=model,
-        guide=load_together(options.guide)[1] if options.guide else None,
-        labels=command.parse_labels(options.labels, options.num_samples, model.num_classes, options.seed),
-        decode=decode,
-    )
-    missing = command.draw(request, out)
+    drawing = command.load_drawing(options, sampler)
+    missing = command.draw(options, drawing, out)
     if jax.process_index() == 0:
         for index in missing[:20]:
-            print(f"error: image {index} (label {request.labels[index]}) holds NaN or Inf; left out.", file=sys.stderr)
+            print(f"error: image {index} (label {drawing.labels[index]}) holds NaN or Inf; left out.", file=sys.stderr)
         if len(missing) > 20:
             print(f"error: and {len(missing) - 20} more.", file=sys.stderr)
     return 1 if len(missing) else 0

@@ -1,4 +1,4 @@
-"""A sampler with its weights as the bytes of one program, by jax.export."""
+"""Export a sampler with its weights as one program, by jax.export."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
@@ -27,19 +27,19 @@ def export_sampler(
     batch: int | None = None,
     negative_labels: Mapping[int, int] | None = None,
 ) -> bytes:
-    """The program of (labels int32 (B,), seed uint32 ()) or, if the sampler guides, of those and a scale float32 ().
+    """A program of labels int32 (B,), seed uint32 () and, if the sampler guides, scale float32 ().
 
-    Its result are latents float32 (B, H, W, C): those of `sampler(model, labels, jax.random.key(seed))`. They are what
-    the model was trained on: of a run on a store of latents they are normalized, and have to be multiplied by `std`
-    and added to `mean`, which the run's data.json has under `latents`, before the VAE decodes them. Labels out of range
-    come out as NaN. Every platform gets the arithmetic that suits it; the weights are there once.
+    It returns latents float32 (B, H, W, C), those of `sampler(model, labels, jax.random.key(seed))`. A run on a store
+    of latents gives normalized ones: `latents * std + mean` is what the VAE decodes, with `mean` and `std` of the run's
+    data.json, under `latents`. Labels out of range give NaN. Every platform has its own arithmetic, the weights are
+    stored once.
 
     Args:
-        sampler: what draws.
+        sampler: solver, steps and guidance.
         model: the model, whose weights become part of the program.
-        platforms: "cpu", "cuda", "rocm", "tpu": where it may run.
+        platforms: some of "cpu", "cuda", "rocm", "tpu".
         batch: labels a call; None for any number.
-        negative_labels: what to guide away from, by class.
+        negative_labels: the class to guide away from, by class.
 
     Raises:
         InputError: weights of 2 GiB or more, or a guidance scale for each image.

@@ -1,4 +1,4 @@
-"""Pictures in one call, for notebooks."""
+"""`mpdit_jax.generate`: pictures in one call, for notebooks."""
 
 import warnings
 from collections.abc import Sequence
@@ -13,11 +13,10 @@ from PIL import Image
 from mpdit_jax.checkpoint.load import load_checkpoint
 from mpdit_jax.errors import InputError
 from mpdit_jax.flow.inputs import check_labels, check_model, check_scale
-from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import make_sampler
 from mpdit_jax.io import pictures as images
 from mpdit_jax.sample.decoding import make_decode
-from mpdit_jax.sample.run import Decode, check_drawable, finish
+from mpdit_jax.sample.drawing import Decode, Drawing, check_drawable
 from mpdit_jax.validation import check_seed, is_whole
 
 
@@ -49,18 +48,18 @@ def generate(
         guidance_scale: one number, or one for each label.
         batch_size: pictures at a time.
         step: which checkpoint of a workdir; default the newest.
-        ema: a workdir's moving average of the parameters, or the parameters themselves.
+        ema: use a workdir's moving average of the parameters, or else the parameters themselves.
         vae: folder or hub name of the VAE whose latents the run of a workdir was trained on; a run on images, or on a
             store of pixels, needs none.
-        decode: from latents (n, h, w, c) to pictures (n, H, W, 1 or 3) in [-1, 1], in place of what `vae` gives; of a
-            model that comes without a workdir.
+        decode: from latents (n, h, w, c) to pictures (n, H, W, 1 or 3) in [-1, 1], in place of `vae`; for a model
+            without a workdir.
         negative_labels: what to guide away from; see the sampler's call.
         guide: a weaker model to guide away from; see the sampler's call.
         **settings: more of `make_sampler`: guidance_interval, time_grid, precision, the solver's options.
 
     Returns:
-        PIL images, greyscale or RGB, in the order of the labels. One that holds NaN or Inf is white, with a warning
-        that tells its number.
+        PIL images, greyscale or RGB, in the order of the labels. A picture that holds NaN or Inf is white, and a
+        warning names its number.
 
     Raises:
         CheckpointError: no run or checkpoint there.
@@ -84,23 +83,14 @@ def generate(
         raise InputError(f"batch_size={batch_size!r}: expected a whole number of images, 1 or more.")
     check_seed(seed, "seed")
     sampler = make_sampler(solver, steps, check_scale(guidance_scale, len(values)), **settings)
-    scale, width = np.asarray(sampler.guidance_scale), min(batch_size, len(values))
-    one_each = isinstance(negative_labels, list | tuple | jax.Array)
-    negatives = np.asarray(negative_labels) if one_each else negative_labels
+    scale = np.asarray(sampler.guidance_scale)
+    if isinstance(negative_labels, list | tuple | jax.Array):
+        negative_labels = np.asarray(negative_labels)
+    call = {"guidance_scale": scale if scale.ndim else None, "negative_labels": negative_labels, "guide": guide}
+    drawing = Drawing(sampler, model, values, seed, batch_size, decode, call)
     pictures: list[Image.Image] = []
-    for start in range(0, len(values), width):
-        rows = np.arange(start, min(start + width, len(values)))
-        filled = np.resize(rows, width)  # the last batch is filled up, so that there is one compilation
-        latents = sampler(
-            model,
-            values[filled],
-            seed_key(seed),
-            indices=filled,
-            guidance_scale=scale[filled] if scale.ndim else None,
-            negative_labels=negatives[filled] if isinstance(negatives, np.ndarray) and negatives.ndim else negatives,
-            guide=guide,
-        )
-        block = finish(np.asarray(latents if decode is None else decode(latents))[: len(rows)], values[rows], rows)
+    for start in range(0, len(values), batch_size):
+        block = drawing.draw(np.arange(start, min(start + batch_size, len(values))))
         for index in block.indices[~block.finite]:
             warnings.warn(f"picture {index} (label {values[index]}) holds NaN or Inf and is left white.", stacklevel=2)
         pictures.extend(images.to_pil(image) for image in block.images)

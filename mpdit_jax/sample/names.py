@@ -1,4 +1,4 @@
-"""What classes are called."""
+"""Names of classes."""
 
 from pathlib import Path
 
@@ -14,13 +14,8 @@ _KNOWN = {"digits": tuple(str(digit) for digit in range(10)), "fashion_mnist": F
 def class_names(workdir: str | Path, config: FrozenConfigDict, path: str = "") -> tuple[str, ...]:
     """A name for every class of a run: those of its data set, those in a file, or "class 7".
 
-    Args:
-        workdir: of the run.
-        config: the run's.
-        path: a text file with one name a line, in label order.
-
-    Raises:
-        InputError: the file cannot be read, or has fewer names than the model has classes.
+    `path` is a text file with one name a line, in label order; raises InputError if it cannot be read, or has fewer
+    names than the model has classes.
     """
     count = config.model.num_classes
     facts = read_dataset_info(workdir)

@@ -30,14 +30,14 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--steps", type=int, help="velocity evaluations (default: 250; adaptive solvers choose)")
     group.add_argument("--time_grid", default="uniform", help="uniform | shifted | quadratic (default: %(default)s)")
-    group.add_argument("--time_shift", type=float, help="of --time_grid=shifted: more steps near noise (default: 3)")
+    group.add_argument("--time_shift", type=float, help="--time_grid=shifted: more steps near noise (default: 3)")
     group.add_argument("--guidance_scale", type=float, default=1.0, help="1.0 for none (default: %(default)s)")
     group.add_argument(
         "--guidance_interval",
         type=_numbers,
         default=(0.0, 1.0),
         metavar="LOW,HIGH",
-        help="guide at these times only, 0 the data and 1 the noise; no second pass elsewhere (default: 0,1)",
+        help="guide at these times only, from 0, the data, to 1, the noise (default: 0,1)",
     )
     group.add_argument(
         "--negative_labels",
@@ -47,21 +47,21 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
         help="guide class A away from class B, in place of no class",
     )
     group.add_argument("--guide", default="", metavar="WORKDIR", help="guide away from this weaker run's model")
-    group.add_argument("--rtol", type=float, help="of dopri5 and tsit5: relative error a step (default: 1e-5)")
-    group.add_argument("--atol", type=float, help="of dopri5 and tsit5: absolute error a step (default: 1e-5)")
+    group.add_argument("--rtol", type=float, help="dopri5, tsit5: relative error a step (default: 1e-5)")
+    group.add_argument("--atol", type=float, help="dopri5, tsit5: absolute error a step (default: 1e-5)")
     group.add_argument(
         "--diffusion",
-        help="of euler_maruyama: constant | SBDM | sigma | decreasing | increasing-decreasing (default: sigma)",
+        help="euler_maruyama: constant | SBDM | sigma | decreasing | increasing-decreasing (default: sigma)",
     )
-    group.add_argument("--diffusion_norm", type=float, help="of euler_maruyama: factor on the noise (default: 1)")
+    group.add_argument("--diffusion_norm", type=float, help="euler_maruyama: factor on the noise (default: 1)")
     group.add_argument("--precision", help="float32 | bfloat16 (default: what the model was trained in)")
 
 
 def sampler_from(options: argparse.Namespace) -> Sampler:
-    """The sampler that the flags ask for.
+    """The sampler of the flags.
 
     Raises:
-        ConfigError, InputError: an impossible value, or a flag that the solver does not heed.
+        ConfigError, InputError: an impossible value, or a flag that the solver does not use.
     """
     given = {name: vars(options)[flag] for flag, name in _SOLVER_OPTIONS.items() if vars(options)[flag] is not None}
     if options.solver in METHODS and options.steps is not None:
@@ -81,7 +81,7 @@ def sampler_from(options: argparse.Namespace) -> Sampler:
 
 
 def reject_unused_flags(options: argparse.Namespace) -> None:
-    """Raise InputError for a flag that none of the guidance scales, or none of the solvers, pays heed to."""
+    """Raise InputError for a flag that no guidance scale, or no solver, of the command uses."""
     scales, solvers = np.atleast_1d(options.guidance_scale), np.atleast_1d(options.solver)
     given = {
         "guide": bool(options.guide),

@@ -1,4 +1,4 @@
-"""What a run leaves: the `.npz` that evaluators read, single PNG files, contact sheets, film strips."""
+"""The outputs of a run: the `.npz` that evaluators read, single PNG files, and the rows of a contact sheet."""
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from mpdit_jax.io import pictures as images
-from mpdit_jax.io.files import atomic_write
+from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.sample.blocks import Block
 
 SINGLE = "[0-9]*_[0-9]*.png"  # names of single images, as a pattern
@@ -17,17 +17,10 @@ _COLUMNS = 8  # images a class on a contact sheet
 ROWS = 100  # classes on a picture or a contact sheet
 
 
-def save_npz(path: Path, blocks: Callable[[], Iterable[Block]]) -> int:
+def save_npz(path: Path, blocks: Callable[[], Iterable[Block]]) -> None:
     """Write `arr_0` (uint8 NHWC, as ADM's evaluator reads it) and int64 `labels`, one block in memory at a time.
 
-    Images that hold NaN or Inf are left out.
-
-    Args:
-        path: the file.
-        blocks: called twice; gives the run's blocks in order.
-
-    Returns:
-        The number of images written.
+    Images that hold NaN or Inf are left out. `blocks` is called three times; it gives the run's blocks in order.
     """
     labels = np.concatenate([block.labels[block.finite] for block in blocks()])
     shape = next(iter(blocks())).images.shape[1:]
@@ -36,7 +29,6 @@ def save_npz(path: Path, blocks: Callable[[], Iterable[Block]]) -> int:
             _write_array(array, (len(labels), *shape), "|u1", (block.images[block.finite] for block in blocks()))
         with archive.open("labels.npy", "w") as array:
             _write_array(array, labels.shape, "<i8", iter([labels]))
-    return len(labels)
 
 
 def save_pngs(folder: Path, block: Block) -> None:
@@ -47,12 +39,9 @@ def save_pngs(folder: Path, block: Block) -> None:
 
 
 def first_of_each(blocks: Iterable[Block], labels: np.ndarray, columns: int = _COLUMNS) -> dict[int, list[np.ndarray]]:
-    """What a contact sheet shows: the first images of the first classes, by label in ascending order.
+    """The images of a contact sheet: the first `columns` of each of the first classes, by label in ascending order.
 
-    Args:
-        blocks: of the run; one is in memory at a time, beside the images that are shown.
-        labels: of the whole run (N,).
-        columns: images a class.
+    One block is in memory at a time, beside the images shown. `labels` (N,) are those of the whole run.
     """
     rows: dict[int, list[np.ndarray]] = {int(label): [] for label in np.unique(labels)[:ROWS]}
     for block in blocks:

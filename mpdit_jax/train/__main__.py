@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpdit_jax.config.base import facts as config_facts
+from mpdit_jax.config.base import shared_values
 from mpdit_jax.config.flags import make_config_parser, parse_with_config
 from mpdit_jax.distributed.startup import add_flags, join
 from mpdit_jax.errors import DivergedError, InputError
@@ -15,8 +15,8 @@ from mpdit_jax.runtime.signals import stopped_status
 _CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # whoever sets it has a place for compiled programs already
 
 _EXAMPLES = """\
-  python -m mpdit_jax.train --config=configs/digits.py --workdir=runs/digits
-  python -m mpdit_jax.train --config=configs/digits.py --workdir=runs/mine --config.optimizer.learning_rate=3e-4
+  python -m mpdit_jax.train --config=digits --workdir=runs/digits
+  python -m mpdit_jax.train --config=digits --workdir=runs/mine --config.optimizer.learning_rate=3e-4
 """
 
 
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> int:
         help="run step N of the log again, from the checkpoint before it, and say what in it is not finite; writes "
         "nothing, status 3 if it does not count",
     )
+    parser.add_argument("--parameter_table", action="store_true", help="print a table of every parameter first")
     add_flags(parser)
     options, config = parse_with_config(parser, arguments)
     if not options.workdir:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
             f"--workdir={options.workdir}: expected a folder that every process sees; mount the bucket, or use a disk."
         )
     workdir = Path(options.workdir)
-    join(options, config_facts(config) | {"workdir": str(workdir.resolve())})
+    join(options, shared_values(config) | {"workdir": str(workdir.resolve())})
 
     import jax
 
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.train.evaluator import is_missing
     from mpdit_jax.train.loop import train
     from mpdit_jax.train.replay import replay
+    from mpdit_jax.train.startup import parameter_table
 
     if options.replay_step is not None:
         found = replay(config, workdir, options.replay_step)
@@ -62,6 +64,8 @@ def main(arguments: Sequence[str]) -> int:
 
     if _CACHE_VARIABLE not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
+    if options.parameter_table and jax.process_index() == 0:
+        print(parameter_table(config))
     state = train(config, workdir)
     step = int(state.step)
     stopped = step < config.steps or is_missing(config, workdir, step)  # or in its last evaluation

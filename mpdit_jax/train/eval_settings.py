@@ -1,4 +1,4 @@
-"""By which settings the evaluations of a run were made: one curve may hold points that do not compare.
+"""The settings of a run's evaluations: where they change, points of one curve do not compare.
 
 WORKDIR/evaluation/settings.json    [{"from_step": 1000, "settings": {…}}, …], the later ones where they changed
 """
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mpdit_jax.evaluate.report import write_json
-from mpdit_jax.io.files import parse_json, remove_stale_tmp
+from mpdit_jax.io.atomic import remove_stale_tmp
+from mpdit_jax.io.json_files import parse_json
 
 
 def note_settings(path: Path, step: int, settings: Mapping[str, str | int]) -> str:
-    """Note by which settings a step was evaluated; a sentence where they are others than those before it, else "".
+    """Store the settings of a step's evaluation; a sentence where they differ from those before it, else "".
 
-    What is noted of that step and later ones is of evaluations that were undone, as their lines in `metrics.jsonl` are.
+    Entries of that step and later ones are dropped: their evaluations were undone, as their log lines are.
 
     Raises:
         InputError: it cannot be written.
@@ -41,7 +42,7 @@ def note_settings(path: Path, step: int, settings: Mapping[str, str | int]) -> s
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """What was noted; nothing where there is no such file, or a damaged one."""
+    """The stored entries; none where the file is missing or damaged."""
     try:
         found = parse_json(path.read_text())
         return [{"from_step": int(entry["from_step"]), "settings": dict(entry["settings"])} for entry in found]

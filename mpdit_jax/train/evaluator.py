@@ -1,11 +1,11 @@
-"""Metrics of a run on its way: samples of the moving average, compared with real images (`config.eval`).
+"""Evaluations while a run trains: the moving average's samples, compared with real images (`config.eval`).
 
-Every process draws and looks at its share of the samples on its own devices; moments are merged, and what a run
-computes is the same after a restart. Evaluations have lines of their own in `metrics.jsonl`, so that one that was cut
-off is made up for when the run continues.
+An evaluation has a line of its own in `metrics.jsonl`, so that one that was cut off is made up for when the run
+continues. Like everything that a run computes, its numbers are the same after a restart.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,26 +17,28 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from mpdit_jax.config.base import data_identity
 from mpdit_jax.config.evaluation import choose_metrics, fewest_images
+from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.data.sources import Source
 from mpdit_jax.distributed.collectives import any_process, run_on_process_0
-from mpdit_jax.distributed.mesh import batch_sharding, make_mesh, replicated
+from mpdit_jax.distributed.mesh import make_mesh, replicated
 from mpdit_jax.errors import ConfigError, InputError
-from mpdit_jax.evaluate.agreement import agree, name_of_first, portable
-from mpdit_jax.evaluate.bias import perfect_distance
+from mpdit_jax.evaluate.bias import describe_bias, few_images
 from mpdit_jax.evaluate.classifier import load_classifier, save_classifier
 from mpdit_jax.evaluate.classifier_training import check_trainable, train_classifier
-from mpdit_jax.evaluate.extractors import Extractor, build_classifier, make_extractor, metric_label
-from mpdit_jax.evaluate.statistics import MOMENTS, Statistics, check_metrics, compare
-from mpdit_jax.flow.randomness import seed_key
-from mpdit_jax.flow.sampler import Sampler, make_sampler
-from mpdit_jax.io.files import digest_of, parse_json
+from mpdit_jax.evaluate.compute import StopRequested, compute_statistics, kept, needed
+from mpdit_jax.evaluate.decoding import find_decode
+from mpdit_jax.evaluate.drawn_images import DrawnImages
+from mpdit_jax.evaluate.extractors import Extractor, build_classifier, make_extractor
+from mpdit_jax.evaluate.reference import Reference, own_images
+from mpdit_jax.evaluate.shared_values import assert_shared, name_from_process_0, portable
+from mpdit_jax.evaluate.statistics import Statistics, check_metrics, compare
+from mpdit_jax.evaluate.stored_statistics import load_statistics, save_statistics
+from mpdit_jax.flow.sampler import make_sampler
+from mpdit_jax.io.json_files import digest_of, parse_json
 from mpdit_jax.model.parameters import Parameters, Structure, merge
-from mpdit_jax.sample.decoding import Decode
+from mpdit_jax.sample.drawing import Decode, Drawing
 from mpdit_jax.sample.labels import balanced_labels
-from mpdit_jax.sample.run import finish
 from mpdit_jax.train.eval_settings import note_settings
-from mpdit_jax.train.partial_statistics import PartialStatistics, partial_statistics
-from mpdit_jax.train.reference import Reference
 from mpdit_jax.train.writers import METRICS_FILE
 from mpdit_jax.version import __version__
 
@@ -44,7 +46,7 @@ PREFIX = "eval/"
 
 
 class Evaluator:
-    """Evaluates the moving average of a run. Nothing is loaded or computed before it is first needed."""
+    """Evaluates the moving average of a run. Networks and statistics are loaded or computed when first needed."""
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class Evaluator:
         decode: Decode | None,
         stopped: Callable[[], bool],
     ) -> None:
-        """Check what can be checked at once.
+        """Check the settings, before hours of training. Collective.
 
         Args:
             config: of the run, resolved.
@@ -67,98 +69,90 @@ class Evaluator:
 
         Raises:
             ConfigError: settings that cannot be, or do not fit the data.
-            WeightsError, MissingExtraError, InputError: an extractor or a reference that is not there.
-            ProcessError: the processes find extractors or references that differ.
+            WeightsError, MissingExtraError, InputError: an extractor or a reference that is missing or does not fit.
+            ProcessError: the processes find different extractors or references.
         """
-        self._config, self._source, self._structure = config, source, structure
+        settings = config.eval
+        self._config, self._source, self._structure, self._decode = config, source, structure, decode
         self._folder, self._metrics_file = workdir / "evaluation", workdir / METRICS_FILE
-        self._decode, self._stopped = decode, stopped
-        self._metrics = choose_metrics(config.eval.metrics, config.eval.features)
-        # What a process does by itself must not touch the others' devices, and what all do together must not lie on
-        # its own: the mesh of its devices is entered for the first and left for the second.
+        self._metrics = choose_metrics(settings.metrics, settings.features)
+        # Every process draws and extracts on its own devices: their mesh is set for that, and not for collectives.
         alone = jax.process_count() == 1
         self._mesh = jax.sharding.get_mesh() if alone else make_mesh(devices=jax.local_devices())
+        self._compute = partial(compute_statistics, batch_size=settings.batch_size, stopped=stopped, mesh=self._mesh)
+        find = find_decode(config.sample.vae, name="config.sample.vae")
+        self._reference = Reference(
+            settings.reference, self._metrics, find, self._own_images, "config.eval.", mesh=self._mesh
+        )
         self._extractor: Extractor | None = None
         self._real: Statistics | None = None
-        if config.eval.every and source.latents is not None:
-            if decode is None:
-                raise ConfigError(
-                    "config.eval.every of a run on latents: set config.sample.vae, which decodes samples."
-                )
-            if config.eval.features == "classifier":
-                raise ConfigError("config.eval.features='classifier' is of images: give classifier:FILE, or another.")
-        if config.eval.every and config.eval.features == "classifier":
-            try:
-                check_trainable(len(source.labels), len(source.class_names))
-            except InputError as error:
-                raise ConfigError(f"config.eval.features='classifier': {error}") from error
-        self._reference = Reference(config, self._folder, source, decode, self._metrics, stopped)
-        if config.eval.every and config.eval.features != "classifier":
-            self._extractor = self._make_extractor()
-            self._check(self._extractor)
-        if config.eval.every:  # before hours of training
-            make_sampler(config.eval.solver, config.eval.steps)
-            with jax.set_mesh(self._mesh):
-                facts = self._reference.check(self._extractor)
-            agree(facts)
+        self._shape = source.shape
+        if settings.every:
+            self._check()
 
     def due(self, step: int) -> bool:
         """Whether a run is evaluated after that step."""
         return _due(self._config, step)
 
     def pending(self, step: int) -> bool:
-        """Whether the evaluation of that step is due and was cut off; the same on every process."""
+        """Whether the evaluation of that step is due and was cut off. Collective."""
         return is_missing(self._config, self._metrics_file.parent, step)
 
     def __call__(self, step: int, ema_parameters: Parameters, say: Callable[[str], None]) -> dict[str, float]:
-        """The metrics of every guidance scale, by names such as "eval/FD(classifier)/guidance_1.5".
+        """Metrics for every guidance scale, by names such as "eval/FD(classifier)/guidance_1.5". Collective.
 
-        Nothing where the run was asked to stop meanwhile; samples with NaN or Inf are left out and counted as
-        "eval/not_finite/guidance_1.5", and what is left may be too little for some metrics, or for all.
+        Samples with NaN or Inf are left out and counted as "eval/not_finite/guidance_1.5"; metrics that have too few
+        samples left are missing. Nothing is returned where a process was asked to stop meanwhile.
 
         Args:
-            step: of the parameters.
+            step: the parameters' step.
             ema_parameters: the moving average.
-            say: what tells the user that the settings are others than those of the evaluations before.
+            say: tells the user that the settings differ from those of earlier evaluations.
 
         Raises:
             InputError, DataError: a reference that cannot be read.
         """
-        prepared = self._prepared()
-        if prepared is None:
+        try:
+            extractor, real = self._prepare()
+            model = self._load_model(ema_parameters)
+            found: dict[str, float] = {}
+            for scale in self._config.eval.guidance_scales:
+                values = self._evaluate(extractor, real, model, float(scale))
+                found |= {f"{PREFIX}{name}/guidance_{scale:g}": value for name, value in values.items()}
+        except StopRequested:
             return {}
-        extractor, real = prepared
-        parameters: Any = ema_parameters
-        several = jax.process_count() > 1
-        if several:
-            parameters = multihost_utils.process_allgather(ema_parameters, tiled=True)
-        with jax.set_mesh(self._mesh):
-            if several:  # they are NumPy arrays, which every batch would send to the devices again
-                parameters = jax.device_put(parameters, replicated(self._mesh))
-            model = merge(self._structure, parameters)
-        found: dict[str, float] = {}
-        for scale in self._config.eval.guidance_scales:
-            sampler = make_sampler(self._config.eval.solver, self._config.eval.steps, float(scale))
-            looked = self._look(extractor, sampler, model)
-            if looked is None:
-                return {}
-            fake, count = looked
-            # Of a model that has begun to diverge few samples may be finite, or none.
-            values: dict[str, float] = {}
-            if fake is not None:
-                enough = [name for name in self._metrics if count >= fewest_images([name])]
-                with jax.set_mesh(self._mesh):
-                    values = compare(real, fake, enough)
-            if left_out := self._config.eval.num_samples - count:
-                values["not_finite"] = left_out
-            found |= {f"{PREFIX}{name}/guidance_{scale:g}": value for name, value in values.items()}
-        settings = self._what_decides(extractor, real)
+        settings = self._deciding_settings(extractor, real)
         note = run_on_process_0(partial(note_settings, self._folder / "settings.json", step, settings))
         if note:
             say(note)
         return found
 
-    def _what_decides(self, extractor: Extractor, real: Statistics) -> dict[str, str | int]:
+    def _evaluate(self, extractor: Extractor, real: Statistics, model: Any, scale: float) -> dict[str, float]:
+        """The metrics of fresh samples, as far as enough of them are finite."""
+        settings = self._config.eval
+        labels = balanced_labels(self._config.model.num_classes, settings.num_samples)
+        sampler = make_sampler(settings.solver, settings.steps, scale)
+        drawing = Drawing(sampler, model, labels, self._config.seed, settings.batch_size, self._decode, mesh=self._mesh)
+        samples = DrawnImages(drawing, self._shape, {"path": "samples of the run"}, leave_out=True)
+        outputs, keep = needed(self._metrics), kept(self._metrics)
+        fake = self._compute(extractor, samples, outputs, keep, "drawing samples to evaluate:")
+        enough = [name for name in self._metrics if fake.count >= fewest_images([name])]
+        with jax.set_mesh(self._mesh):
+            values = compare(real, fake, enough)
+        if left_out := settings.num_samples - fake.count:
+            values["not_finite"] = left_out
+        return values
+
+    def _load_model(self, parameters: Any) -> Any:
+        several = jax.process_count() > 1
+        if several:
+            parameters = multihost_utils.process_allgather(parameters, tiled=True)
+        with jax.set_mesh(self._mesh):
+            if several:  # they are NumPy arrays, which every batch would send to the devices again
+                parameters = jax.device_put(parameters, replicated(self._mesh))
+            return merge(self._structure, parameters)
+
+    def _deciding_settings(self, extractor: Extractor, real: Statistics) -> dict[str, str | int]:
         """What the numbers depend on beside the parameters and what their names say."""
         settings = self._config.eval
         return {
@@ -170,67 +164,81 @@ class Evaluator:
             "version": __version__,
         }
 
-    def _look(self, extractor: Extractor, sampler: Sampler, model: Any) -> tuple[Statistics | None, int] | None:
-        """The statistics of fresh samples if two or more are finite, and how many are; None if asked to stop."""
-        settings, mesh = self._config.eval, self._mesh
-        labels = balanced_labels(self._config.model.num_classes, settings.num_samples)
-        width = -(-settings.batch_size // mesh.size) * mesh.size
-        with jax.set_mesh(mesh):
-            key = seed_key(self._config.seed)
-        seen = PartialStatistics(extractor, self._metrics)
-        for rows in partial_statistics(len(labels), width, "drawing samples to evaluate:", "images", self._stopped):
-            if rows is None:
-                return None
-            if not len(rows):
-                continue
-            filled = np.resize(rows, width)
-            with jax.set_mesh(mesh):
-                placed, indices = jax.device_put((labels[filled], filled), batch_sharding(mesh))
-                latents = sampler(model, placed, key, indices=indices)
-                pictures = np.asarray(latents if self._decode is None else self._decode(latents))[: len(rows)]
-                block = finish(pictures, labels[rows], rows)
-                if block.finite.any():
-                    seen.add(block.images[block.finite], rows[block.finite])
-        statistics = seen.together({"path": "samples of the run"})
-        return statistics, seen.count
+    def _check(self) -> None:
+        settings, source = self._config.eval, self._source
+        trained_here = settings.features == "classifier"
+        if source.latents is not None:
+            if self._decode is None:
+                raise ConfigError(
+                    "config.eval.every of a run on latents: set config.sample.vae, which decodes samples."
+                )
+            if trained_here:
+                raise ConfigError("config.eval.features='classifier' is of images: give classifier:FILE, or another.")
+            with jax.set_mesh(self._mesh):
+                self._shape = self._own_images().shape
+        if trained_here:
+            try:
+                check_trainable(len(source.labels), len(source.class_names))
+            except InputError as error:
+                raise ConfigError(f"config.eval.features='classifier': {error}") from error
+        else:
+            self._extractor = self._make_extractor()
+        make_sampler(settings.solver, settings.steps)
+        if self._shape[2] not in (1, 3):
+            raise ConfigError(
+                f"config.eval.every={settings.every}: this run draws images of {self._shape[2]} channels, and "
+                f"{settings.features} expects 1 or 3; set config.eval.every=0."
+            )
+        if self._extractor is not None and self._extractor.image_shape not in (None, self._shape):
+            raise ConfigError(
+                f"config.eval.features={settings.features} was trained on images {self._extractor.image_shape} "
+                f"(height, width, channels) and this run draws {self._shape}: train one on images of that size."
+            )
+        self._reference.check(self._extractor, self._shape)
 
-    def _prepared(self) -> tuple[Extractor, Statistics] | None:
-        """What both sides of the comparison are seen through, and the real side; None if asked to stop meanwhile."""
+    def _prepare(self) -> tuple[Extractor, Statistics]:
+        """The extractor and the real images' statistics under it, made when first asked for."""
         if self._extractor is None:
             self._extractor = self._make_extractor()
-            self._check(self._extractor)
         if self._real is None:
-            self._real = self._reference.statistics(self._extractor, self._mesh)
-            if self._real is not None:
-                self._tell_bias(self._real)
-        return None if self._real is None else (self._extractor, self._real)
+            compute = partial(self._real_statistics, self._extractor)
+            self._real = self._reference.statistics(self._extractor, self._shape, compute)
+            for note in describe_bias(self._real, self._config.eval.num_samples, self._metrics)[0]:
+                _print_once(note)
+        return self._extractor, self._real
 
-    def _check(self, extractor: Extractor) -> None:
-        check_metrics(self._metrics, extractor)
-        for name, output in MOMENTS.items():
-            count, features = self._config.eval.num_samples, extractor.outputs.get(output, 0)
-            if name in self._metrics and count < features and jax.process_index() == 0:
-                print(
-                    f"config.eval.num_samples={count} are fewer than the {features} features of {extractor.name}: "
-                    f"{metric_label(name, extractor.name)} comes out too high; compare it with that of equally many "
-                    "only."
-                )
+    def _real_statistics(
+        self, extractor: Extractor, images: ImageSet, outputs: Sequence[str], keep: Sequence[str], verb: str
+    ) -> Statistics:
+        """Statistics of real images, which are kept in a file for later starts of the run. Collective."""
+        # Named after everything that decides them: another classifier or data set has another file.
+        decides = [extractor.fingerprint, images.about, outputs, bool(keep)]
+        path = self._folder / f"real_{name_from_process_0(digest_of(decides))}.npz"
+        earlier = _read_statistics(path, extractor)
+        # Decided together, before the first process can write the file that the others look for.
+        if not any_process(earlier is None) and earlier is not None:
+            return earlier
+        found = self._compute(extractor, images, outputs, keep, verb)
+        run_on_process_0(partial(self._save_statistics, path, found, features=bool(keep)))
+        return found
 
-    def _tell_bias(self, real: Statistics) -> None:
-        """By how much, once there is something to compare with; and of a reference that is itself too small."""
-        for name, output in MOMENTS.items():
-            if name not in self._metrics or jax.process_index() > 0:
-                continue
-            count, features = self._config.eval.num_samples, len(real.gaussian(output).mean)
-            label = metric_label(name, real.extractor)
-            if 0 < real.count < features:
-                print(
-                    f"the {real.count} real images are fewer than the {features} features of {real.extractor}: {label} "
-                    "comes out too high; give more of them by config.eval.reference."
-                )
-            if count < features:
-                value = perfect_distance(real, count, output)
-                print(f"a perfect model would have {label} {value:.3g} with {count} samples")
+    def _save_statistics(self, path: Path, found: Statistics, *, features: bool) -> None:
+        save_statistics(path, found, features=features)
+        for other in self._folder.glob(f"real_{'?' * 16}.npz"):
+            if other != path:
+                other.unlink()  # of an earlier reference or extractor
+
+    def _own_images(self) -> ImageSet:
+        """The run's own data, decoded by the VAE that decodes its samples."""
+
+        def find(store: Path, fingerprint: str) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
+            space, decode = self._source.latents, self._decode
+            assert space is not None
+            assert decode is not None
+            mean, std = np.array(space.mean, np.float32), np.array(space.std, np.float32)
+            return lambda means: np.asarray(decode(jax.numpy.asarray((means - mean) / std))), {}
+
+        return own_images("the data of the run", self._source, self._config.data, find)
 
     def _make_extractor(self) -> Extractor:
         settings, size = self._config.eval, self._config.eval.batch_size
@@ -238,7 +246,7 @@ class Evaluator:
             # Named after what it is trained by, so that other settings or other images train another.
             data = [data_identity(self._config.data), self._source.contents]
             decides = [*data, settings.classifier_steps, self._config.seed]
-            path = self._folder / f"classifier_{name_of_first(digest_of(decides))}.safetensors"
+            path = self._folder / f"classifier_{name_from_process_0(digest_of(decides))}.safetensors"
             run_on_process_0(partial(self._train_classifier, path))
         with jax.set_mesh(self._mesh):
             if settings.features == "classifier":
@@ -249,9 +257,14 @@ class Evaluator:
                     inception_path=settings.inception,
                     preprocessing=settings.preprocessing,
                     batch_size=size,
-                    inception_setting="config.eval.inception",
+                    prefix="config.eval.",
                 )
-        agree({"extractor": extractor.fingerprint})
+        assert_shared({"extractor": extractor.fingerprint})
+        check_metrics(self._metrics, extractor)
+        count = settings.num_samples
+        whose = f"config.eval.num_samples={count}"
+        for note in few_images(self._metrics, extractor.name, extractor.outputs, count, whose):
+            _print_once(note)
         return extractor
 
     def _train_classifier(self, path: Path) -> None:
@@ -267,11 +280,11 @@ class Evaluator:
                 quiet=True,
             )
             save_classifier(path, model)
-            print(f"a classifier to look through, right about {accuracy:.1%} of the images held out, in {path}")
+            print(f"trained the classifier of the evaluations: {accuracy:.1%} right on held-out images, in {path}")
 
 
 def is_missing(config: ConfigDict | FrozenConfigDict, workdir: Path, step: int) -> bool:
-    """Whether the evaluation of that step is due and not in the run's log; all must ask, and hear the same."""
+    """Whether the evaluation of that step is due and not in the run's log. Collective."""
     return _due(config, step) and any_process(jax.process_index() == 0 and not _has_line(workdir / METRICS_FILE, step))
 
 
@@ -291,3 +304,16 @@ def _has_line(metrics: Path, step: int) -> bool:
         if line.get("step") == step and any(name.startswith(PREFIX) for name in line):
             return True
     return False
+
+
+def _read_statistics(path: Path, extractor: Extractor) -> Statistics | None:
+    """Stored statistics of images; None where the file is missing or damaged, since it can be made again."""
+    try:
+        return dataclasses.replace(load_statistics(path, extractor), file={}) if path.is_file() else None
+    except InputError:
+        return None
+
+
+def _print_once(note: str) -> None:
+    if jax.process_index() == 0:
+        print(note)

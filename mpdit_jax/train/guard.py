@@ -1,8 +1,7 @@
-"""Which steps count: one whose loss or gradient is not finite, or spikes, changes nothing and is counted as left out.
+"""Which steps are applied: one whose loss or gradient is not finite, or spikes, changes nothing and is counted.
 
-What finite gradients come to is finite too, unless a setting is out of all proportion (a learning rate of 1e38, an eps
-of 1e-40, a b1 that is 1 in float32). Such an update can't be undone: the run ends before it is saved, and the newest
-checkpoint that remains is good.
+Finite gradients give finite updates, unless a setting is out of all proportion (a learning rate of 1e38, an eps of
+1e-40, a b1 that is 1 in float32). Such an update can't be undone: the run ends before it is saved.
 """
 
 from typing import TypeAlias
@@ -11,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 Guard: TypeAlias = dict[str, jax.Array]
-"""`accepted`, the number of applied steps, and `skipped_in_a_row`, which is `NONFINITE_UPDATE` or more after an update
-that was not finite, int32; `gradient_norm`, the running mean without bias correction, float32."""
+"""`accepted`, the number of applied steps, and `skipped_in_a_row`, at least `NONFINITE_UPDATE` after an update that was
+not finite, int32; `gradient_norm`, the running mean without bias correction, float32."""
 
 _DECAY = 0.99  # of the running mean of gradient norms
 NONFINITE_UPDATE = 2**30  # ends the run whatever config.guard.abort_after is
@@ -29,7 +28,7 @@ def new_guard() -> Guard:
 
 
 def should_apply(guard: Guard, loss: jax.Array, gradient_norm: jax.Array, spike_factor: float) -> jax.Array:
-    """Whether a step with this loss and gradient norm (scalars) is to be applied, a boolean scalar."""
+    """Whether to apply a step with this loss and gradient norm (scalars), a boolean scalar."""
     good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     if not spike_factor:
         return good
@@ -38,7 +37,7 @@ def should_apply(guard: Guard, loss: jax.Array, gradient_norm: jax.Array, spike_
 
 
 def update(guard: Guard, applied: jax.Array, finite: jax.Array, gradient_norm: jax.Array) -> Guard:
-    """The guard after a step that was applied or not, whose update was finite or not."""
+    """The guard after a step that was applied or not, with an update that was finite or not (boolean scalars)."""
     mean = _DECAY * guard["gradient_norm"] + (1 - _DECAY) * gradient_norm
     return {
         "accepted": guard["accepted"] + applied,

@@ -1,7 +1,7 @@
-"""Metrics between two lines of the log, summed on the device.
+"""Metrics between two lines of the log, summed on the devices.
 
-They are part of the train state, so that a resumed run writes the same log as one that was left alone, and reading
-them is the only time the host waits for a step.
+They are part of the train state, so that a resumed run writes the same log as an undisturbed one, and the host waits
+for a step only when it reads them.
 """
 
 from collections.abc import Mapping
@@ -14,46 +14,30 @@ import numpy as np
 Window: TypeAlias = dict[str, jax.Array]
 
 METRICS = ("loss", "gradient_norm", "update_norm", "parameter_norm")
-TIME_BUCKETS = 4  # equal parts of [0, 1] over which the loss is told apart
-NAMED_SKIPS = 8  # steps left out that a window remembers by number; more are only counted
+TIME_BUCKETS = 4  # equal parts of [0, 1] whose losses are logged separately
+NAMED_SKIPS = 8  # skipped steps that a window remembers by number; more are only counted
 
 
 def empty_window() -> Window:
-    """A window that has just begun."""
-    scalars = {name: jnp.zeros((), jnp.float32) for name in (*METRICS, "steps", "skipped")}
-    parts = {name: jnp.zeros(TIME_BUCKETS, jnp.float32) for name in ("time_loss", "time_examples")}
-    # Zero stands for none: steps are numbered from 1, and checkpoints of older versions are read with zeros here.
-    seen = {
-        "skipped_steps": jnp.zeros(NAMED_SKIPS, jnp.int32),
-        "most_skipped_in_a_row": jnp.zeros((), jnp.int32),
-        "largest_loss": jnp.zeros((), jnp.float32),
-        "largest_loss_step": jnp.zeros((), jnp.int32),
-    }
-    return scalars | parts | seen
+    """A window before its first step."""
+    scalars = {name: jnp.zeros((), jnp.float32) for name in (*METRICS, "steps", "skipped", "largest_loss")}
+    buckets = {name: jnp.zeros(TIME_BUCKETS, jnp.float32) for name in ("time_loss", "time_examples")}
+    # Zero stands for no step: steps are numbered from 1, and fields that an older checkpoint lacks are read as zeros.
+    steps = {name: jnp.zeros((), jnp.int32) for name in ("most_skipped_in_a_row", "largest_loss_step")}
+    return scalars | buckets | steps | {"skipped_steps": jnp.zeros(NAMED_SKIPS, jnp.int32)}
 
 
 def add_step(
     window: Window,
-    number: jax.Array,
-    applied: jax.Array,
-    finite: jax.Array,
-    metrics: Mapping[str, jax.Array],
-    t: jax.Array,
-    per_example: jax.Array,
-    skipped_in_a_row: jax.Array,
+    number: jax.Array,  # of the step, from 1, int32
+    applied: jax.Array,  # boolean
+    finite: jax.Array,  # whether the update was finite, boolean
+    metrics: Mapping[str, jax.Array],  # a scalar for each of METRICS
+    t: jax.Array,  # times of the examples (B,)
+    per_example: jax.Array,  # their losses (B,)
+    skipped_in_a_row: jax.Array,  # the guard's count after the step, int32
 ) -> Window:
-    """The window with one more step; of one that is left out (not `applied`) count, number and loss are kept.
-
-    Args:
-        window: the sums so far.
-        number: of the step, from 1, int32.
-        applied: whether the step was applied.
-        finite: whether its update was finite; where not, nothing of it is kept, and `skipped_in_a_row` tells.
-        metrics: a scalar for each of METRICS.
-        t: times of the examples (B,).
-        per_example: their losses (B,).
-        skipped_in_a_row: steps left out up to this one, without one between them that counted, int32.
-    """
+    """The window with one more step; of one that is skipped, or not finite, only count, number and loss are kept."""
     bucket = jnp.clip(jnp.floor(t * TIME_BUCKETS).astype(jnp.int32), 0, TIME_BUCKETS - 1)
     # A product with one-hot rows rather than a scatter: it adds in the same order on every mesh.
     rows = jax.nn.one_hot(bucket, TIME_BUCKETS, dtype=jnp.float32)  # (B, TIME_BUCKETS)
@@ -78,15 +62,14 @@ def add_step(
 
 
 def skipped_steps(window: Mapping[str, np.ndarray]) -> list[int]:
-    """The first steps of the window that were left out, by number."""
+    """The numbers of the first skipped steps of the window."""
     return [int(number) for number in window["skipped_steps"] if number]
 
 
 def window_means(window: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Means over the steps that counted, the largest loss and its step, the loss of each part of [0, 1], and the number
-    of steps left out.
+    """Means over the applied steps, the largest loss and its step, the loss of each time bucket, and `skipped`.
 
-    Without a step that counted, `skipped` is all there is.
+    Without an applied step, only `skipped`, the number of skipped steps.
     """
     means = {"skipped": float(window["skipped"])}
     if not window["steps"]:

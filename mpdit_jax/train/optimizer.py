@@ -1,4 +1,4 @@
-"""The optimizer a config asks for."""
+"""The optimizer and learning-rate schedule of a config."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.model.parameters import Parameters
 
-_MUON_RMS = 0.2  # size of an update's entries relative to the learning rate that AdamW's have in practice (Moonlight)
+_MUON_RMS = 0.2  # RMS of an update relative to the learning rate, as AdamW's is in practice (Moonlight)
 
 
 def make_optimizer(config: FrozenConfigDict) -> optax.GradientTransformation:
@@ -19,7 +19,7 @@ def make_optimizer(config: FrozenConfigDict) -> optax.GradientTransformation:
 
 
 def make_schedule(config: FrozenConfigDict) -> optax.Schedule:
-    """The learning rate as a function of the step: `warmup_steps` up from zero, then by the schedule's name."""
+    """The learning rate as a function of the step: linear from zero for `warmup_steps`, then the named schedule."""
     after = SCHEDULES[config.schedule](config)
     if not config.warmup_steps:
         return after
@@ -27,23 +27,12 @@ def make_schedule(config: FrozenConfigDict) -> optax.Schedule:
     return optax.join_schedules([warm_up, after], [config.warmup_steps])
 
 
-def _constant(config: FrozenConfigDict) -> optax.Schedule:
-    return optax.constant_schedule(config.learning_rate)
-
-
-def _cosine(config: FrozenConfigDict) -> optax.Schedule:
-    share = config.end_learning_rate / config.learning_rate
-    return optax.cosine_decay_schedule(config.learning_rate, config.decay_steps, share)
-
-
-def _linear(config: FrozenConfigDict) -> optax.Schedule:
-    return optax.linear_schedule(config.learning_rate, config.end_learning_rate, config.decay_steps)
-
-
 SCHEDULES: dict[str, Callable[[FrozenConfigDict], optax.Schedule]] = {
-    "constant": _constant,
-    "cosine": _cosine,
-    "linear": _linear,
+    "constant": lambda config: optax.constant_schedule(config.learning_rate),
+    "cosine": lambda config: optax.cosine_decay_schedule(
+        config.learning_rate, config.decay_steps, alpha=config.end_learning_rate / config.learning_rate
+    ),
+    "linear": lambda config: optax.linear_schedule(config.learning_rate, config.end_learning_rate, config.decay_steps),
 }
 
 
@@ -55,7 +44,7 @@ def _muon(config: FrozenConfigDict, schedule: optax.Schedule) -> optax.GradientT
     """Muon on the blocks' matrices, AdamW with Nesterov's momentum on everything else, at the same learning rate."""
     return optax.contrib.muon(
         schedule,
-        eps=config.eps,  # of both: beside AdamW's root, and beside the norm that an update is divided by
+        eps=config.eps,  # of AdamW, and of the norm that Muon divides an update by
         weight_decay=config.weight_decay,
         adam_b1=config.b1,
         adam_b2=config.b2,

@@ -1,4 +1,4 @@
-"""Batches on the devices, each placed there while the step before it runs."""
+"""Batches on the devices, each placed there while the devices work on the step before."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,20 +11,19 @@ PlacedBatch = dict[str, jax.Array]
 
 
 class Prefetcher:
-    """One batch ahead: `prefetch` after a step was dispatched and before its result is waited for."""
+    """Batches, one read and placed ahead: call `prefetch` after a step was dispatched, before waiting for its result.
+
+    Args:
+        batches: on the host, endless.
+        place: puts a batch on the devices.
+    """
 
     def __init__(self, batches: Iterator[Batch], place: Callable[[Batch], PlacedBatch]) -> None:
-        """Nothing is read yet.
-
-        Args:
-            batches: on the host, endless.
-            place: puts one on the devices.
-        """
         self._batches, self._place = batches, place
         self._ready: PlacedBatch | DataError | None = None
 
     def prefetch(self) -> None:
-        """Read and place the next batch unless that is done. What is wrong with it is told when its turn comes."""
+        """Read and place the next batch, once; `take` raises its DataError."""
         if self._ready is None:
             try:
                 self._ready = self._place(next(self._batches))
@@ -32,11 +31,7 @@ class Prefetcher:
                 self._ready = error
 
     def take(self) -> PlacedBatch:
-        """The next batch.
-
-        Raises:
-            DataError: what reading it raised.
-        """
+        """The next batch; DataError if it could not be read."""
         self.prefetch()
         ready, self._ready = self._ready, None
         if isinstance(ready, DataError):

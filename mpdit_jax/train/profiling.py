@@ -1,4 +1,4 @@
-"""A window of steps recorded by JAX's profiler, for TensorBoard's profile page."""
+"""Steps recorded by JAX's profiler, for TensorBoard's profile page."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +8,9 @@ import jax
 
 
 class Profiler:
-    """Records `steps` steps from step `start` on (the first step of a run is 0); a context manager.
+    """Records `steps` steps after the first `start` of a run; a context manager.
 
-    The recording lies in `folder/plugins/profile/`, where TensorBoard looks for it (`pip install xprof` shows it).
+    The recording is in `folder/plugins/profile/`, where TensorBoard looks for it (`pip install xprof` shows it).
     """
 
     def __init__(self, folder: Path, start: int, steps: int) -> None:
@@ -20,27 +20,27 @@ class Profiler:
     def __enter__(self) -> "Profiler":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._recording:
             jax.profiler.stop_trace()
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around the dispatch of step `step`."""
+        """Around the dispatch of the step that follows `step`."""
         if not self._recording and self._start <= step < self._end:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # every Python call would be recorded, and slow down what is measured
+            options.python_tracer_level = 0  # recording every Python call would slow down what is measured
             jax.profiler.start_trace(self._folder, profiler_options=options)
             self._recording = True
-        if self._recording:
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                yield
-        else:
+        if not self._recording:
+            yield
+            return
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
-    def ends_with(self, step: int) -> bool:
-        """Whether `step`, which has been dispatched, is the last to record: `finish` when the device is done."""
-        return self._recording and step + 1 >= self._end
+    def ends_at(self, step: int) -> bool:
+        """Whether the last of the first `step` steps is the last to record: `finish` when the devices are done."""
+        return self._recording and step >= self._end
 
     def finish(self) -> None:
         """Write the recording."""

@@ -1,4 +1,4 @@
-"""Everything a training run is, between two steps."""
+"""The state of a training run between two steps."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -24,25 +24,15 @@ from mpdit_jax.train.metric_window import Window, empty_window
 )
 @dataclass(frozen=True)
 class TrainState:
-    """A plain pytree. Random keys come from (seed, step), so the state alone decides every later step.
+    """A plain pytree. Random keys come from (seed, step), so the state alone decides every later step."""
 
-    Attributes:
-        step: updates done so far, int32 scalar.
-        seed: uint32 scalar.
-        parameters: flat dict, float32.
-        ema_parameters: their exponential moving average, float32.
-        optimizer_state: Optax's.
-        guard: what decides whether the next step counts, see `training.guard`.
-        window: metrics since the last line of the log, see `training.window`.
-    """
-
-    step: jax.Array
-    seed: jax.Array
-    parameters: Parameters
-    ema_parameters: Parameters
+    step: jax.Array  # steps done so far, int32 scalar
+    seed: jax.Array  # uint32 scalar
+    parameters: Parameters  # flat dict, float32
+    ema_parameters: Parameters  # their exponential moving average, float32
     optimizer_state: optax.OptState
-    guard: Guard
-    window: Window
+    guard: Guard  # decides whether the next step is applied, see `train.guard`
+    window: Window  # metrics since the last line of the log, see `train.metric_window`
 
 
 def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:
@@ -60,7 +50,7 @@ def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, 
 
 
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, nothing allocated."""
+    """Shapes, dtypes and shardings of the state; allocates nothing."""
     shapes = jax.eval_shape(partial(initial_state, config, optimizer), jnp.uint32(0))
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(mesh, path, leaf)), shapes
@@ -70,14 +60,14 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
 def create_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, target: TrainState, seed: int
 ) -> TrainState:
-    """The initial state, made where `target`, an `abstract_state`, has it: no device ever holds more than its share."""
+    """The initial state, laid out like `target`, an `abstract_state`: no device ever holds more than its share."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     create = jax.jit(partial(initial_state, config, optimizer), out_shardings=shardings)
     return create(jnp.uint32(seed))
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
-    """The state as the named parts of a checkpoint, so that a sampler can read the EMA alone."""
+    """The state as the named parts of a checkpoint, of which a sampler reads the moving average alone."""
     return {
         "parameters": state.parameters,
         "ema_parameters": state.ema_parameters,

@@ -1,4 +1,4 @@
-"""One training step: what is drawn, loss, gradients, update, moving average, and when a step is left out."""
+"""One training step: noising, loss, gradients, update, moving average, and whether the step is applied."""
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
@@ -33,23 +33,22 @@ class NoisyBatch(NamedTuple):
     kept: jax.Array | None = None  # (B, K), the tokens that the trunk sees; None for all
 
 
-Draw: TypeAlias = Callable[[Batch, jax.Array], NoisyBatch]
+Noising: TypeAlias = Callable[[Batch, jax.Array], NoisyBatch]
+"""(batch, key) to the noisy batch."""
 LossFunction: TypeAlias = Callable[[Parameters, NoisyBatch], tuple[jax.Array, jax.Array]]
-"""(parameters, examples) to the mean loss and the losses of the examples (B,)."""
+"""(parameters, noisy batch) to the mean loss and the loss of each example (B,)."""
 Step: TypeAlias = Callable[[TrainState, Batch], TrainState]
 
 
-def make_noising(config: FrozenConfigDict, latents: LatentSpace | None = None) -> Draw:
-    """What is random in a step, a function of (batch, key): label dropout, times, noise, latents, hidden tokens.
+def make_noising(config: FrozenConfigDict, latents: LatentSpace | None = None) -> Noising:
+    """Draw everything random of a step: label dropout, times, noise, latents, hidden tokens.
 
-    Args:
-        config: the run's.
-        latents: the space of the batches' moments; None where they hold images.
+    `latents` is the space of the batches' moments; None if they hold images.
     """
     times = time_distribution(config.time.distribution, config.time.mean, config.time.std)
     null, model, ratio = config.model.num_classes, model_config(config), config.mask_ratio
 
-    def noise_batch(batch: Batch, key: jax.Array) -> NoisyBatch:
+    def noising(batch: Batch, key: jax.Array) -> NoisyBatch:
         dropout_key, flow_key = jax.random.split(key)
         time_key, noise_key = jax.random.split(flow_key)
         x = batch["x"] if latents is None else sample_latents(jax.random.fold_in(key, 2), batch, latents)
@@ -61,20 +60,11 @@ def make_noising(config: FrozenConfigDict, latents: LatentSpace | None = None) -
             kept=draw_kept(jax.random.fold_in(key, 3), model, ratio, x.shape[0]) if ratio else None,
         )
 
-    return noise_batch
+    return noising
 
 
 def sample_latents(key: jax.Array, batch: Batch, space: LatentSpace) -> jax.Array:
-    """One normalized sample from each posterior, of the image or its mirror image where both are stored.
-
-    Args:
-        key: of this visit.
-        batch: `mean` and `std`, (B, views, H, W, C).
-        space: the constants of the normalization.
-
-    Returns:
-        float32 (B, H, W, C).
-    """
+    """Draw a normalized sample of each posterior, float32 (B, H, W, C), from a random one of its views."""
     view_key, noise_key = jax.random.split(key)
     count, views = batch["mean"].shape[:2]
     chosen = jax.random.randint(view_key, (count, 1, 1, 1, 1), 0, views)
@@ -87,30 +77,29 @@ def sample_latents(key: jax.Array, batch: Batch, space: LatentSpace) -> jax.Arra
     return (sample - jnp.asarray(space.mean, jnp.float32)) / jnp.asarray(space.std, jnp.float32)
 
 
-def make_loss(structure: Structure, mask_loss_weight: float = 0.0) -> LossFunction:
-    """The flow-matching loss of a model's parameters.
-
-    Where the examples say which tokens are kept, it is the mean over those tokens plus `mask_loss_weight` times the
-    mean over the hidden ones. There the noise cannot be known, and what can be learned of the velocity is minus the
-    image: MaskDiT's reconstruction.
-    """
-
-    def loss(parameters: Parameters, examples: NoisyBatch) -> tuple[jax.Array, jax.Array]:
-        model = merge(structure, parameters)
-        if examples.kept is None:
-            return flow_matching_loss(model, examples.x, examples.y, t=examples.t, noise=examples.noise)
-        z, velocity = interpolate(examples.x, examples.noise, examples.t)
-        error = masked_velocity(model, z, examples.t, examples.y, examples.kept) - velocity
-        seen, hidden = split_error(jnp.square(error), examples.kept, model.config.patch_sizes[0])  # (B,) each
-        per_example = seen + mask_loss_weight * hidden
-        return per_example.mean(), per_example
-
-    return loss
-
-
 def drop_labels(key: jax.Array, labels: jax.Array, rate: float, null: int) -> jax.Array:
     """Replace each label by the null class with probability `rate`; labels (B,)."""
     return jnp.where(jax.random.bernoulli(key, rate, labels.shape), null, labels)
+
+
+def make_loss(structure: Structure, mask_loss_weight: float = 0.0) -> LossFunction:
+    """The flow-matching loss of a model's parameters.
+
+    With hidden tokens it is the mean over the kept tokens plus `mask_loss_weight` times the mean over the hidden ones.
+    Their noise cannot be known, and what can be learned of their velocity is minus the image: MaskDiT's reconstruction.
+    """
+
+    def loss(parameters: Parameters, noisy: NoisyBatch) -> tuple[jax.Array, jax.Array]:
+        model = merge(structure, parameters)
+        if noisy.kept is None:
+            return flow_matching_loss(model, noisy.x, noisy.y, t=noisy.t, noise=noisy.noise)
+        z, velocity = interpolate(noisy.x, noisy.noise, noisy.t)
+        error = masked_velocity(model, z, noisy.t, noisy.y, noisy.kept) - velocity
+        kept, hidden = split_error(jnp.square(error), noisy.kept, model.config.patch_sizes[0])  # (B,) each
+        per_example = kept + mask_loss_weight * hidden
+        return per_example.mean(), per_example
+
+    return loss
 
 
 def build_train_step(
@@ -119,14 +108,7 @@ def build_train_step(
     optimizer: optax.GradientTransformation,
     latents: LatentSpace | None = None,
 ) -> Step:
-    """The step of a config's run, which is what is trained, replayed, compiled ahead of time and timed.
-
-    Args:
-        config: the run's, resolved.
-        structure: of its model.
-        optimizer: from gradients to updates.
-        latents: the space of the batches' moments; None where they hold images.
-    """
+    """Build the train step shared by train, replay, compile and benchmark; `latents` as for `make_noising`."""
     return make_step(
         make_noising(config, latents),
         make_loss(structure, config.mask_loss_weight),
@@ -138,7 +120,7 @@ def build_train_step(
 
 
 def make_step(
-    make_noising: Draw,
+    noising: Noising,
     loss: LossFunction,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
@@ -146,22 +128,17 @@ def make_step(
     accumulation: int = 1,
     spike_factor: float = 0.0,
 ) -> Step:
-    """The update as a pure function of (state, batch); not yet jitted.
+    """The update as a pure function of (state, batch), not jitted.
 
     Args:
-        make_noising: what is random, for the whole batch at once, so that it does not depend on `accumulation`.
-        loss: of parameters and examples.
-        optimizer: from gradients to updates.
-        ema_decay: of the moving average.
+        noising, loss, optimizer, ema_decay: the parts of the step.
         accumulation: parts the batch is cut into; their gradients are averaged, at the memory of one part.
-        spike_factor: leave out a step whose gradient norm is more than this many times the running mean of those
-            before it; 0 for never. One whose loss or gradient is not finite always is (`training.guard`).
+        spike_factor: skip a step whose gradient norm is this many times the running mean; 0 for never (`train.guard`).
     """
 
     def step(state: TrainState, batch: Batch) -> TrainState:
-        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        examples = make_noising(batch, key)
-        value, per_example, gradients = accumulated(loss, state.parameters, examples, accumulation)
+        noisy = noising(batch, jax.random.fold_in(jax.random.key(state.seed), state.step))
+        value, per_example, gradients = accumulated(loss, state.parameters, noisy, accumulation)
         gradient_norm = optax.tree.norm(gradients)
         # Decided before the update is applied, so that old and new state never lie in memory side by side.
         applied = guards.should_apply(state.guard, value, gradient_norm, spike_factor)
@@ -174,46 +151,34 @@ def make_step(
             "update_norm": optax.tree.norm(updates),
             "parameter_norm": optax.tree.norm(parameters),
         }
-        kept = _select(
-            applied,
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(applied, new, old),
             (parameters, ema_parameters, optimizer_state),
             (state.parameters, state.ema_parameters, state.optimizer_state),
         )
         finite = jnp.isfinite(metrics["update_norm"]) & jnp.isfinite(metrics["parameter_norm"])
         guard = guards.update(state.guard, applied, finite, gradient_norm)
+        skipped, number = guard["skipped_in_a_row"], state.step + 1
         return TrainState(
-            step=state.step + 1,
+            step=number,
             seed=state.seed,
             parameters=kept[0],
             ema_parameters=kept[1],
             optimizer_state=kept[2],
             guard=guard,
-            window=add_step(
-                state.window,
-                state.step + 1,
-                applied,
-                finite,
-                metrics,
-                examples.t,
-                per_example,
-                guard["skipped_in_a_row"],
-            ),
+            window=add_step(state.window, number, applied, finite, metrics, noisy.t, per_example, skipped),
         )
 
     return step
 
 
-def _select(applied: jax.Array, new: optax.OptState, old: optax.OptState) -> optax.OptState:
-    return jax.tree.map(lambda yes, no: jnp.where(applied, yes, no), new, old)
-
-
 def accumulated(
-    loss: LossFunction, parameters: Parameters, examples: NoisyBatch, parts: int
+    loss: LossFunction, parameters: Parameters, noisy: NoisyBatch, parts: int
 ) -> tuple[jax.Array, jax.Array, Parameters]:
-    """Mean loss, losses of the examples (B,) and mean gradient, `parts` equal shares of the batch one at a time."""
+    """Mean loss, loss of each example (B,) and mean gradient, from `parts` equal parts of the batch one at a time."""
     gradient = jax.value_and_grad(loss, has_aux=True)
     if parts == 1:
-        (value, per_example), gradients = gradient(parameters, examples)
+        (value, per_example), gradients = gradient(parameters, noisy)
         return value, per_example, gradients
 
     def interleaved(x: jax.Array) -> jax.Array:
@@ -224,8 +189,8 @@ def accumulated(
         (value, per_example), gradients = gradient(parameters, part)
         return jax.tree.map(jnp.add, total, (value, gradients)), per_example
 
-    nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, parameters))
-    (value, gradients), per_example = jax.lax.scan(add, nothing, jax.tree.map(interleaved, examples))
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, parameters))
+    (value, gradients), per_example = jax.lax.scan(add, zero, jax.tree.map(interleaved, noisy))
     mean = jax.tree.map(lambda total: total / parts, gradients)
     return value / parts, per_example.swapaxes(0, 1).reshape(-1), mean
 
@@ -235,13 +200,13 @@ def moving_average(average: Parameters, parameters: Parameters, decay: float) ->
     return jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, average, parameters)
 
 
-# XLA's CPU backend copies parameters and moments before it writes their successors over them, unless it is told to
-# find out that it need not. (A jaxlib without this option says "No such compile option": then leave it out.)
+# XLA's CPU backend copies parameters and moments before it overwrites them, unless this analysis shows that it need
+# not. (Leave it out for a jaxlib that says "No such compile option".)
 _CPU_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
 
 def jit_step(step: Step, state: TrainState, mesh: Mesh) -> Step:
-    """Compile for the mesh: state laid out as `state` says (arrays or shapes) and donated, batch split over devices.
+    """Jit a step for a mesh: the state laid out like `state` (arrays or shapes) and donated, the batch split.
 
     Call it under `jax.set_mesh(mesh)`, which the model's activation constraints read.
     """

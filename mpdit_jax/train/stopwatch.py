@@ -1,4 +1,4 @@
-"""Where the time of a run goes: waiting for data, saving and drawing, and the rest, which is the device's."""
+"""Where the time of a run goes: waiting for data, other work of the host, and the devices' work."""
 
 import time
 from collections import defaultdict
@@ -13,27 +13,23 @@ from mpdit_jax.runtime.hardware import GIB
 
 
 class Stopwatch:
-    """Splits the wall-clock time between two lines of the log, on this process; a context manager.
+    """Splits this process's wall-clock time between two lines of the log; a context manager.
 
-    The device works while the host prepares the next step. Waiting for data is time in which the host waits for it and
-    the device has finished the step before; what is neither that nor saving or drawing is the device's. Where that is
-    nearly all, the input pipeline keeps up.
+    The devices work while the host prepares the next step. Only the time in which the host waits for data after the
+    devices have finished the step before counts as waiting; the time that is neither waiting nor other work (saving,
+    drawing, evaluating) is the devices'. If it is nearly all, the input pipeline keeps up.
+
+    Args:
+        batch_size: images a step.
+        flops_per_image: of a step, by the model's definition, without recomputation.
+        peak_flops: of all devices, a second; None if unknown.
     """
 
     def __init__(self, batch_size: int, flops_per_image: float = 0.0, peak_flops: float | None = None) -> None:
-        """Start the first window.
-
-        Args:
-            batch_size: images a step.
-            flops_per_image: of a step, by the model's definition, nothing computed twice.
-            peak_flops: what all devices could do in a second; None if unknown.
-        """
         self._batch_size, self._flops_per_image, self._peak_flops = batch_size, flops_per_image, peak_flops
         self._spent: defaultdict[str, float] = defaultdict(float)
-        self._start = time.perf_counter()
-        self._steps = 0
-        self._compiled = False
-        # Somebody must be there when the device is done, while this thread waits for data.
+        self._start, self._steps, self._compiled = time.perf_counter(), 0, False
+        # A thread notes when the devices are done, as the main thread may be waiting for data.
         self._observer = ThreadPoolExecutor(1, "stopwatch")
         self._idle_since: Future[float] | None = None
 
@@ -56,33 +52,27 @@ class Stopwatch:
             self._spent[part] += max(end - start, 0.0)
 
     def step(self, result: Any) -> None:
-        """A step has been dispatched that gives `result`, which the next one must not take over.
+        """Count a dispatched step by its `result`, which the next step must not take over.
 
-        The first compiles: it is waited for and left out.
+        The first step compiles: it is waited for and left out.
         """
         if self._compiled:
             self._steps += 1
             self._idle_since = self._observer.submit(_when_ready, result)
-            return
-        jax.block_until_ready(result)
-        self._compiled = True
-        self._restart()
-
-    def _restart(self) -> None:
-        self._spent.clear()
-        self._start, self._steps = time.perf_counter(), 0
+        else:
+            jax.block_until_ready(result)
+            self._compiled = True
+            self._restart()
 
     def lap(self) -> dict[str, float]:
-        """Means over the window, and begin the next; the device must have finished the window's steps.
+        """End a window, whose steps the devices must have finished, and begin the next; means over its steps.
 
-        `seconds_step` is their sum: `seconds_data_wait` (the device waiting for a batch), `seconds_other`
-        (checkpoints, grids, evaluations and a profile's writing, as far as the step had to wait for them) and
-        `seconds_device`. Rates leave `seconds_other` out. `mfu` is the model's operations (three forward passes) over
-        the devices' peak; `device_memory_gib` the most that this process's fullest device has held. Unknown figures
-        are missing.
+        `seconds_step` is the sum of `seconds_data_wait` (the devices wait for a batch), `seconds_other` (checkpoints,
+        grids, evaluations and a profile's writing, as far as a step had to wait for them) and `seconds_device`. Rates
+        leave `seconds_other` out. `mfu` is the model's operations (three forward passes) over the devices' peak;
+        `device_memory_gib` the most that this process's fullest device has held. Unknown values are missing.
         """
-        seconds, steps = time.perf_counter() - self._start, self._steps
-        spent = dict(self._spent)
+        seconds, steps, spent = time.perf_counter() - self._start, self._steps, dict(self._spent)
         self._restart()
         if not steps:
             return {}
@@ -103,8 +93,12 @@ class Stopwatch:
             values["device_memory_gib"] = max(held) / GIB
         return values
 
+    def _restart(self) -> None:
+        self._spent.clear()
+        self._start, self._steps = time.perf_counter(), 0
+
 
 def _when_ready(result: Any) -> float:
-    with suppress(jax.errors.JaxRuntimeError):  # told to whoever needs the result
+    with suppress(jax.errors.JaxRuntimeError):  # raised again where the result is used
         jax.block_until_ready(result)
     return time.perf_counter()

@@ -1,7 +1,7 @@
 """Training a small VAE of Stable Diffusion's family: reconstruction and KL divergence, nothing adversarial."""
 
 import dataclasses
-import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,25 +13,20 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from mpdit_jax.checkpoint.load import CONFIG
-from mpdit_jax.checkpoint.manager import Checkpoints
-from mpdit_jax.checkpoint.reader import newest_in_words, numbered_folders
-from mpdit_jax.checkpoint.workdir import has_saved
-from mpdit_jax.data.decoded import DecodedImages
-from mpdit_jax.data.image_sets import open_images
+from mpdit_jax.checkpoint.workdir import lock_workdir
+from mpdit_jax.data.image_sets import Pictures, open_images
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.distributed.mesh import batch_sharding, check_batch, make_mesh, replicated
-from mpdit_jax.errors import CheckpointError, DivergedError
+from mpdit_jax.errors import DivergedError
 from mpdit_jax.io import pictures as images
-from mpdit_jax.io.files import atomic_write, check_writable, is_json_with, parse_json, remove_stale_tmp, take_lock
-from mpdit_jax.runtime.signals import PreemptionHandler
-from mpdit_jax.train.logger import RunLogger
+from mpdit_jax.model.parameters import Parameters, merge, split
+from mpdit_jax.train.prefetcher import Prefetcher
+from mpdit_jax.train.run import Policy, Run
 from mpdit_jax.train.stopwatch import Stopwatch
-from mpdit_jax.train.vae_config import autoencoder_config, resolve_vae
-from mpdit_jax.train.writers import METRICS_FILE
+from mpdit_jax.train.vae_config import autoencoder_config, compare_vae_configs, resolve_vae
 from mpdit_jax.vae import Autoencoder, AutoencoderConfig, load_vae, save_folder
 from mpdit_jax.vae.autoencoder import mean_and_std
-from mpdit_jax.vae.weights import Parameters, abstract, merge, split
+from mpdit_jax.vae.weights import abstract
 
 _SHOWN = 16  # images and their reconstructions in the picture, and images encoded at a time
 _THREADS = 2  # that decode image files
@@ -39,20 +34,21 @@ _SCALED = 1024  # images that the scaling factor is measured on
 
 
 class VAEState(NamedTuple):
-    """A plain pytree; what is random comes from (seed, step)."""
+    """A plain pytree; random keys come from (seed, step)."""
 
     step: jax.Array
     parameters: Parameters
     optimizer_state: optax.OptState
+    metrics: dict[str, jax.Array]  # of the last step, not saved
 
 
 def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
-    """Train until `config.steps`, or until asked to stop; continue what the workdir holds.
+    """Train until `config.steps`, or until asked to stop; continue the training that the workdir holds.
 
     Args:
         config: see `base_vae_config`.
         workdir: gets checkpoints, logs and, at the end, `vae/` (a folder as diffusers writes it) and
-            `reconstructions.png` (images above, what the VAE makes of them below).
+            `reconstructions.png` (images above, their reconstructions below).
 
     Returns:
         The steps that are done and saved: `config.steps`, or fewer if it was asked to stop.
@@ -60,123 +56,79 @@ def train_vae(config: ConfigDict | FrozenConfigDict, workdir: Path) -> int:
     Raises:
         ConfigError, DataError, InputError: see each class.
         CheckpointError: the workdir holds a VAE of another config, or is being written to.
-        DivergedError: the loss is not finite.
+        DivergedError: the loss or the parameters are not finite.
 
-    SIGTERM and SIGINT are heeded as by `mpdit_jax.train.loop.train`.
+    Signals are handled as by `mpdit_jax.train`.
     """
     config = resolve_vae(config)
     architecture, mesh = autoencoder_config(config), make_mesh()
     check_batch(config.batch_size, mesh)
-    source = DecodedImages(
-        open_images(config.data.images, config.data.split), config.data.image_size, architecture.in_channels
+    source = dataclasses.replace(
+        open_images(config.data.images, config.data.split, classes=False),
+        image_size=config.data.image_size,
+        channels=architecture.in_channels,
     )
-    check_writable(workdir / CONFIG)
-    lock = take_lock(workdir / ".lock")
-    if isinstance(lock, str):
-        raise CheckpointError(f"another training is writing to {workdir} ({lock}): wait for it to end, or use another.")
-    with (
-        lock,
-        jax.set_mesh(mesh),
-        PreemptionHandler(config.checkpoint.grace, partial(newest_in_words, workdir)) as stop,
-        Checkpoints(workdir, keep=2) as checkpoints,
-    ):
-        _claim(workdir, config, started=bool(numbered_folders(workdir)))
-        stop.nothing_to_save = True
-        optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
-        create = partial(_initial_state, architecture, optimizer, config.seed)
+    optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
+    create = jax.jit(partial(_initial_state, architecture, optimizer, config.seed), out_shardings=replicated(mesh))
+
+    with jax.set_mesh(mesh), Run(config, workdir, lock_workdir(workdir, config, compare_vae_configs), _POLICY) as run:
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), jax.eval_shape(create)
         )
-        restored = checkpoints.restore_newest({"vae": target._asdict()})
-        if restored is not None:
-            for note in restored.notes:
-                print(f"{note}.", flush=True)
-            step, state = restored.step, VAEState(**restored.items["vae"])
-        else:
-            step, state = 0, jax.jit(create, out_shardings=replicated(mesh))()
+        step, state = run.restore(target) or (0, create())
         update = _make_update(architecture, optimizer, config)
-        metrics: dict[str, jax.Array] | None = None
-        data = batches(source, config.batch_size, config.seed, start=step, threads=_THREADS)
-        with (
-            Stopwatch(config.batch_size) as watch,
-            RunLogger(workdir, step, config.steps, config.batch_size) as report,
-        ):
-            while step < config.steps and stop.name is None:
-                with watch.of("data_wait"):
-                    batch = jax.device_put(next(data)["x"], batch_sharding(mesh))
-                state, metrics = update(state, batch)
-                stop.nothing_to_save = False
-                step += 1
-                watch.step(metrics)
-                report.advance(step)
-                last = step == config.steps
-                logs, saves = (step % every == 0 or last for every in (config.log.every, config.checkpoint.every))
-                if logs or saves:
-                    lock.check("training")
-                    values = _finite(step, metrics, state.parameters)
-                if logs:
-                    report.metrics(step, values, watch.lap())
-                if saves:
-                    checkpoints.save(step, {"vae": state._asdict()})
-            if 0 < step < config.steps:
-                stop.begin_grace()
-                report.say(f"{stop.name}: saving step {step}")
-                lock.check("training")
-                if metrics is not None:
-                    _finite(step, metrics, state.parameters)
-                checkpoints.save(step, {"vae": state._asdict()})
+        data = Prefetcher(
+            batches(source, config.batch_size, config.seed, start=step, threads=_THREADS),
+            lambda batch: jax.device_put({"x": batch["x"]}, batch_sharding(mesh)),
+        )
+        run.start(step, Stopwatch(config.batch_size))
+        while step < config.steps and not run.should_stop(step):
+            batch = run.take(data, step, state)
+            with run.dispatch(step):
+                state = update(state, batch["x"])
+            step += 1
+            run.advance(step, state, data)
+            state = run.log(step, state)
+            run.save(step, state)
+        run.save_on_stop(step, state)
         if step == config.steps:
-            lock.check("training")
+            run.check(step, state)
             _write(workdir, architecture, state.parameters, source)
     return step
 
 
-def _finite(step: int, metrics: dict[str, jax.Array], parameters: Parameters) -> dict[str, float]:
-    """The metrics of a step, which with its parameters are finite: nothing else is logged or saved."""
-    values = {name: float(value) for name, value in metrics.items()}
-    if not (np.isfinite(values["loss"]) and np.isfinite(float(optax.tree.norm(parameters)))):
+def _to_items(state: VAEState) -> dict[str, Any]:
+    return {"vae": {name: value for name, value in state._asdict().items() if name != "metrics"}}
+
+
+def _from_items(items: dict[str, Any]) -> VAEState:
+    return VAEState(**items["vae"], metrics=jax.device_put(_no_metrics(), items["vae"]["step"].sharding))
+
+
+def _metrics(step: int, state: VAEState) -> tuple[dict[str, float], list[int]]:
+    _check(step, state)  # nothing is logged of a step that is not finite
+    return {name: float(value) for name, value in state.metrics.items()}, []
+
+
+def _check(step: int, state: VAEState, newest: Callable[[], str] | None = None) -> int:
+    if not (np.isfinite(float(state.metrics["loss"])) and np.isfinite(float(optax.tree.norm(state.parameters)))):
         raise DivergedError(
             f"the loss or the parameters of step {step} are not finite: start again in a new --workdir with a lower "
             "config.learning_rate."
         )
-    return values
+    return 0
 
 
-def _claim(workdir: Path, config: FrozenConfigDict, *, started: bool) -> None:
-    for folder in (workdir, workdir / "vae"):
-        remove_stale_tmp(folder)
-    path, text = workdir / CONFIG, json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-    changed = path.exists() and _decisive(path) != _decisive_of(json.loads(text))
-    if started and (changed or not path.exists()):
-        raise CheckpointError(f"{workdir} holds a training of another config (see {path}): use another --workdir.")
-    if changed and ((workdir / METRICS_FILE).exists() or not is_json_with(path, ("kl_weight", "data"))):
-        raise CheckpointError(
-            f"{workdir} holds something else (see {path}), which would be overwritten: use another --workdir."
-        )
-    if not started and has_saved(workdir, config.checkpoint.every):
-        raise CheckpointError(
-            f"{workdir} holds the record of this training and none of its checkpoints: restore them from a copy, or "
-            "use another --workdir."
-        )
-    with atomic_write(path) as file:
-        file.write(text.encode())
-
-
-def _decisive(path: Path) -> dict[str, Any] | None:
-    """The fields of a stored config that change the result; None if it cannot be read."""
-    try:
-        return _decisive_of(parse_json(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _decisive_of(config: dict[str, Any]) -> dict[str, Any]:
-    return {**config, "checkpoint": {"every": config["checkpoint"]["every"]}}  # its grace may change, or be newer
+_POLICY = Policy(_to_items, _from_items, _metrics, lambda state: state, _check)
 
 
 def _initial_state(architecture: AutoencoderConfig, optimizer: optax.GradientTransformation, seed: int) -> VAEState:
     parameters = split(Autoencoder(architecture, rngs=nnx.Rngs(seed)))[1]
-    return VAEState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
+    return VAEState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters), _no_metrics())
+
+
+def _no_metrics() -> dict[str, jax.Array]:
+    return {name: jnp.zeros(()) for name in ("loss", "reconstruction", "kl")}
 
 
 def _make_update(
@@ -189,22 +141,22 @@ def _make_update(
         mean, std = mean_and_std(model.moments(x))
         sample = mean + std * jax.random.normal(key, mean.shape)
         reconstruction = jnp.abs(model.decode(sample) - x).mean()
-        # Of a diagonal Gaussian from the standard normal, a latent value.
+        # The divergence of a diagonal Gaussian from the standard normal, a latent value.
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * jnp.log(std)).mean()
         total = reconstruction + config.kl_weight * kl
         return total, {"loss": total, "reconstruction": reconstruction, "kl": kl}
 
-    def update(state: VAEState, x: jax.Array) -> tuple[VAEState, dict[str, jax.Array]]:
+    def update(state: VAEState, x: jax.Array) -> VAEState:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         gradients, metrics = jax.grad(loss, has_aux=True)(state.parameters, x, key)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state)
         parameters = optax.apply_updates(state.parameters, updates)
-        return VAEState(state.step + 1, parameters, optimizer_state), metrics
+        return VAEState(state.step + 1, parameters, optimizer_state, metrics)
 
     return jax.jit(update, donate_argnums=0)
 
 
-def _write(workdir: Path, architecture: AutoencoderConfig, parameters: Parameters, source: DecodedImages) -> None:
+def _write(workdir: Path, architecture: AutoencoderConfig, parameters: Parameters, source: Pictures) -> None:
     folder = workdir / "vae"
     save_folder(folder, architecture, parameters)
     x = source.batch(np.linspace(0, len(source) - 1, min(_SCALED, len(source))).astype(int))["x"]

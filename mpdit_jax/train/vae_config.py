@@ -1,13 +1,21 @@
-"""The base config of a VAE's training, and its checks."""
+"""The base config of a VAE's training, and its validation."""
 
+import json
 import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from mpdit_jax.config.checks import check_fields
-from mpdit_jax.errors import ConfigError
+from mpdit_jax.config.base import to_json
+from mpdit_jax.config.checks import check_fields, expect, leaves
+from mpdit_jax.errors import CheckpointError, ConfigError
+from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.vae.config import AutoencoderConfig
 from mpdit_jax.validation import LARGEST_SIDE
+
+_CONTINUABLE = ("checkpoint.", "log.", "profile.")  # groups that a continued training may change, and older ones lack
 
 
 def base_vae_config() -> ConfigDict:
@@ -33,8 +41,11 @@ def base_vae_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 250  # steps
+    config.checkpoint.keep = 2  # newest checkpoints kept
+    config.checkpoint.keep_every = 0  # steps; checkpoints at multiples of this are never deleted; 0 for none
     config.checkpoint.grace = 600.0  # seconds after SIGTERM in which all must be saved; 0 for no limit
-    config.log = ConfigDict({"every": 50})  # steps
+    config.log = ConfigDict({"every": 50, "wandb_project": ""})  # steps; also to a project of Weights & Biases
+    config.profile = ConfigDict({"start": 10, "steps": 0})  # steps recorded for TensorBoard's profile page; 0 for none
     return config.lock()
 
 
@@ -42,25 +53,18 @@ def resolve_vae(config: ConfigDict | FrozenConfigDict) -> FrozenConfigDict:
     """A checked copy.
 
     Raises:
-        ConfigError: a field that cannot be.
+        ConfigError: an unknown field or an impossible value.
     """
     check_fields(config, base_vae_config(), "config")
     resolved = ConfigDict(config.to_dict())
-    values = {"seed": resolved.seed, "kl_weight": resolved.kl_weight, "checkpoint.grace": resolved.checkpoint.grace}
-    for path, value in values.items():
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"config.{path}={value}: expected 0 or more.")
-    if not 1 <= resolved.data.image_size <= LARGEST_SIDE:
-        raise ConfigError(f"config.data.image_size={resolved.data.image_size}: expected 1 to {LARGEST_SIDE} pixels.")
-    for path in ("batch_size", "steps", "checkpoint.every", "log.every"):
-        group, _, name = path.rpartition(".")
-        value = (resolved[group] if group else resolved)[name]
-        if value < 1:
-            raise ConfigError(f"config.{path}={value}: expected 1 or more.")
-    if not 0 < resolved.learning_rate < math.inf:
-        raise ConfigError(f"config.learning_rate={resolved.learning_rate}: expected a positive number.")
-    if resolved.model.in_channels not in (1, 3):
-        raise ConfigError(f"config.model.in_channels={resolved.model.in_channels}: expected 1 (grey) or 3 (RGB).")
+    values = dict(leaves(resolved.to_dict()))
+    for path in ("batch_size", "steps", "checkpoint.every", "checkpoint.keep", "log.every"):
+        expect(resolved, path, values[path] >= 1, "1 or more")
+    for path in ("seed", "kl_weight", "checkpoint.grace", "checkpoint.keep_every", "profile.start", "profile.steps"):
+        expect(resolved, path, 0 <= values[path] < math.inf, "0 or more")
+    expect(resolved, "data.image_size", 1 <= resolved.data.image_size <= LARGEST_SIDE, f"1 to {LARGEST_SIDE} pixels")
+    expect(resolved, "learning_rate", 0 < resolved.learning_rate < math.inf, "a positive number")
+    expect(resolved, "model.in_channels", resolved.model.in_channels in (1, 3), "1 (grey) or 3 (RGB)")
     factor = autoencoder_config(resolved).downsample_factor
     if resolved.data.image_size % factor:
         raise ConfigError(
@@ -74,3 +78,21 @@ def autoencoder_config(config: ConfigDict | FrozenConfigDict) -> AutoencoderConf
     """The architecture."""
     fields = config.model.to_dict()
     return AutoencoderConfig(**fields, out_channels=fields["in_channels"])
+
+
+def compare_vae_configs(workdir: Path, config: FrozenConfigDict) -> Mapping[str, tuple[Any, Any]]:
+    """The fields in which a VAE's config contradicts the stored one; those that change no result may differ.
+
+    Raises:
+        CheckpointError: the stored one cannot be read.
+    """
+    path = workdir / "config.json"
+    try:
+        before = dict(leaves(parse_json(path.read_text())))
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): use another --workdir.") from error
+    now = dict(leaves(json.loads(to_json(config))))
+    names = [
+        name for name in sorted({*before, *now}) if not name.startswith(_CONTINUABLE) or name == "checkpoint.every"
+    ]
+    return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}

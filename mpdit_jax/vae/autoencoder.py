@@ -1,7 +1,7 @@
 """Stable Diffusion's AutoencoderKL as a Flax NNX module: images to latent moments, latents to images.
 
-The architecture is that of "High-Resolution Image Synthesis with Latent Diffusion Models" (Rombach et al., 2022,
-appendix G) with the switches later checkpoints of the family added.
+The architecture is that of "High-Resolution Image Synthesis with Latent Diffusion Models" (Rombach et al. 2022,
+appendix G), with the options of later checkpoints.
 """
 
 import jax
@@ -14,7 +14,7 @@ from mpdit_jax.vae.config import AutoencoderConfig
 
 
 class Encoder(nnx.Module):
-    """Images to 2·latent_channels feature maps at 1/downsample_factor of the resolution."""
+    """The encoder: images to 2·latent_channels feature maps at 1/downsample_factor of the resolution."""
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         widths, groups = config.block_out_channels, config.norm_num_groups
@@ -30,7 +30,7 @@ class Encoder(nnx.Module):
         self.conv_out = Conv(widths[-1], 2 * config.latent_channels, 3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, H, W, in_channels) to (B, H/f, W/f, 2·latent_channels) float32, computed in the dtype of `x`."""
+        """Map (B, H, W, in_channels) to (B, H/f, W/f, 2·latent_channels) float32, computed in the dtype of `x`."""
         x = self.conv_in(x)
         for stage in self.down_blocks:
             x = stage(x)  # (B, H/2, W/2, C)
@@ -39,7 +39,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents to images at downsample_factor times the resolution."""
+    """The decoder: latents to images at downsample_factor times the resolution."""
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
@@ -55,7 +55,7 @@ class Decoder(nnx.Module):
         self.conv_out = Conv(widths[-1], config.out_channels, 3, rngs=rngs)
 
     def __call__(self, z: jax.Array) -> jax.Array:
-        """(B, h, w, latent_channels) to (B, h·f, w·f, out_channels) float32, computed in the dtype of `z`."""
+        """Map (B, h, w, latent_channels) to (B, h·f, w·f, out_channels) float32, computed in the dtype of `z`."""
         z = self.mid_block(self.conv_in(z))
         for stage in self.up_blocks:
             z = stage(z)  # (B, 2H, 2W, C)
@@ -63,15 +63,10 @@ class Decoder(nnx.Module):
 
 
 class Autoencoder(nnx.Module):
-    """Encoder and decoder with the 1x1 convolutions between them.
+    """Encoder and decoder with the 1x1 convolutions between them. It holds float32 parameters and no other state.
 
-    It holds float32 parameters and nothing else: no random state, no running statistics.
-
-    Args:
-        config: the architecture.
-        dtype: compute dtype of convolutions and matrix products, float32 or bfloat16; group norms and the softmax of
-            the attention are always computed in float32.
-        rngs: randomness of the initial parameters (the stream `params`).
+    `dtype` is the compute dtype of convolutions and matrix products, float32 or bfloat16; group norms and the
+    attention's softmax are always in float32.
     """
 
     def __init__(self, config: AutoencoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
@@ -85,13 +80,9 @@ class Autoencoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def moments(self, images: jax.Array) -> jax.Array:
-        """Gives the posterior's mean and log variance, concatenated over channels.
+        """Encode images (B, H, W, in_channels) in [-1, 1]; H and W are multiples of the downsample factor f.
 
-        Args:
-            images: (B, H, W, in_channels) in [-1, 1]; H and W multiples of the downsample factor.
-
-        Returns:
-            (B, H/f, W/f, 2·latent_channels) float32; the log variance as the network gives it, not clipped.
+        Return the posterior's mean and log variance (not clipped) as (B, H/f, W/f, 2·latent_channels) float32.
         """
         x = self.encoder(images.astype(self.dtype))
         if self.quant_conv is not None:
@@ -99,13 +90,9 @@ class Autoencoder(nnx.Module):
         return x
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Gives images, about in [-1, 1] and not clipped.
+        """Decode unscaled latents (B, h, w, latent_channels).
 
-        Args:
-            latents: (B, h, w, latent_channels), unscaled.
-
-        Returns:
-            (B, h·f, w·f, out_channels) float32.
+        Return images (B, h·f, w·f, out_channels) float32, approximately in [-1, 1], not clipped.
         """
         z = latents.astype(self.dtype)
         if self.post_quant_conv is not None:
@@ -114,9 +101,9 @@ class Autoencoder(nnx.Module):
 
 
 def mean_and_std(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Splits moments (see `Autoencoder.moments`) into the posterior's mean and standard deviation.
+    """Convert moments (see `Autoencoder.moments`) to the posterior's mean and standard deviation.
 
-    The log variance is clipped to [-30, 20] first, as Stable Diffusion's posterior is defined.
+    The log variance is clipped to [-30, 20], as in Stable Diffusion.
     """
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean, jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))

@@ -1,4 +1,4 @@
-"""The layers an AutoencoderKL is built from: channels-last, parameters in float32, norms and softmax in float32."""
+"""Layers of an AutoencoderKL: channels last; parameters, norms and softmax in float32."""
 
 from itertools import pairwise
 
@@ -9,17 +9,14 @@ from jax.typing import DTypeLike
 
 from mpdit_jax.vae.convolution import conv2d, upsample_conv2d
 
-# Kernels start as uniform ±1/√fan_in, biases at zero.
+# Uniform in ±1/√fan_in.
 _kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 _NORM_EPSILON = 1e-6
 
 
 class Conv(nnx.Module):
-    """A square convolution with bias that keeps the resolution at stride 1.
-
-    At stride 2 it pads one row below and one column to the right only, as the Stable-Diffusion encoder does.
-    """
+    """A square convolution with bias. Stride 1 keeps the resolution; stride 2 pads below and on the right only."""
 
     def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, rngs: nnx.Rngs):
         self.kernel = nnx.Param(_kernel_init(rngs.params(), (size, size, inputs, outputs), jnp.float32))
@@ -27,7 +24,7 @@ class Conv(nnx.Module):
         self.stride = stride
 
     def __call__(self, x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
-        """(B, H, W, inputs) to (B, H / stride, W / stride, outputs), in `dtype` or else that of `x`."""
+        """Map (B, H, W, inputs) to (B, H / stride, W / stride, outputs), in `dtype` (default that of `x`)."""
         size = self.kernel.shape[0]
         before = 0 if self.stride == 2 else (size - 1) // 2
         after = (size - 1) // 2
@@ -36,18 +33,18 @@ class Conv(nnx.Module):
 
 
 class UpsampleConv(Conv):
-    """A 3x3 convolution of the image doubled by nearest-neighbour repetition."""
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         super().__init__(channels, channels, 3, rngs=rngs)
 
     def __call__(self, x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
-        """(B, H, W, C) to (B, 2H, 2W, C)."""
+        """Map (B, H, W, C) to (B, 2H, 2W, C)."""
         return upsample_conv2d(x, self.kernel[...], self.bias[...]).astype(x.dtype if dtype is None else dtype)
 
 
 class GroupNorm(nnx.Module):
-    """Group norm over height, width and the channels of a group; statistics in float32."""
+    """Group norm in float32, ε = 1e-6."""
 
     def __init__(self, channels: int, groups: int):
         self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
@@ -55,24 +52,27 @@ class GroupNorm(nnx.Module):
         self.groups = groups
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, H, W, C) to the same shape, in float32: whoever rounds it can apply an activation first."""
+        """Normalize (B, H, W, C). The result is float32, so that an activation can precede rounding to bfloat16."""
         batch, height, width, channels = x.shape
         per_group = channels // self.groups
         y = x.astype(jnp.float32).reshape(batch, height * width, channels)  # (B, HW, C)
-        # Sums over pixels first, then over the few channels of a group: both keep the channels-last layout.
+        # Summing over pixels first, then over the channels of a group, keeps the channels-last layout.
         count = height * width * per_group
-        mean = self._spread(y.sum(1), per_group) / count  # (B, 1, C)
-        variance = self._spread(jnp.square(y - mean).sum(1), per_group) / count  # (B, 1, C)
+        mean = self._group_sums(y.sum(1), per_group) / count  # (B, 1, C)
+        variance = self._group_sums(jnp.square(y - mean).sum(1), per_group) / count  # (B, 1, C)
         factor = jax.lax.rsqrt(variance + _NORM_EPSILON) * self.scale[...]
         return ((y - mean) * factor + self.bias[...]).reshape(x.shape)
 
-    def _spread(self, sums: jax.Array, per_group: int) -> jax.Array:
+    def _group_sums(self, sums: jax.Array, per_group: int) -> jax.Array:
+        """Sum (B, C) over each group and repeat the sums for its channels: (B, 1, C)."""
         grouped = sums.reshape(-1, self.groups, per_group).sum(-1)  # (B, G)
         return jnp.repeat(grouped, per_group, axis=-1)[:, None, :]
 
 
 class ResidualBlock(nnx.Module):
-    """Twice group norm, SiLU, 3x3 convolution, added to the input (through a 1x1 convolution where widths differ)."""
+    """Two rounds of group norm, SiLU and 3x3 convolution, added to the input (mapped by a 1x1 convolution if the
+    widths differ).
+    """
 
     def __init__(self, inputs: int, outputs: int, groups: int, *, rngs: nnx.Rngs):
         self.norm1 = GroupNorm(inputs, groups)
@@ -82,27 +82,27 @@ class ResidualBlock(nnx.Module):
         self.conv_shortcut = Conv(inputs, outputs, 1, rngs=rngs) if inputs != outputs else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, H, W, inputs) to (B, H, W, outputs)."""
+        """Map (B, H, W, inputs) to (B, H, W, outputs)."""
         y = self.conv1(nnx.silu(self.norm1(x)).astype(x.dtype))
         y = self.conv2(nnx.silu(self.norm2(y)).astype(x.dtype))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Linear(nnx.Module):
-    """A dense map of the last axis, with bias."""
+    """A linear map of the last axis, with bias."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.kernel = nnx.Param(_kernel_init(rngs.params(), (inputs, outputs), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., inputs) to (..., outputs), in the dtype of `x`."""
+        """Map (..., inputs) to (..., outputs), in the dtype of `x`."""
         product = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision="highest")
         return product + self.bias[...].astype(x.dtype)
 
 
 class AttentionBlock(nnx.Module):
-    """Single-head self-attention over all pixels, after a group norm, added to the input."""
+    """Group norm and single-head self-attention over all pixels, added to the input."""
 
     def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
         self.group_norm = GroupNorm(channels, groups)
@@ -112,7 +112,7 @@ class AttentionBlock(nnx.Module):
         self.to_out = Linear(channels, channels, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, H, W, C) to the same; the weights take 4·B·(H·W)² bytes."""
+        """Map (B, H, W, C) to the same shape; the attention weights take 4·B·(H·W)² bytes."""
         batch, height, width, channels = x.shape
         tokens = self.group_norm(x).astype(x.dtype).reshape(batch, height * width, channels)  # (B, N, C)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
@@ -122,14 +122,14 @@ class AttentionBlock(nnx.Module):
 
 
 class MidBlock(nnx.Module):
-    """Residual block, attention (optional), residual block at the lowest resolution."""
+    """The blocks of the lowest resolution: residual block, attention (optional), residual block."""
 
     def __init__(self, channels: int, groups: int, *, attention: bool, rngs: nnx.Rngs):
         self.resnets = nnx.List([ResidualBlock(channels, channels, groups, rngs=rngs) for _ in range(2)])
         self.attention = AttentionBlock(channels, groups, rngs=rngs) if attention else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, H, W, C) to the same."""
+        """Map (B, H, W, C) to the same shape."""
         x = self.resnets[0](x)
         if self.attention is not None:
             x = self.attention(x)
@@ -137,7 +137,7 @@ class MidBlock(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """The residual blocks of one resolution, then the change to the next one (none after the last)."""
+    """The residual blocks of one resolution, then down- or upsampling to the next (none after the last)."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class Stage(nnx.Module):
         self.upsample = UpsampleConv(outputs, rngs=rngs) if upsample else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, H, W, inputs) to (B, H, W, outputs), or half or twice that height and width."""
+        """Map (B, H, W, inputs) to (B, H, W, outputs), or to half or twice that height and width."""
         for resnet in self.resnets:
             x = resnet(x)
         if self.downsample is not None:

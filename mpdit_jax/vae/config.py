@@ -7,37 +7,36 @@ from pathlib import Path
 from typing import Any
 
 from mpdit_jax.errors import ConfigError
-from mpdit_jax.io.files import parse_json
+from mpdit_jax.io.json_files import parse_json
 
 _DOWN_BLOCK = "DownEncoderBlock2D"
 _UP_BLOCK = "UpDecoderBlock2D"
 _ACTIVATIONS = ("silu", "swish")
-_MOST_CHANNELS, _MOST_LAYERS = 2**16, 32
+_MAX_CHANNELS, _MAX_LAYERS = 2**16, 32  # limits far above any real network
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """What an AutoencoderKL is made of; names and defaults are those of diffusers' `config.json`.
+    """Architecture of an AutoencoderKL, with the names and defaults of diffusers' `config.json`.
 
-    Raises ConfigError for an impossible value, naming the field.
+    An impossible value raises ConfigError. Fields marked "metadata" do not affect the computation.
 
     Attributes:
-        in_channels: channels of the images the encoder reads.
-        out_channels: channels of the images the decoder writes.
-        block_out_channels: width of each resolution, finest first; every step but the last halves the resolution.
-        layers_per_block: residual blocks per resolution of the encoder (the decoder has one more).
+        in_channels: channels of the encoder's images.
+        out_channels: channels of the decoder's images.
+        block_out_channels: width of each resolution, finest first; each resolution is half the previous one.
+        layers_per_block: residual blocks per resolution of the encoder; the decoder has one more.
         latent_channels: channels of the latents.
         norm_num_groups: groups of every group norm.
-        scaling_factor: `(latents - shift_factor) * scaling_factor` has about unit variance. Metadata: `encode` and
-            `decode` work on unscaled latents.
-        shift_factor: see `scaling_factor`; None means 0.
-        latents_mean: per-channel mean that some checkpoints give beside `shift_factor`. Metadata.
-        latents_std: per-channel standard deviation that comes with `latents_mean`. Metadata.
-        use_quant_conv: a 1x1 convolution after the encoder.
-        use_post_quant_conv: a 1x1 convolution before the decoder.
-        mid_block_add_attention: attention at the lowest resolution of encoder and decoder.
-        sample_size: image size the VAE was trained at. Metadata.
-        force_upcast: whether the checkpoint overflows in float16. Metadata: we compute in float32 or bfloat16.
+        scaling_factor: metadata; `(latents - shift_factor) * scaling_factor` has approximately unit variance.
+        shift_factor: metadata, see `scaling_factor`; None is 0.
+        latents_mean: metadata; per-channel mean of the latents, in some checkpoints.
+        latents_std: metadata; per-channel standard deviation of the latents, in some checkpoints.
+        use_quant_conv: whether a 1x1 convolution follows the encoder.
+        use_post_quant_conv: whether a 1x1 convolution precedes the decoder.
+        mid_block_add_attention: whether encoder and decoder have attention at the lowest resolution.
+        sample_size: metadata; image size in training.
+        force_upcast: metadata; whether the checkpoint overflows in float16.
     """
 
     in_channels: int = 3
@@ -57,14 +56,13 @@ class AutoencoderConfig:
     force_upcast: bool = True
 
     def __post_init__(self) -> None:
-        # Far beyond any such network, and little enough to be compared with the weights in no time.
         for name in ("in_channels", "out_channels", "latent_channels", "norm_num_groups"):
-            self._expect(name, _is_at_most(_MOST_CHANNELS), f"a whole number from 1 to {_MOST_CHANNELS}")
-        self._expect("layers_per_block", _is_at_most(_MOST_LAYERS), f"a whole number from 1 to {_MOST_LAYERS}")
+            self._expect(name, _is_at_most(_MAX_CHANNELS), f"a whole number from 1 to {_MAX_CHANNELS}")
+        self._expect("layers_per_block", _is_at_most(_MAX_LAYERS), f"a whole number from 1 to {_MAX_LAYERS}")
         self._expect(
             "block_out_channels",
-            lambda value: _all(_is_at_most(_MOST_CHANNELS))(value) and len(value) <= _MOST_LAYERS,
-            f"{_MOST_LAYERS} whole numbers at most, from 1 to {_MOST_CHANNELS}",
+            lambda value: _all(_is_at_most(_MAX_CHANNELS))(value) and len(value) <= _MAX_LAYERS,
+            f"{_MAX_LAYERS} whole numbers at most, from 1 to {_MAX_CHANNELS}",
         )
         self._expect("scaling_factor", lambda value: _is_finite(value) and value > 0, "a positive number")
         self._expect("shift_factor", lambda value: value is None or _is_finite(value), "a finite number, or null")
@@ -82,9 +80,9 @@ class AutoencoderConfig:
                     "not divide; make every width a multiple of it."
                 )
 
-    def _expect(self, name: str, holds: Callable[[Any], bool], expected: str) -> None:
+    def _expect(self, name: str, is_valid: Callable[[Any], bool], expected: str) -> None:
         value = vars(self)[name]
-        if not holds(value):
+        if not is_valid(value):
             raise ConfigError(f"VAE config: {name} is {value!r}; expected {expected}.")
 
     @property
@@ -93,8 +91,8 @@ class AutoencoderConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-def _is_at_most(most: int) -> Callable[[Any], bool]:
-    return lambda value: _is_positive(value) and value <= most
+def _is_at_most(limit: int) -> Callable[[Any], bool]:
+    return lambda value: _is_positive(value) and value <= limit
 
 
 def _is_positive(value: Any) -> bool:
@@ -102,25 +100,21 @@ def _is_positive(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    # Compared, since a whole number may be larger than any float.
+    # A comparison, because math.isfinite fails on an integer that is larger than any float.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _all(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Whether a value is a sequence, not empty, and all of it passes."""
-    return lambda value: isinstance(value, tuple | list) and bool(value) and all(map(holds, value))
+def _all(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return the check that a value is a non-empty sequence of valid items."""
+    return lambda value: isinstance(value, tuple | list) and bool(value) and all(map(is_valid, value))
 
 
 def config_from_diffusers(entries: Mapping[str, Any]) -> AutoencoderConfig:
-    """Reads the entries of a diffusers `config.json`.
-
-    Args:
-        entries: the parsed JSON object. Missing keys take diffusers' defaults; keys starting with `_` are its own
-            bookkeeping, of which only `_class_name` is looked at.
+    """Convert the entries of a diffusers `config.json`. Missing keys have diffusers' defaults.
 
     Raises:
-        ConfigError: another class of model, a block type, activation or key that is not supported (all of them
-            named), or an impossible value.
+        ConfigError: another model class, an unsupported block type, activation or key (the message names all of them),
+            or an impossible value.
     """
     fields = {field.name: field for field in dataclasses.fields(AutoencoderConfig)}
     refused = []
@@ -143,14 +137,12 @@ def config_from_diffusers(entries: Mapping[str, Any]) -> AutoencoderConfig:
                 refused.append(f"{key}={value!r} (expected only {expected!r})")
         elif not key.startswith("_") and value is not None:
             refused.append(f"{key}={value!r} (unknown key)")
-    # A single width is diffusers' default and a single block type too, so their lengths are compared as given.
-    for key in ("down_block_types", "up_block_types"):
-        blocks = entries.get(key)
-        widths = values.get("block_out_channels", AutoencoderConfig.block_out_channels)
-        if blocks is None or refused or not isinstance(widths, tuple):
-            continue
-        if len(blocks) != len(widths):
-            refused.append(f"{key} of length {len(blocks)} (expected one for each of block_out_channels={widths})")
+    widths = values.get("block_out_channels", AutoencoderConfig.block_out_channels)
+    if not refused and isinstance(widths, tuple):
+        for key in ("down_block_types", "up_block_types"):
+            count = len(entries.get(key, widths))
+            if count != len(widths):
+                refused.append(f"{key} of length {count} (expected one for each of block_out_channels={widths})")
     if refused:
         raise ConfigError(
             f"VAE config: {'; '.join(refused)} not supported; use a Stable-Diffusion-style AutoencoderKL checkpoint."
@@ -159,7 +151,7 @@ def config_from_diffusers(entries: Mapping[str, Any]) -> AutoencoderConfig:
 
 
 def config_to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
-    """Gives the entries of the `config.json` from which diffusers builds the same architecture."""
+    """Return the entries of the `config.json` from which diffusers builds the same architecture."""
     depth = len(config.block_out_channels)
     return {
         "_class_name": "AutoencoderKL",
@@ -171,7 +163,7 @@ def config_to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> AutoencoderConfig:
-    """Reads a diffusers `config.json` file; raises ConfigError (see `config_from_diffusers`) or for a file not JSON."""
+    """Read a diffusers `config.json`. Raise ConfigError if it is not JSON or `config_from_diffusers` refuses it."""
     try:
         entries = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:

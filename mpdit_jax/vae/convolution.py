@@ -1,8 +1,7 @@
-"""Convolutions of the VAE: XLA's own on accelerators, fewer multiplications on CPUs.
+"""Convolutions of the VAE: XLA's own on GPUs and TPUs, algorithms with fewer multiplications on CPUs.
 
-XLA's CPU convolution is one matrix product that runs near the peak of the processor, so the way to be faster is to
-multiply less. Both rewrites below are exact in real arithmetic and stay within about 1e-5 (relative) in float32. On
-GPUs and TPUs, whose libraries choose their own algorithms, nothing of this is compiled.
+XLA's CPU convolution is one matrix product near the processor's peak, so only fewer multiplications make it faster.
+Both algorithms are exact in real arithmetic and have a relative error of about 1e-5 in float32.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import numpy as np
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 # Winograd's minimal filtering F(4, 3): four outputs of a 3-tap filter from six products instead of twelve
-# (Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", 2016). Points 0, ±1, ±2, ∞.
+# (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks"), with the points 0, ±1, ±2, ∞.
 _TILE = 4
 _INPUT_TRANSFORM = np.array(
     [
@@ -43,8 +42,8 @@ _OUTPUT_TRANSFORM = np.array(
     [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
     np.float32,
 )
-# Below these the transforms cost more than the products they save. The batch has no say, so that an image's latents do
-# not depend on the images beside it.
+# For fewer channels or pixels the transforms cost more than the saved products. The batch size plays no role, so that
+# an image's latents do not depend on its batch.
 _MIN_CHANNELS = 64
 _MIN_PIXELS = 4096
 
@@ -57,17 +56,14 @@ def conv2d(
     stride: int = 1,
     padding: tuple[int, int] = (0, 0),
 ) -> jax.Array:
-    """Correlates images with a kernel and adds a bias, as every deep-learning library's convolution does.
+    """Convolve images (as a correlation) and add a bias; the result is float32.
 
     Args:
-        x: channels-last images, float32 or bfloat16.
-        kernel: height, width, input and output channels; cast to the dtype of `x`.
-        bias: float32, one for each output channel.
-        stride: step along height and width.
+        x: images (B, H, W, inputs), float32 or bfloat16.
+        kernel: (height, width, inputs, outputs); cast to the dtype of `x`.
+        bias: float32 (outputs,).
+        stride: stride along height and width.
         padding: zeros before and after, along height and width.
-
-    Returns:
-        The feature maps in float32, for the caller to round once.
     """
     direct = partial(_direct, stride=stride, padding=(padding, padding))
     _, height, width, inputs = x.shape
@@ -77,35 +73,29 @@ def conv2d(
         and height * width >= _MIN_PIXELS
         and min(inputs, kernel.shape[3]) >= _MIN_CHANNELS
     )
-    on_cpu = _winograd_along_width if worthwhile else direct
-    sums = jax.lax.platform_dependent(x, kernel, cpu=partial(_in_float32, on_cpu), default=partial(_widened, direct))
-    return sums + bias
+    on_cpu = partial(_in_float32, _winograd_along_width if worthwhile else direct)
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=partial(_to_float32, direct)) + bias
 
 
 def upsample_conv2d(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """Convolves the image doubled by nearest-neighbour repetition; arguments as in `conv2d`."""
-    sums = jax.lax.platform_dependent(
-        x,
-        kernel,
-        cpu=partial(_in_float32, _upsample_conv_by_phase),
-        default=partial(_widened, _repeat_then_conv),
-    )
-    return sums + bias
+    """Upsample by 2 (nearest neighbour) and convolve with a 3x3 kernel; arguments and result as in `conv2d`."""
+    on_cpu, elsewhere = partial(_in_float32, _upsample_conv_by_phase), partial(_to_float32, _repeat_then_conv)
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere) + bias
 
 
 def _in_float32(convolve: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Computes in float32 what comes in another dtype: CPUs without bfloat16 units emulate it slowly."""
+    """Convolve in float32, because CPUs without bfloat16 instructions emulate bfloat16 slowly."""
     return convolve(x.astype(jnp.float32), kernel.astype(jnp.float32))
 
 
-def _widened(convolve: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _to_float32(convolve: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:
     return convolve(x, kernel).astype(jnp.float32)
 
 
 def _direct(
     x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[tuple[int, int], tuple[int, int]]
 ) -> jax.Array:
-    # float32 means float32: "highest" keeps TPUs and GPUs from rounding the operands to bfloat16 or TF32.
+    # Precision HIGHEST keeps TPUs and GPUs from rounding float32 operands to bfloat16 or TF32.
     return jax.lax.conv_general_dilated(
         x,
         kernel.astype(x.dtype),
@@ -122,14 +112,14 @@ def _repeat_then_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _winograd_along_width(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A 3x3 convolution that filters the width by F(4, 3): half the products, for 1.5 times the memory of `x`.
+    """Compute a 3x3 convolution with F(4, 3) along the width: half the products, for 1.5 times the memory of `x`.
 
-    The two-dimensional variant would save more products but quadruples the data, which costs more than it saves.
+    The two-dimensional variant saves more products, but its fourfold memory costs more than they do.
     """
     batch, height, width, _ = x.shape
     tiles, points = width // _TILE, _TILE + 2
     padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0)))  # (B, H, W + 2, I)
-    # The n-th of a tile's six inputs, for all tiles at once: (B, H, W/4, I).
+    # taps[n] is the n-th of the six inputs of every tile: (B, H, W/4, I).
     taps = [padded[:, :, n : n + _TILE * (tiles - 1) + 1 : _TILE] for n in range(points)]
     columns = jnp.einsum("pj,ijco->pico", _KERNEL_TRANSFORM, kernel, precision="highest")[:, :, None]  # (6, 3, 1, I, O)
     products = [
@@ -141,7 +131,7 @@ def _winograd_along_width(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _combine(matrix: np.ndarray, terms: list[jax.Array]) -> list[jax.Array]:
-    """Multiplies a small constant matrix with a list of arrays, leaving out the zeros."""
+    """Multiply a small constant matrix with a list of arrays; zeros are skipped."""
     combined = []
     for row in matrix:
         first, *others = [float(m) * term for m, term in zip(row, terms, strict=True) if m]
@@ -150,24 +140,24 @@ def _combine(matrix: np.ndarray, terms: list[jax.Array]) -> list[jax.Array]:
 
 
 def _upsample_conv_by_phase(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Doubling and a 3x3 convolution as four 2x2 convolutions of the small image, one for each output parity.
+    """Compute upsampling and a 3x3 convolution as four 2x2 convolutions of `x`, one for each parity of the output.
 
-    Of the three kernel rows that meet a doubled image, two always fall on the same source row, so they can be added
-    beforehand: 16 products per source pixel instead of 36, and the doubled image is never made.
+    In the upsampled image, two of the three kernel rows always meet the same row of `x`, so these two are added first.
+    This takes 16 products per pixel of `x` instead of 36, and no upsampled image.
     """
     batch, height, width, _ = x.shape
     rows = []
-    for i, of_row in enumerate(_merge_taps(kernel, axis=0)):
+    for i, row_kernel in enumerate(_merge_taps(kernel, axis=0)):
         phases = [
-            _direct(x, part, stride=1, padding=((1 - i, i), (1 - j, j)))  # (B, H, W, O)
-            for j, part in enumerate(_merge_taps(of_row, axis=1))
+            _direct(x, phase_kernel, stride=1, padding=((1 - i, i), (1 - j, j)))  # (B, H, W, O)
+            for j, phase_kernel in enumerate(_merge_taps(row_kernel, axis=1))
         ]
         rows.append(jnp.stack(phases, axis=3))  # (B, H, W, 2, O)
     return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, kernel.shape[3])
 
 
 def _merge_taps(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Gives the two taps that outputs at even and at odd positions apply to the small image."""
+    """Merge three taps along an axis into the two that apply at even and at odd positions of the output."""
     first, second, third = jnp.split(kernel, 3, axis=axis)
     even = jnp.concatenate([first, second + third], axis)
     odd = jnp.concatenate([first + second, third], axis)

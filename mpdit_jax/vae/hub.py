@@ -1,27 +1,24 @@
-"""From what a user calls a VAE, a path or a hub name, to a local folder."""
+"""Location of a VAE's files: a local folder, or a download from the Hugging Face hub."""
 
 import re
 from pathlib import Path, PurePosixPath
 
-from mpdit_jax.errors import MissingExtraError, WeightsError
-from mpdit_jax.io.files import expand
+from mpdit_jax.errors import MissingExtraError, WeightsError, install_extra
+from mpdit_jax.io.paths import expand
 from mpdit_jax.vae.weights import CONFIG_FILE, WEIGHTS_FILES
 
-# owner/name, and folders inside the repository after it.
+# owner/name, optionally followed by folders inside the repository.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w-][\w.-]*)*")
 
 
 def locate(source: str | Path) -> Path:
-    """A folder with the files of a VAE.
+    """Return the folder with the files of a VAE, given a folder or a hub name; see `load_vae`.
 
-    Args:
-        source: a folder, or the name of a Hugging Face repository such as "stabilityai/sd-vae-ft-ema", with a folder
-            inside it where the VAE is part of a pipeline ("owner/name/vae"). An existing folder wins. Files already in
-            the hub's cache are found without a network.
+    An existing folder takes precedence over a hub name. Files in the hub's cache need no network.
 
     Raises:
         WeightsError: no such folder, or the hub cannot be reached or does not have it.
-        MissingExtraError: a hub name without huggingface_hub installed.
+        MissingExtraError: `source` is a hub name and huggingface_hub is not installed.
     """
     folder = expand(source)
     if folder.is_dir():
@@ -33,10 +30,10 @@ def locate(source: str | Path) -> Path:
             f"{source}: no such folder; pass one that holds {CONFIG_FILE} and {WEIGHTS_FILES[0]}, "
             "or a hub name such as stabilityai/sd-vae-ft-ema."
         )
-    return _fetch(source)
+    return _download(source)
 
 
-def _fetch(name: str) -> Path:
+def _download(name: str) -> Path:
     owner, repository, *inside = name.split("/")
     page = PurePosixPath("huggingface.co", owner, repository, "tree", "main", *inside)
     by_hand = f"put {CONFIG_FILE} and {WEIGHTS_FILES[0]} from https://{page} into a folder and pass its path"
@@ -45,15 +42,14 @@ def _fetch(name: str) -> Path:
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise MissingExtraError(
-            f"{name}: no such folder, and to fetch it from the hub install the extra with "
-            f"`pip install 'mpdit_jax[hub]'`; or {by_hand}."
+            f"{name}: no such folder; to fetch it from the hub, {install_extra('hub')}; or {by_hand}."
         ) from error
     repo_id, subfolder = f"{owner}/{repository}", "/".join(inside) or None
     try:
         config = hf_hub_download(repo_id, CONFIG_FILE, subfolder=subfolder)
         try:
             hf_hub_download(repo_id, WEIGHTS_FILES[0], subfolder=subfolder)
-        except LocalEntryNotFoundError:  # not in the cache and no network: the other file will not come either
+        except LocalEntryNotFoundError:  # no network, and the file is not in the cache
             raise
         except EntryNotFoundError:
             hf_hub_download(repo_id, WEIGHTS_FILES[1], subfolder=subfolder)

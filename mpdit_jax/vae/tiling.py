@@ -1,7 +1,7 @@
-"""Large images through an autoencoder piece by piece: overlapping tiles, blended linearly.
+"""Tiled encoding and decoding of large images: overlapping tiles, blended linearly.
 
-Memory then depends on the tile, not on the image. The result is close to the untiled one but not equal: group norms and
-attention see a tile at a time.
+The memory needed depends on the size of a tile. The result differs slightly from the untiled one, because group norms
+and attention see one tile at a time.
 """
 
 import dataclasses
@@ -17,18 +17,13 @@ from mpdit_jax.errors import ConfigError, InputError
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How to cut.
+    """Settings of tiling. An image that fits into one tile is not cut."""
 
-    Attributes:
-        size: side of a tile in image pixels. Images no larger than this in either direction are not cut.
-        overlap: image pixels that neighbouring tiles share at least.
-    """
-
-    size: int = 512
-    overlap: int = 128
+    size: int = 512  # side of a tile in image pixels
+    overlap: int = 128  # minimum overlap of neighbouring tiles in image pixels
 
     def check(self, factor: int) -> None:
-        """Raises ConfigError unless tiles fall on whole latent pixels of `factor` image pixels."""
+        """Raise ConfigError unless size and overlap are multiples of `factor`, the image pixels per latent pixel."""
         for name, value in (("size", self.size), ("overlap", self.overlap)):
             if value < factor or value % factor:
                 raise ConfigError(
@@ -39,11 +34,7 @@ class Tiling:
 
 
 def tiles(size: int) -> Tiling | None:
-    """Tiles of `size` image pixels that overlap by a quarter; None for 0.
-
-    Raises:
-        InputError: not 0 and not a positive multiple of 32.
-    """
+    """Return the tiling of `--vae_tile`: tiles of `size` pixels that overlap by a quarter, or None for 0."""
     if size < 0 or size % 32:
         raise InputError(f"--vae_tile={size}: expected a multiple of 32, such as 512, or 0 for whole images.")
     return Tiling(size, size // 4) if size else None
@@ -52,14 +43,14 @@ def tiles(size: int) -> Tiling | None:
 def apply_tiled(
     function: Callable[[jax.Array], jax.Array], x: jax.Array, *, tile: int, overlap: int, units: tuple[int, int]
 ) -> jax.Array:
-    """Applies a function of images to overlapping tiles, one after the other, and blends the results.
+    """Apply a function of images to overlapping tiles, one after the other, and blend the results.
 
     Args:
-        function: (B, h·in, w·in, C) to (B, h·out, w·out, C2) float32, where `units = (in, out)`.
+        function: maps (B, h·in, w·in, C) to (B, h·out, w·out, C2) float32, where `units = (in, out)`.
         x: (B, H·in, W·in, C).
         tile: side of a tile, in units.
-        overlap: least overlap of neighbouring tiles, in units.
-        units: pixels per unit of input and of output: (f, 1) to encode, (1, f) to decode.
+        overlap: minimum overlap of neighbouring tiles, in units.
+        units: pixels per unit of the input and of the output: (f, 1) to encode, (1, f) to decode.
 
     Returns:
         (B, H·out, W·out, C2).
@@ -90,9 +81,9 @@ def apply_tiled(
 
 
 def _plan(length: int, tile: int, overlap: int, unit_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Starts of the tiles along one direction, in units, and every tile's weights, in output pixels.
+    """Return the starts of the tiles along one axis, in units, and each tile's weights at its output pixels.
 
-    At every output pixel the weights of the tiles that cover it sum to 1.
+    At every output pixel, the weights of the tiles that cover it sum to 1.
     """
     tile = min(tile, length)
     count = 1 if length == tile else math.ceil((length - overlap) / (tile - overlap))

@@ -1,4 +1,4 @@
-"""A trained VAE to call: checked inputs, compiled functions, one device or a mesh."""
+"""`load_vae` and `VAE`: a trained VAE with checked inputs and compiled functions, on one device or a mesh."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -13,37 +13,38 @@ from jax.typing import ArrayLike
 
 from mpdit_jax.distributed.mesh import AXES, batch_sharding, replicated
 from mpdit_jax.errors import ConfigError, InputError
+from mpdit_jax.model.parameters import Parameters, merge
 from mpdit_jax.vae.autoencoder import mean_and_std
 from mpdit_jax.vae.config import AutoencoderConfig
 from mpdit_jax.vae.hub import locate
 from mpdit_jax.vae.tiling import Tiling, apply_tiled
-from mpdit_jax.vae.weights import Parameters, abstract, fingerprint, load_folder, merge
+from mpdit_jax.vae.weights import abstract, fingerprint, load_folder
 
 DTYPES = ("float32", "bfloat16")
 NO_VAE = "none"
-"""What commands and configs call `load_vae(None)`."""
+"""The name of `load_vae(None)`, pixel space, in commands and configs."""
 PIXELS = "pixels"
-"""The fingerprint of the pixel space."""
+"""The fingerprint of pixel space."""
 
 
 def load_vae(
     source: str | Path | None, *, dtype: str = "float32", mesh: Mesh | None = None, tiling: Tiling | None = None
 ) -> "VAE":
-    """Loads a Stable-Diffusion AutoencoderKL.
+    """Load a Stable Diffusion AutoencoderKL.
 
     Args:
-        source: a folder as diffusers writes it (`config.json`, `diffusion_pytorch_model.safetensors`), or a hub name
-            such as "stabilityai/sd-vae-ft-ema" or "owner/pipeline/vae" (needs the extra [hub] and a network once).
-            None or "none" for pixel space: RGB images that are their own latents, with no spread.
+        source: a folder written by diffusers (`config.json`, `diffusion_pytorch_model.safetensors`), or a hub name
+            such as "stabilityai/sd-vae-ft-ema" or "owner/pipeline/vae" (needs the extra [hub]). None or "none" is pixel
+            space, where RGB images are their own latents.
         dtype: compute dtype, "float32" or "bfloat16"; parameters stay float32.
-        mesh: a mesh with the axes `data` and `fsdp` (`mpdit_jax.distributed.mesh.make_mesh`): batches are split over
-            both, parameters replicated. Default: one device.
-        tiling: cut images larger than a tile into overlapping tiles. Default: never.
+        mesh: a mesh from `mpdit_jax.distributed.mesh.make_mesh`; batches are split over its axes `data` and `fsdp`,
+            parameters replicated. Default: one device.
+        tiling: cut images larger than a tile into overlapping tiles. Default: no tiles.
 
     Raises:
         WeightsError: files or entries are missing, extra, misshapen or damaged.
         ConfigError: an unsupported `config.json`, dtype, mesh or tiling.
-        MissingExtraError: a hub name without [hub], or a `.bin` file without [torch].
+        MissingExtraError: a hub name needs [hub], a `.bin` file [torch].
     """
     if source is None or source == NO_VAE:
         return PixelSpace(mesh=mesh)
@@ -52,15 +53,15 @@ def load_vae(
 
 
 class VAE:
-    """Images in [-1, 1] to the moments of their latents, and latents to images; made by `load_vae`.
+    """A VAE that encodes images in [-1, 1] and decodes latents; created by `load_vae`.
 
-    Latents are unscaled: `(latents - shift_factor) * scaling_factor` is left to the caller.
+    Latents are unscaled: the caller applies `(latents - shift_factor) * scaling_factor`.
 
     Attributes:
         config: the architecture.
         dtype: compute dtype.
-        mesh: the devices a batch is split over, or None.
-        tiling: how large images are cut, or None.
+        mesh: the mesh that batches are split over, or None.
+        tiling: the tiling of large images, or None.
         parameters: flat dict from dotted path to float32 array.
     """
 
@@ -85,8 +86,15 @@ class VAE:
         self.config, self.dtype, self.mesh, self.tiling = config, dtype, mesh, tiling
         self.parameters: Parameters = dict(jax.device_put(dict(parameters), replicated(mesh) if mesh else None))
         structure = abstract(config, dtype)[0]
-        self._encode = self._compile(lambda parameters, x: self._moments(merge(structure, parameters).moments, x))
-        self._decode = self._compile(lambda parameters, z: self._images(merge(structure, parameters).decode, z))
+        factor = config.downsample_factor
+
+        def encode(parameters: Parameters, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return mean_and_std(self._tiled(merge(structure, parameters).moments, x, units=(factor, 1)))
+
+        def decode(parameters: Parameters, z: jax.Array) -> jax.Array:
+            return self._tiled(merge(structure, parameters).decode, z, units=(1, factor))
+
+        self._encode, self._decode = self._compile(encode), self._compile(decode)
 
     @property
     def downsample_factor(self) -> int:
@@ -100,33 +108,33 @@ class VAE:
 
     @property
     def scaling_factor(self) -> float:
-        """What brings latents (less `shift_factor`) to about unit variance, by multiplication."""
+        """Factor that brings latents, after subtracting `shift_factor`, to approximately unit variance."""
         return self.config.scaling_factor
 
     @property
     def shift_factor(self) -> float:
-        """What to subtract from latents before scaling; 0 where the checkpoint gives none."""
+        """Number to subtract from latents before scaling; 0 if the checkpoint has none."""
         return 0.0 if self.config.shift_factor is None else self.config.shift_factor
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights; the same for every file format they come in (`mpdit_jax.vae.weights.fingerprint`)."""
+        """SHA-256 of the weights, the same for every file format (`mpdit_jax.vae.weights.fingerprint`)."""
         return fingerprint(self.parameters)
 
     def encode(self, images: ArrayLike) -> tuple[jax.Array, jax.Array]:
-        """Mean and standard deviation of the latents' posterior.
+        """Return the mean and standard deviation of the latents' posterior.
 
         Args:
-            images: (B, H, W, in_channels) floating point in [-1, 1]; H and W multiples of the downsample factor f. On
-                a mesh: B a multiple of its size, and with several processes a global array or the same host array on
-                all of them. Host arrays are searched for values out of range or not finite; arrays on a device are
-                taken as they are, so as not to wait for them, and a NaN then spoils its own image only.
+            images: (B, H, W, in_channels) floating point in [-1, 1]; H and W multiples of the downsample factor f. On a
+                mesh, B is a multiple of its size; with several processes, `images` is a global array or the same host
+                array in every process. The values of host arrays are checked. The values of arrays on a device are not
+                checked, to avoid waiting for them; a NaN affects its own image only.
 
         Returns:
             Two float32 arrays (B, H/f, W/f, latent_channels). The log variance is clipped to [-30, 20] first.
 
         Raises:
-            InputError: another shape, dtype or range.
+            InputError: wrong shape, dtype or range.
         """
         factor, shape = self.downsample_factor, np.shape(images)
         images = self._check(images, "images", self.config.in_channels, "images.astype(np.float32) / 127.5 - 1")
@@ -135,8 +143,7 @@ class VAE:
                 f"images are {shape[1]}x{shape[2]}: expected height and width to be multiples of the VAE's downsample "
                 f"factor {factor}; crop or resize them."
             )
-        # Room for rounding; whoever forgot to rescale is far outside.
-        if isinstance(images, np.ndarray) and np.abs(images).max() > 1.01:
+        if isinstance(images, np.ndarray) and np.abs(images).max() > 1.01:  # 0.01 for rounding
             raise InputError(
                 f"images range from {images.min():.3g} to {images.max():.3g}: expected [-1, 1]; rescale them, such as "
                 "by images / 127.5 - 1 from 0…255."
@@ -145,28 +152,22 @@ class VAE:
         return mean, std
 
     def decode(self, latents: ArrayLike, *, clip: bool = True) -> jax.Array:
-        """Images of latents.
+        """Decode latents to images.
 
         Args:
             latents: (B, h, w, latent_channels) floating point, unscaled; on a mesh as in `encode`.
-            clip: keep the images within [-1, 1], which the network oversteps a little. False gives its own output,
-                for gradients or for comparison with diffusers' `decode(...).sample`.
+            clip: clip the images to [-1, 1], which the network's output slightly exceeds. Use False for gradients and
+                for comparison with diffusers' `decode(...).sample`.
 
         Returns:
             (B, h·f, w·f, out_channels) float32.
 
         Raises:
-            InputError: another shape or dtype, or a host array that is not finite.
+            InputError: wrong shape or dtype, or a host array that is not finite.
         """
         latents = self._check(latents, "latents", self.latent_channels, "latents.astype(np.float32)")
         images = self._decode(self.parameters, self._place(latents))
         return jnp.clip(images, -1.0, 1.0) if clip else images
-
-    def _moments(self, encode: Callable[[jax.Array], jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return mean_and_std(self._tiled(encode, x, units=(self.downsample_factor, 1)))
-
-    def _images(self, decode: Callable[[jax.Array], jax.Array], z: jax.Array) -> jax.Array:
-        return self._tiled(decode, z, units=(1, self.downsample_factor))
 
     def _tiled(self, function: Callable[[jax.Array], jax.Array], x: jax.Array, units: tuple[int, int]) -> jax.Array:
         if self.tiling is None:
@@ -178,7 +179,7 @@ class VAE:
     def _compile(self, function: Callable[[Parameters, jax.Array], Any]) -> Callable[[Parameters, jax.Array], Any]:
         if self.mesh is None:
             return jax.jit(function)
-        # Every device runs the whole network on its images: written so, no partitioner can decide otherwise.
+        # With shard_map every device runs the whole network on its own images; jit might partition it differently.
         batch = PartitionSpec(AXES)
         return jax.jit(
             jax.shard_map(function, mesh=self.mesh, in_specs=(PartitionSpec(), batch), out_specs=batch, check_vma=False)
@@ -187,11 +188,11 @@ class VAE:
     def _place(self, x: np.ndarray | jax.Array) -> jax.Array:
         return jnp.asarray(x) if self.mesh is None else jax.device_put(x, batch_sharding(self.mesh))
 
-    def _check(self, x: ArrayLike, name: str, channels: int, remedy: str) -> np.ndarray | jax.Array:
-        """The array as float32, on host or device as it came."""
+    def _check(self, x: ArrayLike, name: str, channels: int, conversion: str) -> np.ndarray | jax.Array:
+        """Return the array as float32, on host or device as before. Raise InputError if it is not valid."""
         array = x if isinstance(x, jax.Array) else np.asarray(x)
         if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise InputError(f"{name} have dtype {array.dtype}: expected floating point; convert by {remedy}.")
+            raise InputError(f"{name} have dtype {array.dtype}: expected floating point; convert by {conversion}.")
         if array.ndim != 4 or array.shape[3] != channels or 0 in array.shape:
             raise InputError(
                 f"{name} have shape {array.shape}: expected (batch, height, width, {channels}), channels last."
@@ -211,15 +212,10 @@ class VAE:
 
 
 class PixelSpace(VAE):
-    """What stands in where there is no VAE: latents are the RGB images in [-1, 1], and their spread is 0."""
+    """Pixel space as a VAE: latents are the RGB images in [-1, 1], with standard deviation 0."""
 
     def __init__(self, *, mesh: Mesh | None = None):
-        """Nothing is loaded.
-
-        Args:
-            mesh: the devices a batch is split over, or None.
-        """
-        # One resolution, so that the factor is 1. Of the rest only the channels and the scaling factor mean something.
+        # One resolution makes downsample_factor 1.
         config = AutoencoderConfig(block_out_channels=(1,), norm_num_groups=1, latent_channels=3, scaling_factor=1.0)
         self.config, self.dtype, self.mesh, self.tiling = config, "float32", mesh, None
         self.parameters = {}

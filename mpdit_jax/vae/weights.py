@@ -1,7 +1,7 @@
-"""AutoencoderKL weights: diffusers' folders, names and layouts, in both directions.
+"""Conversion of AutoencoderKL weights from and to diffusers' folders, names and layouts.
 
-A folder is `config.json` beside `diffusion_pytorch_model.safetensors` (or `.bin`, with the extra [torch]). Our
-parameters are one flat dict from dotted path to float32 array, `{"encoder.conv_in.kernel": array, ...}`.
+A folder has `config.json` and `diffusion_pytorch_model.safetensors` (or `.bin`, with the extra [torch]). Our parameters
+are a flat dict from dotted path to float32 array, `{"encoder.conv_in.kernel": array, ...}`.
 """
 
 import hashlib
@@ -18,78 +18,58 @@ import safetensors.numpy
 from flax import nnx
 
 from mpdit_jax.errors import WeightsError
-from mpdit_jax.interop.files import read_state_dict
-from mpdit_jax.io.files import atomic_write
+from mpdit_jax.interop.files import compare_shapes, read_state_dict
+from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.model.parameters import Parameters, split
 from mpdit_jax.vae.autoencoder import Autoencoder
 from mpdit_jax.vae.config import AutoencoderConfig, config_to_diffusers, read_config
 
-Parameters: TypeAlias = dict[str, jax.Array]
 StateDict: TypeAlias = dict[str, np.ndarray]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
-# Where our dotted paths and diffusers' names differ, apart from the last part.
+# Parts of our dotted paths and of diffusers' names that differ, besides the last part.
 _RENAMES = (
     (".attention.", ".attentions.0."),
     (".to_out.", ".to_out.0."),
     (".downsample.", ".downsamplers.0.conv."),
     (".upsample.", ".upsamplers.0.conv."),
 )
-# What diffusers called the parts of an attention block before 0.18.
+# Names of the parts of an attention block before diffusers 0.18.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION_NAME = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
-
-
-def split(module: Autoencoder) -> tuple[nnx.GraphDef[Autoencoder], Parameters]:
-    """Takes a module apart into a hashable structure and its parameters (shared, not copied)."""
-    structure, state = nnx.split(module)
-    return structure, {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.as_pure(state))}
-
-
-def merge(structure: nnx.GraphDef[Autoencoder], parameters: Mapping[str, Any]) -> Autoencoder:
-    """Inverse of `split`; the arrays may be tracers."""
-    leaves: list[Any] = [
-        (tuple(int(part) if part.isdigit() else part for part in path.split(".")), leaf)
-        for path, leaf in parameters.items()
-    ]
-    return nnx.merge(structure, nnx.from_flat_state(leaves))
 
 
 def abstract(
     config: AutoencoderConfig, dtype: str = "float32"
 ) -> tuple[nnx.GraphDef[Autoencoder], dict[str, jax.ShapeDtypeStruct]]:
-    """Structure and parameter shapes of an autoencoder that computes in `dtype`, without allocating it."""
+    """Return the structure and parameter shapes of an autoencoder that computes in `dtype`, without allocating it."""
     structure, shapes = split(nnx.eval_shape(lambda: Autoencoder(config, dtype=dtype, rngs=nnx.Rngs(0))))
     return structure, {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
 
 
 def load_folder(folder: str | Path) -> tuple[AutoencoderConfig, Parameters]:
-    """Reads a diffusers folder.
+    """Read a diffusers folder.
 
     Raises:
-        WeightsError: a file is missing or damaged, or entries are missing, extra, misshapen or not finite (all named).
-        ConfigError: `config.json` asks for something that is not supported.
+        WeightsError: a file is missing or damaged, or entries are missing, extra, misshapen or not finite; the message
+            names all of them.
+        ConfigError: `config.json` is not supported.
         MissingExtraError: the weights are a `.bin` and PyTorch is not installed.
     """
     folder = Path(folder)
-    found = [name for name in WEIGHTS_FILES if (folder / name).is_file()]
+    weights = [folder / name for name in WEIGHTS_FILES if (folder / name).is_file()]
     missing = [] if (folder / CONFIG_FILE).is_file() else [CONFIG_FILE]
-    missing += [] if found else [" or ".join(WEIGHTS_FILES)]
+    missing += [] if weights else [" or ".join(WEIGHTS_FILES)]
     if missing:
-        raise WeightsError(f"{folder}: missing {' and '.join(missing)}; {_what_is_there(folder)}.")
+        raise WeightsError(f"{folder}: missing {' and '.join(missing)}; {_describe_folder(folder)}.")
     config = read_config(folder / CONFIG_FILE)
-    weights = folder / found[0]
-    return config, from_diffusers(read_state_dict(weights), config, str(weights))
+    return config, from_diffusers(read_state_dict(weights[0]), config, str(weights[0]))
 
 
 def save_folder(folder: str | Path, config: AutoencoderConfig, parameters: Mapping[str, Any]) -> None:
-    """Writes a folder that `load_folder` reads back bit for bit and diffusers' `AutoencoderKL.from_pretrained` opens.
-
-    Args:
-        folder: made if needed; its `config.json` and safetensors are replaced.
-        config: the architecture.
-        parameters: as `split` gives them for that architecture.
+    """Write a diffusers folder, which `load_folder` reads back bit for bit; its two files are replaced.
 
     Raises:
         InputError: the folder cannot be written.
@@ -99,39 +79,32 @@ def save_folder(folder: str | Path, config: AutoencoderConfig, parameters: Mappi
     _check_entries(state, config, "parameters")
     with atomic_write(Path(folder) / WEIGHTS_FILES[0]) as file:
         file.write(safetensors.numpy.save(state, metadata={"format": "pt"}))
-    # Last, so that a folder with a config has its weights too.
+    # The config is written last, so that a folder with a config has weights.
     with atomic_write(Path(folder) / CONFIG_FILE) as file:
         file.write((json.dumps(config_to_diffusers(config), indent=2, sort_keys=True) + "\n").encode())
 
 
 def from_diffusers(state: Mapping[str, np.ndarray], config: AutoencoderConfig, source: str) -> Parameters:
-    """Parameters from a diffusers state dict, with old or new attention names.
+    """Convert a diffusers state dict, with old or new attention names, to parameters.
 
-    Args:
-        state: numpy arrays by diffusers' names; float32 after `read_state_dict`.
-        config: the architecture they must fit.
-        source: what error messages call the state dict.
-
-    Raises:
-        WeightsError: entries are missing, extra, misshapen or not finite (all named).
+    Raise WeightsError, which calls the state dict `source`, if entries are missing, extra, misshapen or not finite.
     """
     renamed = _with_new_attention_names(state, source)
     _check_entries(renamed, config, source)
     del state
-    # Popped, so that a caller who lets go of the state dict never holds the weights twice. Copied, so that changing a
-    # state dict later does not change the parameters: on CPUs jnp.asarray may share memory with numpy.
+    # pop() frees each array after its conversion. jnp.array copies, where jnp.asarray may share memory with numpy.
     return {path: jnp.array(_to_jax(renamed.pop(_diffusers_name(path))), jnp.float32) for path in abstract(config)[1]}
 
 
 def to_diffusers(parameters: Mapping[str, Any]) -> StateDict:
-    """The parameters under diffusers' (new) names and in its layouts; the exact inverse of `from_diffusers`."""
+    """Convert parameters to a diffusers state dict with the new attention names; the inverse of `from_diffusers`."""
     return {_diffusers_name(path): _to_torch(np.asarray(array)) for path, array in parameters.items()}
 
 
 def fingerprint(parameters: Mapping[str, Any]) -> str:
-    """SHA-256 (hexadecimal) over name, shape and float32 bytes of every weight, in the order of diffusers' names.
+    """Return the SHA-256 (hexadecimal) of name, shape and float32 bytes of every weight, sorted by diffusers' names.
 
-    It is the same whichever file format and attention names the weights came in.
+    It does not depend on the file format or on old or new attention names.
     """
     digest = hashlib.sha256()
     for name, array in sorted(to_diffusers(parameters).items()):
@@ -143,12 +116,12 @@ def fingerprint(parameters: Mapping[str, Any]) -> str:
 def _diffusers_name(path: str) -> str:
     name, kind = path.rsplit(".", 1)
     name += "."
-    for ours, theirs in _RENAMES:
-        name = name.replace(ours, theirs)
+    for part, diffusers_part in _RENAMES:
+        name = name.replace(part, diffusers_part)
     return name + ("bias" if kind == "bias" else "weight")
 
 
-# A kernel (height, width, in, out) or (in, out) is (out, in, height, width) or (out, in) there; vectors are the same.
+# PyTorch's kernels are (out, in, height, width) and (out, in); ours are (height, width, in, out) and (in, out).
 def _to_jax(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T)
 
@@ -168,34 +141,25 @@ def _with_new_attention_names(state: Mapping[str, np.ndarray], source: str) -> S
         name = f"{match[1]}.{_OLD_ATTENTION[match[2]]}.{match[3]}" if match else old
         if name in renamed or (match and name in state):
             raise WeightsError(f"{source}: both {old} and {name} are there; keep one of the two namings.")
-        # Some files keep the attention's linear maps as 1x1 convolutions.
+        # Some files store the attention's linear maps as 1x1 convolutions.
         is_pointwise = ".attentions." in name and value.ndim == 4 and value.shape[2:] == (1, 1)
         renamed[name] = value[:, :, 0, 0] if is_pointwise else value
     return renamed
 
 
 def _check_entries(state: Mapping[str, np.ndarray], config: AutoencoderConfig, source: str) -> None:
-    expected = {_diffusers_name(path): _torch_shape(leaf.shape) for path, leaf in abstract(config)[1].items()}
-    present = [name for name in expected if name in state]
-    problems = {
-        "missing": [name for name in expected if name not in state],
-        "extra": [name for name in state if name not in expected],
-        "misshapen": [
-            f"{name} is {state[name].shape} instead of {expected[name]}"
-            for name in present
-            if state[name].shape != expected[name]
-        ],
-        "not finite": [name for name in present if not np.isfinite(state[name]).all()],
-    }
-    found = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
-    if found:
+    shapes = {_diffusers_name(path): _torch_shape(leaf.shape) for path, leaf in abstract(config)[1].items()}
+    problems = compare_shapes(state, shapes)
+    problems["not finite"] = [name for name in shapes if name in state and not np.isfinite(state[name]).all()]
+    listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+    if listed:
         raise WeightsError(
             f"{source} does not fit the architecture (block_out_channels {config.block_out_channels}, latent_channels "
-            f"{config.latent_channels}) of its config.json: {'; '.join(found)}."
+            f"{config.latent_channels}) of its config.json: {listed}."
         )
 
 
-def _what_is_there(folder: Path) -> str:
+def _describe_folder(folder: Path) -> str:
     if not folder.is_dir():
         return "there is no such folder"
     if (folder / "vae" / CONFIG_FILE).is_file():

@@ -18,7 +18,7 @@ from mpdit_jax.model.parameters import abstract, merge, split
 from mpdit_jax.model.presets import preset_config
 from mpdit_jax.sample import __main__ as sample
 from tests.conftest import Golden
-from tests.tiny import ROOT, TWO_LEVELS, refusal, run, saved_arrays, start, train_arguments
+from tests.tiny import TWO_LEVELS, refusal, run, saved_arrays, start, train_arguments
 
 DIT = {"patch_sizes": (2,), "depths": (1,), "time_embedding": "sinusoidal", "class_tokens": 16}
 DIT |= {"condition": "vector", "modulation": "per_block"}
@@ -88,10 +88,10 @@ def test_all_the_way_round(golden, tmp_path, capsys):
 
 def test_variants_keep_their_config(tmp_path, capsys):
     """What has no published names has our own: also the scaled FNO, whose constants are in the config."""
-    from mpdit_jax.interop.native_files import save_own
+    from mpdit_jax.interop.native_files import save_native
 
     model = random_model(upsampler="linear_mlp", fno_init="scaled", mlp_ratio=3.0)
-    save_own(tmp_path / "model.safetensors", model, step=7)
+    save_native(tmp_path / "model.safetensors", model, step=7)
     again = mp.load_torch(tmp_path / "model.safetensors")
     assert again.config == model.config
     assert same(again, model)
@@ -103,11 +103,11 @@ def test_variants_keep_their_config(tmp_path, capsys):
 
 def test_a_run_starts_from_a_converted_workdir(tmp_path, capsys):
     """The step goes on where the file's ended, from its weights, by the config given."""
-    from mpdit_jax.interop.native_files import save_own
+    from mpdit_jax.interop.native_files import save_native
 
     config, workdir, *tiny = train_arguments(tmp_path / "run", "--config.steps=6", *TWO_LEVELS)
     model = random_model(patch_sizes=(2, 1), depths=(2, 1), in_channels=1, num_classes=10)
-    save_own(tmp_path / "model.safetensors", model, step=5)
+    save_native(tmp_path / "model.safetensors", model, step=5)
     source = f"--source={tmp_path / 'model.safetensors'}"
     assert convert.main([source, f"--out={tmp_path / 'run'}", config, *tiny]) == 0
     assert "workdir of step 5" in capsys.readouterr().out
@@ -158,11 +158,11 @@ def test_what_cannot_be_read(golden, tmp_path, monkeypatch, capsys):
 def test_one_of_ours_that_is_damaged(tmp_path):
     import safetensors.numpy
 
-    from mpdit_jax.interop.native_files import save_own
+    from mpdit_jax.interop.native_files import save_native
 
     model = random_model()
     path = tmp_path / "model.safetensors"
-    save_own(path, model, 1)
+    save_native(path, model, 1)
     with safetensors.safe_open(path, framework="numpy") as file:
         metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     arrays["final.bias"] = arrays["final.bias"][:-1]
@@ -191,10 +191,10 @@ def test_a_pickle_that_carries_code_is_refused_by_name(tmp_path):
 
 
 def test_a_dit_is_no_run(tmp_path):
-    from mpdit_jax.interop.native_files import save_own
+    from mpdit_jax.interop.native_files import save_native
 
     sit = tmp_path / "sit.safetensors"
-    save_own(sit, random_model(**DIT, convention="sit"), 1)
+    save_native(sit, random_model(**DIT, convention="sit"), 1)
     message = refusal_of(f"--source={sit}", f"--out={tmp_path / 'run'}")
     assert "by the convention 'sit' cannot be trained here" in message
     assert "docs/weights.md" in message
@@ -225,7 +225,7 @@ def test_what_is_predicted_is_never_lost(tmp_path, capsys):
         assert mp.load_torch(file, num_heads=4, convention="sit").config == config
         for asked in ("convention='dit'", "num_heads=7"):
             message = refusal_of(f"--source={file}", f"--out={tmp_path / 'no.pt'}", f"--{asked.replace(chr(39), '')}")
-            assert f"{asked}: {file} says of itself that it is" in message
+            assert f"{asked}: {file} records" in message
         with pytest.raises(mp.MPDiTError, match="convention='nonsense': expected one of velocity, sit, dit"):
             mp.load_torch(file, convention="nonsense")
 
@@ -236,7 +236,7 @@ def test_a_dit_of_ours_becomes_a_run_of_its_config(tmp_path, capsys):
     torch = pytest.importorskip("torch")
     state = {name: torch.tensor(array) for name, array in mp.to_torch(random_model(**DIT)).items()}
     torch.save(state, tmp_path / "dit.pt")
-    config = [f"--config={ROOT / 'configs/ablations/dit_b_2.py'}", "--config.model.depths=1"]
+    config = ["--config=ablation:dit_b_2", "--config.model.depths=1"]
     config += ["--config.model.input_size=8", *(f"--config.model.{name}={TINY[name]}" for name in SIZES)]
     source, out = f"--source={tmp_path / 'dit.pt'}", f"--out={tmp_path / 'run.v1.0'}"  # .0 is no ending
     asked = ["--convention=velocity", "--num_heads=2"]
@@ -259,15 +259,15 @@ def test_a_dit_of_ours_becomes_a_run_of_its_config(tmp_path, capsys):
 def test_a_model_for_another_machine_is_the_same_model(tmp_path, capsys, monkeypatch):
     """It is verified before it takes its place: nothing stays of what is not the same."""
     from mpdit_jax.convert import forms
-    from mpdit_jax.interop.native_files import save_own
+    from mpdit_jax.interop.native_files import save_native
 
-    save_own(tmp_path / "gpu.safetensors", random_model(platform="gpu", dtype="bfloat16"), 3)
+    save_native(tmp_path / "gpu.safetensors", random_model(platform="gpu", dtype="bfloat16"), 3)
     source, out = f"--source={tmp_path / 'gpu.safetensors'}", tmp_path / "out.safetensors"
     assert forms._parameters_of(random_model(platform="gpu").config) == forms._parameters_of(random_model().config)
     assert convert.main([source, f"--out={out}"]) == 0
     assert mp.load_torch(out).config.platform == "gpu"
     out.unlink()
-    monkeypatch.setattr(forms, "save_own", lambda path, model, step: save_own(path, changed(model), step))
+    monkeypatch.setattr(forms, "save_native", lambda path, model, step: save_native(path, changed(model), step))
     assert "would be another model than its source" in refusal_of(source, f"--out={out}")
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.safetensors"]
 

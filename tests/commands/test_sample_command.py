@@ -113,7 +113,7 @@ def test_unwritable_output(workdir, tmp_path, monkeypatch, capsys):
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
-    from mpdit_jax.io.files import atomic_write
+    from mpdit_jax.io.atomic import atomic_write
 
     path = tmp_path / "kept"
     path.write_bytes(b"old")

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from mpdit_jax import tables
-from mpdit_jax.config.paper import ROWS
+from mpdit_jax.config.ablation import ROWS
 from mpdit_jax.model.accounting import paper_macs
 
 # Parameters in millions and "GFLOPs", as the paper prints them.

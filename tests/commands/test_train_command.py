@@ -1,10 +1,12 @@
 """What a person sees who types the command, right and wrong."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
 
+from mpdit_jax.config.flags import load_config
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.train import __main__ as train
 from tests.tiny import ROOT, refusal, run, train_arguments
@@ -91,10 +93,28 @@ def test_broken_config_files(tmp_path, content, sentence):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_missing_config_file(tmp_path):
+@pytest.mark.parametrize(("value", "sentence"), [
+    ("nowhere.py", r"no such file; mpdit_jax ships ablation, digits, .*vae_fashion\.$"),
+    ("digits.py", r"no such file; mpdit_jax ships --config=digits\.$"),
+    ("configs/ablation.py:time_fno_2", r"no such file; mpdit_jax ships --config=ablation:time_fno_2\.$"),
+    ("configs/digits", r"expected a Python file or the name of a shipped config; mpdit_jax ships --config=digits\.$"),
+    ("digts", r"shipped config \(did you mean 'digits'\?\); mpdit_jax ships ablation, "),
+])  # fmt: skip
+def test_missing_config_file(tmp_path, monkeypatch, value, sentence):
+    monkeypatch.chdir(tmp_path)
     for more in ([], ["--config.steps=3"]):
-        with pytest.raises(ConfigError, match=r"^--config=nowhere\.py: no such file; configs/ has"):
-            train.main(["--config=nowhere.py", f"--workdir={tmp_path}", *more])
+        with pytest.raises(ConfigError, match=rf"^--config={re.escape(value)}: {sentence}"):
+            train.main([f"--config={value}", f"--workdir={tmp_path}", *more])
+
+
+def test_a_config_file_imports_its_neighbour_and_takes_a_word(tmp_path):
+    (tmp_path / "neighbour_of_mine.py").write_text("from mpdit_jax.config import base_config\n")
+    (tmp_path / "mine.py").write_text(
+        "from neighbour_of_mine import base_config\n"
+        "def get_config(steps):\n config = base_config()\n config.steps = int(steps)\n return config\n"
+    )
+    assert load_config(f"{tmp_path / 'mine.py'}:7").steps == 7
+    assert str(tmp_path) not in sys.path
 
 
 def test_unwritable_workdir(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""What the compile command reads off a compiled program, and what it refuses."""
+"""The compile command: figures of compiled programs, the search for settings that fit, and refused arguments."""
 
 import importlib.util
 import json
@@ -16,10 +16,10 @@ from mpdit_jax.compile.collectives import traffic
 from mpdit_jax.compile.measure import measure
 from mpdit_jax.compile.programs import Program, _refused, compile_step, topology_devices
 from mpdit_jax.compile.report import as_text, describe, smaller, step_flops
-from mpdit_jax.config import base_config, facts, resolve
+from mpdit_jax.config import base_config, resolve, shared_values
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import ConfigError
-from mpdit_jax.runtime.hardware import CHIPS, chip_of
+from mpdit_jax.runtime.hardware import CHIPS, topology_chip
 from tests.tiny import ROOT, environment, run
 
 TEXT = """HloModule step
@@ -46,14 +46,14 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """
 
 
-def test_bytes_of_each_kind_loops_counted_as_often_as_they_run():
+def test_traffic_by_kind_counts_loop_bodies_as_often_as_they_run():
     moved = traffic(TEXT, 8)
     found = moved.by_kind
     assert found["all-reduce"] == 3 * 4 + 5 * 2
     assert found["reduce-scatter"] == 10 * 4 * 4  # the whole array, of four chips
     assert found["all-gather"] == 6 * (80 + 80)
     assert found["all-to-all"] == found["collective-permute"] == 0
-    # Rings of all eight, where no groups are told; of four; of two.
+    # Rings of all eight chips without groups, of four, and of two.
     assert moved.sent == 2 * 22 * 7 / 8 + 160 * 3 / 4 + 960 / 2
 
 
@@ -83,16 +83,16 @@ print(json.dumps(dataclasses.astuple(traffic(compiled.as_text(), 8))))
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(8), check=True)
     found, sent = json.loads(done.stdout)
-    # Whether inside the loop or after it: the gradient of five matrices is summed once.
+    # The gradient of five matrices is summed once, inside the loop or after it.
     assert found["all-reduce"] == pytest.approx(5 * 32 * 32 * 4, rel=0.01)
     assert sent == 2 * found["all-reduce"] * 7 / 8
 
 
 def test_chips_and_topologies():
-    assert chip_of("v5e:16x16") is CHIPS["v5e"]
+    assert topology_chip("v5e:16x16") is CHIPS["v5e"]
     for name, message in (("v7:4x4", "chip of v4, v5e"), ("v5e", "CHIP:SIZE"), ("v5e:4x4x4", "2 dimensions")):
         with pytest.raises(ConfigError, match=message):
-            chip_of(name)
+            topology_chip(name)
 
 
 @pytest.mark.parametrize(("topology", "asked"), [
@@ -100,8 +100,8 @@ def test_chips_and_topologies():
     ("v5e:4x4", {"chips_per_host_bounds": (2, 2, 1)}),
     ("v5e:1x1", {"chips_per_host_bounds": (1, 1, 1)}),
 ])  # fmt: skip
-def test_what_libtpu_is_told_of_a_topology(monkeypatch, topology, asked):
-    """Both cores of a v4 are one device: on a real one, JAX refuses to make a mesh of cores."""
+def test_arguments_of_libtpus_topology_description(monkeypatch, topology, asked):
+    """Both cores of a v4 are one device, as on a real v4."""
 
     def described(**arguments):
         assert arguments == {"platform": "tpu", "topology_name": topology} | asked
@@ -112,7 +112,7 @@ def test_what_libtpu_is_told_of_a_topology(monkeypatch, topology, asked):
     assert topology_devices(topology) == ["chip"]
 
 
-def test_what_does_not_fit_is_said_and_bounded():
+def test_report_of_a_program_that_does_not_fit():
     program = Program(10 * 2**30, 10 * 2**30, 10 * 2**30, 20 * 2**30, 10**12, {"all-reduce": 10**9}, 10**9, 1.0)
     report = describe(program, 197e12 * 4, 2, CHIPS["v5e"])
     assert report["fits"] is False
@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_said_and_bounded():
     assert "fits" not in describe(program, 1.0, 2, None)
     with_less_to_compute = describe(program, 1.0, 2, CHIPS["v5e"])
     assert with_less_to_compute["bound_by"] == "memory"
-    assert with_less_to_compute["bound_seconds"] == pytest.approx(20 * 2**30 / 819e9)  # read, and written again
+    assert with_less_to_compute["bound_seconds"] == pytest.approx(20 * 2**30 / 819e9)  # arguments read, results written
     assert "a bound, not a measurement" in as_text("step", report)
 
 
@@ -133,10 +133,10 @@ def test_what_does_not_fit_is_said_and_bounded():
     ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (1.02T) exceeds "
      "available HBM (15.75G).", 1.02 * 1024),
 ])  # fmt: skip
-def test_a_compiler_that_gives_up_for_want_of_memory_is_heard(message, temporaries):
+def test_the_compilers_out_of_memory_error_is_parsed(message, temporaries):
     whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    given = {"x": jax.ShapeDtypeStruct((2**18,), "float32", sharding=whole)}  # a MiB
-    program = _refused(message, given, 1.0)
+    arguments = {"x": jax.ShapeDtypeStruct((2**18,), "float32", sharding=whole)}  # a MiB
+    program = _refused(message, arguments, 1.0)
     assert program.refused
     assert program.arguments == 2**20
     assert program.temporaries == pytest.approx(temporaries * 2**30, rel=1e-6)
@@ -148,7 +148,7 @@ def test_a_compiler_that_gives_up_for_want_of_memory_is_heard(message, temporari
     assert "early estimate" in text
     assert "collectives" not in text
     with pytest.raises(ConfigError, match="refuses this program: INTERNAL: something else"):
-        _refused("INTERNAL: something else\nwith details", given, 1.0)
+        _refused("INTERNAL: something else\nwith details", arguments, 1.0)
 
 
 def test_smaller_settings_recompute_as_little_as_they_can():
@@ -161,16 +161,16 @@ def test_smaller_settings_recompute_as_little_as_they_can():
         split,
         "--config.model.remat=dots",
         f"{split} --config.model.remat=dots",
-        "--config.model.remat=full",  # two parts would be of fewer than 8 images a chip
+        "--config.model.remat=full",  # two parts would have fewer than 8 images per chip
         f"{split} --config.model.remat=full",
         f"{split} --config.model.remat=full --config.gradient_accumulation=2",
         f"{split} --config.model.remat=full --config.gradient_accumulation=4",
     ]
-    config.mesh.data, config.mesh.fsdp = 4, -1  # the state is not split, whatever the -1 says
+    config.mesh.data, config.mesh.fsdp = 4, -1  # -1 stands for 1: the state is not split
     assert next(smaller(resolve(config), 4))[0] == split
     config.mesh.data, config.mesh.fsdp = -1, 1
     config.batch_size = 512
-    assert next(smaller(resolve(config), 512))[0].endswith("fsdp=256")  # of a width of 768
+    assert next(smaller(resolve(config), 512))[0].endswith("fsdp=256")  # divides the width of 768
     config.mesh.fsdp, config.batch_size = 4, 64
     assert [name for name, _ in smaller(resolve(config), 4)] == [
         "--config.model.remat=dots",
@@ -180,20 +180,21 @@ def test_smaller_settings_recompute_as_little_as_they_can():
         *(f"--config.model.remat=full --config.gradient_accumulation={parts}" for parts in (2, 4, 8, 16)),
     ]
     candidates = dict(smaller(resolved, 4))
-    for name, candidate in candidates.items():  # what is compiled is what the flags say, and nothing of an earlier one
-        assert facts(candidate) == facts(resolved) | dict(flag.removeprefix("--").split("=") for flag in name.split())
+    for name, candidate in candidates.items():  # a config has the changes of its flags and none of an earlier candidate
+        changes = dict(flag.removeprefix("--").split("=") for flag in name.split())
+        assert shared_values(candidate) == shared_values(resolved) | changes
     plain, dots, full = (step_flops(config) for config in (resolved, *list(candidates.values())[1:4:2]))
-    assert plain < dots < 1.05 * plain  # attention's products alone are computed again
-    assert full == pytest.approx(4 / 3 * plain, rel=0.02)  # the blocks are
+    assert plain < dots < 1.05 * plain  # attention's products are repeated
+    assert full == pytest.approx(4 / 3 * plain, rel=0.02)  # the blocks are repeated
 
 
-def test_the_step_compiled_has_no_more_products_than_the_model():
-    """At most 1.03 times the analytic count without remat, of every product, those in loops as often as they run."""
+def test_compiled_operations_agree_with_the_analytic_count():
+    """The operations of the compiled products are within 3 % of the analytic count, for every remat policy."""
     config = base_config()
     config.batch_size = 4
     config.model.update({"patch_sizes": (4, 2), "depths": (3, 2), "hidden_size": 192, "num_heads": 3})
     config.model.update({"input_size": (16, 16), "in_channels": 4, "num_classes": 10, "class_tokens": 4})
-    # Virtual devices stand for accelerators; the CPU's own arithmetic computes some of attention again.
+    # With platform "auto", virtual devices stand for accelerators; the CPU's kernels recompute a part of attention.
     for remat, platform in (("none", "auto"), ("dots", "auto"), ("full", "auto"), ("none", "cpu")):
         config.model.remat, config.model.platform = remat, platform
         resolved = resolve(config)
@@ -202,7 +203,7 @@ def test_the_step_compiled_has_no_more_products_than_the_model():
 
 
 def test_the_nearest_setting_that_fits_is_looked_for(monkeypatch, capsys):
-    """A chip for which only the last thing tried is small enough."""
+    """On this chip only the last candidate fits."""
     tried = []
 
     def compiled(config, mesh):
@@ -212,9 +213,9 @@ def test_the_nearest_setting_that_fits_is_looked_for(monkeypatch, capsys):
 
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_step", compiled)
     monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology: jax.devices()[:1])
-    monkeypatch.setattr("mpdit_jax.compile.prepare", lambda devices: None)
+    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices: None)
     arguments = [f"--config={ROOT / 'configs/digits.py'}", "--topology=v5e:1x1", "--no_sampler"]
-    assert compile_command([*arguments, "--format=json"]) == 1  # what was asked for does not fit
+    assert compile_command([*arguments, "--format=json"]) == 1  # the config itself does not fit
     report = json.loads(capsys.readouterr().out)
     assert (report["step"]["fits"], report["nearest_fit"]["fits"]) == (False, True)
     assert report["nearest_fit"]["flags"] == "--config.model.remat=full --config.gradient_accumulation=2"
@@ -226,8 +227,8 @@ def test_the_nearest_setting_that_fits_is_looked_for(monkeypatch, capsys):
     assert "does NOT fit 15.75 GiB" in capsys.readouterr().out
 
 
-def test_what_is_too_large_by_the_state_alone_is_not_tried(monkeypatch, capsys):
-    """Of two chips: not split, one holds 32 GiB of state; split, 16; the sampler's parameters take 17."""
+def test_candidates_whose_state_alone_does_not_fit_are_skipped(monkeypatch, capsys):
+    """On two chips: 32 GiB of state per chip with fsdp=1, 16 GiB with fsdp=2, 17 GiB of the sampler's parameters."""
     tried, sampled = [], []
 
     def step(config, mesh):
@@ -242,23 +243,23 @@ def test_what_is_too_large_by_the_state_alone_is_not_tried(monkeypatch, capsys):
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_step", step)
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_sampler", sampler)
     monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology: jax.devices()[:1] * 2)
-    monkeypatch.setattr("mpdit_jax.compile.prepare", lambda devices: None)
+    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices: None)
     assert compile_command([f"--config={ROOT / 'configs/digits.py'}", "--topology=v5e:1x2"]) == 1
     out = capsys.readouterr().out
-    assert tried == [1, 2]  # as asked, and split; no remat, no parts of either
+    assert tried == [1, 2]  # neither is tried with another remat policy or with gradient accumulation
     assert sampled == [16]
     assert "nothing tried fits: take more chips or a smaller batch_size" in out
     assert "no batch tried fits: every chip holds all parameters" in out
 
 
-def test_the_devices_that_were_asked_for_are_there():
+def test_a_wrong_number_of_devices_is_refused():
     here = jax.device_count()
     with pytest.raises(ConfigError, match=f"--devices={here + 2}: JAX has {here}; unset XLA_FLAGS and JAX_PLATFORMS"):
         measure(base_config(), devices=here + 2)
 
 
 def test_the_largest_batch_to_sample_that_fits_is_looked_for(monkeypatch, capsys):
-    """Half, and half again; on a chip that holds two images of eight."""
+    """The batch of eight is halved twice, until it fits."""
 
     def compiled(config, mesh, batch_size):
         peak = batch_size * 2**33
@@ -267,7 +268,7 @@ def test_the_largest_batch_to_sample_that_fits_is_looked_for(monkeypatch, capsys
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_sampler", compiled)
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_step", lambda *_: compiled(*_, 1))
     monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology: jax.devices()[:1])
-    monkeypatch.setattr("mpdit_jax.compile.prepare", lambda devices: None)
+    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices: None)
     arguments = [f"--config={ROOT / 'configs/digits.py'}", "--topology=v6e:1x1", "--format=json"]
     assert compile_command(arguments) == 1
     out, err = capsys.readouterr()
@@ -283,7 +284,7 @@ def test_the_largest_batch_to_sample_that_fits_is_looked_for(monkeypatch, capsys
 
 
 def test_the_xl_config_recomputes_nothing_by_default():
-    """test_topologies.py shows that it fits."""
+    """The tests in test_topologies.py show that it fits without remat."""
     config = runpy.run_path(str(ROOT / "configs/mpdit_xl_256.py"))["get_config"]()
     assert config.model.remat == "none"
 
@@ -301,7 +302,7 @@ def test_the_command_on_virtual_devices():
     status, stdout, stderr = run("compile", arguments)
     assert status == 0, stderr
     report = json.loads(stdout)
-    assert report["step"]["compiled_flops"] == pytest.approx(report["step"]["flops"], rel=0.2)  # of 16 images a chip
+    assert report["step"]["compiled_flops"] == pytest.approx(report["step"]["flops"], rel=0.2)  # 16 images per chip
     assert (report["chips"], report["mesh"]) == (4, "data=2, fsdp=2")
     assert report["step"]["collectives"]["all-reduce"] > 0
     assert 0 < report["step"]["sent"] < 2 * sum(report["step"]["collectives"].values())
@@ -321,7 +322,7 @@ def test_refusals():
         ([config, "--topology=v5e:0x4"], 1, "0 chips; expected 1 to 256"),
     ]
     if importlib.util.find_spec("libtpu") is None:
-        cases.append(([config, "--topology=v5e:2x2"], 1, "pip install 'mpdit_jax[tpu]'"))
+        cases.append(([config, "--topology=v5e:2x2"], 1, "pip install -e '.[tpu]'"))
     for arguments, expected, message in cases:
         status, _, stderr = run("compile", arguments)
         assert status == expected, stderr
@@ -329,8 +330,8 @@ def test_refusals():
         assert "Traceback" not in stderr
 
 
-def test_virtual_devices_are_those_of_the_cpu_whatever_else_there_is():
-    """JAX has been imported by then, and on a machine with GPUs would have taken these."""
+def test_prepare_selects_the_cpu_after_jax_was_imported():
+    """Without it, JAX would use the GPUs of a machine that has some."""
     program = (
         "from mpdit_jax.compile.environment import prepare; import jax; prepare(8); print(jax.config.jax_platforms)"
     )

@@ -1,4 +1,4 @@
-"""What is read off a compiled program's text: how often instructions run, and the operations of its products."""
+"""The parser of compiled programs: how often instructions run, traffic, and the operations of products."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,8 @@ from mpdit_jax.compile.flops import product_flops
 from mpdit_jax.compile.hlo import dimensions, sizes, walk
 from mpdit_jax.errors import ConfigError
 
-# As libtpu writes them: a ring that gathers beside a product, two steps an iteration; and a gather that runs beside
-# other fusions, repeated in each.
+# Text in libtpu's style: a loop that gathers in a ring, two steps per iteration, and an asynchronous all-gather that is
+# repeated in every fusion beside it.
 TPU = """HloModule step
 
 %condition (p: (bf16[72,96], u32[])) -> pred[] {
@@ -67,7 +67,7 @@ def test_a_tpu_ring_runs_as_often_as_its_index_steps():
     assert traffic(TPU, 16).by_kind["collective-permute"] == 4 * 72 * 96 * 2
 
 
-def test_a_gather_beside_other_work_counts_once_and_the_work_too():
+def test_an_asynchronous_gather_counts_once():
     gathered, permuted = 160 * 8 * 2, 4 * 72 * 96 * 2
     expected = {**dict.fromkeys(KINDS, 0), "all-gather": gathered, "collective-permute": permuted}
     assert traffic(TPU, 16) == Traffic(expected, gathered * 15 / 16 + permuted)
@@ -81,7 +81,7 @@ def test_a_gather_beside_other_work_counts_once_and_the_work_too():
     ("mesh['axis_0'=16,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", 32), ("mesh['a'=16,'b'=4] {'a':(2)4}", 4),
 ])  # fmt: skip
 def test_groups_of_chips(groups, members):
-    """As XLA writes them; each chip sends all of the sum but its part, twice."""
+    """Each chip of an all-reduce over n chips sends 2 (n - 1) / n of the array."""
     line = f"  ROOT %sum = f32[64]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add"
     text = f"HloModule m\n\nENTRY %main (x: f32[64]) -> f32[64] {{\n{line}\n}}\n"
     assert traffic(text, 64).sent == pytest.approx(2 * 256 * (members - 1) / members)
@@ -93,8 +93,8 @@ def test_groups_of_another_kind_are_refused():
         traffic(f"HloModule m\n\nENTRY %main (x: f32[64]) -> f32[64] {{\n{line}\n}}\n", 64)
 
 
-def test_a_sum_of_which_each_chip_takes_a_part():
-    """As libtpu writes a reduce-scatter."""
+def test_libtpus_reduce_scatter():
+    """libtpu writes it as an all-reduce of which each chip slices a part."""
     text = """HloModule m
 
 %all-reduce-scatter.3 (x: bf16[64,8]) -> bf16[4,8] {
@@ -113,8 +113,8 @@ ENTRY %main (x: bf16[64,8]) -> bf16[4,8] {
     assert moved.sent == 1024 * 15 / 16
 
 
-def test_several_collectives_in_one():
-    """Operands first, then results: as XLA combines them."""
+def test_combined_collectives():
+    """XLA lists the operands first, then the results."""
     lines = [
         "((bf16[4,8]{1,0}, bf16[2,8]{1,0}), (bf16[64,8]{1,0}, bf16[32,8]{1,0})) all-gather-start(%a, %b)",
         "((f32[6]{0}, f32[2]{0}), (f32[6]{0}, f32[2]{0}), u32[], u32[]) collective-permute-start(%c, %d)",
@@ -131,12 +131,12 @@ def test_shapes():
 
 
 @pytest.mark.parametrize(("window", "pairs"), [
-    # Three results at every other place of a row of 5, each under a window of 2.
+    # Three windows of 2 with stride 2 over a row of 5; the last window has one entry.
     ("f32[5,2,3] f32[2,3,4] f32[3,2,4] size=2 stride=2 pad=0_1", 5),
-    # As libtpu writes a product with a batch dimension of 16: each window meets one entry.
+    # libtpu's form of a product with a batch dimension of 16: each window has one entry.
     ("f32[16,2,3] f32[16,3,4] f32[16,2,4] size=16 stride=15 lhs_dilate=16", 16),
 ])  # fmt: skip
-def test_a_window_counts_where_it_meets_an_entry(window, pairs):
+def test_only_entries_inside_a_window_count(window, pairs):
     image, kernel, result, *attributes = window.split(" ")
     text = f"""HloModule m
 
@@ -155,5 +155,5 @@ def test_real_loops_and_products():
 
     w, x = jnp.ones((5, 32, 32)), jnp.ones((64, 32))
     text = jax.jit(jax.grad(loss)).lower(w, x).compile().as_text()
-    # Forward, and backward twice but for the input of the first layer, which a scan computes all the same.
+    # One forward and two backward products per layer; the scan also computes the unused gradient of the input.
     assert product_flops(text) == 2 * 3 * 5 * 64 * 32 * 32

@@ -1,4 +1,4 @@
-"""Steps compiled by libtpu for TPUs that are not here, and what the command reads off them."""
+"""The compile command with libtpu, for TPUs that this machine lacks."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ pytestmark = [
 
 
 def compiled(topology, *fields, only_step=True):
-    """The report on a small latent model, 16 images a chip of four."""
+    """Compile a small latent model for four chips, 16 images on each, and return the report."""
     arguments = [
         f"--config={ROOT / 'configs/mpdit_b_256.py'}", f"--topology={topology}", "--format=json",
         "--config.sample.steps=2", "--config.batch_size=64", "--config.model.preset=", "--config.model.hidden_size=256",
@@ -30,11 +30,11 @@ def compiled(topology, *fields, only_step=True):
 
 
 def described(topology):
-    """Its chips, in this process."""
+    """Return the topology's devices, in this process."""
     from mpdit_jax.compile.environment import prepare
     from mpdit_jax.compile.programs import topology_devices
 
-    with mock.patch.dict(os.environ):  # the real one, which libtpu reads
+    with mock.patch.dict(os.environ):  # restores the environment, which `prepare` changes
         prepare()
         return topology_devices(topology)
 
@@ -50,16 +50,16 @@ def test_every_kind_of_chip(topology):
 
 
 def test_the_sampler():
-    """Its parameters and both halves of guidance are on every chip: there is nothing to send."""
+    """Every chip has all parameters and both passes of guidance, so nothing is sent."""
     sampler = compiled("v5e:2x2", only_step=False)["sampler"]
     assert sampler["fits"]
     assert sampler["batch_size"] == 32
-    assert 0.97 < sampler["compiled_flops"] / sampler["flops"] <= 1.1  # two steps: what is done once counts
+    assert 0.97 < sampler["compiled_flops"] / sampler["flops"] <= 1.1  # of two steps; one-time work is up to 10 %
     assert sampler["sent"] == 0
 
 
-def test_what_the_xl_config_needs_by_how_much_is_recomputed():
-    """On 16 chips of v5e, as docs/scaling.md has it; the config has remat `none`."""
+def test_memory_of_the_xl_config_by_remat_policy():
+    """On 16 v5e chips, as in docs/scaling.md; the config has remat `none`."""
     arguments = [
         f"--config={ROOT / 'configs/mpdit_xl_256.py'}", "--topology=v5e:4x4", "--config.mesh.fsdp=16",
         "--no_sampler", "--no_search", "--format=json",
@@ -72,19 +72,19 @@ def test_what_the_xl_config_needs_by_how_much_is_recomputed():
         assert 0.97 < step["compiled_flops"] / step["flops"] <= 1.03
 
 
-def test_what_a_split_state_saves_and_sends():
+def test_memory_and_traffic_of_a_split_state():
     whole, split = (compiled("v5e:2x2", f"--config.mesh.fsdp={fsdp}")["step"] for fsdp in (1, 4))
     assert split["arguments"] < 0.3 * whole["arguments"]
-    # Copies of the state sum their gradients around a ring, of which a quarter of twice the array stays: in float32, or
-    # in bfloat16 where the product that makes them is.
-    gradients = whole["arguments"] / 4  # beside the EMA and Adam's two moments
+    # With copies of the state, the gradients are summed in a ring of four, which sends 3/4 of the array twice, in
+    # float32, or in bfloat16 where the gradient's product is bfloat16.
+    gradients = whole["arguments"] / 4  # the arguments are parameters, EMA and Adam's two moments
     assert gradients * 3 / 4 < whole["sent"] < 2 * gradients * 3 / 4
-    # A split state is gathered forward and backward, and its gradients are scattered.
+    # A split state is gathered in the forward and in the backward pass, and its gradients are scattered.
     assert 0.5 * gradients < split["sent"] < 3 * gradients
     assert split["collectives"]["all-gather"] + split["collectives"]["collective-permute"] > 0
 
 
-def test_a_step_too_large_for_its_chip_is_told_and_a_smaller_one_found():
+def test_a_step_too_large_for_its_chip_is_reported_and_a_smaller_one_found():
     arguments = [
         f"--config={ROOT / 'configs/mpdit_b_256.py'}", "--topology=v5e:2x2", "--format=json", "--no_sampler",
         "--config.batch_size=640", "--config.model.remat=none",
@@ -112,7 +112,7 @@ def test_a_topology_that_libtpu_does_not_know():
 
 @pytest.mark.parametrize(("topology", "fsdp"), [("v6e:8x8", 16), ("v4:4x4x4", 8), ("v5p:4x4x4", 32), ("v6e:4x8", 2)])
 def test_meshes_that_cut_an_axis_of_the_torus(topology, fsdp):
-    """Which `jax.make_mesh` does for v5e alone."""
+    """`jax.make_mesh` makes such meshes for v5e alone."""
     from mpdit_jax.distributed.mesh import make_mesh
 
     mesh = make_mesh(fsdp=fsdp, devices=described(topology))

@@ -42,8 +42,9 @@ def test_digits_halves_are_disjoint_and_balanced():
     assert sum(map(len, halves)) == 1797
     counts = [np.bincount(half.labels) for half in halves]
     assert abs(counts[0] - counts[1]).max() <= 1
-    together = np.concatenate([half.images for half in halves])
-    everything = load_source("digits", "", "all").images
+    whole = load_source("digits", "", "all")
+    together = np.concatenate([half.batch(np.arange(len(half)))["x"] for half in halves])
+    everything = whole.batch(np.arange(len(whole)))["x"]
     assert sorted(map(bytes, together)) == sorted(map(bytes, everything))
 
 

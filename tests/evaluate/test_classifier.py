@@ -12,7 +12,7 @@ import safetensors.numpy
 from mpdit_jax import train_classifier as command
 from mpdit_jax.errors import InputError, WeightsError
 from mpdit_jax.evaluate.classifier import load_classifier, save_classifier
-from mpdit_jax.evaluate.extractors import build_classifier, make_extractor
+from mpdit_jax.evaluate.extractors import build_classifier, make_extractor, metric_label
 from tests.tiny import refusal
 
 
@@ -26,8 +26,8 @@ def test_the_file_gives_the_same_features(extractor, classifier_file, digits):
     first, second = extractor(digits[0][:300]), loaded(digits[0][:300])
     np.testing.assert_array_equal(first["pool"], second["pool"])
     np.testing.assert_allclose(first["probs"].sum(axis=1), 1, rtol=1e-5)
-    assert loaded.label("fd") == "FD(classifier)"
-    assert loaded.label("is") == "IS(classifier)"
+    assert metric_label("fd", loaded.name) == "FD(classifier)"
+    assert metric_label("is", loaded.name) == "IS(classifier)"
 
 
 def test_home_is_the_users_behind_the_colon_too(extractor, classifier_file):

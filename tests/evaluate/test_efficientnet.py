@@ -5,13 +5,13 @@ import pytest
 
 from mpdit_jax.errors import MissingExtraError, WeightsError
 from mpdit_jax.evaluate import efficientnet
-from mpdit_jax.evaluate.extractors import make_extractor
+from mpdit_jax.evaluate.extractors import make_extractor, metric_label
 from tests.conftest import relative_error
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch):
     monkeypatch.setattr(efficientnet.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'mpdit_jax\[proxy\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[proxy\]'"):
         make_extractor("efficientnet_lite0")
 
 
@@ -34,10 +34,10 @@ def test_parity_on_the_published_weights():
         expected = theirs.extract_features(x).mean(dim=(2, 3))
     extractor = make_extractor("efficientnet_lite0", batch_size=2)
     assert relative_error(extractor(images)["pool"], expected) < 1e-4
-    assert extractor.label("fd") == "FD(efficientnet_lite0)"
+    assert metric_label("fd", extractor.name) == "FD(efficientnet_lite0)"
     small = make_extractor("efficientnet_lite0", image_size=64, batch_size=2)
     assert small.fingerprint != extractor.fingerprint
-    assert small.label("fd") == "FD(efficientnet_lite0@64)"
+    assert metric_label("fd", small.name) == "FD(efficientnet_lite0@64)"
     lacking = {name: array for name, array in read_state_dict(path).items() if name != "_blocks.3._bn1.bias"}
     with pytest.raises(WeightsError, match=r"_blocks.3._bn1.bias is missing"):
         efficientnet.from_torch(lacking, "x")

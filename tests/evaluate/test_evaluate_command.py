@@ -10,14 +10,15 @@ from PIL import Image
 
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate import __main__ as evaluate
-from mpdit_jax.evaluate import command, extraction, inception_weights
-from mpdit_jax.evaluate.bias import perfect_distance, warn_of_bias
+from mpdit_jax.evaluate import command, inception_weights
+from mpdit_jax.evaluate.bias import describe_bias, perfect_distance
 from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, save_classifier
-from mpdit_jax.evaluate.extraction import FeatureFolder, extract
+from mpdit_jax.evaluate.compute import compute_statistics
 from mpdit_jax.evaluate.report import make_result
-from mpdit_jax.evaluate.scratch import claimed
+from mpdit_jax.evaluate.scratch import lock_scratch
 from mpdit_jax.evaluate.sets import open_npz, open_set
-from mpdit_jax.evaluate.statistics import compare, load_statistics, save_statistics
+from mpdit_jax.evaluate.statistics import compare
+from mpdit_jax.evaluate.stored_statistics import load_statistics, save_statistics
 from mpdit_jax.sample.__main__ import main as sample
 from tests.evaluate.conftest import collect
 from tests.sample.conftest import make_workdir
@@ -111,7 +112,7 @@ def test_an_adm_reference_batch_brings_moments_and_images(tmp_path, tiny_incepti
     )  # fmt: skip
     options = evaluate.make_evaluate_parser().parse_args([f"--reference={batch}"])
     metrics = ("fd", "sfd", "is", "precision", "recall")
-    reference = command.reference_of(options, tiny_inception, metrics, tmp_path / "scratch")
+    reference = command.reference_statistics(options, tiny_inception, metrics, tmp_path / "scratch", (8, 8, 1))
     assert len(reference.features) == 300
     assert reference.about["shape"] == [8, 8, 1]
     assert reference.file["extractor_fingerprint"].startswith("unknown")
@@ -132,10 +133,13 @@ def test_statistics_of_another_extractor_are_refused_by_name(tmp_path, tiny_ince
     np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))  # as pytorch-fid writes them
     with pytest.raises(InputError, match="statistics of the extractor inception and this is classifier"):
         load_statistics(path, extractor)
-    with pytest.raises(InputError, match="inception has 4 such features: these are statistics of another extractor"):
+    with pytest.raises(
+        InputError,
+        match=r"mu is float64 \(2048,\); expected floats \(4,\) of inception",
+    ):
         load_statistics(path, tiny_inception)
     np.savez(path, mu=np.full(4, np.nan), sigma=np.eye(4))
-    with pytest.raises(InputError, match="hold NaN"):
+    with pytest.raises(InputError, match="mu holds NaN"):
         load_statistics(path, tiny_inception)
     np.savez(path, mu=np.zeros(4), sigma=np.eye(4))
     stored = load_statistics(path, tiny_inception)
@@ -144,10 +148,10 @@ def test_statistics_of_another_extractor_are_refused_by_name(tmp_path, tiny_ince
 
 
 @pytest.mark.parametrize(("features", "sentence"), [
-    (np.full((5, 4), np.nan, np.float32), "the features hold NaN or Inf"),
-    (np.zeros((5, 3), np.float32), r"features are float32 \(5, 3\); expected floats \(images, 4\)"),
-    (np.zeros((5, 4), np.int64), "features are int64"),
-    (np.zeros(4, np.float32), "features are float32"),
+    (np.full((5, 4), np.nan, np.float32), "features holds NaN or Inf"),
+    (np.zeros((5, 3), np.float32), r"features is float32 \(5, 3\); expected floats \(5, 4\)"),
+    (np.zeros((5, 4), np.int64), "features is int64"),
+    (np.zeros(4, np.float32), "features is float32"),
 ])  # fmt: skip
 def test_saved_features_that_are_none(tmp_path, tiny_inception, features, sentence):
     np.savez(tmp_path / "stats.npz", mu=np.zeros(4), sigma=np.eye(4), features=features)
@@ -162,7 +166,7 @@ def test_an_adm_batch_is_a_set_of_images_to_another_network(
     batch, images = tmp_path / "VIRTUAL_digits.npz", digits[0][:300]
     np.savez(batch, arr_0=images, mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
     options = evaluate.make_evaluate_parser().parse_args([f"--reference={batch}"])
-    reference = command.reference_of(options, extractor, ("fd", "precision"), tmp_path / "scratch")
+    reference = command.reference_statistics(options, extractor, ("fd", "precision"), tmp_path / "scratch", (8, 8, 1))
     expected = collect(extractor, [extractor(images)], {})
     np.testing.assert_allclose(reference.gaussian("pool").mean, expected.gaussian("pool").mean, rtol=1e-5)
     np.testing.assert_array_equal(reference.features, expected.features)
@@ -177,7 +181,7 @@ def test_a_run_is_checked_before_its_reference_is_looked_at(tmp_path, classifier
     other = ClassifierConfig(16, 16, 1, num_classes=10, base_channels=4, features=8)
     save_classifier(tmp_path / "other.safetensors", initialize(other, seed=0))
 
-    def look(*arguments):
+    def look(*arguments, **settings):
         raise AssertionError("something was looked at in vain")
 
     monkeypatch.setattr(command, "compute_statistics", look)
@@ -221,7 +225,7 @@ def test_moments_of_another_preprocessing_are_refused_or_warned_of(tmp_path, tin
     said = capsys.readouterr().out
     assert "if pytorch-fid made it, give --preprocessing=pytorch_fid" in said
     assert said == f"warning: {doubted.file['warning']}\n"
-    load_statistics(tmp_path / "pytorch_fid.npz", usual, setting="config.eval.preprocessing")
+    load_statistics(tmp_path / "pytorch_fid.npz", usual, prefix="config.eval.")
     assert "if pytorch-fid made it, give config.eval.preprocessing=pytorch_fid" in capsys.readouterr().out
     with pytest.raises(InputError, match="ADM resizes as TensorFlow does: expected --preprocessing=tensorflow, and it"):
         load_statistics(tmp_path / "adm.npz", other)
@@ -242,8 +246,7 @@ def test_a_perfect_model_with_few_images_scores_what_is_told(extractor, digits):
 
 def test_an_interrupted_look_goes_on_where_it_was(files, tmp_path, extractor, monkeypatch):
     images = open_set(str(files / "samples.npz"))
-    monkeypatch.setattr(extraction, "_BLOCK", 100)
-    folder = FeatureFolder(tmp_path, extractor, images, ["pool"])
+    look = {"outputs": ["pool"], "keep": ["pool"], "verb": "features", "batch_size": 100, "block_size": 100}
     seen = []
 
     class Dying:
@@ -259,12 +262,12 @@ def test_an_interrupted_look_goes_on_where_it_was(files, tmp_path, extractor, mo
             return images.read(rows)
 
     with pytest.raises(KeyboardInterrupt):
-        extract(extractor, Dying(), ["pool"], folder)
-    assert [folder.has(number) for number in range(6)] == [True] * 3 + [False] * 3
-    seen.clear()
-    extract(extractor, images, ["pool"], folder)
-    again = np.concatenate([folder.read(number)["pool"] for number in range(6)])
-    np.testing.assert_array_equal(again, extractor(np.asarray(images.images))["pool"])
+        compute_statistics(extractor, Dying(), **look, scratch=tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*/*.npz")) == [f"{number:08d}.npz" for number in range(3)]
+    seen.append(None)
+    again = compute_statistics(extractor, Dying(), **look, scratch=tmp_path)
+    assert [rows[0] for rows in seen[4:]] == [300, 400, 500]
+    np.testing.assert_array_equal(again.features, extractor(np.asarray(images.images))["pool"])
 
 
 def test_a_run_is_drawn_and_compared_for_several_settings_in_one_go(tmp_path, classifier_file, capsys):
@@ -324,7 +327,7 @@ def test_bad_arguments_are_one_sentence(files, classifier_file, tmp_path, monkey
         ([samples, "--reference=data:cats", features], "data:NAME[:SPLIT]"),
         ([samples, reference, features, "--num_samples=601"], "expected 1 to 600"),
         ([samples, reference, features, "--num_samples=3"], "need 4 images or more in each set: there are 3 samples"),
-        ([samples, f"--reference={few}", features], "there are 3 in the reference"),
+        ([samples, f"--reference={few}", features], f"there are 3 in --reference={few}"),
         ([samples, reference, features, "--metrics=fd", "--num_samples=1"], "there are 1 samples"),
         ([samples, reference, features, "--k=0"], "--k=0"),
         ([samples, reference, features, "--metrics=,"], "metrics=,: expected some of fd"),
@@ -417,7 +420,7 @@ def test_two_at_once_do_not_share_an_output(files, classifier_file, tmp_path, mo
     out = tmp_path / "out.json"
     arguments = [f"--samples={files / 'samples.npz'}", f"--features=classifier:{classifier_file}", f"--out={out}"]
     arguments += ["--reference=data:digits", "--metrics=fd"]
-    with claimed(tmp_path / "out.json.unfinished", [out]):
+    with lock_scratch(tmp_path / "out.json.unfinished", [out]):
         said = last_line(arguments, monkeypatch, capsys)
         assert re.search(r"another evaluation is using .*out\.json\.unfinished \(process \d+ on ", said)
         assert not out.exists()
@@ -438,10 +441,12 @@ def test_the_inception_score_needs_no_reference_and_looks_at_none(files, classif
 
 def test_too_few_images_are_warned_of_for_every_distance_and_either_set(tiny_inception, digits):
     seen = [collect(tiny_inception, [tiny_inception(digits[0][:count])], {}) for count in (100, 2)]
-    with pytest.warns(UserWarning, match=r"2 samples are fewer than the 3 features of inception: sFID"):
-        assert warn_of_bias(seen[0], seen[1], ["sfd"]).keys() == {"sFID"}
-    with pytest.warns(UserWarning, match="the reference's 2 images are fewer than the 4 features"):
-        assert not warn_of_bias(seen[1], seen[0], ["fd"])
+    notes, scores = describe_bias(seen[0], 2, ["sfd"])
+    assert notes[0].startswith("2 samples are fewer than the 3 features of inception: sFID")
+    assert scores.keys() == {"sFID"}
+    (note,), scores = describe_bias(seen[1], 100, ["fd"])
+    assert note.startswith("the reference's 2 images are fewer than the 4 features")
+    assert not scores
 
 
 def last_line(arguments, monkeypatch, capsys):

@@ -54,7 +54,7 @@ def test_without_inception_the_packaged_network_is_taken_and_named(files, capsys
     both = (f"--samples={files / 'fake.npz'}", f"--reference={files / 'real.npz'}", "--feature_size=32")
     row = evaluated(files, *both)
     said = capsys.readouterr().out
-    assert "no Inception weights found: looking through efficientnet_lite0; this gives FD(efficientnet_lite0)" in said
+    assert "no Inception weights found: efficientnet_lite0 is used and gives FD(efficientnet_lite0)" in said
     names = [f"{name}(efficientnet_lite0@32)" for name in ("FD", "precision", "recall")]
     assert list(row["metrics"]) == names
     assert row["settings"]["extractor"]["name"] == "efficientnet_lite0@32"

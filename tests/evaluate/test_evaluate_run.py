@@ -5,17 +5,16 @@ import json
 
 import numpy as np
 import pytest
-from ml_collections import FrozenConfigDict
 
 from mpdit_jax.data.sources import load_digits
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate import __main__ as evaluate
-from mpdit_jax.evaluate import command, runs
-from mpdit_jax.evaluate.extraction import FeatureFolder, extract
-from mpdit_jax.evaluate.runs import DrawnImages
-from mpdit_jax.evaluate.statistics import save_statistics
-from mpdit_jax.sample.blocks import Block, BlockFolder
-from mpdit_jax.train.reference import Reference
+from mpdit_jax.evaluate import command, reference, runs
+from mpdit_jax.evaluate.compute import compute_statistics
+from mpdit_jax.evaluate.drawn_images import DrawnImages
+from mpdit_jax.evaluate.reference import Reference
+from mpdit_jax.evaluate.stored_statistics import save_statistics
+from mpdit_jax.sample.drawing import to_block
 from mpdit_jax.vae import load_vae
 from tests.evaluate.conftest import collect
 from tests.prepare.conftest import make_vae
@@ -94,9 +93,8 @@ def test_statistics_and_batches_of_another_size_are_refused_before_anything_is_d
         with pytest.raises(InputError, match="the samples are 8x8 pixels and the reference is 16x16"):
             evaluate.main([samples, features, f"--reference={stats}", "--metrics=fd", f"--out={tmp_path / 'o.json'}"])
     assert not (tmp_path / "o.json.unfinished").exists()
-    config = FrozenConfigDict({"eval": {"reference": str(stats), "metrics": "fd", "features": features[11:]}})
     with pytest.raises(InputError, match="the samples are 8x8 pixels and the reference is 16x16"):  # as while training
-        Reference(config, tmp_path, load_digits(), None, ["fd"], lambda: False).check(extractor)
+        Reference(str(stats), ["fd"], None, None, "config.eval.").check(extractor, load_digits().shape)
     # A foreign file says nothing of a size, but the images in it do.
     as_inception(monkeypatch, dataclasses.replace(extractor, name="inception"))
     with np.load(stats) as archive:
@@ -112,9 +110,9 @@ def as_inception(monkeypatch, extractor):
 
 
 def test_of_a_runs_own_data_no_more_than_a_limit_is_looked_at(workdir, monkeypatch):
-    monkeypatch.setattr(command, "MOST_REAL", 100)
+    monkeypatch.setattr(reference, "MOST_REAL", 100)
     options = evaluate.make_evaluate_parser().parse_args([f"--workdir={workdir}"])
-    images = command.reference_images(options, 1)
+    images = command.make_reference(options, ["fd"]).own()
     assert (len(images), images.about["count"], images.about["shape"]) == (100, 100, [8, 8, 1])
     assert images.about["of"] == 898
 
@@ -135,30 +133,31 @@ def test_a_run_on_latents_is_decoded_by_its_vae(tmp_path, capsys, monkeypatch, t
     assert row["metrics"]["FID"] > 0
 
 
-def test_a_block_is_read_once_however_few_images_are_looked_at(tmp_path, tiny_inception, monkeypatch):
-    drawn = np.random.default_rng(0).integers(0, 256, (25, 8, 8, 1), np.uint8)
-    blocks, read, numbers = BlockFolder(tmp_path / "blocks", {}), BlockFolder.read, []
-    for number in range(3):
-        part = drawn[10 * number : 10 * number + 10]
-        labels, rows = np.zeros(len(part), int), 10 * number + np.arange(len(part))
-        blocks.write(number, Block(part, labels, rows, np.ones(len(part), bool)))
-    monkeypatch.setattr(BlockFolder, "read", lambda self, number: (numbers.append(number), read(self, number))[1])
-    images = DrawnImages(blocks, 10, 25, {})
-    extractor = dataclasses.replace(tiny_inception, batch_size=4)
-    folder = FeatureFolder(tmp_path / "features", extractor, images, ["pool"])
-    extract(extractor, images, ["pool"], folder)
-    assert numbers == [0, 1, 2]
-    np.testing.assert_array_equal(folder.read(0)["pool"], extractor(drawn)["pool"])
-    np.testing.assert_array_equal(images.read(np.array([21, 3, 12])), drawn[[21, 3, 12]])
+class Drawn:
+    """A drawing of six images, of which some are not finite."""
+
+    def __init__(self, *broken):
+        self._broken = broken
+
+    def __len__(self):
+        return 6
+
+    def draw(self, rows):
+        pictures = np.zeros((len(rows), 8, 8, 1), np.float32)
+        pictures[np.isin(rows, self._broken)] = np.nan
+        return to_block(pictures, rows, rows)
 
 
-def test_a_drawn_image_that_is_not_finite_is_named(tmp_path):
-    folder = BlockFolder(tmp_path / "blocks", {})
-    for number in range(2):
-        finite = np.array([True, True, number == 0])
-        rows = np.arange(3) + 3 * number
-        folder.write(number, Block(np.zeros((3, 8, 8, 1), np.uint8), np.zeros(3, int), rows, finite))
-    images = DrawnImages(folder, 3, 6, {})
+def test_a_drawn_image_that_is_not_finite_is_named():
+    images = DrawnImages(Drawn(5), (8, 8, 1), {})
     assert images.read(np.arange(5)).shape == (5, 8, 8, 1)
     with pytest.raises(InputError, match="image 5 that the model drew holds NaN or Inf"):
         images.read(np.arange(6))
+
+
+def test_while_training_images_that_are_not_finite_are_left_out(tiny_inception):
+    images = DrawnImages(Drawn(1, 2, 3), (8, 8, 1), {}, leave_out=True)
+    found = compute_statistics(tiny_inception, images, ["pool"], ["pool"], "features", batch_size=2)
+    assert (found.count, found.features.shape) == (3, (3, 4))
+    none = DrawnImages(Drawn(*range(6)), (8, 8, 1), {}, leave_out=True)
+    assert compute_statistics(tiny_inception, none, ["pool"], [], "features", batch_size=2).count == 0

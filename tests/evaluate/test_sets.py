@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -10,13 +11,12 @@ import pytest
 from PIL import Image
 
 from mpdit_jax.errors import DataError, InputError
-from mpdit_jax.evaluate import compute, extraction
-from mpdit_jax.evaluate.agreement import portable
+from mpdit_jax.evaluate import compute
 from mpdit_jax.evaluate.compute import compute_statistics
-from mpdit_jax.evaluate.extraction import FeatureFolder, extract
 from mpdit_jax.evaluate.extractors import _build
 from mpdit_jax.evaluate.moments import Moments
-from mpdit_jax.evaluate.sets import ArrayImages, open_folder, open_npz, open_set
+from mpdit_jax.evaluate.sets import ArrayImages, open_npz, open_set
+from mpdit_jax.evaluate.shared_values import portable
 from mpdit_jax.evaluate.subsets import limited
 from tests.evaluate.conftest import _Means, collect
 
@@ -90,33 +90,38 @@ def test_some_images_are_of_all_classes(tmp_path, order):
 
 def test_only_what_metrics_need_is_kept_and_each_process_sums_its_share(tmp_path, monkeypatch, extractor, digits):
     images = ArrayImages(digits[0][:300], {"path": "digits"})
-    monkeypatch.setattr(extraction, "_BLOCK", 100)
-    monkeypatch.setattr(extraction, "barrier", lambda what: None)
-    monkeypatch.setattr(extraction, "name_of_first", lambda name: name)
-    monkeypatch.setattr(compute, "agree", lambda facts: None)
+    look = partial(compute_statistics, extractor, images, ["pool"], batch_size=64, block_size=100, scratch=tmp_path)
+    for name in ("barrier", "assert_shared"):
+        monkeypatch.setattr(compute, name, lambda what: None)
+    monkeypatch.setattr(compute, "name_from_process_0", lambda name: name)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     shares = []
     monkeypatch.setattr(compute, "merge_processes", lambda moments: shares.append(moments) or moments)
     for index in (1, 0):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        compute_statistics(extractor, images, ["pool"], [], tmp_path, "looking")
+        look([], "features")
     assert [share.count for share in shares] == [100, 200]
     whole = Moments.of(extractor(images.images)["pool"])
     np.testing.assert_allclose(shares[0].merge(shares[1]).covariance, whole.covariance, rtol=1e-9, atol=1e-12)
-    assert compute_statistics(extractor, images, ["pool"], [], tmp_path, "looking").features is None
-    kept = compute_statistics(extractor, images, ["pool"], ["pool"], tmp_path, "looking").features
+    assert look([], "features").features is None
+    gathered = {}
+    monkeypatch.setattr(
+        compute, "gather_rows", lambda rows, order: gathered.update(zip(order, rows, strict=True)) or rows
+    )
+    for index in (1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        look(["pool"], "features")
+    kept = np.stack([gathered[row] for row in range(300)])
     np.testing.assert_array_equal(kept, collect(extractor, [extractor(images.images)], {}).features)
 
 
-def test_an_image_without_features_is_named_by_its_place_in_the_set(tmp_path, monkeypatch):
+def test_an_image_without_features_is_named_by_its_place_in_the_set():
     pool = lambda model, images: {"pool": 1 / images.astype(jax.numpy.float32).mean((1, 2))}  # noqa: E731
     inverse = _build("inverse", _Means(), pool, {"pool": 1}, {}, 8)
     images = np.ones((50, 2, 2, 1), np.uint8)
     images[37] = 0
-    monkeypatch.setattr(extraction, "_BLOCK", 20)
-    found = ArrayImages(images, {})
     with pytest.raises(InputError, match="the features of image 37 hold NaN or Inf"):
-        extract(inverse, found, ["pool"], FeatureFolder(tmp_path, inverse, found, ["pool"]))
+        compute_statistics(inverse, ArrayImages(images, {}), ["pool"], [], "features", batch_size=20)
 
 
 def test_a_damaged_picture_is_named_whatever_its_decoder_raises(tmp_path):
@@ -129,7 +134,7 @@ def test_a_damaged_picture_is_named_whatever_its_decoder_raises(tmp_path):
         content[place] ^= 1
         path.write_bytes(content)
         try:
-            open_folder(tmp_path)
+            open_set(str(tmp_path))
         except DataError:
             refused += 1
     assert refused > 10

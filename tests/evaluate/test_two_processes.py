@@ -35,8 +35,8 @@ def test_a_run_is_compared_by_two_processes_as_by_one(tmp_path, classifier_file)
     assert [process.returncode for process in processes] == [0, 0], (first, second)
     assert "FD(classifier)" in told
     assert "FD(classifier)" not in untold
-    assert "looking at samples: 512/512" in told
-    assert "looking at samples: 88/88" in untold
+    assert "drawing samples: 300/300" in told
+    assert "drawing samples: 300/300" in untold
     assert "done before" not in told
     one, two = (json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("one", "two"))
     assert [row["name"] for row in one] == [row["name"] for row in two]

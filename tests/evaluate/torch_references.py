@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mpdit_jax.benchmark import torch_operators
 from mpdit_jax.evaluate.inception import Inception
 from mpdit_jax.evaluate.inception_weights import published_name
+from studies.beside_torch import torch_operators
 
 
 def import_torchvision():

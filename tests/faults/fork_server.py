@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.tiny import ROOT, environment
+from tests.tiny import ROOT, command_main, environment
 
 MODULES = ("train", "train_vae", "sample", "prepare", "evaluate")  # what is killed
 IMPORTED = (
@@ -140,7 +140,7 @@ def live(request):
     if request["largest_file"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"], request["largest_file"]))
     sys.argv = [f"mpdit_jax.{request['command']}", *request["arguments"]]
-    cli.run(importlib.import_module(f"mpdit_jax.{request['command']}").main)
+    cli.run(command_main(request["command"]))
 
 
 if __name__ == "__main__":

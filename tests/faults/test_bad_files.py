@@ -1,5 +1,6 @@
 """Damaged and malicious files, in bulk: read, or refused by our own error, with nothing allocated that is not there."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -7,6 +8,7 @@ import shutil
 import struct
 import zipfile
 import zlib
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -25,10 +27,11 @@ from mpdit_jax.data.info import read_dataset_info
 from mpdit_jax.data.latent_store import LatentStore
 from mpdit_jax.data.sources import load_arrays
 from mpdit_jax.errors import CheckpointError, DataError, InputError, MPDiTError, WeightsError
-from mpdit_jax.io.files import parse_json
 from mpdit_jax.io.idx import read_idx
-from mpdit_jax.prepare.claiming import _claim_settings
-from mpdit_jax.prepare.shards import Work, _read
+from mpdit_jax.io.json_files import parse_json
+from mpdit_jax.io.locked_folder import LockedFolder
+from mpdit_jax.prepare.shards import _read
+from mpdit_jax.prepare.store import JOB
 from mpdit_jax.sample.blocks import Block, BlockFolder
 from mpdit_jax.train.__main__ import main
 from tests.data.test_latents import make_store
@@ -115,10 +118,10 @@ def test_pictures(tmp_path, kind):
     path.parent.mkdir()
 
     def read(path):
-        images, rejected = open_folder(tmp_path), []
-        work = Work(images, None, image_size=8, channels=3, latent_channels=1, batch_size=1, key_bytes=9, classes=1)
+        images, rejected = dataclasses.replace(open_folder(tmp_path, classes=True), image_size=8), []
+        plan = Namespace(images=images, batch_size=1, class_names=("class",))
         with ThreadPoolExecutor(1) as pool:
-            list(_read(range(1), work, pool, rejected))
+            list(_read(range(1), plan, pool, rejected))
         if rejected:
             raise DataError(rejected[0][1])
 
@@ -254,10 +257,9 @@ def test_brackets_without_end(finished, tmp_path, text):
 
 
 def test_settings_of_prepare(tmp_path):
-    (tmp_path / "prepare.json").write_text(json.dumps({"source": "x", "image_size": 8}))
-    json_survives(
-        tmp_path / "prepare.json", lambda: _claim_settings(tmp_path, {"source": "x", "image_size": 8}), InputError
-    )
+    settings = {"source": "x", "image_size": 8}
+    (tmp_path / "prepare.json").write_text(json.dumps(settings))
+    json_survives(tmp_path / "prepare.json", lambda: LockedFolder(tmp_path, JOB, settings).close(), InputError)
 
 
 def test_a_config_of_an_older_version(finished, tmp_path):

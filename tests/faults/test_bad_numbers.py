@@ -28,7 +28,7 @@ BAD_STEPS = (5, 6)
 class BadExamples:
     """Digits of which some, read in the batches of BAD_STEPS alone, hold NaN."""
 
-    source: sources.ArraySource
+    source: sources.Source
     bad: frozenset[int]
 
     def __getattr__(self, name):
@@ -67,7 +67,9 @@ def with_skips(tmp_path_factory):
     """A run of which BAD_STEPS were left out, and what it printed."""
     workdir = tmp_path_factory.mktemp("skips") / "run"
     script = (
-        "import sys; from mpdit_jax import cli, train; from mpdit_jax.data import sources\n"
+        "from mpdit_jax.data import sources\n"
+        "from mpdit_jax.runtime import cli\n"
+        "from mpdit_jax.train import __main__ as train\n"
         "from tests.faults.test_bad_numbers import bad_examples\n"
         "sources.SOURCES['arrays'] = bad_examples\n"
         "cli.run(train.main)"
@@ -218,7 +220,7 @@ def test_a_spike_of_a_run_is_reported(tmp_path, monkeypatch, capsys):
 def test_a_spike_is_reported():
     spikes = LossSpikes()
     usual = {"loss": 1.0, "largest_loss": 1.5, "largest_loss_step": 7.0}
-    assert [spikes.judge(usual) for _ in range(8)] == [""] * 8
-    spike = spikes.judge({"loss": 1.4, "largest_loss": 6.0, "largest_loss_step": 93.0})
+    assert [spikes.describe(usual) for _ in range(8)] == [""] * 8
+    spike = spikes.describe({"loss": 1.4, "largest_loss": 6.0, "largest_loss_step": 93.0})
     assert spike == "the loss spiked to 6 in step 93, 6.0 times its running mean 1"
-    assert spikes.judge({"skipped": 3.0}) == ""
+    assert spikes.describe({"skipped": 3.0}) == ""

@@ -7,12 +7,12 @@ import pytest
 
 from mpdit_jax.errors import ConfigError, InputError, WeightsError
 from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, load_classifier, save_classifier
-from mpdit_jax.evaluate.extraction import FeatureFolder
 from mpdit_jax.evaluate.extractors import build_classifier
 from mpdit_jax.evaluate.sets import ArrayImages, open_npz
-from mpdit_jax.evaluate.statistics import holds_statistics, load_statistics, save_statistics
-from mpdit_jax.interop.native_files import save_own, stored_step
+from mpdit_jax.evaluate.stored_statistics import holds_statistics, load_statistics, save_statistics
+from mpdit_jax.interop.native_files import save_native, stored_step
 from mpdit_jax.interop.torch_weights import load_with_metadata
+from mpdit_jax.io.npz_blocks import NpzBlocks
 from mpdit_jax.vae.weights import load_folder
 from tests.evaluate.conftest import collect
 from tests.faults.damage import MUTATIONS, json_survives, survives
@@ -50,10 +50,10 @@ def test_statistics(tmp_path, extractor, images):
     survives(path, path.read_bytes(), read, InputError, count=FEW)
 
 
-def test_unfinished_features(tmp_path, extractor, images):
-    folder = FeatureFolder(tmp_path, extractor, images, ["pool"])
+def test_unfinished_features(tmp_path):
+    folder = NpzBlocks(tmp_path / "features", ["pool"])
     folder.write(0, {"pool": np.zeros((4, 8), np.float32)})
-    (path,) = folder.path.iterdir()
+    (path,) = folder.folder.iterdir()
     survives(path, path.read_bytes(), lambda path: folder.read(0), InputError, count=FEW)
 
 
@@ -97,7 +97,7 @@ def test_a_classifier_larger_than_any_machine(tmp_path):
 def test_a_model_of_ours(tmp_path):
     """What is no longer known as one of ours is refused as one of somebody else's."""
     path = tmp_path / "model.safetensors"
-    save_own(path, tiny_model(), 3)
+    save_native(path, tiny_model(), 3)
 
     def read(path):
         model, metadata = load_with_metadata(path, num_heads=2)

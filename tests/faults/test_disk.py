@@ -12,7 +12,7 @@ from PIL import Image
 
 from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.errors import CheckpointError, InputError
-from mpdit_jax.io.files import take_lock
+from mpdit_jax.io.locked_folder import Job, LockedFolder
 from mpdit_jax.train.__main__ import main
 from mpdit_jax.train.logger import RunLogger
 from tests.faults.fork_server import ForkServer, wait_until
@@ -130,7 +130,9 @@ def test_workdir_deleted_during_the_run(fork_server, tmp_path, replaced):
         workdir.mkdir()
         (workdir / "notes.txt").write_text("mine")
     assert child.wait() == 1
-    assert f"{workdir} was deleted, moved or replaced while the run was writing to it" in only_sentence(child.text())
+    assert f"{workdir} was deleted, moved or replaced while the training was writing to it" in only_sentence(
+        child.text()
+    )
     assert [path.name for path in workdir.glob("*")] == (["notes.txt"] if replaced else [])
 
 
@@ -166,7 +168,7 @@ def test_what_takes_the_workdirs_place_gets_nothing_of_the_old_run(tmp_path, mon
     monkeypatch.setattr(RunLogger, "advance", lambda self, step: (advance(self, step), replace(step)))
     more = ["--config.log.every=100", "--config.checkpoint.every=100"]
     more += ["--config.sample.every=2"] if written == "the grid" else ["--config.eval.every=2"]
-    with pytest.raises(CheckpointError, match="was deleted, moved or replaced while the run was writing to it"):
+    with pytest.raises(CheckpointError, match="was deleted, moved or replaced while the training was writing to it"):
         main(train_arguments(workdir, *more))
     assert not list(workdir.iterdir())
 
@@ -192,4 +194,4 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(InputError, match=r"cannot lock .*\.lock \(No locks available\)"):
-        take_lock(tmp_path / ".lock")
+        LockedFolder(tmp_path, Job("run", "writing to", "use another --out"))

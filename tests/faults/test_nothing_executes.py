@@ -15,7 +15,7 @@ from mpdit_jax.data.image_sets import open_images
 from mpdit_jax.data.latent_store import LatentStore, read_manifest
 from mpdit_jax.data.sources import load_arrays
 from mpdit_jax.errors import ConfigError, DataError, MPDiTError, WeightsError
-from mpdit_jax.evaluate.sets import open_folder
+from mpdit_jax.evaluate.sets import open_set
 from mpdit_jax.interop.files import read_state_dict
 from mpdit_jax.train.__main__ import main
 from tests.tiny import ROOT
@@ -148,6 +148,6 @@ def test_a_picture_is_not_given_to_another_program(trace, tmp_path, monkeypatch)
     picture.parent.mkdir(parents=True)
     picture.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
     with pytest.raises(DataError, match=r"a\.png cannot be used"):
-        open_folder(picture.parent)
+        open_set(str(picture.parent))
     with pytest.raises(UnidentifiedImageError):  # which `prepare` names the picture for
         open_images(str(tmp_path / "images")).open(0)[0].load()

@@ -362,6 +362,25 @@ def test_one_signal_is_no_second_one():
     assert (process.returncode, stderr) == (7, "saving, SIGTERM")
 
 
+CLOSED = """
+import io, sys
+from mpdit_jax.runtime.signals import PreemptionHandler
+sys.stdout = io.TextIOWrapper(io.BytesIO())
+with PreemptionHandler():
+    kept = sys.stdout
+sys.stdout.close()
+del kept
+"""
+
+
+def test_a_stream_that_was_closed_is_not_flushed_at_the_end():
+    """Python 3.13 tells of it; older ones do in development mode."""
+    found = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", CLOSED], capture_output=True, text=True, cwd=ROOT, env=environment()
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(("grace", "signals", "status", "sentence"), [
     (0.5, 1, 1, "could not be saved within 0.5 s"),
     (0, 2, 143, "SIGTERM again: ended at once; the checkpoint of step 7 is safe."),

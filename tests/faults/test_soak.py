@@ -3,7 +3,7 @@
 import pytest
 
 from mpdit_jax.errors import InputError
-from studies.soak import Sample, SoakError, judge, main
+from studies.soak import Sample, SoakError, main, measure_drifts
 
 
 def samples(growth):
@@ -15,13 +15,13 @@ def samples(growth):
 
 
 def test_what_is_flat_passes():
-    memory, files, step = judge(samples(0.0), [0.02] * 40)
+    memory, files, step = measure_drifts(samples(0.0), [0.02] * 40)
     assert (memory.passed, files.passed, step.passed) == (True, True, True)
     assert (memory.share, files.share, step.share) == pytest.approx((0, 0, 0), abs=1e-9)
 
 
 def test_what_grows_does_not():
-    memory, _, step = judge(samples(0.2), [0.5, *[0.02] * 20, *[0.0215] * 19])
+    memory, _, step = measure_drifts(samples(0.2), [0.5, *[0.02] * 20, *[0.0215] * 19])
     assert memory.share == pytest.approx(0.1 / 1.1, abs=0.001)  # from 1.1 to 1.2 times what it began with
     assert not memory.passed
     assert step.share == pytest.approx(0.075)
@@ -30,7 +30,7 @@ def test_what_grows_does_not():
 
 def test_too_short_to_judge():
     with pytest.raises(SoakError, match="over too soon"):
-        judge(samples(0.0)[:62], [0.02] * 40)
+        measure_drifts(samples(0.0)[:62], [0.02] * 40)
 
 
 def test_a_soak_begins_with_a_new_run(tmp_path):

@@ -1,4 +1,4 @@
-"""DiT and SiT as velocities, against stepping them in their own terms."""
+"""DiT and SiT as velocities, compared with sampling in their own conventions."""
 
 import itertools
 
@@ -19,7 +19,7 @@ def load(convention):
 
 
 def test_euler_on_a_dit_is_ddim():
-    """x_k = √ᾱ x + √(1 − ᾱ) n stepped deterministically in numpy; z is x_k scaled to the linear path."""
+    """Compare with deterministic DDIM steps of x_k = √ᾱ x + √(1 − ᾱ) n in numpy; z is x_k scaled to the linear path."""
     model = load("dit")
     velocity, labels = mp.as_velocity(model), np.array([3, 7])
     betas = np.linspace(1e-4, 0.02, 1000)
@@ -36,8 +36,8 @@ def test_euler_on_a_dit_is_ddim():
         assert relative_error(z * (alpha[then] + sigma[then]), x) < 2e-4
 
 
-def test_both_ends_of_a_dit_are_its_first_and_last_step():
-    """At t = 1 as of x_999, below the first step's t as of step 0: the velocity is ε − x, x by DiT's own formula."""
+def test_both_ends_of_the_path_use_dits_first_and_last_step():
+    """The velocity is ε − x, with ε of step 999 at t = 1 and of step 0 at t below that step's."""
     model, labels = load("dit"), np.array([3, 7])
     velocity, z = mp.as_velocity(model), np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
     bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -52,7 +52,7 @@ def test_both_ends_of_a_dit_are_its_first_and_last_step():
 
 
 class GaussianDiT(nnx.Module):
-    """The exact ε of data with mean 0 and variance 1: of x_k, whose variance is then 1 too, √(1 − ᾱ_k) x_k."""
+    """A DiT with the exact ε for data of mean 0 and variance 1, which is √(1 − ᾱ_k) x_k."""
 
     input_shape, num_classes, convention, config = (1, 1, 1), 1, "dit", None
 
@@ -80,7 +80,7 @@ class GaussianDiT(nnx.Module):
 
 
 def test_a_dit_with_the_exact_noise_has_the_exact_velocity():
-    """But for the first hundredth of the path, where its docstring says by how much it is off."""
+    """Except for t below 0.01, where the error is the one that DiTVelocity's docstring gives."""
     t = np.array([0.0, 0.005, 0.01, 0.1, 0.5, 0.9, 0.99], np.float32)
     z = np.full((7, 1, 1, 1), 0.7, np.float32)
     found = np.asarray(mp.as_velocity(GaussianDiT())(z, t, np.zeros(7, int))).reshape(-1)
@@ -92,7 +92,7 @@ def test_a_dit_with_the_exact_noise_has_the_exact_velocity():
 
 
 def test_a_sit_is_stepped_in_its_own_direction():
-    """Its time rises from the noise at 0 to the data at 1, and x moves with what it predicts."""
+    """SiT's time rises from noise (0) to data (1), and its prediction is added to x."""
     model, labels = load("sit"), np.array([4, 10])
     noise = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
     x = noise.astype(np.float64)
@@ -103,7 +103,7 @@ def test_a_sit_is_stepped_in_its_own_direction():
 
 
 def test_a_converted_model_is_a_model():
-    """It checks what it is called with, is a velocity already, and costs what it costs."""
+    """It checks its arguments, converts to itself, and has the same cost as the wrapped model."""
     model = load("sit")
     converted, x, t = mp.as_velocity(model), np.zeros((1, 8, 8, 4), np.float32), np.zeros(1, np.float32)
     with pytest.raises(InputError, match="label 99 is out of range: this model has classes 0 to 9"):
@@ -131,7 +131,7 @@ def test_samplers_take_the_converted_model_and_refuse_the_other(convention):
     assert isinstance(converted, Castable)
     latents = sampler(converted, [1, 2], key)
     assert np.isfinite(latents).all()
-    # From pure noise at t = 1 through the null class as well, as an Euler loop over the plain call does.
+    # The sampler agrees with a guided Euler loop over plain calls.
     noise = np.random.default_rng(1).normal(size=latents.shape).astype(np.float32)
     z, null = jnp.asarray(noise), jnp.full(2, model.num_classes)
     for t in np.linspace(1, 0, 5)[:-1]:

@@ -1,4 +1,4 @@
-"""Guidance: what it computes, and what it does not run."""
+"""Guidance: its formula, its variants, and when the second pass runs."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ KEY = jax.random.key(0)
 
 
 def evaluations(labels=(1, 2), **settings):
-    """Batch size of every evaluation of 10 Euler steps, by time."""
+    """Return the batch size of every evaluation of 10 Euler steps, by time."""
     call = {name: settings.pop(name) for name in ("negative_labels", "guide") if name in settings}
     model, seen = counting_model()
     mp.make_sampler(steps=10, **settings)(model, np.array(labels), KEY, **call)
@@ -51,7 +51,7 @@ def test_an_adaptive_solver_keeps_to_the_interval():
 
 
 def drawn(model=None, labels=(1, 2), noise=0.0, **settings):
-    """What a model whose velocity is label / 10 draws from constant noise: noise - velocity."""
+    """Sample a model whose velocity is label / 10 from constant noise; return the negated latents."""
     call = {name: settings.pop(name) for name in ("negative_labels", "guide") if name in settings}
     model = counting_model()[0] if model is None else model
     z = mp.make_sampler(steps=10, **settings)(
@@ -66,7 +66,7 @@ def test_the_formula():
     assert np.allclose(drawn(guidance_scale=3.0), [1 + 3 * (0.1 - 1), 1 + 3 * (0.2 - 1)])
 
 
-def test_each_sample_its_scale():
+def test_a_scale_for_each_sample():
     assert np.allclose(drawn(guidance_scale=[1.0, 3.0]), [0.1, 1 + 3 * (0.2 - 1)])
     sampler, model = mp.make_sampler(steps=10, guidance_scale=7.0), tiny_model()
     z = sampler(model, [1, 2], KEY, guidance_scale=np.array([1.5, 3.0]))
@@ -112,7 +112,7 @@ def test_autoguidance_by_the_model_itself_is_classifier_free_guidance():
 
 
 def test_parts_and_the_plain_call_agree():
-    """A model with the call signature alone draws what the same model taken apart draws."""
+    """A model with the call signature alone and the same model with separate parts draw the same latents."""
     model = tiny_model()
 
     class Plain(type(GaussianModel())):

@@ -25,7 +25,7 @@ def model():
 
 
 def test_steps_counts_evaluations(model):
-    """`steps=n` is n Euler updates: written out by hand."""
+    """`steps=4` agrees with four Euler updates in a loop."""
     z = jax.random.normal(jax.random.key(3), (2, 8, 4, 4))
     labels = jnp.array([1, 3])
     found = mp.make_sampler(steps=4)(model, labels, jax.random.key(0), noise=z)
@@ -98,14 +98,14 @@ def test_noise_of_another_shape(model):
         mp.make_sampler(steps=1)(model, np.array([0]), jax.random.key(0), noise=jnp.zeros((1, 4, 8, 4)))
 
 
-def test_a_key_is_a_key(model):
+def test_a_key_must_be_a_random_key(model):
     noise = np.zeros((1, *model.input_shape), np.float32)
     for key in (None, 0):
         with pytest.raises(InputError, match=f"key={key}: expected a random key"):
             mp.make_sampler(steps=2)(model, [1], key, noise=noise)
 
 
-def test_what_plays_no_part_is_refused(model):
+def test_unused_arguments_are_refused(model):
     with pytest.raises(InputError, match=r"increments are given and Euler\(\) adds no noise"):
         mp.make_sampler(steps=2)(model, [1], jax.random.key(0), increments=np.zeros((1, 1, *model.input_shape)))
     with pytest.raises(InputError, match=r"negative_labels=\{3\}: expected one for each label"):

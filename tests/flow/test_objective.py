@@ -29,7 +29,7 @@ def test_loss_of_the_zero_model():
     assert loss == 2.5
 
 
-def test_drawn_from_the_key_and_only_what_is_not_given():
+def test_time_and_noise_are_drawn_from_the_key_unless_given():
     x, y = jnp.ones((64, 4, 4, 1)), jnp.zeros(64, jnp.int32)
     a, b = (mp.flow_matching_loss(zero, x, y, key=jax.random.key(seed))[0] for seed in (0, 1))
     assert a != b

@@ -1,4 +1,4 @@
-"""The sampler as a function: what an image depends on, what compiles, and where it may be called."""
+"""The sampler: what an image depends on, what is compiled, and use inside jit and shard_map."""
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,13 @@ def test_an_image_does_not_depend_on_its_batch(model, solver):
     others = sampler(model, np.where(np.arange(8) == 2, LABELS, 0), KEY)
     assert np.array_equal(others[2], whole[2])
     assert not np.array_equal(others[3], whole[3])
-    # In another place of the batch.
+    # In another position in the batch.
     order = np.array([2, 5, 0, 1, 3, 4, 7, 6])
     assert np.array_equal(sampler(model, LABELS[order], KEY, indices=order), whole[order])
     # In batches of other sizes.
     parts = [sampler(model, LABELS[rows], KEY, indices=rows) for rows in (np.arange(3), np.arange(3, 8))]
     assert relative_error(np.concatenate(parts), whole) < 1e-5
-    # And on what it should depend on, it does.
+    # Another key gives other images.
     assert relative_error(sampler(model, LABELS, jax.random.key(8)), whole) > 0.1
 
 
@@ -50,7 +50,7 @@ def test_a_key_of_another_implementation_gives_noise_that_depends_on_the_image_a
     assert np.array_equal(sampler(model, LABELS, jax.random.PRNGKey(7)), sampler(model, LABELS, KEY))
 
 
-def test_in_a_program_of_float64_images_are_the_same():
+def test_images_are_the_same_in_x64_mode():
     sampler, adaptive = mp.make_sampler("euler_maruyama", steps=4), mp.make_sampler("tsit5", rtol=1e-2, atol=1e-2)
     expected = sampler(GaussianModel(), [0, 1, 2], KEY)
     with jax.enable_x64(True):
@@ -66,7 +66,7 @@ def test_indices_are_numbers_of_images(model):
         (np.arange(8) / 2, "dtype float64: expected a whole number"),
         (np.arange(7), r"indices \(7,\)"),
         (np.arange(8) - 1, "index -1"),
-        (np.arange(8) + 2**32 - 8, "index 4294967295: expected the number of an image, from 0 to 4294967294"),
+        (np.arange(8) + 2**32 - 8, "index 4294967295: expected the index of an image, from 0 to 4294967294"),
     ):
         with pytest.raises(InputError, match=sentence):
             sampler(model, LABELS, KEY, indices=indices)
@@ -78,7 +78,7 @@ def test_in_bfloat16_an_image_depends_on_its_batch_by_no_more_than_docs_say():
     sampler = mp.make_sampler(steps=50, guidance_scale=2.0, precision="bfloat16")
     whole = sampler(model, LABELS, KEY)
     others = sampler(model, np.where(np.arange(8) == 2, LABELS, 0), KEY)
-    assert np.array_equal(others[2], whole[2])  # at the same shape, not by a bit
+    assert np.array_equal(others[2], whole[2])  # at the same batch shape, bitwise equal
     rows = np.arange(3, 8)
     found = relative_error(sampler(model, LABELS[rows], KEY, indices=rows), whole[rows])
     assert found < 2**-8, found
@@ -95,7 +95,7 @@ def test_an_adaptive_image_does_not_depend_on_its_batch(model):
 def test_nothing_is_compiled_again(model):
     sampler = mp.make_sampler(steps=3, guidance_scale=2.0)
     sampler(model, LABELS, KEY).block_until_ready()
-    other_model, other_key = tiny_model(), jax.random.key(1)  # what making them compiles is not the sampler's
+    other_model, other_key = tiny_model(), jax.random.key(1)  # creating them compiles programs of their own
     before, count = _solve._cache_size(), []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: count.append(event) if event.endswith("backend_compile_duration") else None
@@ -137,17 +137,6 @@ def test_inside_a_users_jit(model):
 def test_shapes_of_traced_labels_are_checked(model, labels, sentence):
     with pytest.raises(InputError, match=sentence):
         jax.eval_shape(lambda labels: mp.make_sampler(steps=3)(model, labels, KEY), labels)
-
-
-def test_under_explicit_axes_the_ways_out_are_named_and_lead_out(model):
-    sampler = mp.make_sampler(steps=3, guidance_scale=2.0)
-    mesh = jax.make_mesh((1,), ("d",), devices=jax.devices()[:1])  # of JAX's default type
-    labels = jax.device_put(LABELS, jax.NamedSharding(mesh, PartitionSpec("d")))
-    with pytest.raises(InputError, match=r"labels are split over the mesh axis 'd' of type Explicit.*AxisType\.Auto"):
-        sampler(model, labels, KEY)
-    out = jax.NamedSharding(mesh, PartitionSpec("d"))
-    found = jax.sharding.auto_axes(lambda labels: sampler(model, labels, KEY), out_sharding=out)(labels)
-    assert relative_error(found, sampler(model, LABELS, KEY)) < 1e-5
 
 
 @pytest.mark.parametrize("settings", [
@@ -195,7 +184,7 @@ def test_a_cast_model_is_one_made_in_that_dtype():
 
 
 def test_time_is_embedded_once(model, monkeypatch):
-    """The loop holds no time embedding: what it costs does not grow with the program of a step."""
+    """The modulation is computed once for all steps, outside the loop."""
     from mpdit_jax.model.mpdit import MPDiT
 
     asked = []

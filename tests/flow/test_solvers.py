@@ -12,7 +12,7 @@ from mpdit_jax.flow.fields import FunctionField
 from mpdit_jax.flow.registry import SOLVERS, get_solver
 from mpdit_jax.flow.solvers import DPMpp2M, Euler, Heun, Midpoint
 from mpdit_jax.flow.stochastic import DIFFUSIONS, EulerMaruyama
-from mpdit_jax.flow.times import QuadraticGrid, ShiftedGrid, UniformGrid, find_time_grid
+from mpdit_jax.flow.times import QuadraticGrid, ShiftedGrid, UniformGrid, get_time_grid
 from tests.conftest import relative_error
 from tests.flow.toys import COVARIANCE, MEAN, GaussianModel, counting_model
 
@@ -21,19 +21,19 @@ FIXED = ("euler", "heun", "midpoint", "dpmpp_2m", "euler_maruyama")
 
 
 class InnerGrid:
-    """Uniform times of an inner interval, where λ of DPM-Solver++ is finite."""
+    """Uniform times from 0.9 to 0.1, where λ of DPM-Solver++ is finite."""
 
     def times(self, intervals):
         return np.linspace(0.9, 0.1, intervals + 1)
 
 
 def growth(z, t):
-    """dz/dt = z cos 3t - t, which has no symmetry that could flatter a solver."""
+    """dz/dt = z cos 3t - t, an ODE without symmetries that could raise a solver's order."""
     return z * jnp.cos(3 * t).reshape(-1, 1, 1, 1) - t.reshape(-1, 1, 1, 1)
 
 
 def reference(z, start, end):
-    """The solution of `growth`, by classical Runge–Kutta with steps so small that its error is rounding."""
+    """Solve `growth` by classical Runge–Kutta with steps so small that only rounding errors remain."""
     times = np.linspace(start, end, 2001)
     for t, h in zip(times[:-1], np.diff(times), strict=True):
         k1 = z * np.cos(3 * t) - t
@@ -70,14 +70,14 @@ def test_order_of_accuracy(float64, solver, order, grid):
 def test_order_of_dpmpp_2m(float64):
     coarse, fine = (error(DPMpp2M(), InnerGrid(), steps, 0.9, 0.1) for steps in (256, 512))
     assert np.log2(coarse / fine) == pytest.approx(2, abs=0.15)
-    # From 1 to 0 the steps at both ends are Euler's and those beside them are long in λ: N² / log N.
+    # From 1 to 0, both ends have Euler steps and their neighbours are long in λ: the error is of order log N / N².
     coarse, fine = error(DPMpp2M(), UniformGrid(), 256), error(DPMpp2M(), UniformGrid(), 512)
     assert np.log2(coarse / fine) > 1.6
 
 
 @pytest.mark.parametrize("diffusion", ["sigma", "SBDM"])
 def test_strong_order_of_euler_maruyama(float64, diffusion):
-    """Where the noise does not depend on z, paths of one Brownian motion converge with order 1."""
+    """With noise that does not depend on z, paths of one Brownian motion converge with order 1."""
     solver, z = EulerMaruyama(diffusion, start=0.9, end=0.1), np.linspace(-2, 2, 256).reshape(256, 1, 1, 1)
 
     def path(noise):
@@ -85,7 +85,7 @@ def test_strong_order_of_euler_maruyama(float64, diffusion):
         return solver.solve(FunctionField(growth), z, UniformGrid(), len(noise) + 1, lambda step: noise[step]).latents
 
     fine = np.random.default_rng(0).normal(size=(1024, *z.shape))
-    middle = (fine[::2] + fine[1::2]) / np.sqrt(2)  # the same motion in steps twice as long
+    middle = (fine[::2] + fine[1::2]) / np.sqrt(2)  # the same motion in steps of twice the length
     coarse = (middle[::2] + middle[1::2]) / np.sqrt(2)
     first, second, third = (np.asarray(jax.jit(path)(noise)) for noise in (coarse, middle, fine))
     assert np.log2(np.std(first - second) / np.std(second - third)) == pytest.approx(1, abs=0.15)
@@ -106,10 +106,7 @@ def test_adaptive_solvers_meet_their_tolerance(float64, method):
 
 @pytest.mark.parametrize("method", ["dopri5", "tsit5"])
 def test_order_of_adaptive_solvers(float64, monkeypatch, method):
-    """Of their formulas, with steps of one length in place of chosen ones.
-
-    `growth` is too slow for this: where rounding is still small beside the error, higher orders are not yet.
-    """
+    """With constant step sizes. The ODE is faster than `growth`, so that the error is far above rounding."""
     import diffrax
 
     monkeypatch.setattr(diffrax, "PIDController", lambda **tolerances: diffrax.ConstantStepSize())
@@ -146,7 +143,7 @@ def test_adaptive_evaluations_are_counted(method):
 
 @pytest.mark.parametrize("solver", [*FIXED, "dopri5", "tsit5"])
 def test_gaussian_data_are_recovered(solver):
-    """The exact velocity of a Gaussian carries noise to that Gaussian."""
+    """With the exact velocity of Gaussian data, samples have the data's mean and covariance."""
     steps = {"euler": 250, "euler_maruyama": 500}.get(solver, 60)
     labels = np.full(8_000, 1)
     z = mp.make_sampler(solver, steps=steps)(GaussianModel(), labels, jax.random.key(3))[:, 0, 0]
@@ -173,7 +170,7 @@ def test_golden_euler_maruyama(golden, diffusion):
     assert relative_error(z, golden.images(f"em_{diffusion}")) <= DERIVED
 
 
-def test_the_noise_of_a_stochastic_solver_is_the_keys():
+def test_the_noise_of_a_stochastic_solver_depends_on_the_key():
     sampler = mp.make_sampler("euler_maruyama", steps=20)
     noise = jnp.zeros((4, 1, 1, 4))
     first, again = (sampler(GaussianModel(), [0, 0, 0, 0], jax.random.key(5), noise) for _ in range(2))
@@ -192,7 +189,7 @@ def test_without_noise_the_stochastic_solver_is_the_ode():
 
 def test_time_grids():
     for name in ("uniform", "shifted", "quadratic"):
-        times = find_time_grid(name).times(7)
+        times = get_time_grid(name).times(7)
         assert times.shape == (8,)
         assert (times[0], times[-1]) == (1.0, 0.0)
         assert (np.diff(times) < 0).all()
@@ -222,7 +219,7 @@ def test_the_path_runs_from_the_noise_to_the_latents():
     (lambda: get_solver("euler_maruyama", diffusion="sbdm"), "diffusion='sbdm'.*did you mean|diffusion='sbdm'"),
     (lambda: get_solver("euler_maruyama", norm=-1), "norm=-1"),
     (lambda: EulerMaruyama(start=0.1, end=0.5), "0 < end < start < 1"),
-    (lambda: find_time_grid("shift"), "unknown time grid 'shift'.*did you mean 'shifted'"),
+    (lambda: get_time_grid("shift"), "unknown time grid 'shift'.*did you mean 'shifted'"),
     (lambda: ShiftedGrid(0), "time_shift=0"),
 ])  # fmt: skip
 def test_impossible_settings_are_refused(make, sentence):

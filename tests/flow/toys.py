@@ -1,4 +1,4 @@
-"""Models whose velocity is known."""
+"""Small models for tests of the flow."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def gaussian_velocity(z, t, mean=MEAN, covariance=COVARIANCE):
 
 
 class GaussianModel(nnx.Module):
-    """The exact velocity of Gaussian data; class y shifts the mean by y. Has the call signature alone."""
+    """The exact velocity of Gaussian data, whose mean class y shifts by y. It has the call signature alone."""
 
     input_shape = (1, 1, 4)
     num_classes = 3
@@ -31,7 +31,7 @@ class GaussianModel(nnx.Module):
 
 
 def counting_model():
-    """A model whose velocity is its label over ten, and a list that gets the times (B,) of every evaluation it does."""
+    """Return a model whose velocity is label / 10, and a list to which every evaluation appends its times (B,)."""
     seen = []
 
     class CountingModel(nnx.Module):
@@ -46,7 +46,7 @@ def counting_model():
 
 
 def tiny_model(**fields):
-    """An MPDiT with random weights, none of them zero; drawn by NumPy, so that nothing has to be compiled."""
+    """Build an MPDiT with random nonzero weights, drawn by NumPy to avoid compilation."""
     from mpdit_jax.model.parameters import abstract, merge
     from mpdit_jax.model.presets import preset_config
 

@@ -1,4 +1,4 @@
-"""PyTorch files that are refused: by what they would have run, and never with PyTorch's advice to run it."""
+"""PyTorch files with code are refused; the error names the code and does not repeat PyTorch's advice to run it."""
 
 import builtins
 import io
@@ -62,13 +62,13 @@ def test_code_is_refused_by_name(how):
     assert "weights.pt holds more than tensors (eval) and was not loaded" in message(content)
 
 
-def test_a_program_is_called_one():
+def test_a_torchscript_archive_is_refused():
     stream = io.BytesIO()
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), stream)
     assert "weights.pt is a TorchScript archive, which carries code" in message(stream.getvalue())
 
 
-def test_what_is_cut_short_is_not_called_code():
+def test_a_truncated_file_is_not_taken_for_code():
     whole = pickle.dumps({"x": [1.0] * 9}, protocol=4)
     for content in (whole[:-5], b"", b"junk"):
         assert "is not a readable PyTorch file (it is cut short, or no pickle)" in message(content)
@@ -78,7 +78,7 @@ def test_what_is_cut_short_is_not_called_code():
     assert "is a pickle, but not as torch.save writes it" in message(whole)
 
 
-def test_tensors_without_values_of_their_own():
+def test_sparse_and_meta_tensors_are_refused():
     assert "entry 'w' is a tensor of layout torch.sparse_coo" in message({"w": torch.eye(3).to_sparse()})
     assert "entry 'w' is a meta tensor" in message({"w": torch.zeros(3, device="meta")})
     assert "entry 'w' is Tensor, not an array" in message({"w": torch.eye(3, dtype=torch.int32).to_sparse()})

@@ -26,7 +26,7 @@ def test_round_trip_is_bitwise(state):
     assert_same(state, mp.to_torch(mp.load_torch(state, num_heads=4)))
 
 
-def test_everything_but_heads_is_read_off(golden, state):
+def test_the_config_is_inferred_but_for_the_heads(golden, state):
     config = mp.load_torch(state, num_heads=4).config
     expected = {
         16: ((4, 2), (2, 1), (8, 8), "fno"),
@@ -51,7 +51,7 @@ def test_other_shapes_survive_the_round_trip(overrides):
     assert_same(mp.to_torch(model), mp.to_torch(again))
 
 
-def test_heads_come_from_the_preset_or_are_asked_for(state):
+def test_heads_come_from_a_preset_or_an_argument(state):
     big = mp.create_model("mpdit_b", depths=(1, 1), num_classes=3)
     assert mp.load_torch(mp.to_torch(big)).config.num_heads == 12
     narrow = mp.create_model("mpdit_b", hidden_size=384, num_heads=8, depths=(1, 1), num_classes=2, input_size=8)
@@ -75,7 +75,7 @@ def test_missing_extra_and_misshapen_are_all_named(state):
 
 
 def named(state, kind):
-    """What loading `state` says is missing, extra or misshapen: names, with what follows a name left out."""
+    """Return the names of a kind (missing, extra or misshapen) in the error on loading `state`."""
     with pytest.raises(WeightsError) as error:
         mp.load_torch(state, num_heads=4)
     listed = re.search(rf"{kind}: (.*?)(?:; (?:missing|extra|misshapen|not )|\. Expected)", str(error.value))
@@ -93,7 +93,7 @@ def named(state, kind):
     pytest.param(lambda array: array[:0], id="empty"),
 ])  # fmt: skip
 def test_one_damaged_entry_is_named_whichever_it_is(state, damage):
-    """Among them those that sizes are read from; and a stray entry beside it is named too."""
+    """Also if sizes are inferred from the entry, and beside a stray entry, which is named too."""
     for name, array in state.items():
         bad = {**state, "scheduler.betas": np.zeros(3, np.float32)}
         if damage is None:
@@ -105,7 +105,7 @@ def test_one_damaged_entry_is_named_whichever_it_is(state, damage):
         if name == "y_embedder.embedding_table.weight" and bad.get(name, array).ndim == 2 and damage is not None:
             rows, columns = bad[name].shape
             if rows > 1 and columns % 48 == 0:
-                continue  # other classes or class tokens: a model of its own
+                continue  # a valid model with other classes or class tokens
         assert named(bad, "extra") == ["scheduler.betas"], name
         assert named(bad, "missing" if damage is None else "misshapen") == [name]
 
@@ -136,7 +136,7 @@ def test_positions_that_are_not_sin_cos(state):
     bad = {**state, "pos_embed": state["pos_embed"] + 1}
     with pytest.raises(WeightsError, match="position table"):
         mp.load_torch(bad, num_heads=4)
-    # What a half-precision file rounds away is more than a float32 table may be off by.
+    # The tolerance is larger for a table of a half-precision file.
     half = {name: array.astype(np.float16) for name, array in state.items()}
     mp.load_torch(half, num_heads=4)
     with pytest.raises(WeightsError, match="position table"):
@@ -164,7 +164,7 @@ def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     path.write_bytes(b"")
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    with pytest.raises(MissingExtraError, match=r"mpdit_jax\[torch\]"):
+    with pytest.raises(MissingExtraError, match=r"mpdit_jax with its extra \[torch\]"):
         files.read_state_dict(path)
 
 

@@ -1,4 +1,4 @@
-"""docs/weights.md: its code runs, and its commands are there."""
+"""The code and the commands of docs/weights.md run."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ PAGE = (ROOT / "docs/weights.md").read_text()
 
 
 def test_a_sit_becomes_pictures(monkeypatch, tmp_path):
-    """The block as it stands, on a small SiT and a small VAE; only labels and steps are others."""
+    """Run the page's code on a small SiT and a small VAE, with other labels and steps."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     state, load = Golden("dit_isotropic").group("state/"), mp.load_torch
     monkeypatch.setattr(mp, "load_torch", lambda file, **options: load(state, num_heads=4, **options), raising=False)
@@ -33,7 +33,7 @@ def test_a_sit_becomes_pictures(monkeypatch, tmp_path):
 
 
 def test_commands_are_those_of_the_parser(tmp_path, monkeypatch):
-    """Each gets as far as its source, which is not there."""
+    """Each command is parsed and then fails because its source is missing."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     commands = re.findall(r"^python -m mpdit_jax\.convert (.*)$", PAGE, re.M)

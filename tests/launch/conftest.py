@@ -46,13 +46,22 @@ class Checkout:
         shutil.copytree(ROOT / ".ci", self.root / ".ci")
         for name in ("requirements.txt", "setup.py"):
             shutil.copy(ROOT / name, self.root / name)
-        for name in ("python3", "python3.11", "python3.12", "python3.13"):
-            (names / name).write_text(STUB)
-            (names / name).chmod(0o755)
         self.names = names
+        for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
+            self.install(name, STUB)
+        self.install("pyenv", "#!/bin/sh\nexit 1\n")
         self.elsewhere = elsewhere
-        inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "JAX_PLATFORMS")}
+        inherited = {
+            name: value for name, value in os.environ.items() if name not in ("PYTHON", "VENV", "JAX_PLATFORMS")
+        }
         self.environment = {**inherited, "PATH": f"{names}:{os.environ['PATH']}", "STUB_LOG": str(self.log)}
+
+    def install(self, name: str, script: str, folder: Path | None = None) -> Path:
+        """Put a command on the PATH, or into a folder."""
+        path = (folder or self.names) / name
+        path.write_text(script)
+        path.chmod(0o755)
+        return path
 
     def start(self, script: str, *arguments: str, **variables: str) -> "subprocess.Popen[str]":
         self.log.write_text("")

@@ -1,7 +1,6 @@
 """The cluster scripts, as far as a machine without the service allows: what they would run, and with what set."""
 
 import argparse
-import importlib
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mpdit_jax.distributed.startup import add_flags
+from tests.tiny import command_main
 
 ROOT = Path(__file__).resolve().parents[2]
 TOPOLOGY = "cloud.google.com/gke-tpu-topology"
@@ -79,7 +79,7 @@ def test_every_command_that_the_scripts_name_runs_on_many_processes(command, cap
         assert command in ("train", *re.findall(r"prepare|sample|evaluate", listed))
         assert len(started) == 1
     with pytest.raises(SystemExit) as done:
-        importlib.import_module(f"mpdit_jax.{command}").main(["--help"])
+        command_main(command)(["--help"])
     assert done.value.code == 0
     assert "--num_processes" in capsys.readouterr().out
 

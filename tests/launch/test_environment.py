@@ -97,7 +97,7 @@ def test_old_python3_is_passed_over_for_a_newer_name(checkout):
 def test_untested_python_is_used_with_a_word(checkout):
     result = checkout.run("launch/test.sh", STUB_VERSION="3.15")
     assert result.returncode == 0
-    assert "python3 is Python 3.15; tested are 3.11, 3.12 and 3.13" in result.stdout
+    assert "python3 is Python 3.15; tested are 3.11 to 3.14" in result.stdout
 
 
 def test_tested_python_is_preferred_to_an_untested_one(checkout):
@@ -147,3 +147,14 @@ def test_venv_of_another_python_than_asked_for_is_explained(checkout):
     assert result.returncode == 1
     assert "has Python 3.12, but PYTHON=python3.13 is 3.13" in result.stderr
     assert checkout.run("launch/test.sh").returncode == 0
+
+
+def test_another_folder_for_another_python(checkout):
+    checkout.run("launch/test.sh")
+    (checkout.names / "python3.13").write_text((checkout.names / "python3.13").read_text().replace("3.12", "3.13"))
+    result = checkout.run("launch/test.sh", PYTHON="python3.13", VENV=".venv-newer")
+    assert result.returncode == 0, result.stderr
+    assert "Making .venv-newer with Python 3.13" in result.stdout
+    assert len(checkout.installs()) == 1
+    assert checkout.run("launch/test.sh").returncode == 0
+    assert checkout.installs() == []

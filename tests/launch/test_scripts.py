@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.conftest import STUB
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "launch/slurm.sbatch", ROOT / ".ci/run"]
 LEFT_OUT = "Left out: the tests marked parity"
@@ -49,12 +51,55 @@ def test_test_sh_passes_the_failure_on_and_still_says_what_it_left_out(checkout)
     assert result.stdout.rstrip().splitlines()[-1].startswith(LEFT_OUT)
 
 
+def python(version):
+    """The stub, as a Python of this version."""
+    return STUB.replace("3.12", version)
+
+
 def test_ci_runs_the_whole_suite(checkout):
     result = checkout.run(".ci/run")
     assert result.returncode == 0, result.stderr
     assert commands(checkout)[-1] == PYTEST
     assert [call[-1] for call in checkout.installs()] == [".[test,parity]"]
+    assert "Python 3.12 ran the whole suite" in result.stdout
     assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+@pytest.mark.parametrize("by_pyenv", [False, True])
+def test_ci_then_runs_the_quick_tests_with_the_newest_python(checkout, by_pyenv):
+    checkout.install("python3", python("3.11"))
+    checkout.install("python3.14", "#!/bin/sh\nexit 127\n")
+    if by_pyenv:  # whose python3.13 is there, and does not run until it is selected
+        checkout.install("python3.13", "#!/bin/sh\necho 'pyenv: command not found' >&2\nexit 127\n")
+        folder = checkout.names / "versions/3.13.1/bin"
+        folder.mkdir(parents=True)
+        checkout.install("python", python("3.13"), folder)
+        answer = f'case $1 in versions) printf "3.12.9\\n3.13.0\\n3.13.1\\n" ;; root) echo "{checkout.names}" ;; esac'
+        checkout.install("pyenv", f"#!/bin/sh\n{answer}\n")
+    else:
+        checkout.install("python3.13", python("3.13"))
+    result = checkout.run(".ci/run")
+    assert result.returncode == 0, result.stderr
+    assert [call[-1] for call in checkout.installs()] == [".[test,parity]", ".[test]"]
+    runs = [call for call in commands(checkout) if call[0] == "pytest"]
+    assert runs == [PYTEST, [*PYTEST, "-m", "(not slow) and not parity"]]
+    assert "Making .venv with Python 3.11" in result.stdout
+    assert "Making .venv-newer with Python 3.13" in result.stdout
+
+
+def test_ci_fails_when_a_newer_python_does(checkout):
+    checkout.install("python3", python("3.11"))
+    checkout.install("python3.14", python("3.14").replace("${STUB_PYTEST_STATUS:-0}", "3"))
+    assert checkout.run(".ci/run").returncode == 3
+
+
+def test_ci_says_that_it_found_no_newer_python(checkout):
+    for name in ("python3", "python3.12", "python3.13", "python3.14"):
+        checkout.install(name, python("3.11"))
+    result = checkout.run(".ci/run")
+    assert result.returncode == 0, result.stderr
+    assert [call for call in commands(checkout) if call[0] == "pytest"] == [PYTEST]
+    assert "Left out: the quick tests with the libraries of Python 3.12 and later" in result.stdout
 
 
 def test_quickstart_trains_then_samples_then_says_where_things_are(checkout):

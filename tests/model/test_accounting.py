@@ -31,7 +31,7 @@ def test_every_preset_has_a_printed_figure():
 
 
 @pytest.mark.parametrize("preset", PRINTED)
-def test_parameters_are_the_table(preset):
+def test_parameter_counts_match_the_table(preset):
     decimals = len(PRINTED[preset].partition(".")[2])
     parameters, _ = mp.count(preset_config(preset))
     assert f"{parameters / 1e6:.{decimals}f}" == PRINTED[preset]
@@ -66,8 +66,8 @@ def test_parameters_are_those_of_the_model(fields):
     {"time_embedding": "sinusoidal", "condition": "vector", "modulation": "per_block"},
 ])  # fmt: skip
 def test_macs_are_what_xla_counts(fields):
-    """XLA counts a loop's body once, so the model has one block a level and all heads at once, as accelerators have;
-    its norms and activations are the 1 %.
+    """XLA counts a loop's body once, so the model has one block per level and no loop over heads. The tolerance of 1 %
+    is for norms and activations, which XLA counts too.
     """
     one_block = {"depths": (1, 1), "hidden_size": 768, "num_classes": 10, "input_size": 32, "platform": "tpu"}
     config = preset_config("mpdit_b", **one_block, **fields)

@@ -1,4 +1,4 @@
-"""Initialization against the measured moments of a PyTorch mpdit_b."""
+"""The initialization has the measured moments of a PyTorch mpdit_b."""
 
 import json
 import re
@@ -18,7 +18,7 @@ def state():
 
 
 def test_no_parameter_is_left_out(state):
-    """The file lists some blocks of each level, and every kind of parameter."""
+    """The file has every kind of parameter, for some blocks of each level."""
     kinds = ({re.sub(r"blocks\.\d+", "blocks.N", name) for name in names} for names in (state, STATISTICS))
     assert next(kinds) == next(kinds)
 

@@ -28,8 +28,8 @@ def test_attention_head_by_head_is_attention(dtype, bound):
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("tokens", [64, 256])
 @pytest.mark.parametrize("width", [64, 72])
-def test_cudnn_attention_is_xlas(tokens, width):
-    """In bfloat16, which is all that cuDNN's kernels know, with heads of the published models' sizes."""
+def test_cudnn_attention_agrees_with_xla(tokens, width):
+    """In bfloat16, because cuDNN has no float32 kernels, with the head sizes of the published models."""
     qkv = jax.random.normal(jax.random.key(0), (2, tokens, 3, 4, width), jnp.bfloat16)
     weights = jnp.cos(jnp.arange(2 * tokens * 4 * width, dtype=jnp.float32).reshape(2, tokens, 4, width))
     kernels = AllHeads("cudnn"), AllHeads("xla")
@@ -44,7 +44,7 @@ def test_large_logits_do_not_overflow():
     assert relative_error(found, expected) < 1e-5
 
 
-def test_the_platform_chooses():
+def test_kernels_are_chosen_by_platform():
     assert attention_kernel(ModelConfig(platform="cpu", dtype="bfloat16")) == HeadByHead("bfloat16")
     assert attention_kernel(ModelConfig(platform="gpu")) == attention_kernel(ModelConfig(platform="tpu"))
     assert attention_kernel(ModelConfig(platform="tpu")) == AllHeads("xla")
@@ -63,7 +63,7 @@ def test_a_model_for_another_platform_is_the_same_model(dtype, bound):
     cpu, gpu = (model.for_platform(platform) for platform in ("cpu", "gpu"))
     programs = [str(jax.make_jaxpr(lambda x, m=m: m(x, t, y))(x)) for m in (cpu, gpu)]
     assert relative_error(cpu(x, t, y), gpu(x, t, y)) < bound
-    # What an accelerator runs holds no trace of the other's: a loop over the blocks of each level, none over heads.
+    # The accelerator's program has one loop over the blocks of each level, and no loop over heads.
     loops = [program.count(" scan[") for program in programs]
     assert loops[0] > loops[1] == len(model.config.depths)
     assert mp.count(cpu) == mp.count(gpu)

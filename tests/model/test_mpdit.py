@@ -18,7 +18,7 @@ SMALL = {"hidden_size": 32, "num_heads": 4, "num_classes": 10, "input_size": 8, 
 
 
 def random_model(**fields):
-    """A model without the zeros that would hide mistakes at initialization."""
+    """Build a model whose weights are all nonzero; the zeros of the initialization would hide mistakes."""
     structure, parameters = split(mp.create_model("mpdit_b", **{"depths": (2, 1), **SMALL, **fields}))
     keys = dict(zip(parameters, jax.random.split(jax.random.key(1), len(parameters)), strict=True))
     return merge(structure, {k: v + 0.05 * jax.random.normal(keys[k], v.shape) for k, v in parameters.items()})
@@ -44,7 +44,7 @@ def test_any_levels_and_sizes(fields):
     assert v.shape == (3, *model.input_shape)
     assert v.dtype == jnp.float32
     assert np.isfinite(v).all()
-    # Every input matters: data, time and class each move the output.
+    # The output depends on data, time and class.
     x, t, y = inputs(model)
     for changed in ((x + 0.1, t, y), (x, t + 0.05, y), (x, t, y + 1)):
         assert relative_error(model(*changed), v) > 1e-4
@@ -83,14 +83,14 @@ def test_pixel_shuffle_order():
     assert np.array_equal(shuffled[2:4, 2:4, 1], np.arange(4 * 8 + 4, 4 * 8 + 8).reshape(2, 2))
 
 
-def test_parts_make_the_whole():
+def test_a_call_is_the_composition_of_its_parts():
     model = random_model()
     x, t, y = inputs(model)
     parts = model.velocity(x, model.modulation(t), model.class_embedding(y))
     assert np.array_equal(model(x, t, y), parts)
 
 
-def test_a_label_beyond_the_table_is_refused_or_when_traced_nan_not_a_neighbour():
+def test_a_label_out_of_range_is_refused_or_if_traced_gives_nan():
     model = random_model()
     x, t, _ = inputs(model)
     for outside in (model.num_classes + 1, -1, -2):
@@ -103,7 +103,7 @@ def test_a_label_beyond_the_table_is_refused_or_when_traced_nan_not_a_neighbour(
 
 
 def test_compile_time_does_not_grow_with_depth():
-    """The program of a deep model is as long as that of a shallow one."""
+    """The program of a deep model is hardly longer than that of a shallow one."""
 
     def program(depths):
         structure, parameters = split(random_model(depths=depths))
@@ -113,8 +113,8 @@ def test_compile_time_does_not_grow_with_depth():
     assert program((12, 12)) < 1.02 * program((2, 2))
 
 
-def test_what_a_block_keeps_for_its_backward_pass():
-    """Tokens in and out, qkv, what the MLP's GELU takes: no norm, no GELU."""
+def test_residuals_that_a_block_stores_for_its_backward_pass():
+    """They include the inputs of norms and GELU, but not their outputs."""
     config = ModelConfig(hidden_size=32, num_heads=2, num_classes=10, platform="cpu")
     structure, parameters = nnx.split(Block(config, nnx.Rngs(params=0)))
     x, modulation = jnp.ones((2, 480, 32)), Modulation(*jnp.ones((6, 2, 32)))
@@ -122,13 +122,13 @@ def test_what_a_block_keeps_for_its_backward_pass():
     def backward(*inputs):
         return jax.vjp(lambda parameters, *rest: nnx.merge(structure, parameters)(*rest), *inputs)[1]
 
-    kept = [leaf.size / x.size for leaf in jax.tree.leaves(jax.eval_shape(backward, parameters, x, modulation))]
-    # x and x between the halves, q, k, v, attention, both halves before their gates, and the MLP's 4 * 32; beside them
-    # weights and what is of an image or a token alone.
-    assert sum(size for size in kept if size >= 1) == 8 + 4
+    stored = [leaf.size / x.size for leaf in jax.tree.leaves(jax.eval_shape(backward, parameters, x, modulation))]
+    # In units of x: x before attention and before the MLP, q, k, v, attention's result, both branches before their
+    # gates, and the MLP's hidden features (4). Smaller arrays are weights and values per image or token.
+    assert sum(size for size in stored if size >= 1) == 8 + 4
 
 
-def test_modules_hold_parameters_and_nothing_else():
+def test_modules_have_no_state_but_parameters():
     _, parameters, rest = nnx.split(mp.create_model("mpdit_b", depths=(1, 1), **SMALL), nnx.Param, ...)
     assert not jax.tree.leaves(rest)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(parameters))

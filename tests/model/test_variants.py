@@ -1,4 +1,4 @@
-"""Every switch of the model's config: what it costs, that it learns, that it shards, and what is refused."""
+"""Every option of the model config: parameter and MAC counts, sharding, gradients, and refused combinations."""
 
 from fnmatch import fnmatchcase
 
@@ -25,7 +25,7 @@ from studies.fno_width import initial_sizes
 
 SMALL = {"hidden_size": 16, "num_heads": 2, "num_classes": 3, "input_size": 8, "depths": (1, 1), "class_tokens": 2}
 ONE_LEVEL = {"patch_sizes": (2,), "depths": (2,)}
-VECTOR = {"condition": "vector", "class_tokens": 16}  # which has none, and leaves their number alone
+VECTOR = {"condition": "vector", "class_tokens": 16}  # class_tokens must have its default, because it is not used
 SINUSOIDAL = {"time_embedding": "sinusoidal"}
 VARIANTS = {
     **{f"upsampler={name}": {"upsampler": name} for name in UPSAMPLERS},
@@ -44,7 +44,7 @@ VARIANTS = {
 }
 
 
-def test_names_are_those_of_the_registries():
+def test_config_names_match_the_registries():
     assert set(UPSAMPLERS) == set(UPSAMPLER_PARTS)
     assert set(FNO_INITS) == set(FNO_INIT_PARTS)
     assert set(TIME_EMBEDDINGS) == set(TIME_EMBEDDING_PARTS)
@@ -61,14 +61,14 @@ def test_parameters_are_counted_and_laid_out(name):
     mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     for path, leaf in shapes.items():
         spec = parameter_sharding(mesh, path, leaf.shape).spec
-        # Every matrix is split, along a dimension that it has.
+        # Every matrix is split along one of its dimensions.
         assert len(spec) <= len(leaf.shape), path
         assert ("fsdp" in spec) == (path.endswith(".kernel") or path == "class_embedding.table"), path
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_gradients_reach_every_parameter(name):
-    """Weights that start at zero are drawn first: behind them nothing would have a gradient."""
+    """All weights are random, because gradients do not pass through weights that are zero."""
     config = preset_config("mpdit_b", **{**SMALL, **VARIANTS[name]})
     structure, shapes = abstract(config)
     random = np.random.default_rng(0)
@@ -81,10 +81,10 @@ def test_gradients_reach_every_parameter(name):
 
     gradients = jax.device_get(jax.jit(jax.grad(loss))(parameters))
     untouched = {path for path, leaf in gradients.items() if not np.abs(leaf).max() > 0}
-    expected = {"mask_token"} if config.decoder_depth else set()  # masked training has a use for it
+    expected = {"mask_token"} if config.decoder_depth else set()  # used in masked training alone
     if config.time_embedding == "fno":
-        # The mean over the grid keeps the constant mode alone, and of a real signal that is real: the published last
-        # layer has weights that nothing depends on.
+        # The mean over the grid keeps the constant mode alone, which is real, so the imaginary weights of the last
+        # layer have no effect.
         expected.add(f"time_embedding.layers.{config.fno_layers - 1}.spectral.imaginary")
     assert untouched == expected
     assert all(np.isfinite(leaf).all() for leaf in gradients.values())
@@ -101,9 +101,9 @@ COUNTED = {
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_macs_are_what_xla_counts_of_the_unscanned_forward(name, monkeypatch):
-    """XLA counts a scan's body once, so the loop is unrolled; its norms and activations are the 1 %."""
+    """XLA counts a scan's body once, so the loop is unrolled. The tolerance of 1 % is for norms and activations."""
     monkeypatch.setattr(blocks.jax.lax, "scan", unrolled)
-    # The arithmetic for CPUs has a loop over heads, counted once as well.
+    # The kernels for CPUs have a loop over heads, whose body is counted once as well.
     config = preset_config("mpdit_b", num_classes=10, platform="gpu", **COUNTED[name])
     structure, shapes = abstract(config)
     x = jax.ShapeDtypeStruct((2, 32, 32, 4), jnp.float32)
@@ -119,7 +119,7 @@ def unrolled(body, carry, stacked):
 
 
 def test_the_scaled_fno_is_the_same_size_at_every_width():
-    """Output and gradient at widths 16 and 128, where the paper's grow more than tenfold."""
+    """From width 16 to 128, the paper's output and gradient grow more than tenfold."""
     sizes = {
         init: np.array([initial_sizes(init, width, seeds=24, hidden_size=64) for width in (16, 128)])
         for init in ("paper", "scaled")
@@ -156,14 +156,14 @@ def test_impossible_combinations_are_refused(fields, message):
     ({"time_embedding": "sinusoidal", "sinusoidal_layers": 1}, "model.sinusoidal_layers=1"),
     ({**ONE_LEVEL, "decoder_depth": 1}, "model.decoder_depth=1"),
 ])  # fmt: skip
-def test_what_nobody_has_published_has_no_names(fields, name):
+def test_models_without_published_names_are_refused(fields, name):
     model = nnx.eval_shape(lambda: mp.create_model("mpdit_b", **{**SMALL, **fields}))
     with pytest.raises(ConfigError, match=f"{name} has no published PyTorch names"):
         mp.to_torch(model)
 
 
 def test_a_linear_upsampler_is_a_transposed_convolution_without_overlap():
-    """Pixel shuffle after a linear map: what the docstring of `upsample` says of kernel r."""
+    """A transposed convolution with kernel r is a linear map and pixel shuffle, as upsample.py says."""
     config = preset_config("mpdit_b", **{**SMALL, "upsampler": "linear"})
     upsample = Upsample(2, config.grid(0), config, nnx.Rngs(params=0))
     tokens = np.random.default_rng(0).standard_normal((1, 2 + 4, 16), np.float32)
@@ -175,8 +175,8 @@ def test_a_linear_upsampler_is_a_transposed_convolution_without_overlap():
     assert config.grid(1) == (4, 4)
 
 
-def test_rules_name_only_what_there_is():
-    """Each row of the table is the first to match some parameter of some variant."""
+def test_every_sharding_rule_matches_a_parameter():
+    """Each sharding rule is the first match of some parameter of some variant."""
     configs = [preset_config("mpdit_b", **{**SMALL, **fields}) for fields in VARIANTS.values()]
     paths = {path for config in configs for path in abstract(config)[1]}
     used = {next(pattern for pattern, _ in PARAMETER_RULES if fnmatchcase(path, pattern)) for path in paths}

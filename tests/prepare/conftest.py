@@ -30,8 +30,8 @@ def other_vae(tmp_path_factory):
 def make_vae(path, seed):
     from flax import nnx
 
+    from mpdit_jax.model.parameters import split
     from mpdit_jax.vae import Autoencoder, AutoencoderConfig, save_folder
-    from mpdit_jax.vae.weights import split
 
     config = AutoencoderConfig(
         in_channels=1,

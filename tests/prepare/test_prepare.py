@@ -299,7 +299,7 @@ def test_without_a_vae_the_store_holds_pixels(folder, vae_folder, tmp_path):
     source = load_source("latents", str(out), "train", normalization="manifest")
     assert source.shape == (8, 8, 3)
     assert source.latents.vae_fingerprint == "pixels"
-    [record] = source.store.read(np.array([7]))
+    [record] = LatentStore(out).read(np.array([7]))
     with Image.open(folder / record["key"].decode()) as file:
         pixels = np.asarray(file.convert("RGB"))
     for view, expected in zip(record["mean"].astype(np.float32), (pixels, pixels[:, ::-1]), strict=True):
@@ -340,12 +340,12 @@ def test_max_examples_and_class_balance(finished):
 
 
 def test_class_balance_repeats_each_example_equally_often_or_once_more():
-    from mpdit_jax.data.sources import ArraySource, balanced
+    from mpdit_jax.data.sources import array_source, balanced
 
     labels = np.repeat([0, 1], [10, 7])
-    even = balanced(ArraySource(np.zeros((17, 1, 1, 1), np.uint8), labels, ("a", "b")))
+    even = balanced(array_source(np.zeros((17, 1, 1, 1), np.uint8), labels, ("a", "b")))
     assert np.bincount(even.labels).tolist() == [10, 10]
-    visits = np.bincount(even.indices, minlength=17)
+    visits = np.bincount(even.rows, minlength=17)
     assert visits[:10].tolist() == [1] * 10
     assert sorted(visits[10:]) == [1, 1, 1, 1, 2, 2, 2]
     assert visits[10:13].sum() < 6  # not the first three

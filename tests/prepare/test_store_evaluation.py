@@ -13,16 +13,15 @@ from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate import __main__ as evaluate
 from mpdit_jax.evaluate import command
-from mpdit_jax.evaluate.agreement import portable
 from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, save_classifier
 from mpdit_jax.evaluate.decoding import find_decode
 from mpdit_jax.evaluate.sets import open_set
+from mpdit_jax.evaluate.shared_values import portable
 from mpdit_jax.io import pictures as images
 from mpdit_jax.prepare.__main__ import main as prepare
 from mpdit_jax.train import loop
 from mpdit_jax.train.evaluator import Evaluator
 from mpdit_jax.train.loop import train
-from mpdit_jax.train.reference import Reference
 from mpdit_jax.vae import load_vae
 
 
@@ -144,7 +143,7 @@ def test_a_reference_of_another_vae_is_refused_before_the_training(stores, featu
     config = resolve(config_of(stores / "latents", 2, features[1], reference=other, vae=vae_folder))
     source = load_source(**config.data)
     with pytest.raises(InputError, match=r"config.sample.vae=.* and .*other holds latents of 000000000000…"):
-        Evaluator(config, tmp_path, source, None, lambda latents: latents, lambda: False)
+        Evaluator(config, tmp_path, source, None, load_vae(vae_folder).decode, lambda: False)
 
 
 def test_a_store_that_was_prepared_again_is_another_set(stores, features, vae_folder, tmp_path):
@@ -156,7 +155,7 @@ def test_a_store_that_was_prepared_again_is_another_set(stores, features, vae_fo
         (again / MANIFEST).write_text(json.dumps(manifest))
         config = resolve(config_of(again, 2, features[1], vae=vae_folder))
         decode = load_vae(vae_folder).decode
-        one = Reference(config, tmp_path, load_source(**config.data), decode, ("fd",), lambda: False)
+        one = Evaluator(config, tmp_path, load_source(**config.data), None, decode, lambda: False)
         opened = open_set(str(again), find=find_decode(str(vae_folder)))
         known.append((one._own_images().about["contents"], portable(opened.about)["contents"]))
     assert known[0][0] == known[0][1]
@@ -169,7 +168,7 @@ def test_the_default_reference_of_a_run_is_what_it_was_trained_on(stores, featur
     config.data.max_examples, config.eval.every = 5, 0
     train(config, workdir)
     options = evaluate.make_evaluate_parser().parse_args([f"--workdir={workdir}", f"--vae={vae_folder}"])
-    images = command.reference_images(options, 1)
+    images = command.make_reference(options, ["fd"]).own()
     whole = open_set(str(stores / "latents"), find=find_decode(str(vae_folder)))
     assert (len(images), images.about["count"]) == (5, 5)
     np.testing.assert_array_equal(images.read(np.arange(5)), whole.read(np.arange(5) * len(whole) // 5))

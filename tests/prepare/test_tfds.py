@@ -15,7 +15,7 @@ from tests.tiny import run
 
 def test_tfds_names_its_extra(tmp_path, vae_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(MissingExtraError, match=r"mpdit_jax\[tfds\]"):
+    with pytest.raises(MissingExtraError, match=r"mpdit_jax with its extra \[tfds\]"):
         main(arguments("tfds:imagenet2012", vae_folder, tmp_path / "out"))
 
 

@@ -51,7 +51,7 @@ def test_blocks_without_settings_are_nobodys(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("mpdit_jax.sample.blocks.shutil.rmtree", killed)
+        patched.setattr("mpdit_jax.io.locked_folder.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             folder.remove()
     assert not BlockFolder(path, {"seed": 1}).has(0)
@@ -83,8 +83,8 @@ def test_processes_take_the_checkpoint_that_the_first_has_found(workdir, tmp_pat
     newer = make_workdir(tmp_path / "newer", step=2)
     (newer / "checkpoints/2").rename(tmp_path / "run/checkpoints/2")
     assert load_together(tmp_path / "run")[0] == 2
-    monkeypatch.setattr("mpdit_jax.checkpoint.run_on_process_0", lambda action: None)  # as on another process
-    monkeypatch.setattr("mpdit_jax.checkpoint.broadcast", lambda value: 1)
+    monkeypatch.setattr("mpdit_jax.checkpoint.load.run_on_process_0", lambda action: None)  # as on another process
+    monkeypatch.setattr("mpdit_jax.checkpoint.load.broadcast", lambda value: 1)
     assert load_together(tmp_path / "run")[0] == 1
 
 
@@ -199,9 +199,9 @@ import sys, time
 from pathlib import Path
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from mpdit_jax import checkpoint
+from mpdit_jax.checkpoint import load
 from mpdit_jax.sample.__main__ import main
-newer, load_step = Path(sys.argv.pop(3)), checkpoint.load_step
+newer, load_step = Path(sys.argv.pop(3)), load.load_step
 def loads_and_then_a_newer_one_comes(workdir, *arguments):
     while jax.process_index() == 1 and newer.exists():  # the second one looks after it has come
         time.sleep(0.1)
@@ -209,7 +209,7 @@ def loads_and_then_a_newer_one_comes(workdir, *arguments):
     if jax.process_index() == 0:
         newer.rename(Path(workdir) / "checkpoints" / newer.name)
     return found
-checkpoint.load_step = loads_and_then_a_newer_one_comes
+load.load_step = loads_and_then_a_newer_one_comes
 sys.exit(main(sys.argv[3:]))
 """
 

@@ -13,13 +13,13 @@ from PIL import Image
 import mpdit_jax as mp
 from mpdit_jax.errors import DivergedError, InputError
 from mpdit_jax.io import pictures as images
-from mpdit_jax.sample import command
 from mpdit_jax.sample.__main__ import main, make_sample_parser
 from mpdit_jax.sample.blocks import Block
-from mpdit_jax.sample.command import parse_labels
-from mpdit_jax.sample.labels import balanced_labels
+from mpdit_jax.sample.drawing import Drawing
+from mpdit_jax.sample.labels import balanced_labels, parse_labels
 from mpdit_jax.sample.options import reject_unused_flags
 from mpdit_jax.sample.outputs import first_of_each
+from mpdit_jax.sample.trajectory import save_trajectory
 from tests.sample.conftest import FEW, make_workdir, read_npz, run
 from tests.tiny import refusal
 
@@ -145,7 +145,6 @@ def test_single_images_of_two_runs_do_not_mix(workdir, tmp_path, monkeypatch):
 
 
 def test_a_film_decodes_what_it_shows(workdir, tmp_path):
-    options = make_sample_parser().parse_args([f"--workdir={workdir}", "--out=a.npz"])
     decoded = []
 
     def decode(latents):
@@ -153,8 +152,8 @@ def test_a_film_decodes_what_it_shows(workdir, tmp_path):
         return latents
 
     sampler, model = mp.make_sampler(steps=150), mp.load_checkpoint(workdir)
-    request = command.Request(options, sampler, model, None, np.array([1, 2, 1]), decode)
-    command._save_film(request, tmp_path / "a.gif", tmp_path / "a.png")
+    drawing = Drawing(sampler, model, np.array([1, 2, 1]), 0, 64, decode)
+    save_trajectory(drawing, tmp_path / "a.gif", tmp_path / "a.png")
     assert set(decoded) == {(2, 8, 8, 1)}
     assert 60 <= len(decoded) <= 70
     assert Image.open(tmp_path / "a.gif").n_frames == 60

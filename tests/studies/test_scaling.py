@@ -1,4 +1,4 @@
-"""The study of scaling: it resumes, fits what is exactly of its form, and its page agrees with its numbers."""
+"""studies.scaling: it resumes, its cost model fits exact data, and docs/scaling.md agrees with docs/scaling.json."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import pytest
 from mpdit_jax.errors import DataError, InputError
 from mpdit_jax.runtime.hardware import CHIPS
 from studies import plots, scaling
-from studies.cost_model import fit, fitted, flops_spread, missed_beyond, table
+from studies.cost_model import extrapolation_errors, fit, fitted, flops_spread, table
 from studies.scaling_grid import GRID
 from tests.tiny import ROOT
 
@@ -17,7 +17,7 @@ RESULTS = ROOT / "docs/scaling.json"
 
 
 def entry(preset, chips, batch_size, refused=False):
-    """A step of exactly the cost model's form."""
+    """Return the results of a step that follow the cost model exactly."""
     images, data = batch_size / chips, max(chips // 16, 1)
     sent = int(3e9 + 1e6 * images + 5e8 * (data > 1))
     temporaries = int(1e9 + 1e8 * images)
@@ -42,42 +42,42 @@ def test_the_cost_model_is_recovered_and_extrapolates(results):
     steps = fitted(results, "mpdit_b")
     assert len(steps) == 5
     model = fit(results)["mpdit_b"]
-    assert max(model.missed(steps).values()) < 1e-6
+    assert max(model.errors(steps).values()) < 1e-6
     expected = entry("mpdit_b", 1024, 4096)
     found = model.predict(1024, 4096, CHIPS["v5e"])
     assert found["peak"] == pytest.approx(expected["peak"], rel=1e-6)
     assert found["flops"] == pytest.approx(expected["compiled_flops"], rel=1e-6)
     assert found["sent"] == pytest.approx(expected["sent"], rel=1e-6)
-    # Of 4 images a chip: sent at 200 GB/s takes longer than the products do, and than the state from and to memory.
+    # With 4 images per chip, sending at 200 GB/s takes longer than the products and the memory traffic.
     assert found["bound_seconds"] == pytest.approx(expected["sent"] / 200e9, rel=1e-6)
     in_memory = dataclasses.replace(model, results=3e10).predict(1024, 4096, CHIPS["v5e"])
     assert in_memory["bound_seconds"] == pytest.approx(3.05e10 / 819e9)
     assert fit(dict(list(results.items())[:2])) == {}
 
 
-def test_an_extrapolation_is_held_against_the_largest_slices(results):
-    """Three steps of its form on fewer chips; one on the most has twice the temporaries."""
-    _, missed = missed_beyond(results, "mpdit_b")
-    assert missed["temporaries"] < 1e-6
+def test_extrapolation_errors_on_the_largest_slice(results):
+    """A step on the largest slice with twice the predicted temporaries has an error of 50 %."""
+    _, errors = extrapolation_errors(results, "mpdit_b")
+    assert errors["temporaries"] < 1e-6
     results["mpdit_b/256/8192"]["temporaries"] *= 2
-    most, missed = missed_beyond(results, "mpdit_b")
+    most, errors = extrapolation_errors(results, "mpdit_b")
     assert most == 256
-    assert missed["temporaries"] == pytest.approx(0.5)
-    assert missed["operations"] < 1e-6
+    assert errors["temporaries"] == pytest.approx(0.5)
+    assert errors["operations"] < 1e-6
     expected = "fitted to fewer than 256 chips alone, it misses the steps on 256 by at most: temporaries 50.0%"
     assert expected in table(results, fit(results))
     del results["mpdit_b/64/1024"]
-    assert missed_beyond(results, "mpdit_b") is None
+    assert extrapolation_errors(results, "mpdit_b") is None
 
 
-def test_the_table_tells_what_does_not_fit(results):
+def test_the_table_shows_a_step_that_does_not_fit(results):
     text = table(results, fit(results))
     (row,) = [line for line in text.splitlines() if line.startswith("| mpdit_b | 4 | 8192 |")]
     assert "estimated | no |" in row
     assert flops_spread(results, "mpdit_b") < 1e-6
 
 
-def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_command_continues(tmp_path, monkeypatch, capsys):
     done = []
 
     def measure(point):
@@ -87,7 +87,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
         return entry(point.preset, point.chips, point.batch_size)
 
     monkeypatch.setattr(scaling, "measure", measure)
-    monkeypatch.setattr(scaling, "prepare", lambda: None)  # sets the environment for good
+    monkeypatch.setattr(scaling, "prepare", lambda: None)  # it would change this process's environment
     out = tmp_path / "scaling.json"
     with pytest.raises(KeyboardInterrupt):
         scaling.main([f"--out={out}", "--only=mpdit_b"])
@@ -135,13 +135,13 @@ def test_pictures_are_drawn(results, tmp_path):
 
 
 def test_points_that_lie_on_each_other_have_one_label():
-    """The highest batch on top; points a tenth apart, or of other chips, keep their own."""
+    """Points within a tenth of each other share a label, the larger batch on top."""
     points = [(64, 1.0, 512), (16, 1.0, 256), (16, 1.05, 512), (16, 2.0, 1024)]
     assert plots._labels(points) == [(16, 1.05, "512\n256"), (16, 2.0, "1024"), (64, 1.0, "512")]
 
 
-def test_the_page_shows_the_numbers_and_operations_are_shared_out():
-    """Per-chip operations times chips stay within 2 % over all sizes."""
+def test_the_page_shows_the_results_and_chips_share_the_operations():
+    """The operations on all chips, per image, vary by less than 2 % over all sizes."""
     found = scaling.read(RESULTS)
     page = PAGE.read_text()
     assert table(found, fit(found)) in page

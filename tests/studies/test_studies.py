@@ -1,11 +1,11 @@
-"""The studies behind docs/: they go on where they were interrupted, compare what they say, and plot what they found."""
+"""The studies of docs/: they continue after an interruption, compare equal budgets, and write tables and plots."""
 
 import json
 
 import numpy as np
 import pytest
 
-from mpdit_jax.data.sources import ArraySource
+from mpdit_jax.data.sources import array_source
 from mpdit_jax.errors import DataError, DivergedError, InputError
 from mpdit_jax.model.accounting import count_trained
 from studies import fno_width, token_budget
@@ -15,7 +15,7 @@ from studies.trainer import Trainer
 RUNS = [{"model": name, "seed": seed} for name in ("a", "b") for seed in (0, 1)]
 
 
-def test_finished_runs_are_not_done_again(tmp_path):
+def test_finished_runs_are_not_repeated(tmp_path):
     path, done = tmp_path / "new" / "records.jsonl", []
 
     def measure(settings, stop_after):
@@ -27,7 +27,7 @@ def test_finished_runs_are_not_done_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         Records(path).run("testing", RUNS, lambda settings: measure(settings, 2))
     with path.open("a") as file:
-        file.write('{"model": "b", "se')  # killed while it wrote
+        file.write('{"model": "b", "se')  # an interrupted write
     found = Records(path).run("testing", RUNS, lambda settings: measure(settings, None))
     assert done == RUNS
     assert [record["loss"] for record in found] == [1, 2, 3, 4]
@@ -55,7 +55,7 @@ def test_models_of_one_size_and_one_budget():
 
 
 def test_a_short_run_is_measured():
-    """Twenty steps of digits: means of ten steps each, not running totals."""
+    """A run of twenty steps records the means of ten steps each."""
     found = fno_width._measure_training({"init": "scaled", "width": 8, "steps": 20, "seed": 0})
     first, second = found["losses"]
     assert 0.8 < second < first < 2.5
@@ -65,21 +65,21 @@ def test_a_short_run_is_measured():
 
 @pytest.fixture(scope="module")
 def reckless():
-    """A trainer of ten steps whose first update that is made is not finite."""
+    """A trainer of ten steps whose first update is not finite."""
     config = fno_width.training_config("scaled", 8, 10)
     config.model.depths, config.model.hidden_size = (1, 1), 16
     config.optimizer.learning_rate = 1e30
     return Trainer(config)
 
 
-def test_a_ruined_run_is_no_result(reckless):
+def test_a_diverged_run_is_an_error(reckless):
     with pytest.raises(DivergedError, match="in 10 steps with seed 5, an update made of finite gradients was not"):
         list(reckless.states(5))
 
 
-def test_steps_left_out_are_a_result_of_the_one_study_and_not_of_the_other(reckless, monkeypatch):
+def test_skipped_steps_are_a_result_of_fno_width_and_an_error_of_token_budget(reckless, monkeypatch):
     images = np.full((1, *reckless.source.shape), np.nan, np.float32)
-    monkeypatch.setattr(reckless, "source", ArraySource(images, np.zeros(1, np.int32), ("0",)))
+    monkeypatch.setattr(reckless, "source", array_source(images, np.zeros(1, np.int32), ("0",)))
     monkeypatch.setattr(fno_width, "_trainer", lambda *_: reckless)
     found = fno_width._measure_training({"init": "scaled", "width": 8, "steps": 10, "seed": 0})
     assert (found["skipped"], np.isnan(found["losses"]).all()) == (10, True)

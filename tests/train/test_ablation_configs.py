@@ -1,47 +1,53 @@
-"""configs/ablations/: every row of the paper's tables is a file, its model the row's, and its step traces."""
+"""configs/ablation.py: every row of the paper's tables has a config with the row's model, and its step traces."""
 
-import ast
-import importlib.util
-from pathlib import Path
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from mpdit_jax.config import model_config, resolve
-from mpdit_jax.config.paper import ROWS
+from mpdit_jax.config.ablation import ROWS, list_rows
+from mpdit_jax.config.flags import load_config, shipped_configs
 from mpdit_jax.data.latents import PAPER_MEAN, PAPER_STD, LatentSpace
 from mpdit_jax.distributed.mesh import make_mesh
+from mpdit_jax.errors import ConfigError
 from mpdit_jax.model.parameters import abstract
 from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.state import abstract_state
 from mpdit_jax.train.step import build_train_step
+from tests.tiny import ROOT
 
-FILES = {path.stem: path for path in sorted((Path(__file__).parents[2] / "configs/ablations").glob("*.py"))}
-ELSEWHERE = {"mpdit_xl_512", "mpdit3_xl_512"}  # in configs/
+ELSEWHERE = {"mpdit_xl_512", "mpdit3_xl_512"}  # files of their own
 TRACED = set()  # several rows are the base
 
 
-def test_every_row_is_a_file():
-    assert set(FILES) == set(ROWS) - ELSEWHERE
+def line_of(name):
+    """What the list says of a row."""
+    (line,) = re.findall(rf"^  {name} +(.*)$", list_rows(), re.MULTILINE)
+    return line
 
 
-@pytest.mark.parametrize("name", FILES)
+def test_every_row_has_a_config():
+    assert set(shipped_configs()) >= ELSEWHERE
+    listed = re.findall(r"^  (\w+)  ", list_rows(), re.MULTILINE)
+    assert set(listed) - {"python"} == set(ROWS) - ELSEWHERE
+
+
+@pytest.mark.parametrize("name", sorted(set(ROWS) - ELSEWHERE))
 def test_model_and_step(name):
-    spec = importlib.util.spec_from_file_location(name, FILES[name])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config, row = resolve(module.get_config()), ROWS[name]
+    config, row = resolve(load_config(f"{ROOT / 'configs/ablation.py'}:{name}")), ROWS[name]
     model = model_config(config)
     assert model == row.model.replace(dtype="bfloat16")
     assert config.mask_ratio == row.mask_ratio
     assert (config.steps, config.batch_size, config.optimizer.learning_rate) == (100_000, 1024, 2e-4)
-    document = ast.get_docstring(ast.parse(FILES[name].read_text()))
-    assert f"--config=configs/ablations/{name}.py" in document
-    assert (not row.fid) or f"{row.fid}" in document
-    assert ("The paper reports" in document or "The paper quotes" in document) == (
-        bool(row.fid) or name == "time_fno_width_128"
-    )
+    line = line_of(name)
+    for printed in (row.params and f"{row.params} M parameters", row.gmacs and f"{row.gmacs} GFLOPs", row.note):
+        assert printed in line
+    assert (f"FID {row.fid}" in line) == bool(row.fid)
+    assert all(f"{field}={value}" in line for field, value in row.fields.items())
     if (model, config.mask_ratio) in TRACED:
         return
     TRACED.add((model, config.mask_ratio))
@@ -52,3 +58,24 @@ def test_model_and_step(name):
     batch = {"mean": moments, "std": moments, "y": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}
     after = jax.eval_shape(step, state, batch)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+
+
+def test_a_name_is_needed_and_the_nearest_is_named():
+    for value in ("ablation", "configs/ablation.py", "ablation:"):
+        with pytest.raises(ConfigError, match=r"one of dit_b_2, .* dit_xl_2_masked_75; `python") as refused:
+            load_config(value)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(ConfigError, match=r"no row 'time_liner_2' \(did you mean 'time_linear_2'\?\)"):
+        load_config("ablation:time_liner_2")
+
+
+@pytest.mark.parametrize("old", ["configs/ablations/time_linear_2.py", "/clone/configs/ablations/time_linear_2.py"])
+def test_a_file_of_before_is_found_under_its_new_name(old, capsys):
+    assert load_config(old) == load_config("ablation:time_linear_2")
+    assert capsys.readouterr().err == f"--config={old} is written --config=ablation:time_linear_2 now\n"
+
+
+def test_the_file_lists_its_rows():
+    command = [sys.executable, str(ROOT / "configs/ablation.py"), "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{list_rows()}\n"

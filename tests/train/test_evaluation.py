@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,18 +18,22 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.checkpoint.load import load_checkpoint
 from mpdit_jax.data import sources
-from mpdit_jax.data.sources import ArraySource, load_arrays
+from mpdit_jax.data.sources import array_source, load_arrays
 from mpdit_jax.distributed.mesh import make_mesh, replicated
 from mpdit_jax.errors import ConfigError, InputError, WeightsError
-from mpdit_jax.evaluate import inception_weights
-from mpdit_jax.evaluate.agreement import portable
+from mpdit_jax.evaluate import compute, inception_weights, reference
+from mpdit_jax.evaluate.bias import describe_bias, few_images
 from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, save_classifier
+from mpdit_jax.evaluate.compute import compute_statistics
 from mpdit_jax.evaluate.extractors import build_classifier
-from mpdit_jax.evaluate.sets import open_npz
-from mpdit_jax.evaluate.statistics import Gaussian, load_statistics
+from mpdit_jax.evaluate.reference import Reference, own_images
+from mpdit_jax.evaluate.sets import ArrayImages, open_npz
+from mpdit_jax.evaluate.shared_values import portable
+from mpdit_jax.evaluate.statistics import Gaussian
+from mpdit_jax.evaluate.stored_statistics import load_statistics
 from mpdit_jax.model.parameters import split
-from mpdit_jax.sample.run import finish
-from mpdit_jax.train import evaluator, reference
+from mpdit_jax.sample import drawing
+from mpdit_jax.train import evaluator
 from mpdit_jax.train.__main__ import main
 from mpdit_jax.train.eval_settings import note_settings
 from tests.evaluate.conftest import digits as digits
@@ -79,31 +84,31 @@ def test_a_run_stopped_within_an_evaluation_makes_up_for_it(undisturbed, tmp_pat
     workdir = tmp_path / "run"
     # As SIGTERM does: the evaluation of step 4 ends with nothing, and the run after that step.
 
-    look = evaluator.Evaluator._look
+    evaluate = evaluator.Evaluator._evaluate
 
     def stopped(self, *arguments):
         os.kill(os.getpid(), signal.SIGTERM)
-        return look(self, *arguments)
+        return evaluate(self, *arguments)
 
-    monkeypatch.setattr(evaluator.Evaluator, "_look", stopped)
+    monkeypatch.setattr(evaluator.Evaluator, "_evaluate", stopped)
     assert main(train_arguments(workdir, *EVAL)) == 0
     assert [line["step"] for line in lines(workdir)] == [3]
-    monkeypatch.setattr(evaluator.Evaluator, "_look", look)
+    monkeypatch.setattr(evaluator.Evaluator, "_evaluate", evaluate)
     assert main(train_arguments(workdir, *EVAL)) == 0
     assert (workdir / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
 
 
 def test_a_run_stopped_within_its_last_evaluation_is_not_done(undisturbed, tmp_path, monkeypatch, capsys):
     """Schedulers must start it again."""
-    workdir, looks, look = tmp_path / "run", [], evaluator.Evaluator._look
+    workdir, calls, evaluate = tmp_path / "run", [], evaluator.Evaluator._evaluate
 
     def stopped(self, *arguments):
-        looks.append(1)
-        if len(looks) == 3:  # after two guidance scales at step 4
+        calls.append(1)
+        if len(calls) == 3:  # after two guidance scales at step 4
             os.kill(os.getpid(), signal.SIGTERM)
-        return look(self, *arguments)
+        return evaluate(self, *arguments)
 
-    monkeypatch.setattr(evaluator.Evaluator, "_look", stopped)
+    monkeypatch.setattr(evaluator.Evaluator, "_evaluate", stopped)
     monkeypatch.setenv("MPDIT_JAX_STOPPED_STATUS", "75")
     assert main(train_arguments(workdir, *EVAL)) == 75
     said = capsys.readouterr().out
@@ -169,7 +174,8 @@ def test_one_curve_of_two_kinds_is_told_and_noted(undisturbed, tmp_path, capsys)
 def test_other_images_under_the_same_labels_are_looked_at_anew(undisturbed, tmp_path, monkeypatch, capsys):
     """A run may go on with them, but neither what was seen of the old ones nor a classifier of them is used."""
     workdir, digits = shutil.copytree(undisturbed, tmp_path / "run"), load_arrays(str(digits_file()))
-    repaired = dataclasses.replace(digits, images=255 - digits.images, contents="of others")
+    inverse = lambda rows: {"x": -digits.read(rows)["x"]}  # noqa: E731
+    repaired = dataclasses.replace(digits, read=inverse, contents="of others")
     monkeypatch.setitem(sources.SOURCES, "arrays", lambda path, split: repaired)
     (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines(workdir)[:-1]))
     assert main(train_arguments(workdir, *EVAL)) == 0
@@ -201,10 +207,12 @@ def test_samples_that_are_not_finite_are_counted(undisturbed, tmp_path, monkeypa
     whole = lines(workdir)
     (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in whole[:-1]))
 
-    def broken(pictures, labels, rows):
-        return finish(np.where(rows[:, None, None, None] < 3, pictures, np.nan), labels, rows)
+    to_block = drawing.to_block
 
-    monkeypatch.setattr(evaluator, "finish", broken)
+    def broken(pictures, labels, rows):
+        return to_block(np.where(rows[:, None, None, None] < 3, pictures, np.nan), labels, rows)
+
+    monkeypatch.setattr(drawing, "to_block", broken)
     assert main(train_arguments(workdir, *EVAL)) == 0
     last = lines(workdir)[-1]
     assert set(last) == {"step"} | {f"eval/{m}/guidance_{w}" for m in ("FD(classifier)", "not_finite") for w in (1, 2)}
@@ -215,8 +223,9 @@ def test_a_run_whose_samples_are_all_broken_is_done_all_the_same(undisturbed, tm
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
     whole = lines(workdir)
     (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in whole[:-1]))
+    to_block = drawing.to_block
     monkeypatch.setattr(
-        evaluator, "finish", lambda pictures, labels, rows: finish(np.full_like(pictures, np.nan), labels, rows)
+        drawing, "to_block", lambda pictures, labels, rows: to_block(np.full_like(pictures, np.nan), labels, rows)
     )
     assert main(train_arguments(workdir, *EVAL)) == 0
     assert lines(workdir)[-1] == {"step": 8} | {f"eval/not_finite/guidance_{w}": 24 for w in (1, 2)}
@@ -246,10 +255,10 @@ def test_a_finished_run_makes_up_for_its_last_evaluation(undisturbed, tmp_path, 
     ("--config.eval.solver=zzz", "zzz"),
     ("--config.eval.num_samples=3", "config.eval.num_samples=3: expected 4 or more for config.eval.metrics=fd,pre"),
     ("--config.eval.reference=NOTHING", "NOTHING: no such file or folder"),
-    ("--config.eval.reference=FEW", "has 3 image(s), and config.eval.metrics=fd,precision,recall need 4 or more"),
-    ("--config.eval.reference=LARGE", "has images of (16, 16, 1) (height, width, channels) and this run draws (8"),
-    ("--config.eval.reference=COLOURED", "has images of (8, 8, 3) (height, width, channels) and this run draws (8, 8"),
-    ("--config.eval.reference=MOMENTS", "holds statistics, and config.eval.features='classifier' is trained by this"),
+    ("--config.eval.reference=FEW", "need 4 images or more in each set: there are 3 in config.eval.reference="),
+    ("--config.eval.reference=LARGE", "the samples are 8x8 pixels and the reference is 16x16"),
+    ("--config.eval.reference=COLOURED", "has images of 3 channel(s) and the samples have 1: expected the same"),
+    ("--config.eval.reference=MOMENTS", "holds statistics, and the classifier is trained by this run alone: give"),
     ("--config.eval.preprocessing=adm", "config.eval.preprocessing='adm': expected one of tensorflow, pytorch_fid"),
     ("--config.eval.preprocessing=pytorch_fid", "config.eval.preprocessing=pytorch_fid is of the Inception network"),
     ("--config.eval.metrics=fd,sfd", "sfd is of the spatial features that Inception has, and config.eval.features=cla"),
@@ -271,7 +280,7 @@ def test_settings_that_cannot_be_are_refused_before_training(override, sentence,
 
 @pytest.mark.parametrize(("count", "channels", "sentence"), [
     (19, 1, "config.eval.features='classifier': 19 images of 2 class(es): a classifier needs 20"),
-    (30, 2, "this run draws images of 2 channels, and classifier looks at those of 1 or 3"),
+    (30, 2, "this run draws images of 2 channels, and classifier expects 1 or 3"),
 ])  # fmt: skip
 def test_data_that_cannot_be_looked_at_are_refused_before_training(tmp_path, count, channels, sentence):
     path = tmp_path / "data.npz"
@@ -288,16 +297,29 @@ def test_an_adm_batch_brings_single_images_to_a_run_as_well(tmp_path, tiny_incep
     moments = {"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
     np.savez(tmp_path / "adm.npz", arr_0=images, **moments)
     place = f"~/{os.path.relpath(tmp_path / 'adm.npz', Path.home())}"
-    settings = {"reference": place, "features": "inception", "metrics": "fid,precision", "batch_size": 16}
-    config = FrozenConfigDict({"eval": settings, "sample": {"vae": ""}, "data": {}})
-    source = SimpleNamespace(class_names=(), labels=(), latents=None, shape=(8, 8, 1))
-    one = reference.Reference(config, tmp_path / "kept", source, None, ("fd", "precision"), lambda: False)
-    one.check(tiny_inception)
-    for _ in range(2):  # the second time from what was kept
-        found = one.statistics(tiny_inception, make_mesh())
-        assert found.gaussians["pool"].mean.tolist() == [0.0] * 4
-        np.testing.assert_allclose(found.features, tiny_inception(images)["pool"], rtol=1e-6)
-    assert len(list((tmp_path / "kept").iterdir())) == 1
+    one = Reference(place, ("fd", "precision"), None, None, "config.eval.")
+    one.check(tiny_inception, (8, 8, 1))
+    compute = partial(compute_statistics, tiny_inception, batch_size=16)
+    found = one.statistics(tiny_inception, (8, 8, 1), compute)
+    assert found.gaussians["pool"].mean.tolist() == [0.0] * 4
+    np.testing.assert_allclose(found.features, tiny_inception(images)["pool"], rtol=1e-6)
+
+
+def test_statistics_of_real_images_are_kept_for_later_starts(tmp_path, tiny_inception):
+    images = ArrayImages(np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8), {"path": "here"})
+    one, computed = evaluator.Evaluator.__new__(evaluator.Evaluator), []
+    one._folder = tmp_path
+
+    def compute(*given):
+        computed.append(given)
+        return compute_statistics(*given, batch_size=16)
+
+    one._compute = compute
+    first, second = (one._real_statistics(tiny_inception, images, ["pool"], ["pool"], "features") for _ in range(2))
+    assert len(computed) == len(list(tmp_path.iterdir())) == 1
+    np.testing.assert_array_equal(first.features, second.features)
+    assert second.file == {}
+    assert portable(first.about) == portable(second.about)
 
 
 def test_inception_sees_images_as_the_config_says(tmp_path, monkeypatch):
@@ -306,7 +328,7 @@ def test_inception_sees_images_as_the_config_says(tmp_path, monkeypatch):
     np.savez(tmp_path / "adm.npz", **moments)
     outputs = {"pool": 4, "spatial": 3}
 
-    def making(features, *, inception_path, preprocessing, batch_size, inception_setting):
+    def making(features, *, inception_path, preprocessing, batch_size, prefix):
         made.append(preprocessing)
         settings = {"preprocessing": preprocessing}
         return SimpleNamespace(
@@ -346,16 +368,16 @@ def test_statistics_of_another_extractor_are_remedied_by_a_field_of_the_config(t
     np.savez(tmp_path / "stats.npz", mu=np.zeros(4), sigma=np.eye(4))
     other = dataclasses.replace(tiny_inception, name="efficientnet_lite0")
     with pytest.raises(InputError, match=r"do not compare; use config\.eval\.features and the weights"):
-        load_statistics(tmp_path / "stats.npz", other, setting="config.eval.preprocessing")
+        load_statistics(tmp_path / "stats.npz", other, prefix="config.eval.")
 
 
 def test_what_is_looked_at_is_compared_with_the_other_processes(tmp_path, digits, monkeypatch):
     """Before the first step, and again before the images are shared out; the first process names what is kept."""
     np.savez(tmp_path / "real.npz", arr_0=digits[0][:40])
     compared = []
-    for module in (evaluator, reference):
-        monkeypatch.setattr(module, "agree", compared.append)
-    monkeypatch.setattr(reference, "name_of_first", lambda name: "0" * 16)
+    for module in (evaluator, reference, compute):
+        monkeypatch.setattr(module, "assert_shared", compared.append)
+    monkeypatch.setattr(evaluator, "name_from_process_0", lambda name: "0" * 16)
     workdir = tmp_path / "run"
     more = [
         "--config.eval.every=8",
@@ -364,8 +386,8 @@ def test_what_is_looked_at_is_compared_with_the_other_processes(tmp_path, digits
     ]
     assert main(train_arguments(workdir, *EVAL, *more)) == 0
     known = portable(open_npz(tmp_path / "real.npz").about)
-    assert [set(facts) for facts in compared] == [set(known), {"extractor"}, set(known)]
-    assert compared[0] == compared[2] == known
+    assert [*filter(None, compared)][::2] == [known, known]  # before the first step, and before the shares
+    assert [set(values) for values in compared if values] == [set(known), {"extractor"}, set(known)]
     assert (workdir / f"evaluation/real_{'0' * 16}.npz").is_file()
 
 
@@ -373,53 +395,39 @@ def test_statistics_with_few_images_are_refused_before_training(tmp_path, tiny_i
     moments = {"mu": np.zeros(4), "sigma": np.eye(4)}
     np.savez(tmp_path / "features.npz", **moments, features=np.zeros((3, 4), np.float32))
     np.savez(tmp_path / "images.npz", **moments, arr_0=np.zeros((3, 8, 8, 1), np.uint8))
-    source = SimpleNamespace(class_names=(), labels=(), latents=None, shape=(8, 8, 1))
     for name in ("features.npz", "images.npz"):
-        settings = {"every": 1, "reference": str(tmp_path / name), "features": "inception", "metrics": "precision"}
-        config = FrozenConfigDict({"eval": settings, "sample": {"vae": ""}, "data": {}})
-        one = reference.Reference(config, tmp_path, source, None, ("precision",), lambda: False)
-        with pytest.raises(ConfigError, match=rf"{name} has 3 image\(s\), and config.eval.metrics=precision need 4"):
-            one.check(tiny_inception)
+        one = Reference(str(tmp_path / name), ("precision",), None, None, "config.eval.")
+        with pytest.raises(InputError, match=rf"need 4 images .* there are 3 in config.eval.reference=.*{name}"):
+            one.check(tiny_inception, (8, 8, 1))
 
 
-def test_the_inception_score_looks_at_no_real_images(tmp_path):
+def test_the_inception_score_looks_at_no_real_images():
     config = ClassifierConfig(8, 8, 1, num_classes=10, base_channels=4, features=8)
     extractor = build_classifier(initialize(config, seed=0))
-    settings = {"every": 1, "reference": "", "features": "classifier", "metrics": "is", "batch_size": 16}
-    config = FrozenConfigDict({"eval": settings, "sample": {"vae": ""}, "data": {}})
-    source = SimpleNamespace(class_names=(), labels=(), latents=None, shape=(8, 8, 1))  # and nothing to read
-    one = reference.Reference(config, tmp_path, source, None, ("is",), lambda: False)
-    one.check(extractor)
-    assert one.statistics(extractor, make_mesh()).count == 0
-    assert not list(tmp_path.iterdir())
+    one = Reference("", ("is",), None, None)  # and nothing to read
+    one.check(extractor, (8, 8, 1))
+    assert one.statistics(extractor, (8, 8, 1), None).count == 0
 
 
 def test_images_are_read_as_many_at_a_time_as_the_config_says(tmp_path, tiny_inception, monkeypatch):
     """However few the network looks at: their moments are summed up once for all."""
-    sizes, read = [], reference.SourceImages.read
-    monkeypatch.setattr(
-        reference.SourceImages, "read", lambda self, rows: (sizes.append(len(rows)), read(self, rows))[1]
-    )
-    settings = {"every": 1, "reference": "", "features": "inception", "metrics": "fid", "batch_size": 32}
-    config = FrozenConfigDict({"eval": settings, "sample": {"vae": ""}, "data": {}})
-    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
-    few = dataclasses.replace(tiny_inception, batch_size=4)
-    one = reference.Reference(config, tmp_path, ArraySource(images, np.zeros(40, int), ("0",)), None, ("fd",), bool)
-    found = one.statistics(few, make_mesh())
+    sizes, images = [], np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+    few, found = dataclasses.replace(tiny_inception, batch_size=4), ArrayImages(images, {"shape": [8, 8, 1]})
+    read = ArrayImages.read
+    monkeypatch.setattr(ArrayImages, "read", lambda self, rows: (sizes.append(len(rows)), read(self, rows))[1])
+    one = Reference("", ("fd",), None, lambda: found)
+    found = one.statistics(few, (8, 8, 1), partial(compute_statistics, few, batch_size=32))
     assert sizes == [32, 8]
     assert found.gaussians.keys() == {"pool"}  # nobody has asked for sFID
     np.testing.assert_allclose(found.gaussians["pool"].mean, tiny_inception(images)["pool"].mean(axis=0), rtol=1e-5)
 
 
-def test_a_runs_own_images_are_those_that_evaluate_takes(tmp_path, monkeypatch):
+def test_a_runs_own_images_are_of_all_classes(monkeypatch):
     """Not every n-th, which may all be of one class."""
     monkeypatch.setattr(reference, "MOST_REAL", 100)
     images = np.zeros((1000, 8, 8, 1), np.uint8) + (np.arange(1000) % 10).astype(np.uint8)[:, None, None, None]
-    source = ArraySource(images, np.arange(1000) % 10, tuple("0123456789"))
-    settings = {"reference": "", "metrics": "fd", "features": "classifier"}
-    config = FrozenConfigDict({"eval": settings, "sample": {"vae": ""}, "data": {}})
-    one = reference.Reference(config, tmp_path, source, None, ("fd",), lambda: False)
-    own = one._own_images()
+    source = array_source(images, np.arange(1000) % 10, tuple("0123456789"))
+    own = own_images("data", source, FrozenConfigDict({}), None)
     assert len(own) == 100
     assert len(np.unique(own.read(np.arange(100))[:, 0, 0, 0])) == 10
 
@@ -427,37 +435,27 @@ def test_a_runs_own_images_are_those_that_evaluate_takes(tmp_path, monkeypatch):
 def test_what_was_seen_of_other_images_under_the_same_labels_is_not_used(tmp_path, tiny_inception):
     """By the same network: the first repair of a data set leaves the curve of the old one."""
     means, kept = [], []
-    settings = {"every": 1, "reference": "", "features": "inception", "metrics": "fid", "batch_size": 32}
-    config = FrozenConfigDict({"eval": settings, "sample": {"vae": ""}, "data": {"name": "arrays"}})
     for value in (10, 20):
         np.savez(tmp_path / "data.npz", images=np.full((9, 8, 8, 1), value, np.uint8), labels=np.zeros(9, int))
         source = load_arrays(str(tmp_path / "data.npz"))
-        one = reference.Reference(config, tmp_path / "kept", source, None, ("fd",), lambda: False)
-        known = one.check(tiny_inception)
-        assert known == {"contents": source.contents}
-        found = one.statistics(tiny_inception, make_mesh())
+        one = Reference("", ("fd",), None, lambda source=source: own_images("x", source, FrozenConfigDict({}), None))
+        found = one.statistics(tiny_inception, (8, 8, 1), partial(compute_statistics, tiny_inception, batch_size=32))
         means.append(found.gaussians["pool"].mean[0])
-        kept.append(known["contents"])
-        assert found.about["contents"] == source.contents
+        kept.append(found.about["contents"])
+        assert kept[-1].endswith(source.contents)
     assert means == pytest.approx([10 / 255, 20 / 255])
     assert kept[0] != kept[1]
 
 
-def test_too_few_samples_are_warned_of(capsys):
+def test_too_few_samples_are_warned_of():
     """A perfect model's FD of so few is far from zero."""
-    config = FrozenConfigDict({"eval": {"num_samples": 100}})
-    one = evaluator.Evaluator.__new__(evaluator.Evaluator)
-    one._config, one._metrics = config, ("fd",)
-    extractor = SimpleNamespace(name="inception", outputs={"pool": 2048, "spatial": 2023})
-    one._check(extractor)
-    assert "num_samples=100 are fewer than the 2048 features of inception: FID comes out too high" in (
-        capsys.readouterr().out
-    )
-    gaussian = Gaussian(np.zeros(200), np.eye(200))
-    one._tell_bias(SimpleNamespace(extractor="inception", count=150, gaussian=lambda output: gaussian))
-    said = capsys.readouterr().out
+    (note,) = few_images(("fd",), "inception", {"pool": 2048, "spatial": 2023}, 100, "config.eval.num_samples=100")
+    assert "num_samples=100 are fewer than the 2048 features of inception: FID comes out too high" in note
+    real = SimpleNamespace(extractor="inception", count=150, gaussians={"pool": Gaussian(np.zeros(200), np.eye(200))})
+    real.gaussian = real.gaussians.get
+    said = "\n".join(describe_bias(real, 100, ("fd",))[0])
     assert re.search(r"a perfect model would have FID \d+(\.\d)? with 100 samples", said)
-    assert "the 150 real images are fewer than the 200 features of inception: FID comes out too high" in said
+    assert "the reference's 150 images are fewer than the 200 features of inception: FID comes out too high" in said
 
 
 def test_the_moving_average_is_what_is_evaluated(undisturbed, tmp_path, monkeypatch):
@@ -487,8 +485,9 @@ def test_gathered_parameters_lie_on_the_devices_for_all_batches(monkeypatch):
     one = evaluator.Evaluator.__new__(evaluator.Evaluator)
     one._config = FrozenConfigDict({"eval": {"guidance_scales": (1.0, 2.0), "solver": "euler", "steps": 2}})
     one._mesh, one._structure = make_mesh(), None
-    one._prepared = lambda: (None, None)
-    one._look = lambda extractor, sampler, model: seen.append(model)
+    one._prepare, one._deciding_settings, one._folder = lambda: (None, None), lambda *given: {}, Path()
+    one._evaluate = lambda extractor, real, model, scale: seen.append(model) or {}
+    monkeypatch.setattr(evaluator, "run_on_process_0", lambda action: None)
     monkeypatch.setattr(evaluator, "merge", lambda structure, parameters: parameters)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     gathered = lambda tree, tiled: jax.device_get(tree)  # noqa: E731

@@ -7,7 +7,7 @@ import pytest
 from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.config.flags import make_config_parser, parse_with_config
 from mpdit_jax.errors import DivergedError
-from mpdit_jax.train import loop
+from mpdit_jax.train import grid, loop
 from tests.tiny import saved_arrays, train_arguments
 
 
@@ -78,7 +78,7 @@ def test_a_grid_of_a_model_that_diverges_does_not_end_the_run(tmp_path, monkeypa
     def diverged(**settings):
         return lambda model, labels, key: jax.numpy.full((len(labels), 8, 8, 1), np.nan)
 
-    monkeypatch.setattr(loop, "make_sampler", diverged)
+    monkeypatch.setattr(grid, "make_sampler", diverged)
     state = loop.train(tiny_config(tmp_path / "run", "--config.sample.every=2"), tmp_path / "run")
     assert int(state.step) == 8
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 4

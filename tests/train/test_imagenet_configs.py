@@ -1,13 +1,11 @@
 """The configs that no test machine can run: their state has the model's size and their step traces."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 from mpdit_jax.config import model_config, resolve
+from mpdit_jax.config.flags import load_config
 from mpdit_jax.data.latents import PAPER_MEAN, PAPER_STD, LatentSpace
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.model.parameters import abstract
@@ -15,7 +13,6 @@ from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.state import abstract_state
 from mpdit_jax.train.step import build_train_step
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 # Epochs, and trained parameters in millions (position tables are constants).
 EXPECTED = {
     "mpdit_b_256": (80, 104.6),
@@ -28,10 +25,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_state_and_step(name):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = resolve(module.get_config())
+    config = resolve(load_config(name))
     epochs, millions = EXPECTED[name]
     # The paper's recipe, of 256 pixels and of 512.
     batch_and_rate = (1024, 2e-4) if name.endswith("_256") else (256, 1e-4)

@@ -82,7 +82,7 @@ def test_weights_and_biases_not_installed_is_one_sentence(monkeypatch):
     check_wandb("")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_wandb("")
-    with pytest.raises(MissingExtraError, match=r"wandb_project='mine' needs .* pip install 'mpdit_jax\[wandb\]'"):
+    with pytest.raises(MissingExtraError, match=r"wandb_project='mine' needs .* pip install -e '\.\[wandb\]'"):
         check_wandb("mine")
 
 

@@ -29,7 +29,7 @@ from mpdit_jax.train.state import abstract_state, to_items
 config, mesh = load_config(workdir), make_mesh(fsdp=fsdp)
 target = abstract_state(model_config(config), make_optimizer(config.optimizer), mesh)
 with Checkpoints(workdir, keep=3) as checkpoints:
-    items = checkpoints.restore(checkpoints.latest_step(), to_items(target))
+    items = checkpoints.restore_newest(to_items(target)).items
 held = [leaf.sharding.num_devices for leaf in jax.tree.leaves(items)]
 arrays = multihost_utils.process_allgather(items, tiled=True) if count > 1 else jax.device_get(items)
 digests = {

@@ -23,14 +23,14 @@ def train_arguments(workdir, *more):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    status, stdout, stderr = run("train", train_arguments(workdir))
+    status, stdout, stderr = run("train", [*train_arguments(workdir), "--parameter_table"])
     assert status == 0, stderr
     return workdir, stdout
 
 
 def test_what_a_run_leaves_behind(undisturbed):
     workdir, stdout = undisturbed
-    assert "levels.0.blocks.layers.mlp.inner.kernel" in stdout  # parameter overview
+    assert "levels.0.blocks.layers.mlp.inner.kernel" in stdout  # --parameter_table
     assert "step 8/8" in stdout
     assert "images/s" in stdout
     assert "left" in stdout
@@ -67,6 +67,7 @@ def test_continued_run_is_bitwise_equal(undisturbed, tmp_path):
     status, stdout, stderr = run("train", train_arguments(workdir))
     assert status == 0, stderr
     assert "continuing at step 4" in stdout
+    assert "mlp.inner.kernel" not in stdout  # the table is printed when asked for
     assert_same_bits(saved_arrays(undisturbed[0], 8), saved_arrays(workdir, 8))
 
 

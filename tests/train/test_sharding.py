@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from mpdit_jax.distributed.mesh import _arranged, check_batch, make_mesh, parameter_sharding
+from mpdit_jax.distributed.mesh import _device_grid, check_batch, make_mesh, parameter_sharding
 from mpdit_jax.errors import ConfigError
 from tests.tiny import COMPARABLE, TWO_LEVELS, assert_near, environment, losses, run, saved_arrays, train_arguments
 
@@ -164,17 +164,17 @@ def devices_of(platform, slices, each):
 
 def test_gpus_of_several_nodes():
     """Each node is a slice to JAX, whose own `make_mesh` refuses them; a state that is split stays within a node."""
-    arranged = _arranged(4, 4, devices_of("gpu", 2, 8))
+    arranged = _device_grid(4, 4, devices_of("gpu", 2, 8))
     assert [[device.id for device in row] for row in arranged] == np.arange(16).reshape(4, 4).tolist()
-    assert _arranged(1, 16, devices_of("gpu", 2, 8)).shape == (1, 16)
+    assert _device_grid(1, 16, devices_of("gpu", 2, 8)).shape == (1, 16)
 
 
 def test_tpus_of_several_slices():
-    arranged = _arranged(4, 2, devices_of("tpu", 2, 4))
+    arranged = _device_grid(4, 2, devices_of("tpu", 2, 4))
     for row in arranged:
         assert len({device.slice_index for device in row}) == 1
     with pytest.raises(ConfigError, match=r"mesh\.data=1, mesh\.fsdp=8 does not fit 2 TPU slices: .* a multiple of 2"):
-        _arranged(1, 8, devices_of("tpu", 2, 4))
+        _device_grid(1, 8, devices_of("tpu", 2, 4))
 
 
 @pytest.mark.parametrize(("size", "expected"), [

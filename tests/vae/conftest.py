@@ -9,7 +9,7 @@ TINY = AutoencoderConfig(block_out_channels=(8, 16, 16), norm_num_groups=4, scal
 
 
 def random_parameters(config, seed=0):
-    """Weights of a size that keeps activations about 1, with every bias and norm away from its initial 0 or 1."""
+    """Draw weights that keep activations near 1, with biases and norms different from their initial 0 and 1."""
     random = np.random.default_rng(seed)
     parameters = {}
     for path, leaf in abstract(config)[1].items():

@@ -10,7 +10,7 @@ from tests.conftest import relative_error
 
 
 def reference(x, kernel):
-    """Correlation with zero padding, a sum over the nine taps in float64."""
+    """Correlate with zero padding in float64."""
     x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     height, width = x.shape[1:3]
@@ -32,7 +32,7 @@ def upsample_conv2d(x, kernel):
     return convolution.upsample_conv2d(x, kernel, jnp.zeros(kernel.shape[3]))
 
 
-# Large enough for the rewritten product; not square; and one that falls back.
+# The first two shapes use the Winograd algorithm, the others the direct one.
 @pytest.mark.parametrize("shape", [(1, 64, 64, 64), (2, 33, 128, 72), (1, 64, 66, 64), (1, 8, 8, 64)])
 def test_is_a_correlation(shape):
     x, kernel = arrays(shape, 80)
@@ -40,7 +40,7 @@ def test_is_a_correlation(shape):
     assert relative_error(found, reference(x, kernel)) < 2e-5
 
 
-def test_the_rewritten_product_is_really_taken_on_cpu_and_only_there():
+def test_winograd_is_used_on_cpus_alone():
     x, kernel = arrays((1, 64, 64, 64), 64)
     traced = jax.jit(conv2d).trace(x, kernel)
     counts = {
@@ -81,5 +81,5 @@ def test_rounds_bfloat16_once(shape):
     layer.kernel[...], layer.bias[...] = kernel, jnp.linspace(-10, 10, 64)
     found, exact = layer(x), reference(x.astype(jnp.float32), kernel) + np.linspace(-10, 10, 64)
     assert (found.dtype, layer(x, jnp.float32).dtype) == (jnp.bfloat16, jnp.float32)
-    # Half a unit in the last of bfloat16's 8 bits.
+    # 2**-8 is half a unit in the last of bfloat16's 8 bits.
     np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=2**-8, atol=1e-2)

@@ -24,7 +24,7 @@ class HfHubHTTPError(Exception):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A stand-in for huggingface_hub with the files in `hub.files`; `hub.error`, where set, is raised instead."""
+    """A fake huggingface_hub that has the files in `hub.files` or, if `hub.error` is set, raises it."""
     state = types.SimpleNamespace(files=set(), error=None, asked=[])
 
     def hf_hub_download(repo_id, filename, subfolder=None):
@@ -77,7 +77,7 @@ def test_offline_says_which_files_to_put_where(hub, error):
 
 def test_without_huggingface_hub_names_the_extra_and_the_files(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(MissingExtraError, match=r"mpdit_jax\[hub\].*config\.json and diffusion_pytorch_model"):
+    with pytest.raises(MissingExtraError, match=r"extra \[hub\].*config\.json and diffusion_pytorch_model"):
         load_vae(NAME)
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from mpdit_jax.benchmark.torch_operators import import_diffusers
 from mpdit_jax.errors import WeightsError
 from mpdit_jax.vae import AutoencoderConfig, load_folder, load_vae, save_folder
 from mpdit_jax.vae.config import config_to_diffusers
+from studies.beside_torch.torch_operators import import_diffusers
 from tests.conftest import relative_error
 from tests.vae.conftest import TINY, assert_bitwise_equal, random_images, random_parameters
 from tests.vae.test_weights import WEIGHTS, rewrite, with_old_names
@@ -34,7 +34,7 @@ def torch():
 
 
 def make_reference(torch, config, folder):
-    """Diffusers' model with random weights, every norm and bias off its initial value, saved by diffusers."""
+    """Save diffusers' model with random weights, its norms and biases different from their initial values."""
     diffusers = import_diffusers()
 
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ def make_reference(torch, config, folder):
 
 
 def theirs(torch, model, images, latents):
-    """Mean, std and decoded image of diffusers' model, in the dtype of its weights."""
+    """Return mean, std and decoded image of diffusers' model, in the dtype of its weights."""
     dtype = model.encoder.conv_in.weight.dtype
     with torch.inference_mode():
         posterior = model.encode(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(dtype)).latent_dist

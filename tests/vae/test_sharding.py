@@ -41,7 +41,7 @@ print("passed")
 """
 
 
-def test_eight_devices_give_what_one_gives_without_talking():
+def test_eight_devices_agree_with_one_without_communication():
     done = subprocess.run([sys.executable, "-c", _ON_EIGHT_DEVICES], env=environment(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "passed" in done.stdout

@@ -137,7 +137,7 @@ def test_refuses_a_damaged_file_and_an_unsupported_config(folder):
 def test_bin_without_pytorch_names_the_extra(folder, monkeypatch):
     (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(MissingExtraError, match=r"mpdit_jax\[torch\]"):
+    with pytest.raises(MissingExtraError, match=r"mpdit_jax with its extra \[torch\]"):
         load_vae(folder)
 
 

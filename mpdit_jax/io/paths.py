@@ -1,0 +1,41 @@
+"""Paths from users, and the words of a file system that refuses them."""
+
+import errno
+import os
+from pathlib import Path
+
+from mpdit_jax.errors import InputError
+
+REFUSALS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT,
+    errno.ESTALE, errno.ENAMETOOLONG,
+)  # fmt: skip
+"""Error numbers of a file system that refuses an operation."""
+
+
+def expand(path: str | Path) -> Path:
+    """Replace a leading `~` by the home folder.
+
+    Raises:
+        InputError: this machine does not know that user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: this machine knows no home folder of that user; give the whole path.") from error
+
+
+def check_place(path: Path, *, folder: bool) -> None:
+    """Raise InputError if `path` exists and is not a folder, or not a file, as `folder` asks."""
+    if path.exists() and path.is_dir() != folder:
+        wanted, found = ("folder", "file") if folder else ("file", "folder")
+        raise InputError(f"cannot write {path}: a {wanted} is to go there and a {found} is in its place; move it away.")
+
+
+def reason(error: Exception) -> str:
+    """The system's own words inside a library's error message, or the message's first line if there are none."""
+    text = str(error)
+    for code in REFUSALS:
+        if os.strerror(code) in text:
+            return os.strerror(code)
+    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -1,0 +1,117 @@
+"""Draw images from a model: batch by batch, or a large run in blocks that processes share and a crash spares."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mpdit_jax.distributed.collectives import barrier
+from mpdit_jax.distributed.mesh import batch_sharding
+from mpdit_jax.errors import InputError
+from mpdit_jax.flow.randomness import seed_key
+from mpdit_jax.flow.sampler import Sampler
+from mpdit_jax.io import pictures as images
+from mpdit_jax.runtime.progress import WorkBar
+from mpdit_jax.sample.blocks import Block, BlockFolder
+
+Decode: TypeAlias = Callable[[jax.Array], jax.Array]
+"""Latents (n, h, w, c) to images (n, H, W, 1 or 3) in [-1, 1]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """Images to draw, one a label. Image i depends on (seed, i, labels[i]) and the settings alone.
+
+    Attributes:
+        sampler: solver, steps and guidance.
+        model: the model.
+        labels: int (N,).
+        seed: of the noise.
+        batch_size: images a batch, rounded up to the mesh's devices.
+        decode: from latents to images; None for a model of images.
+        call: more arguments of the sampler's call; an array (N,) has one value an image.
+        mesh: the devices that share a batch; None leaves its placement to JAX.
+    """
+
+    sampler: Sampler
+    model: Any
+    labels: np.ndarray
+    seed: int
+    batch_size: int
+    decode: Decode | None = None
+    call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mesh: Mesh | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def draw(self, rows: np.ndarray) -> Block:
+        """Draw the images of those numbers (n,), `batch_size` at most."""
+        width = min(self.batch_size, len(self))
+        if self.mesh is not None:
+            width = -(-width // self.mesh.size) * self.mesh.size
+        filled = np.resize(rows, width)  # always a full batch, so that there is one compilation
+        call = {name: value[filled] if _is_row(value) else value for name, value in self.call.items()}
+        batch: Any = self.labels[filled].astype(np.int32), filled
+        with nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            if self.mesh is not None:
+                batch = jax.device_put(batch, batch_sharding(self.mesh))
+            latents = self.sampler(self.model, batch[0], seed_key(self.seed), indices=batch[1], **call)
+            pictures = np.asarray(latents if self.decode is None else self.decode(latents))[: len(rows)]
+        return to_block(pictures, self.labels[rows], rows)
+
+
+def draw_blocks(drawing: Drawing, folder: BlockFolder, each: Callable[[Block], None]) -> int:
+    """Draw all images into blocks of `batch_size` on disk; finished blocks are not drawn again. Collective.
+
+    Args:
+        drawing: what to draw; every process draws its own blocks, see `own_blocks`, on its own devices.
+        folder: where finished blocks go.
+        each: called with every block this process draws, before it counts as finished.
+
+    Returns:
+        The number of blocks of the whole run.
+    """
+    mine = own_blocks(len(drawing), drawing.batch_size)
+    todo = {number: rows for number, rows in mine.items() if not folder.has(number)}
+    total, left = (sum(map(len, blocks.values())) for blocks in (mine, todo))
+    with WorkBar("sampling", "images", total, total - left) as bar:
+        if left < total:
+            bar.say(f"{total - left} of {total} images are there already, in {folder.path}")
+        for number, rows in todo.items():
+            block = drawing.draw(rows)
+            each(block)
+            folder.write(number, block)
+            bar.advance(len(rows))
+    barrier("every block is drawn")
+    return -(-len(drawing) // drawing.batch_size)
+
+
+def own_blocks(total: int, size: int) -> dict[int, np.ndarray]:
+    """This process's blocks of `total` rows, by number: block b belongs to process b modulo the number of processes."""
+    numbers = range(jax.process_index(), -(-total // size), jax.process_count())
+    return {number: np.arange(number * size, min((number + 1) * size, total)) for number in numbers}
+
+
+def to_block(pictures: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> Block:
+    """Pictures in [-1, 1] as a block of uint8; those that hold NaN or Inf become white and are marked."""
+    finite = np.isfinite(pictures).reshape(len(pictures), -1).all(axis=1)
+    clean = np.where(finite[:, None, None, None], pictures, 1.0)
+    return Block(images.to_uint8(clean), np.asarray(labels, np.int64), np.asarray(indices, np.int64), finite)
+
+
+def check_drawable(shape: tuple[int, int, int], decode: Decode | None) -> None:
+    """Raise InputError unless the model's latents can become pictures."""
+    if decode is None and shape[-1] not in (1, 3):
+        raise InputError(
+            f"this model draws latents {shape}, and only 1 or 3 channels are a picture: they have to be decoded by "
+            "the VAE whose latents it was trained on."
+        )
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.ndim == 1

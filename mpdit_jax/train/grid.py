@@ -1,0 +1,61 @@
+"""The grid of samples that a run draws now and then."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import FrozenConfigDict
+
+from mpdit_jax.data.sources import Source
+from mpdit_jax.distributed.mesh import make_mesh
+from mpdit_jax.flow.randomness import seed_key
+from mpdit_jax.flow.sampler import make_sampler
+from mpdit_jax.io import pictures as images
+from mpdit_jax.model.parameters import Parameters, Structure, merge
+from mpdit_jax.sample.decoding import Decode, make_decode
+from mpdit_jax.vae import PIXELS
+
+
+def choose_decode(config: FrozenConfigDict, workdir: Path, source: Source) -> Decode | None:
+    """The decoder of grids and evaluations; None for images, and for latents without `config.sample.vae`."""
+    pixels = source.latents is not None and source.latents.vae_fingerprint == PIXELS
+    return make_decode(str(workdir), config.sample.vae) if config.sample.vae or pixels else None
+
+
+def draw_grid(
+    config: FrozenConfigDict,
+    structure: Structure,
+    decode: Decode | None,
+    ema_parameters: Parameters,
+    stopped: Callable[[], bool],
+) -> np.ndarray | None:
+    """Draw guided samples, one row a class, from the same noise every time; uint8 (H, W, 1 or 3).
+
+    Collective. None for latents that nothing decodes, if `stopped` while they are decoded, and on every process but
+    process 0.
+    """
+    if decode is None and (config.data.name == "latents" or config.model.in_channels not in (1, 3)):
+        return None
+    mesh = jax.sharding.get_mesh()
+    if jax.process_count() > 1:
+        ema_parameters = multihost_utils.process_allgather(ema_parameters, tiled=True)
+        if jax.process_index() > 0:
+            return None
+        mesh = make_mesh(devices=jax.local_devices()[:1])
+    classes, per_class = min(config.model.num_classes, 10), config.sample.per_class
+    sampler = make_sampler(steps=config.sample.steps, guidance_scale=config.sample.guidance_scale)
+    with jax.set_mesh(mesh):
+        labels = np.repeat(np.arange(classes), per_class)
+        pictures = np.asarray(sampler(merge(structure, ema_parameters), labels, seed_key(config.seed)))
+    if decode is not None:
+        rows = []
+        for row in np.split(pictures, classes):  # a VAE takes far more memory than the model
+            if stopped():
+                return None
+            rows.append(np.asarray(decode(jnp.asarray(row))))
+        pictures = np.concatenate(rows)
+    # Black where the model has diverged for now: the guard judges steps, and a picture must not end the run.
+    return images.grid(images.to_uint8(np.where(np.isfinite(pictures), pictures, -1)), per_class)

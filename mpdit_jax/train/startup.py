@@ -1,0 +1,77 @@
+"""What a run checks, loads and prints before its first step."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+from clu import parameter_overview
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from mpdit_jax.config.base import model_config, resolve
+from mpdit_jax.data.info import identity, record_dataset
+from mpdit_jax.data.sources import Source, check_fits, load_source
+from mpdit_jax.distributed.collectives import assert_equal_across_processes, count_machines, run_on_process_0
+from mpdit_jax.distributed.mesh import check_batch
+from mpdit_jax.errors import ConfigError
+from mpdit_jax.model.accounting import count, training_flops
+from mpdit_jax.model.parameters import abstract
+from mpdit_jax.runtime.hardware import peak_flops
+from mpdit_jax.train.stopwatch import Stopwatch
+from mpdit_jax.train.writers import METRICS_FILE
+
+
+def load_data(config: FrozenConfigDict, mesh: Mesh) -> Source:
+    """The data of a run, which fit its model, its mesh and the other processes' data.
+
+    Raises:
+        ConfigError: the batch, the model or its attention does not fit the devices or the data.
+        DataError: see `load_source`.
+        ProcessError: another process reads other data at its own `config.data.path`.
+    """
+    check_batch(config.batch_size, mesh, config.gradient_accumulation)
+    model, platform = model_config(config), mesh.devices.flat[0].platform
+    if model.attention == "cudnn" and platform != "gpu":
+        raise ConfigError(f"config.model.attention='cudnn' needs an NVIDIA GPU and this is {platform}: use 'xla'.")
+    source = load_source(**config.data)
+    check_fits(source, (*model.input_size, model.in_channels), model.num_classes)
+    assert_equal_across_processes(identity(source))
+    return source
+
+
+def record_data(workdir: Path, source: Source, step: int) -> None:
+    """Write what samplers need to know of the data, or check that a run at `step` continues with the same data."""
+    run_on_process_0(partial(record_dataset, workdir, source, trained=step > 0))
+
+
+def make_stopwatch(config: FrozenConfigDict, mesh: Mesh) -> Stopwatch:
+    """A stopwatch that knows the operations of a step and the devices' peak; every process must call this."""
+    model = model_config(config)
+    machines = count_machines() if mesh.devices.flat[0].platform == "cpu" else 1  # other peaks are published
+    peak = run_on_process_0(partial(peak_flops, mesh, model.dtype, machines))
+    return Stopwatch(config.batch_size, training_flops(model, config.mask_ratio), peak)
+
+
+def log_startup(config: FrozenConfigDict, workdir: Path, step: int, images: int, mesh: Mesh, done: bool) -> None:
+    """Print on process 0 what a run begins or continues with, or that it is done."""
+    if jax.process_index() > 0:
+        return
+    if done:
+        print(f"{workdir} is done: {step} of {config.steps} steps. For more: --config.steps={2 * step}")
+        return
+    if step == 0 and (workdir / METRICS_FILE).exists():
+        print(f"an earlier start of this run left no checkpoint in {workdir}; it begins again")
+    parameters, macs = count(model_config(config))
+    several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    print(
+        f"{'continuing' if step else 'starting'} at step {step} in {workdir}: {images:,} images, "
+        f"{parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} GMACs a forward pass, "
+        f"{mesh.size} {mesh.devices.flat[0].platform} device(s){several}",
+        flush=True,
+    )
+
+
+def parameter_table(config: ConfigDict | FrozenConfigDict) -> str:
+    """CLU's table of every parameter: name, shape, dtype and size."""
+    _, parameters = abstract(model_config(resolve(config)))
+    return str(parameter_overview.get_parameter_overview(parameters, include_stats=False))

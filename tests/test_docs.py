@@ -1,0 +1,86 @@
+"""The site of docs/: every page is in its navigation, links lead somewhere, and what it says of the code holds."""
+
+import re
+import runpy
+from pkgutil import resolve_name
+
+import pytest
+import yaml
+
+import mpdit_jax as mp
+from mpdit_jax import errors
+from tests.house import room_imports
+from tests.tiny import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+PICTURES = runpy.run_path(str(DOCS / "plots/house.py"))
+
+
+def named(nav):
+    """The pages in a navigation."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for item in (nav.values() if isinstance(nav, dict) else nav) for page in named(item)]
+
+
+def test_the_navigation_has_every_page_once():
+    assert sorted(named(SITE["nav"])) == PAGES
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_begins_with_what_it_is_for(page):
+    title, _, start, *_ = (DOCS / page).read_text().splitlines()
+    assert title.startswith("# ")
+    assert start.startswith(("This page ", "This site "))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_a_page_lead_to_pages_headings_and_pictures(page):
+    """mkdocs finds the same, where it is installed; and names of the Python reference are found by mkdocstrings."""
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", (DOCS / page).read_text()):
+        path, _, heading = link.partition("#")
+        target = (DOCS / page).parent / path if path else DOCS / page
+        assert target.is_file(), link
+        assert target.is_relative_to(DOCS), f"{link} is not part of the site"
+        if heading and not heading.startswith("mpdit_jax."):
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.M)
+            assert heading in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+def test_pages_that_the_code_names_exist():
+    files = [path for folder in ("mpdit_jax", "configs", "studies", "launch") for path in (ROOT / folder).rglob("*.*")]
+    texts = [path.read_text() for path in files if path.suffix in {".py", ".sh", ".sbatch", ".yaml"}]
+    names = {name for text in texts for name in re.findall(r"docs/\w+\.md", text)}
+    assert len(names) > 3
+    assert sorted(name for name in names if not (ROOT / name).is_file()) == []
+
+
+def test_the_python_reference_has_every_public_name_and_no_other():
+    page = (DOCS / "python.md").read_text()
+    assert [name for name in mp.__all__ if not re.search(rf"\b{name}\b", page)] == []
+    for path in re.findall(r"^::: (\S+)$", page, re.M):
+        resolve_name(path)
+    members = re.findall(r"^ +- (\w+)$", page, re.M)
+    assert members == [name for name, value in vars(errors).items() if isinstance(value, type)]
+
+
+def test_the_picture_of_the_house_is_that_of_the_imports():
+    """Every folder is in it, and none imports from a row above its own."""
+    rows = {name: row for row, (_, rooms) in enumerate(PICTURES["HOUSE"]) for name in rooms}
+    imports = room_imports()
+    assert rows.keys() == imports.keys()
+    upwards = [link for name, others in imports.items() for other in others if rows[other] < rows[name]
+               for link in others[other]]  # fmt: skip
+    assert upwards == []
+
+
+@pytest.mark.parametrize("name", ["house", "batch"])
+def test_the_pictures_are_what_the_script_draws(name):
+    assert (DOCS / f"images/{name}.svg").read_text() == PICTURES[name]()
+
+
+def test_ci_builds_the_site_strictly():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    assert jobs["docs"]["steps"][-1]["run"] == "mkdocs build --strict"
