@@ -1,7 +1,6 @@
 """Ending a run politely when asked to. Imports nothing heavy: it is the first thing a command loads."""
 
 import errno
-import io
 import os
 import select
 import shlex
@@ -195,14 +194,14 @@ class PreemptionHandler:
             self._deadline = time.monotonic() + self._grace
 
 
-class _Outliving(io.TextIOBase):
+class _Outliving:
     """A text stream that goes on, to nowhere, when whoever reads it has gone, or the disk takes no more of it."""
 
     def __init__(self, stream: TextIO, lost: Callable[[OSError], None]) -> None:
         self._stream, self._lost = stream, lost
 
     @property
-    def encoding(self) -> str:  # type: ignore[override]  # read-only in io as well, if not in its stub
+    def encoding(self) -> str:
         """As of the stream; what prints bars asks for it."""
         return self._stream.encoding
 
