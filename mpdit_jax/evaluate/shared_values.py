@@ -6,8 +6,7 @@ from typing import Any
 
 import jax
 
-from mpdit_jax.distributed.processes import assert_equal_across_processes, first_sentence
-from mpdit_jax.distributed.waiting import barrier
+from mpdit_jax.distributed.collectives import assert_equal_across_processes, barrier, first_sentence
 
 _OF_ONE_PLACE = {"path", "files", "workdir", "png_folder"}
 

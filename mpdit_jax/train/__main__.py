@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mpdit_jax.config.base import shared_values
 from mpdit_jax.config.flags import make_config_parser, parse_with_config
-from mpdit_jax.distributed.processes import add_flags, join
+from mpdit_jax.distributed.startup import add_flags, join
 from mpdit_jax.errors import DivergedError, InputError
 from mpdit_jax.runtime.cli import run, stopped_line
 from mpdit_jax.runtime.signals import stopped_status
