@@ -72,8 +72,7 @@ def join(options: argparse.Namespace, shared_values: SharedValues) -> None:
         _connect(options, **given, local_device_ids=_local_device_ids(os.environ))
     elif given:
         raise ConfigError("--coordinator_address, --num_processes and --process_id: give all three, or none.")
-    # JAX itself adds "tpu" on a machine of Cloud TPU.
-    elif "tpu" in (jax.config.jax_platforms or ""):  # type: ignore[attr-defined]  # not in its stub
+    elif "tpu" in str(jax.config.values.get("jax_platforms")):  # JAX itself adds it on a machine of Cloud TPU
         _connect(options)
     if jax.distributed.is_initialized():
         versions = {"version": __version__, "code": code_fingerprint()}
