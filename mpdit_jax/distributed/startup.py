@@ -72,7 +72,7 @@ def join(options: argparse.Namespace, shared_values: SharedValues) -> None:
         _connect(options, **given, local_device_ids=_local_device_ids(os.environ))
     elif given:
         raise ConfigError("--coordinator_address, --num_processes and --process_id: give all three, or none.")
-    elif "tpu" in (str(jax.config.values.get("jax_platforms") or "")):  # JAX itself adds it on a machine of Cloud TPU
+    elif "tpu" in str(jax.config.values.get("jax_platforms")):  # JAX itself adds it on a machine of Cloud TPU
         _connect(options)
     if jax.distributed.is_initialized():
         versions = {"version": __version__, "code": code_fingerprint()}
