@@ -9,9 +9,9 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jaxlib
@@ -82,11 +82,9 @@ def join(options: argparse.Namespace, facts: Facts) -> None:
     )
 
 
-def assert_equal_across_processes(facts: Facts, remedy: str = REMEDY) -> None:
-    """Raise ProcessError, on every process, unless all have process 0's facts; all must ask at the same point.
-
-    For facts that are known after the roll call; the sentence ends with the remedy.
-    """
+def assert_equal_across_processes(facts: Mapping[str, Any]) -> None:
+    """Raise ProcessError on every process unless all have process 0's values, which JSON can hold. Collective."""
+    barrier("values are compared")
     text = np.frombuffer(json.dumps(dict(facts)).encode(), np.uint8)
     lengths = np.asarray(multihost_utils.process_allgather(np.array(len(text)))).ravel()
     filled = np.pad(text, (0, int(lengths.max()) - len(text)))
@@ -94,7 +92,7 @@ def assert_equal_across_processes(facts: Facts, remedy: str = REMEDY) -> None:
     told = [json.loads(bytes(row[:length])) for row, length in zip(texts, lengths, strict=True)]
     differing = [tell_apart(index, theirs, told[0]) for index, theirs in enumerate(told) if theirs != told[0]]
     if differing:
-        raise ProcessError(f"{'; '.join(differing)}: {remedy}.")
+        raise ProcessError(f"{'; '.join(differing)}: {REMEDY}.")
 
 
 def run_on_process_0(action: Callable[[], T]) -> T | None:

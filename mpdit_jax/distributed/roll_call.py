@@ -30,7 +30,7 @@ _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _OTHER_FILES = 1024  # that a training may have open beside its connections
 _MOST_SHOWN = 5  # facts a process
 _UNDER_WAY = b'{"under_way": true}\n'
-REMEDY = "start the same command of the same installation on all machines"
+REMEDY = "start the same command of the same installation, with the same files, on all machines"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from mpdit_jax.checkpoint.load import load_config
 from mpdit_jax.config.evaluation import ALIASES, metric_names
 from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.data.sources import load_source
+from mpdit_jax.distributed.processes import assert_equal_across_processes
 from mpdit_jax.errors import InputError, MissingExtraError, WeightsError
 from mpdit_jax.evaluate.compute import compute_statistics, kept, needed
 from mpdit_jax.evaluate.decoding import find_decode
@@ -20,7 +21,6 @@ from mpdit_jax.evaluate.inception_weights import VARIABLE, locate_inception
 from mpdit_jax.evaluate.reference import Reference, own_images
 from mpdit_jax.evaluate.report import Result, make_result
 from mpdit_jax.evaluate.sets import open_set
-from mpdit_jax.evaluate.shared_values import assert_shared
 from mpdit_jax.evaluate.statistics import Statistics, check_count
 from mpdit_jax.evaluate.stored_statistics import extractor_of
 from mpdit_jax.evaluate.subsets import limited
@@ -57,7 +57,7 @@ def prepare_extractor(options: argparse.Namespace, features: str) -> Extractor:
         ProcessError: another process has chosen another extractor, or has other weights.
         ConfigError, WeightsError, MissingExtraError: see `make_extractor`.
     """
-    assert_shared({"features": features})  # not all of them may have found Inception's weights
+    assert_equal_across_processes({"features": features})  # not all of them may have found Inception's weights
     for name in ("preprocessing", "inception"):
         if vars(options)[name] and features != "inception":
             raise InputError(
@@ -76,7 +76,7 @@ def prepare_extractor(options: argparse.Namespace, features: str) -> Extractor:
         if options.features:
             raise
         raise MissingExtraError(f"{error} Or give Inception's weights by --inception=FILE, for FID.") from error
-    assert_shared({"extractor": extractor.fingerprint})
+    assert_equal_across_processes({"extractor": extractor.fingerprint})
     if not options.features and features != "inception" and jax.process_index() == 0:
         print(f"no Inception weights found: {features} is used and gives FD({features}), which is not FID")
     return extractor

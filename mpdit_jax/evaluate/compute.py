@@ -9,11 +9,11 @@ from jax.sharding import Mesh
 
 from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.distributed.mesh import make_mesh
-from mpdit_jax.distributed.processes import any_process
+from mpdit_jax.distributed.processes import any_process, assert_equal_across_processes
 from mpdit_jax.distributed.waiting import barrier
 from mpdit_jax.evaluate.extractors import Extractor, Features
 from mpdit_jax.evaluate.moments import Moments, gather_rows, merge_processes
-from mpdit_jax.evaluate.shared_values import assert_shared, name_from_process_0, portable
+from mpdit_jax.evaluate.shared_values import name_from_process_0, portable
 from mpdit_jax.evaluate.statistics import OF_SINGLE_IMAGES, Statistics, from_moments
 from mpdit_jax.io.json_files import digest_of
 from mpdit_jax.io.npz_blocks import NpzBlocks
@@ -74,7 +74,7 @@ def compute_statistics(
         ProcessError: the processes find different sets.
         StopRequested: see `stopped`.
     """
-    assert_shared(portable(images.about))
+    assert_equal_across_processes(portable(images.about))
     mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
     block_size = block_size or (batch_size if scratch is None else BLOCK)
     stored = None if scratch is None else _stored_blocks(scratch, extractor, images, outputs, block_size)

@@ -14,11 +14,12 @@ from mpdit_jax.config.base import data_identity
 from mpdit_jax.config.evaluation import MOST_REAL
 from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.data.sources import Source, rows_of
+from mpdit_jax.distributed.processes import assert_equal_across_processes
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.compute import kept, needed
 from mpdit_jax.evaluate.extractors import Extractor
 from mpdit_jax.evaluate.sets import FindDecode, SourceImages, about_source, open_npz, open_set
-from mpdit_jax.evaluate.shared_values import assert_shared, portable
+from mpdit_jax.evaluate.shared_values import portable
 from mpdit_jax.evaluate.statistics import (
     OF_SINGLE_IMAGES,
     Statistics,
@@ -73,7 +74,7 @@ class Reference:
         """
         if self._metrics:
             stored, images = self._open(extractor, shape)
-            assert_shared(_identity(stored) | (portable(images.about) if images is not None else {}))
+            assert_equal_across_processes(_identity(stored) | (portable(images.about) if images is not None else {}))
 
     def statistics(self, extractor: Extractor, shape: tuple[int, int, int], compute: Compute) -> Statistics:
         """The reference's statistics, after the checks of `check`; no images are read for the Inception Score alone.
@@ -84,7 +85,7 @@ class Reference:
         if not self._metrics:
             return no_images(extractor)
         stored, images = self._open(extractor, shape)
-        assert_shared(_identity(stored))
+        assert_equal_across_processes(_identity(stored))
         verb = "features of the reference:"
         if images is None:
             assert stored is not None

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpdit_jax.distributed.processes import assert_equal_across_processes, run_on_process_0
-from mpdit_jax.distributed.waiting import barrier
 from mpdit_jax.io.locked_folder import Job, LockedFolder
 from mpdit_jax.io.npz_blocks import NpzBlocks
 
@@ -44,7 +43,6 @@ class BlockFolder:
         """
         self._blocks = NpzBlocks(path, Block._fields)
         self.path = path
-        barrier("the settings are compared")
         assert_equal_across_processes({name: str(value) for name, value in settings.items() if name not in _PLACES})
         self._lock = run_on_process_0(partial(LockedFolder, path, _JOB, settings))  # None but on process 0
 
