@@ -86,7 +86,7 @@ def compute_statistics(
     in_training = stopped is not None
     with WorkBar(verb, "images", total, done, quiet=in_training and index > 0, lines=in_training) as bar:
         if stored is not None and 0 < done < total:
-            bar.say(f"{done} of {total} images were done before, in {stored.folder}")
+            bar.say(f"{done} of {total} images are there already, in {stored.folder}")
         for number in range(index, -(-len(images) // (block_size * count)) * count, count):
             if stopped is not None and any_process(stopped()):
                 raise StopRequested

@@ -1,4 +1,4 @@
-"""The sampler's settings as flags, shared by the commands that draw."""
+"""Flags shared by the commands that draw."""
 
 import argparse
 from typing import Any
