@@ -37,7 +37,9 @@ def make_evaluate_parser() -> Parser:
         "are kept beside --out until the end: after any interruption the same command continues.",
         _EXAMPLES,
     )
-    parser.add_argument("--samples", default="", metavar="SET", help="an .npz with arr_0 (uint8 NHWC), a folder of")
+    parser.add_argument(
+        "--samples", default="", metavar="SET", help="an .npz with arr_0, a folder, or data:NAME[:SPLIT]"
+    )
     parser.add_argument(
         "--reference",
         default="",
@@ -155,11 +157,11 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("give either --samples=SET or --workdir=FOLDER, the images to evaluate.")
     asked = set(metric_names(options.metrics))
     if options.samples and not options.reference and asked != {"is"} and (asked or not options.save_stats):
-        raise InputError("--reference is missing: expected what to compare with (or --save_stats=FILE.npz alone).")
+        raise InputError("--reference is missing: expected a set to compare with (or --save_stats=FILE.npz alone).")
     if options.save_features and not options.save_stats:
         raise InputError("--save_features goes with --save_stats=FILE.npz, which keeps the features.")
     if options.workdir and options.save_stats:
-        raise InputError("--save_stats is of --samples; draw them first with `python -m mpdit_jax.sample`.")
+        raise InputError("--save_stats needs --samples: draw them first with `python -m mpdit_jax.sample`.")
     for name in ("batch_size", "k", "splits"):
         if vars(options)[name] < 1:
             raise InputError(f"--{name}={vars(options)[name]}: expected 1 or more.")

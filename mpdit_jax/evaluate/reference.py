@@ -39,17 +39,14 @@ Compute: TypeAlias = Callable[[ImageSet, Sequence[str], Sequence[str], str], Sta
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Real images or their statistics.
-
-    `metrics` are the metrics to compute; `image_size` is explained at `open_set`.
-    """
+    """Real images or their statistics."""
 
     place: str  # a set of images, see `open_set`, or saved statistics; "" for the run's own data
     metrics: Sequence[str]
     find: FindDecode  # decodes stores of latents
     own: Callable[[], ImageSet]  # opens the run's own data; called only for an empty `place`
     prefix: str = "--"  # of flags or fields in messages, "--" or "config.eval."
-    image_size: int = 0
+    image_size: int = 0  # see `open_set`
     k: int = 3  # the neighbour of precision and recall
     mesh: Mesh | None = None  # this process's devices while a store is decoded; None for the ambient mesh
 
