@@ -4,7 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-README = Path(__file__).resolve().parent / "README.md"
+ROOT = Path(__file__).resolve().parent
+README = ROOT / "README.md"
+CONFIGS = ["mpdit_jax.configs"] if (ROOT / "configs").is_dir() else []
 
 # Lower bounds are the oldest versions the tests run with, those of Python 3.11 in requirements.txt: nothing older has
 # been tried. Upper bounds end where the next breaking release of a library may come after the newest version the tests
@@ -101,7 +103,8 @@ setup(
     name="mpdit_jax",
     version="0.1.0",
     description="MPDiT, a multi-patch flow-matching diffusion transformer, in JAX and Flax NNX",
-    # A build from a partial copy (setup.py and requirements.txt alone, as in a cached container layer) has no README.
+    # A build from a partial copy (setup.py and requirements.txt alone, as in a cached container layer) has neither
+    # README nor configs.
     long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
@@ -109,7 +112,7 @@ setup(
     python_requires=">=3.11",
     package_data={"mpdit_jax": ["py.typed"]},
     package_dir={"mpdit_jax.configs": "configs"},  # inside the package, where --config=digits finds them
-    packages=[*find_packages(include=["mpdit_jax", "mpdit_jax.*"]), "mpdit_jax.configs"],
+    packages=[*find_packages(include=["mpdit_jax", "mpdit_jax.*"]), *CONFIGS],
     install_requires=CORE,
     extras_require=EXTRAS,
     classifiers=[

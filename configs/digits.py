@@ -2,7 +2,7 @@
 
 An MPDiT of levels (2, 1) on 1,797 images of 8x8x1: 0.36 M parameters, 0.008 GMACs a forward pass.
 
-    python -m mpdit_jax.train --config=configs/digits.py --workdir=runs/digits
+    python -m mpdit_jax.train --config=digits --workdir=runs/digits
 
 Measured with `bash launch/quickstart.sh` on two CPU cores (AMD EPYC, AVX-512): after an installation of 35 s, 800 steps
 of 64 images, the evaluations and the grid took 1:33; loss 0.448 (mean of steps 751 to 800). 1,260 images/s until the

@@ -4,7 +4,7 @@ An MPDiT of levels (2, 1) on 8x8 latents of 4 channels: 0.90 M parameters, 0.028
 
     python -m mpdit_jax.prepare --images=idx:/usr/share/datasets/fashion-mnist --vae=runs/vae_fashion/vae \
         --image_size=32 --flip=both --out=latents/fashion
-    python -m mpdit_jax.train --config=configs/fashion_latents.py --workdir=runs/fashion_latents
+    python -m mpdit_jax.train --config=fashion_latents --workdir=runs/fashion_latents
 
 The VAE is that of configs/vae_fashion.py. Measured with these commands on two CPU cores (AVX2, shared with other work):
 encoding 60,000 images and their mirror images took 54 s; 2,000 steps of 128 latents took 16 minutes of processor time,

@@ -2,7 +2,7 @@
 
 An MPDiT of levels (4, 2) on images padded from 28x28 to 32x32x1: 0.48 M parameters, 0.045 GMACs a forward pass.
 
-    python -m mpdit_jax.train --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+    python -m mpdit_jax.train --config=fashion_mnist --workdir=runs/fashion_mnist
 
 The images are those of Debian's package dataset-fashion-mnist, or of a folder given as --config.data.path=FOLDER.
 

@@ -4,7 +4,7 @@ Levels (8, 4, 2): 18 blocks on 64 tokens, 6 on 256 and 4 on 1,024, of width 1152
 
     python -m mpdit_jax.prepare --images=imagenet/train --vae=stabilityai/sd-vae-ft-ema --image_size=512 --flip=both \
         --out=latents/imagenet512
-    python -m mpdit_jax.train --config=configs/mpdit3_xl_512.py --workdir=runs/mpdit3_xl_512
+    python -m mpdit_jax.train --config=mpdit3_xl_512 --workdir=runs/mpdit3_xl_512
 
 The recipe is the paper's: AdamW at a constant 1e-4, batches of 256, weight decay 0.01, EMA 0.9999, 120 epochs.
 Parameters, EMA and norms are float32, matrix products bfloat16.

@@ -4,7 +4,7 @@ Levels (4, 2): 6 blocks on 64 tokens and 6 on 256, of width 768.
 
     python -m mpdit_jax.prepare --images=imagenet/train --vae=stabilityai/sd-vae-ft-ema --image_size=256 --flip=both \
         --out=latents/imagenet256
-    python -m mpdit_jax.train --config=configs/mpdit_b_256.py --workdir=runs/mpdit_b_256
+    python -m mpdit_jax.train --config=mpdit_b_256 --workdir=runs/mpdit_b_256
 
 The recipe is the paper's: AdamW at a constant 2e-4, batches of 1,024, weight decay 0.01, EMA 0.9999, 80 epochs.
 Parameters, EMA and norms are float32, matrix products bfloat16.

@@ -4,7 +4,7 @@ Levels (4, 2): 22 blocks on 64 tokens and 6 on 256, of width 1152.
 
     python -m mpdit_jax.prepare --images=imagenet/train --vae=stabilityai/sd-vae-ft-ema --image_size=256 --flip=both \
         --out=latents/imagenet256
-    python -m mpdit_jax.train --config=configs/mpdit_xl_256.py --workdir=runs/mpdit_xl_256
+    python -m mpdit_jax.train --config=mpdit_xl_256 --workdir=runs/mpdit_xl_256
 
 The recipe is the paper's: AdamW at a constant 2e-4, batches of 1,024, weight decay 0.01, EMA 0.9999, 240 epochs.
 Parameters, EMA and norms are float32, matrix products bfloat16.
@@ -13,7 +13,7 @@ It has not been trained with this code yet. On many devices add --config.mesh.fs
 split parameters and optimizer as well, and --config.gradient_accumulation=N where a batch does not fit.
 
 The backward pass computes no matrix product again (remat none), and yet a step fits 16 TPU v5e chips: by
-`python -m mpdit_jax.compile --config=configs/mpdit_xl_256.py --topology=v5e:4x4 --config.mesh.fsdp=16` it needs
+`python -m mpdit_jax.compile --config=mpdit_xl_256 --topology=v5e:4x4 --config.mesh.fsdp=16` it needs
 14.6 GiB of a chip's 15.75. --config.model.remat=dots, with 0.8 % more operations, needs 8.8.
 """
 

@@ -4,7 +4,7 @@ Levels (4, 2): 22 blocks on 256 tokens and 6 on 1,024, of width 1152.
 
     python -m mpdit_jax.prepare --images=imagenet/train --vae=stabilityai/sd-vae-ft-ema --image_size=512 --flip=both \
         --out=latents/imagenet512
-    python -m mpdit_jax.train --config=configs/mpdit_xl_512.py --workdir=runs/mpdit_xl_512
+    python -m mpdit_jax.train --config=mpdit_xl_512 --workdir=runs/mpdit_xl_512
 
 The recipe is the paper's: AdamW at a constant 1e-4, batches of 256, weight decay 0.01, EMA 0.9999, 120 epochs.
 Parameters, EMA and norms are float32, matrix products bfloat16.

@@ -10,7 +10,7 @@
 # Process 0 speaks, the others only if they fail. Ctrl-C and SIGTERM reach all of them; when one fails the others are
 # ended. On CPU every process has one device, or as many as DEVICES=... says; on a machine with accelerators give each
 # its own, by CUDA_VISIBLE_DEVICES or TPU_VISIBLE_DEVICES in a wrapper. PYTHON=... picks the Python, PORT=... the first
-# of the two ports that are used (12355).
+# of the two ports that are used (12355); a second run needs others.
 set -euo pipefail
 
 case ${1:-} in

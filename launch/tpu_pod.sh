@@ -11,7 +11,7 @@
 # COMMAND=train (the default), prepare, sample or evaluate starts `python -m mpdit_jax.COMMAND`. --workdir and --out must
 # be on a file system that every machine mounts, such as Filestore; a bucket's gs:// name is none.
 # Expects on every machine a clone of the repository in ~/mpdit_jax with `pip install -e '.[tpu]'` done in ~/mpdit_jax/.venv.
-# The machines find each other through the TPU's metadata server. Ctrl-C here, or a lost connection, stops a training on all
+# JAX finds the machines through the TPU's metadata server. Ctrl-C here, or a lost connection, stops a training on all
 # of them at its next line of output, saved; a preempted slice is continued by the same command. DRY_RUN=1 prints what would
 # be run.
 #

@@ -1,7 +1,7 @@
-"""The errors a user can cause, one class a boundary.
+"""Errors that a user can cause.
 
 Each message is one sentence that names the offending value, says what was expected and how to fix it. Commands print
-it and exit with `exit_status`; libraries that import mpdit_jax can catch `MPDiTError`, or the built-in class beside it.
+it and exit with `exit_status`; callers from Python catch `MPDiTError`, or the built-in class beside it.
 """
 
 
@@ -32,7 +32,7 @@ class CheckpointError(MPDiTError, RuntimeError):
 
 
 class UnavailableError(CheckpointError):
-    """A checkpoint that may be whole cannot be read: the system refuses it, or it is of a newer version."""
+    """A checkpoint cannot be read though it may be undamaged: no permission, or a newer version wrote it."""
 
 
 class MissingExtraError(MPDiTError, ImportError):
@@ -63,7 +63,7 @@ def install_extra(extra: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says first, for a sentence of ours; its class where it says nothing."""
+    """The first line of a library's error, for use in a message; the class name if the error has no text."""
     text = str(error.args[0] if len(error.args) == 1 else error)  # str() of a KeyError adds quotes
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:

@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.export`: a sampler as one file that JAX runs without this package."""
+"""`python -m mpdit_jax.export`: write a sampler as one file that JAX runs without this package."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ _EXAMPLES = """\
 
 
 def make_export_parser() -> Parser:
-    """The command's arguments."""
+    """The parser of the command."""
     from mpdit_jax.sample.options import add_model_options, add_sampler_options
 
     parser = make_parser(
         "export",
-        "Write the sampler of a checkpoint, its weights included, as one file that jax.export reads. What loads it "
-        "needs JAX and flatbuffers, not this package.",
+        "Write the sampler of a checkpoint, with its weights, as one file for jax.export. Loading it needs JAX and "
+        "flatbuffers, not this package.",
         _EXAMPLES,
     )
     add_model_options(parser)
@@ -64,11 +64,11 @@ def main(arguments: Sequence[str]) -> int:
         f"  latents = sampler.call(jnp.array({labels}, jnp.int32), jnp.uint32(0){scale})  # labels, seed"
         f"{', guidance scale' if scale else ''}"
     )
-    facts = read_dataset_info(options.workdir)
-    if facts is not None and facts.latents is not None:
+    info = read_dataset_info(options.workdir)
+    if info is not None and info.latents is not None:
         print(
-            "The latents are normalized, as the run was trained on them; before they are decoded, undo that:\n"
-            f"  latents = latents * jnp.array({list(facts.latents.std)}) + jnp.array({list(facts.latents.mean)})"
+            "The latents are normalized; before decoding, undo that:\n"
+            f"  latents = latents * jnp.array({list(info.latents.std)}) + jnp.array({list(info.latents.mean)})"
         )
     return 0
 

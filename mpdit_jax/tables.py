@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.tables`: what every model of the paper's tables costs, beside what the paper prints."""
+"""`python -m mpdit_jax.tables`: the cost of every model of the paper's tables, beside the paper's figures."""
 
 import json
 import math
@@ -12,36 +12,24 @@ _EXAMPLES = """\
   python -m mpdit_jax.tables --format=json > tables.json
 """
 _COLUMNS = (
-    "model",
-    "parameters (M)",
-    "printed",
-    "GMACs, paper's count",
-    "printed",
-    "GMACs, true",
-    "training",
-    "FID, paper",
+    "model", "parameters (M)", "printed", "GMACs, paper's count", "printed", "GMACs, true", "training", "FID, paper",
     "remark",
-)
+)  # fmt: skip
 _LEGEND = """
-Parameters count the frozen position tables, as PyTorch does. GMACs are multiply-adds of one forward pass of one image:
-"true" are those of every matrix product at the length each block sees. "Paper's count" is what it prints as GFLOPs, a
-convention worked out from its figures, since the paper does not state it: attention in every block as of 256 tokens,
-and one operation for each element that a norm or GELU puts out (without these last, two of its twelve figures at 256
-pixels differ in their last digit: mpdit_xl_k4 and dit_xl_2). Where the printed figure is ours, rounded or cut at its
-last digit, there is no remark; where not, the remark is ours minus the paper's. "Training" is a forward pass of masked
-training. FID is the paper's claim (80 epochs, unguided, unless remarked), not ours. `python -m mpdit_jax.train
---config=ablation:NAME` trains a row; those of 512x512 pixels are --config=NAME.
+Parameters include the frozen position tables, as PyTorch counts them. GMACs are multiply-adds of one forward pass of
+one image. "True" counts every matrix product at the length that each block sees. "Paper's count" reproduces what the
+paper prints as GFLOPs; its rule is inferred from its figures: attention in every block at 256 tokens, and one operation
+for each element that a norm or GELU puts out (without these, mpdit_xl_k4 and dit_xl_2 differ in the last digit). There
+is a remark where our figure, neither rounded nor cut at its last digit, is the printed one: ours minus the paper's.
+"Training" is a forward pass of masked training. FID is the paper's (80 epochs, unguided, unless remarked), not ours.
+Train a row with `python -m mpdit_jax.train --config=ablation:NAME`, or --config=NAME for those of 512x512 pixels.
 """
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the tables; exit status."""
-    parser = make_parser(
-        "tables",
-        "Parameters and multiply-adds of every model of the paper's tables, counted from its config, beside the "
-        "figures that the paper prints.",
-        _EXAMPLES,
-    )
+    description = "Print parameters and multiply-adds of every model of the paper's tables, beside the paper's figures."
+    parser = make_parser("tables", description, _EXAMPLES)
     parser.add_argument("--format", choices=("markdown", "json"), default="markdown", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     found = rows()
@@ -50,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def rows() -> list[dict[str, Any]]:
-    """Every row as plain numbers and strings: what we count, what the paper prints, and how far they are apart."""
+    """Every row as plain numbers and strings: our counts, the paper's figures, and the differences."""
     from mpdit_jax.config.ablation import ROWS
     from mpdit_jax.model.accounting import count, masked_macs, paper_macs
 
@@ -64,9 +52,7 @@ def rows() -> list[dict[str, Any]]:
                 "name": name,
                 "table": row.table,
                 "preset": row.preset,
-                "changes": {
-                    key: list(value) if isinstance(value, tuple) else value for key, value in row.fields.items()
-                },
+                "changes": dict(row.fields),
                 "parameters": parameters,
                 "parameters_millions": round(millions, 3),
                 "parameters_paper": row.params or None,
@@ -95,13 +81,13 @@ def difference(value: float, printed: str) -> float | None:
 
 
 def as_markdown(found: list[dict[str, Any]]) -> str:
-    """One table for each of the paper's, and what its columns are."""
+    """A Markdown table for each table of the paper, and a legend."""
     lines: list[str] = []
     for table in dict.fromkeys(row["table"] for row in found):
         lines += ["", f"### {table[0].upper()}{table[1:]}", ""]
         lines += [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
         for row in (row for row in found if row["table"] == table):
-            training = row["gmacs_training"] if row["gmacs_training"] != row["gmacs_true"] else ""
+            training = row["gmacs_training"]
             cells = [
                 f"`{row['name']}`",
                 f"{row['parameters_millions']:.3f}",
@@ -109,7 +95,7 @@ def as_markdown(found: list[dict[str, Any]]) -> str:
                 f"{row['gmacs_paper_count']:.3f}",
                 row["gmacs_paper"] or "",
                 f"{row['gmacs_true']:.3f}",
-                f"{training:.3f}" if training else "",
+                f"{training:.3f}" if training != row["gmacs_true"] else "",
                 row["fid_paper"] or "",
                 "; ".join(_remarks(row)),
             ]

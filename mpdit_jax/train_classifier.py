@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.train_classifier`: a small classifier, to compare images of one data set by."""
+"""`python -m mpdit_jax.train_classifier`: train a small classifier, whose features compare images of one data set."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,8 +20,8 @@ def main(arguments: Sequence[str]) -> int:
     """Train as the arguments say; exit status."""
     parser = make_parser(
         "train_classifier",
-        "Train a small classifier on labelled images, to look through with `evaluate --features=classifier:FILE`. "
-        "It takes seconds to minutes on a CPU, and the same command gives the same file.",
+        "Train a small classifier on labelled images for `evaluate --features=classifier:FILE`. It takes seconds to "
+        "minutes on a CPU, and the same command gives the same file.",
         _EXAMPLES,
     )
     parser.add_argument("--data", default="", help="digits | fashion_mnist | arrays")
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     if bool(options.data) == bool(options.images):
-        raise InputError("give either --data=NAME or --images=FOLDER: what to train on.")
+        raise InputError("give either --data=NAME or --images=FOLDER to train on.")
     if not options.out.endswith(".safetensors"):
         raise InputError(f"--out={options.out}: expected a name that ends in .safetensors.")
     if not options.learning_rate > 0:
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         found = open_images(options.images, options.split or "train")
         if found.labels is None:
             raise InputError(
-                f"--images={options.images}: expected a folder or idx:FOLDER, whose labels are known ahead."
+                f"--images={options.images}: expected a folder or idx:FOLDER, where every image has a label."
             )
         check_image_size(options.image_size, "--image_size", least=8)
         pictures = replace(found, image_size=options.image_size, channels=options.channels)
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
         seed=options.seed,
     )
     save_classifier(Path(options.out), model)
-    print(f"{options.out}: right about {accuracy:.1%} of the images held out; look through it with")
+    print(f"{options.out}: accuracy {accuracy:.1%} on held-out images; compare images with")
     print(f"  python -m mpdit_jax.evaluate --features=classifier:{options.out} --samples=… --reference=…")
     return 0
 

@@ -1,4 +1,4 @@
-"""What every check of a value needs: is it a number, a whole one, and which known name was meant."""
+"""Checks of single values, and the nearest known name."""
 
 import difflib
 import numbers
@@ -7,7 +7,7 @@ from typing import Any
 
 from mpdit_jax.errors import InputError
 
-LARGEST_SIDE = 4096  # of a square image; a batch of larger ones takes all memory before it says so
+LARGEST_SIDE = 4096  # pixels of a square image
 
 
 def suggest(name: str, known: Collection[str]) -> str:
@@ -22,13 +22,13 @@ def is_whole(value: Any) -> bool:
 
 
 def check_seed(seed: Any, name: str) -> None:
-    """Raise InputError unless a key can be made of a seed; `name` is what the user calls it."""
+    """Raise InputError unless `seed` fits a random key; `name` is the flag or argument."""
     if not is_whole(seed) or not 0 <= seed < 2**32:
         raise InputError(f"{name}={seed!r}: expected a whole number from 0 to {2**32 - 1}.")
 
 
 def check_image_size(pixels: Any, name: str, least: int = 1) -> None:
-    """Raise InputError unless images can be cut to squares of so many pixels a side."""
+    """Raise InputError unless `pixels` is a possible side of square images."""
     if not is_whole(pixels) or not least <= pixels <= LARGEST_SIDE:
         raise InputError(f"{name}={pixels!r}: expected {least} to {LARGEST_SIDE} pixels.")
 

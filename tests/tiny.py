@@ -149,19 +149,18 @@ def join_flags(port, count, index):
 
 
 _JOINED = """
-import argparse, time
+import argparse, os, time
 import jax
-from mpdit_jax.runtime import cli
+from mpdit_jax.distributed.collectives import barrier
+from mpdit_jax.distributed.startup import add_flags, join
 from mpdit_jax.errors import InputError
-from mpdit_jax.distributed.processes import add_flags, join
-from mpdit_jax.distributed.waiting import barrier
+from mpdit_jax.runtime import cli
 
 def main(arguments):
     parser = argparse.ArgumentParser()
     add_flags(parser)
     options = parser.parse_args(arguments)
     join(options, {})
-    jax.devices()  # where JAX itself lets the processes wait for each other
 BODY
     barrier("a test")
     return 0
@@ -170,15 +169,15 @@ cli.run(main)
 """
 
 
-def start_joined(body):
-    """Two processes of one job: each runs `body`, where `options` are its arguments, and then waits for the other."""
+def start_joined(body, count=2):
+    """Processes of one job: each runs `body`, where `options` are its arguments, and then waits for the others."""
     script, port = _JOINED.replace("BODY", textwrap.indent(body.strip(), "    ")), free_port()
     return [
         subprocess.Popen(
-            [sys.executable, "-c", script, *join_flags(port, 2, index)],
+            [sys.executable, "-c", script, *join_flags(port, count, index), "--heartbeat_timeout=10"],
             env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for index in range(2)
+        for index in range(count)
     ]  # fmt: skip
 
 

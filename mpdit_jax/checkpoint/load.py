@@ -9,8 +9,8 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.checkpoint.reader import CHECKPOINTS, list_steps, numbered_folders, read_step
 from mpdit_jax.config.base import from_json, model_config
+from mpdit_jax.distributed.collectives import broadcast, run_on_process_0
 from mpdit_jax.distributed.mesh import make_mesh, replicated
-from mpdit_jax.distributed.processes import broadcast, run_on_process_0
 from mpdit_jax.errors import CheckpointError, ConfigError, DamageWarning
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import abstract, merge

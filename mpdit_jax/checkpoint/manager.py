@@ -27,7 +27,7 @@ from mpdit_jax.checkpoint.reader import (
     numbered_folders,
     read_together,
 )
-from mpdit_jax.distributed.processes import broadcast, first_sentence, run_on_process_0
+from mpdit_jax.distributed.collectives import broadcast, first_sentence, run_on_process_0
 from mpdit_jax.errors import CheckpointError, ProcessError, UnavailableError
 from mpdit_jax.io.paths import reason
 

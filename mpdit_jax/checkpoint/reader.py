@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from mpdit_jax.checkpoint import digests as integrity
-from mpdit_jax.distributed.processes import first_sentence
+from mpdit_jax.distributed.collectives import first_sentence
 from mpdit_jax.errors import CheckpointError, UnavailableError
 from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.io.paths import reason

@@ -15,7 +15,7 @@ from mpdit_jax.checkpoint.manager import DAMAGED, SAVED
 from mpdit_jax.checkpoint.reader import CHECKPOINTS, list_steps, numbered_folders
 from mpdit_jax.config.base import differences, to_json
 from mpdit_jax.data.info import INFO_FIELDS, INFO_FILE
-from mpdit_jax.distributed.processes import first_sentence, run_on_process_0
+from mpdit_jax.distributed.collectives import first_sentence, run_on_process_0
 from mpdit_jax.errors import CheckpointError, MPDiTError, ProcessError
 from mpdit_jax.io.atomic import atomic_write, check_writable
 from mpdit_jax.io.json_files import is_json_with

@@ -5,7 +5,6 @@ from mpdit_jax.config.base import data_identity as data_identity
 from mpdit_jax.config.base import defaults as defaults
 from mpdit_jax.config.base import differences as differences
 from mpdit_jax.config.base import from_json as from_json
-from mpdit_jax.config.base import leave_out_idle as leave_out_idle
 from mpdit_jax.config.base import model_config as model_config
 from mpdit_jax.config.base import resolve as resolve
 from mpdit_jax.config.base import shared_values as shared_values

@@ -1,19 +1,37 @@
-"""Whether a config can be: its fields and their types, then its values."""
+"""Validation of a config: its fields and their types, then its values."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from mpdit_jax.config.evaluation import check_eval
-from mpdit_jax.config.optimizer import check_optimizer
 from mpdit_jax.data.latents import NORMALIZATIONS
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.flow.objective import TIME_DISTRIBUTIONS
 from mpdit_jax.validation import suggest
 
-_LARGEST_BATCH = 2**20  # beyond it is a slip, which would otherwise end in want of memory
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("constant", "cosine", "linear")
+_LARGEST_BATCH = 2**20  # a larger one is a slip that would end in an out-of-memory error
+_TYPES = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "True or False",
+    tuple: "values with commas between them",
+}
+_AT_LEAST_1 = (
+    "batch_size", "steps", "gradient_accumulation", "checkpoint.every", "checkpoint.keep", "data.threads", "log.every",
+    "sample.steps", "sample.per_class", "guard.abort_after",
+)  # fmt: skip
+_AT_LEAST_0 = (
+    "seed", "checkpoint.keep_every", "checkpoint.grace", "sample.every", "sample.guidance_scale",
+    "optimizer.weight_decay", "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.end_learning_rate",
+    "optimizer.clip_norm", "guard.spike_factor", "data.max_examples", "profile.start", "profile.steps",
+    "mask_loss_weight",
+)  # fmt: skip
 
 
 def check_fields(config: ConfigDict, base: ConfigDict, path: str) -> None:
@@ -32,100 +50,67 @@ def check_fields(config: ConfigDict, base: ConfigDict, path: str) -> None:
                 raise ConfigError(f"{path}.{key}={value!r}: expected a group of fields ({', '.join(default)}).")
             check_fields(value, default, f"{path}.{key}")
         elif default is not None:
-            _same_type(f"{path}.{key}", value, default)
+            _check_type(f"{path}.{key}", value, type(default))
 
 
-def _same_type(path: str, value: Any, default: Any) -> None:
-    kind = type(default)
+def _check_type(path: str, value: Any, kind: type) -> None:
     fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
-        names = {
-            int: "a whole number",
-            float: "a number",
-            str: "text",
-            bool: "True or False",
-            tuple: "values with commas between them",
-        }
-        raise ConfigError(f"{path}={value!r}: expected {names[kind]}.")
+        raise ConfigError(f"{path}={value!r}: expected {_TYPES[kind]}.")
     if kind is float and not abs(value) <= sys.float_info.max:  # a whole number may be larger than any float
         raise ConfigError(f"{path}={value!r}: expected a finite number.")
 
 
 def check_values(config: ConfigDict) -> None:
-    """Raise ConfigError for a value that cannot be, of a config whose fields and types are right."""
-    for path in (
-        "batch_size",
-        "steps",
-        "gradient_accumulation",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "data.threads",
-        "log.every",
-        "sample.steps",
-        "guard.abort_after",
-    ):
+    """Raise ConfigError for an impossible value in a config whose fields and types are right."""
+    for path in _AT_LEAST_1:
         expect(config, path, _get(config, path) >= 1, "1 or more")
-    for path in (
-        "seed",
-        "checkpoint.keep_every",
-        "checkpoint.grace",
-        "sample.every",
-        "sample.guidance_scale",
-        "optimizer.weight_decay",
-        "optimizer.warmup_steps",
-        "optimizer.decay_steps",
-        "optimizer.end_learning_rate",
-        "optimizer.clip_norm",
-        "guard.spike_factor",
-        "data.max_examples",
-        "profile.start",
-        "profile.steps",
-    ):
+    for path in _AT_LEAST_0:
         expect(config, path, _get(config, path) >= 0, "0 or more")
     expect(config, "seed", config.seed < 2**32, "below 2**32")
     expect(config, "batch_size", config.batch_size <= _LARGEST_BATCH, f"{_LARGEST_BATCH:,} at most")
     for path, value in leaves(config.to_dict()):
         if isinstance(value, int) and path != "seed":
-            expect(config, path, value < 2**31, "below 2**31, as far as steps and examples are counted")
+            expect(config, path, value < 2**31, "below 2**31, the limit of 32-bit counters")
     expect(config, "checkpoint.grace", config.checkpoint.grace <= 10**7, "some minutes, in seconds")
-    expect(config, "sample.per_class", config.sample.per_class >= 1, "1 or more")
-    for path in ("optimizer.learning_rate", "optimizer.eps"):
+    for path in ("optimizer.learning_rate", "optimizer.eps", "time.std"):
         expect(config, path, _get(config, path) > 0, "a positive number")
-    for path in ("ema_decay", "optimizer.b1", "optimizer.b2"):
+    for path in ("ema_decay", "optimizer.b1", "optimizer.b2", "mask_ratio"):
         expect(config, path, 0 <= _get(config, path) < 1, "at least 0 and below 1")
     expect(config, "label_dropout", 0 <= config.label_dropout <= 1, "between 0 and 1")
-    expect(
-        config,
-        "gradient_accumulation",
-        config.batch_size % config.gradient_accumulation == 0,
-        f"a divisor of batch_size={config.batch_size}",
-    )
+    divides = config.batch_size % config.gradient_accumulation == 0
+    expect(config, "gradient_accumulation", divides, f"a divisor of batch_size={config.batch_size}")
     factor = config.guard.spike_factor
     expect(config, "guard.spike_factor", factor == 0 or factor > 1, "0 (never) or a number above 1, such as 10")
-    check_optimizer(config.optimizer)
+    for path, known in (
+        ("optimizer.name", OPTIMIZERS),
+        ("optimizer.schedule", SCHEDULES),
+        ("time.distribution", TIME_DISTRIBUTIONS),
+        ("data.normalization", NORMALIZATIONS),
+    ):
+        _expect_name(config, path, known)
+    ends = config.optimizer.schedule == "constant" or config.optimizer.decay_steps >= 1
+    wanted = f"how many steps after the warm-up the {config.optimizer.schedule} schedule takes to end_learning_rate"
+    expect(config, "optimizer.decay_steps", ends, wanted)
     check_eval(config.eval)
-    if config.time.distribution not in TIME_DISTRIBUTIONS:
-        known = ", ".join(TIME_DISTRIBUTIONS)
-        hint = suggest(config.time.distribution, TIME_DISTRIBUTIONS)
-        raise ConfigError(f"config.time.distribution={config.time.distribution!r}{hint}: expected one of {known}.")
-    expect(config, "time.std", config.time.std > 0, "a positive number")
-    expect(config, "mask_ratio", 0 <= config.mask_ratio < 1, "at least 0 and below 1")
-    expect(config, "mask_loss_weight", config.mask_loss_weight >= 0, "0 or more")
     if bool(config.mask_ratio) != bool(config.model.decoder_depth):
         raise ConfigError(
             f"config.mask_ratio={config.mask_ratio} with config.model.decoder_depth={config.model.decoder_depth}: "
             "masked training needs both, such as 0.75 and 2 (of one level: patch_sizes=(2,)), and any other neither."
         )
-    trained = config.model.convention in (None, "velocity")
-    expect(config, "model.convention", trained, "velocity: what is trained here")
-    named = config.data.normalization in NORMALIZATIONS
-    expect(config, "data.normalization", named, f"one of {', '.join(NORMALIZATIONS)}")
+    expect(config, "model.convention", config.model.convention in (None, "velocity"), "velocity: what is trained here")
 
 
 def expect(config: ConfigDict, path: str, holds: bool, expected: str) -> None:
     """Raise ConfigError, with the value at `path` and what was expected, unless it holds."""
     if not holds:
         raise ConfigError(f"config.{path}={_get(config, path)!r}: expected {expected}.")
+
+
+def _expect_name(config: ConfigDict, path: str, known: Collection[str]) -> None:
+    name = _get(config, path)
+    if name not in known:
+        raise ConfigError(f"config.{path}={name!r}{suggest(name, known)}: expected one of {', '.join(known)}.")
 
 
 def _get(config: ConfigDict, path: str) -> Any:

@@ -1,4 +1,4 @@
-"""Which metrics are asked for, of which extractor; the settings of `config.eval` and their checks."""
+"""Names of metrics, and validation of `config.eval`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,31 +6,29 @@ from typing import Any
 from mpdit_jax.errors import ConfigError, InputError
 
 MOST_REAL = 50_000
-"""Images of a run's own data that are looked at, unless a reference is named."""
+"""Images of a run's own data that are compared with, unless a reference is named."""
 PREPROCESSINGS = ("tensorflow", "pytorch_fid")
 """How Inception's input may be resized and scaled."""
 METRICS = ("fd", "sfd", "is", "precision", "recall", "kid")
 ALIASES = {"fid": "fd", "sfid": "sfd"}
-"""What some are called with Inception, and with no other network."""
+"""Names that some metrics have with Inception, and with no other network."""
 
 
 def metric_names(text: str) -> list[str]:
-    """The names in a list with commas, as they are given."""
+    """The names in a list with commas, as given."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def choose_metrics(text: str, features: str) -> tuple[str, ...]:
-    """The metrics that a list with commas names, by our names; without a text those that the extractor is known for.
+    """The metrics in a list with commas, aliases resolved; without a text the usual ones of the extractor.
 
     Raises:
-        InputError: a metric that there is not, or FID asked of a network that is not FID's.
+        InputError: an unknown metric, or FID with a network other than Inception.
     """
     if not text:
         return ("fd", "sfd", "is", "precision", "recall") if features == "inception" else ("fd", "precision", "recall")
     names = metric_names(text)
-    if not names:
-        raise InputError(f"metrics={text}: expected some of {', '.join(METRICS)}; fid and sfid with Inception.")
-    for name in names:
+    for name in names or [text]:
         if name not in METRICS and name not in ALIASES:
             raise InputError(f"metrics={name}: expected some of {', '.join(METRICS)}; fid and sfid with Inception.")
         if name in ALIASES and features != "inception":
@@ -42,12 +40,12 @@ def choose_metrics(text: str, features: str) -> tuple[str, ...]:
 
 
 def fewest_images(metrics: Sequence[str], k: int = 3) -> int:
-    """How many images each set must have for these metrics: two for a covariance, a k-th neighbour for precision."""
+    """Images that each set needs for these metrics: two for a covariance, k + 1 for a k-th neighbour."""
     return k + 1 if {"precision", "recall"} & set(metrics) else 2
 
 
 def check_eval(config: Any) -> None:
-    """Raise ConfigError for settings of `config.eval` that cannot be."""
+    """Raise ConfigError for an impossible setting of `config.eval`."""
     if config.every < 0:
         raise ConfigError(f"config.eval.every={config.every}: expected 0 (never) or more steps.")
     for name in ("num_samples", "steps", "batch_size", "classifier_steps"):
@@ -61,21 +59,19 @@ def check_eval(config: Any) -> None:
     except InputError as error:
         raise ConfigError(f"config.eval.{error}") from error
     if config.preprocessing not in PREPROCESSINGS:
-        raise ConfigError(
-            f"config.eval.preprocessing={config.preprocessing!r}: expected one of {', '.join(PREPROCESSINGS)}."
-        )
-    if config.preprocessing != "tensorflow" and config.features != "inception":
+        expected = ", ".join(PREPROCESSINGS)
+        raise ConfigError(f"config.eval.preprocessing={config.preprocessing!r}: expected one of {expected}.")
+    if config.features != "inception" and config.preprocessing != "tensorflow":
         raise ConfigError(
             f"config.eval.preprocessing={config.preprocessing} is of the Inception network, and "
             f"config.eval.features={config.features}: leave it at tensorflow, or set features to inception."
         )
-    if "sfd" in metrics and config.features != "inception":
+    if config.features != "inception" and "sfd" in metrics:
         raise ConfigError(
             f"config.eval.metrics={config.metrics}: sfd is of the spatial features that Inception has, and "
             f"config.eval.features={config.features} has none; leave sfd out."
         )
-    if config.num_samples < fewest_images(metrics):
-        raise ConfigError(
-            f"config.eval.num_samples={config.num_samples}: expected {fewest_images(metrics)} or more for "
-            f"config.eval.metrics={config.metrics}."
-        )
+    fewest = fewest_images(metrics)
+    if config.num_samples < fewest:
+        wanted = f"{fewest} or more for config.eval.metrics={config.metrics}"
+        raise ConfigError(f"config.eval.num_samples={config.num_samples}: expected {wanted}.")

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import tuple_parser
 
 from mpdit_jax.config.ablation import ABLATIONS
-from mpdit_jax.config.base import base_config, leave_out_idle
+from mpdit_jax.config.base import base_config, clear_unused
 from mpdit_jax.config.checks import leaves
 from mpdit_jax.errors import ConfigError, first_line
 from mpdit_jax.model.presets import PRESETS
@@ -180,4 +180,4 @@ def _let_preset_win(config: ConfigDict, overrides: Mapping[str, str]) -> None:
         given = {path.removeprefix("model.") for path in overrides}
         with config.ignore_type():
             config.model.update(dict.fromkeys({*preset} - given - {"input_size"}))
-        leave_out_idle(config.model, keep=given)
+        clear_unused(config.model, keep=given)

@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.convert`: a model between a workdir, a PyTorch file and a safetensors file."""
+"""`python -m mpdit_jax.convert`: convert a model between a workdir, a PyTorch file and a safetensors file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +19,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = make_config_parser(
         "convert",
         "Read a model from a workdir (its moving average), a PyTorch file or a safetensors file and write it as "
-        "another of these, told by the ending of --out; a name without an ending is a workdir, which can be sampled "
-        "from and trained on. Nothing in a file is executed, and nothing is overwritten.",
+        "another of these; the ending of --out says which, and a name without an ending is a workdir, for sampling and "
+        "further training. Nothing in a file is executed, and nothing is overwritten.",
         _EXAMPLES,
     )
     parser.usage = f"{parser.prog} --source=FILE|FOLDER --out=FILE|FOLDER [--config=FILE]"

@@ -1,4 +1,4 @@
-"""What two models have in common if they are the same: what they compute, and every parameter."""
+"""Checksum of a model: digests of a forward pass and of every parameter."""
 
 import hashlib
 from typing import NamedTuple
@@ -12,10 +12,9 @@ from mpdit_jax.model.parameters import split
 
 
 class Checksum(NamedTuple):
-    """Digests, and how large the forward pass's output is.
+    """Digests of a forward pass and of the parameters, and the RMS of the pass's output.
 
-    A forward pass sees two rows of the class table, and an untrained model computes zeros: every parameter is in the
-    other digest.
+    A forward pass reads two rows of the class table, and an untrained model computes zeros: hence both digests.
     """
 
     forward: str
@@ -27,13 +26,9 @@ class Checksum(NamedTuple):
 
 
 def checksum(model: MPDiT) -> Checksum:
-    """Of a forward pass of two fixed examples, one of them of the null class, and of the parameters.
-
-    Whatever the config says of the machine it is for, the pass is computed in float32 as on CPUs.
-    """
+    """The checksum, its forward pass of two fixed examples (one of the null class) in float32 as on CPUs."""
     x = jax.random.normal(jax.random.key(0), (2, *model.input_shape))
     same = model.astype("float32").for_platform("cpu")
-    # DiT's times are steps; any number is as good for comparing.
     velocity = np.asarray(same(x, jnp.array([0.25, 0.75]), jnp.array([0, model.num_classes])))
     forward = hashlib.sha256(velocity.tobytes()).hexdigest()[:12]
     parameters = hashlib.sha256()

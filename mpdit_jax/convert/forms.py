@@ -1,4 +1,4 @@
-"""Reading a model from any of its forms, and writing it in any."""
+"""Read and write a model as a workdir, a PyTorch file or a safetensors file."""
 
 import dataclasses
 from pathlib import Path
@@ -25,13 +25,12 @@ from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.state import abstract_state, create_state, to_items
 
 TORCH_SUFFIXES = (".pt", ".pth")
-# How a model is run, which does not change what its parameters are.
-_OF_THE_MACHINE = ("dtype", "remat", "attention", "platform")
+_RUNTIME_FIELDS = ("dtype", "remat", "attention", "platform")  # fields of a model that do not decide its parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A model, the step of training it is from (1 where the file does not say), and what was read."""
+    """A model, its training step (1 if the file does not say) and a description of its source."""
 
     model: MPDiT
     step: int
@@ -45,11 +44,11 @@ def read(
 
     Args:
         source: the folder or file.
-        num_heads, convention: as `load_torch`; of a workdir or a file that knows its own, only to agree with them.
-        step: which checkpoint of a workdir; default the newest that is whole.
+        num_heads, convention: as `load_torch`; they must agree with a workdir or a file that names its own.
+        step: checkpoint of a workdir; default the newest undamaged one.
 
     Raises:
-        CheckpointError, WeightsError: nothing there, or nothing that can be read.
+        CheckpointError, WeightsError: nothing readable there.
         InputError: a step of a file.
     """
     if source.is_dir():
@@ -65,12 +64,11 @@ def read(
 
 
 def check_target(out: Path, config: ConfigDict | None) -> None:
-    """Raise unless something can be written to `out` without replacing anything.
+    """Check that `out` can be written without replacing anything.
 
     Raises:
         CheckpointError: a run is there.
-        InputError: anything else is there, an ending that means nothing, no right to write, or a run's config for a
-            file, which has none.
+        InputError: a file is there, an unknown ending, no right to write, or a config for a file, which holds none.
     """
     if out.is_dir() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty, and a run is never overwritten: choose another --out.")
@@ -89,17 +87,17 @@ def check_target(out: Path, config: ConfigDict | None) -> None:
 
 
 def write(out: Path, found: Found, config: ConfigDict | None, expected: Checksum) -> tuple[str, Checksum]:
-    """Write the model in the form that `out` names, read it back and compare; what was written, and its check sum.
+    """Write the model in the form that `out` names, read it back and compare; a description, and its checksum.
 
     Args:
         out: as `check_target` allows.
-        found: what to write.
-        config: the run's, of a workdir.
-        expected: the model's check sum.
+        found: the model.
+        config: of a workdir: the config of its run.
+        expected: the checksum of the model.
 
     Raises:
         ConfigError: a model that this form cannot hold.
-        WeightsError: what was read back is another model; nothing of it stays.
+        WeightsError: the model that was read back differs; nothing is left at `out`.
     """
     workdir = out.is_dir() or out.suffix not in (".safetensors", *TORCH_SUFFIXES)
     with atomic_dir(out) as place:
@@ -123,36 +121,31 @@ def _write_torch(out: Path, found: Found) -> None:
     try:
         import torch
     except ImportError as error:
-        raise MissingExtraError(
-            f"{out.name} is a PyTorch file: {install_extra('torch')}, or write .safetensors."
-        ) from error
+        problem = f"{out.name} is a PyTorch file: {install_extra('torch')}, or write .safetensors."
+        raise MissingExtraError(problem) from error
+    metadata = build_metadata(found.model, found.step) | {"names": PUBLISHED}
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
     with atomic_write(out) as file:
         try:
-            torch.save(
-                {"ema": tensors, "metadata": build_metadata(found.model, found.step) | {"names": PUBLISHED}}, file
-            )
+            torch.save({"ema": tensors, "metadata": metadata}, file)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # a full disk, of which PyTorch tells in its own words
+            if isinstance(error.__context__, OSError):  # a full disk, which PyTorch reports in its own words
                 raise error.__context__ from error
             raise
 
 
 def _write_workdir(out: Path, found: Found, config: ConfigDict | None) -> None:
     resolved = resolve(_run_config(found.model.config, config))
-    if _parameters_of(model_config(resolved)) != _parameters_of(found.model.config):
-        differing = {
-            name: (value, vars(found.model.config)[name])
-            for name, value in vars(model_config(resolved)).items()
-            if name not in _OF_THE_MACHINE and value != vars(found.model.config)[name]
-        }
-        told = ", ".join(
-            f"config.model.{name}={ours!r} (the file: {theirs!r})" for name, (ours, theirs) in differing.items()
-        )
-        raise ConfigError(f"--config is of another model: {told}.")
+    model, theirs = model_config(resolved), vars(found.model.config)
+    differing = [
+        f"config.model.{name}={ours!r} (the file: {theirs[name]!r})"
+        for name, ours in vars(model).items()
+        if name not in _RUNTIME_FIELDS and ours != theirs[name]
+    ]
+    if differing:
+        raise ConfigError(f"--config is of another model: {', '.join(differing)}.")
     mesh, optimizer = make_mesh(devices=jax.local_devices()[:1]), make_optimizer(resolved.optimizer)
-    target = abstract_state(model_config(resolved), optimizer, mesh)
-    state = create_state(model_config(resolved), optimizer, target, resolved.seed)
+    state = create_state(model, optimizer, abstract_state(model, optimizer, mesh), resolved.seed)
     parameters = jax.device_put(split(found.model)[1], jax.tree.map(lambda leaf: leaf.sharding, state.parameters))
     state = dataclasses.replace(
         state,
@@ -165,7 +158,7 @@ def _write_workdir(out: Path, found: Found, config: ConfigDict | None) -> None:
 
 
 def _run_config(model: ModelConfig, config: ConfigDict | None) -> ConfigDict:
-    """The config given, or the default recipe with the model's fields."""
+    """The given config, or the default recipe with the fields of the model."""
     if config is not None:
         return config
     if model.convention != "velocity":
@@ -178,10 +171,6 @@ def _run_config(model: ModelConfig, config: ConfigDict | None) -> ConfigDict:
     run = base_config()
     run.model.update(dataclasses.asdict(model))
     return run
-
-
-def _parameters_of(model: ModelConfig) -> ModelConfig:
-    return model.replace(**{name: vars(ModelConfig())[name] for name in _OF_THE_MACHINE})
 
 
 def _size(path: Path) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from mpdit_jax.config.evaluation import PREPROCESSINGS, choose_metrics, metric_names
-from mpdit_jax.distributed.processes import add_flags, join, run_on_process_0
+from mpdit_jax.distributed.collectives import run_on_process_0
+from mpdit_jax.distributed.startup import add_flags, join
 from mpdit_jax.errors import InputError
 from mpdit_jax.io.paths import expand
 from mpdit_jax.runtime.cli import Parser, make_parser, run
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
     import jax
 
     from mpdit_jax.checkpoint.load import load_config
-    from mpdit_jax.distributed.waiting import barrier
+    from mpdit_jax.distributed.collectives import barrier
     from mpdit_jax.evaluate import command
     from mpdit_jax.evaluate.report import table, write_json
     from mpdit_jax.evaluate.scratch import lock_scratch

@@ -12,7 +12,7 @@ from mpdit_jax.checkpoint.load import load_config
 from mpdit_jax.config.evaluation import ALIASES, metric_names
 from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.data.sources import load_source
-from mpdit_jax.distributed.processes import assert_equal_across_processes
+from mpdit_jax.distributed.collectives import assert_equal_across_processes
 from mpdit_jax.errors import InputError, MissingExtraError, WeightsError
 from mpdit_jax.evaluate.compute import compute_statistics, kept, needed
 from mpdit_jax.evaluate.decoding import find_decode

@@ -8,9 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mpdit_jax.data.image_sets import ImageSet
+from mpdit_jax.distributed.collectives import any_process, assert_equal_across_processes, barrier
 from mpdit_jax.distributed.mesh import make_mesh
-from mpdit_jax.distributed.processes import any_process, assert_equal_across_processes
-from mpdit_jax.distributed.waiting import barrier
 from mpdit_jax.evaluate.extractors import Extractor, Features
 from mpdit_jax.evaluate.moments import Moments, gather_rows, merge_processes
 from mpdit_jax.evaluate.shared_values import name_from_process_0, portable

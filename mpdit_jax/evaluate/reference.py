@@ -14,7 +14,7 @@ from mpdit_jax.config.base import data_identity
 from mpdit_jax.config.evaluation import MOST_REAL
 from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.data.sources import Source, rows_of
-from mpdit_jax.distributed.processes import assert_equal_across_processes
+from mpdit_jax.distributed.collectives import assert_equal_across_processes
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.compute import kept, needed
 from mpdit_jax.evaluate.extractors import Extractor

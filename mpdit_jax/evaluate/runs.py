@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from mpdit_jax.data.info import read_dataset_info
-from mpdit_jax.distributed.processes import any_process, run_on_process_0
+from mpdit_jax.distributed.collectives import any_process, run_on_process_0
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.compute import compute_statistics, kept, needed
 from mpdit_jax.evaluate.drawn_images import DrawnImages

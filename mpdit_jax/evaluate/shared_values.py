@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mpdit_jax.distributed.processes import first_sentence
+from mpdit_jax.distributed.collectives import first_sentence
 
 _OF_ONE_PLACE = {"path", "files", "workdir", "png_folder"}
 

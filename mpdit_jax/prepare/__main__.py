@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mpdit_jax.distributed.processes import add_flags, join
+from mpdit_jax.distributed.startup import add_flags, join
 from mpdit_jax.errors import InputError
 from mpdit_jax.runtime.cli import Parser, add_tile_option, make_parser, run
 from mpdit_jax.validation import check_image_size
@@ -72,7 +72,7 @@ def _prepare(options: argparse.Namespace, out: Path) -> int:
 
     images = open_images(options.images, options.split)
     names = _names(options.class_names, images.class_names)
-    own = ("process_id", "join_timeout", "images", "vae", "threads")
+    own = ("process_id", "initialization_timeout", "heartbeat_timeout", "images", "vae", "threads")
     shared = {f"--{name}": str(value) for name, value in vars(options).items() if name not in own}
     join(options, shared | {"the images": images.identity})
 

@@ -20,7 +20,7 @@ from mpdit_jax.data.latent_store import (
     read_manifest,
     sha256,
 )
-from mpdit_jax.distributed.processes import any_process, assert_equal_across_processes, run_on_process_0
+from mpdit_jax.distributed.collectives import any_process, assert_equal_across_processes, run_on_process_0
 from mpdit_jax.errors import DataError, InputError, MPDiTError, ProcessError
 from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.io.locked_folder import Job, LockedFolder, flat

@@ -1,11 +1,8 @@
 """Ending a run politely when asked to. Imports nothing heavy: it is the first thing a command loads."""
 
 import errno
-import gc
-import io
 import os
 import select
-import selectors
 import shlex
 import signal
 import socket
@@ -25,8 +22,6 @@ LOST = (errno.EPIPE, errno.EIO)
 KILLED_BY = 128  # plus the signal's number: the status that shells show
 _REQUESTS = (*SIGNALS, signal.SIGHUP)  # the last when a terminal is closed
 _SAME_REQUEST = 0.1  # seconds: to a process and again to its group, as `timeout` and some launchers send it
-
-
 _STOPPED_STATUS = "MPDIT_JAX_STOPPED_STATUS"
 
 
@@ -54,21 +49,18 @@ def this_command() -> str:
 
 
 def guard_imports() -> None:
-    """Libraries take seconds to import: until `ending_by_exception`, a signal ends the process with a sentence."""
-    resumable = bool({"mpdit_jax.train", "mpdit_jax.train_vae"} & {*sys.orig_argv[:4]})
-
-    def end(number: int, frame: FrameType | None) -> None:
-        status = KILLED_BY + number
-        if resumable and number == signal.SIGTERM:
-            with suppress(InputError):  # which the command itself will tell
-                status = stopped_status()
-        _end(
-            status, f"{signal.Signals(number).name}: nothing had begun; the same command starts it:\n  {this_command()}"
-        )
-
+    """Until `ending_by_exception`, have SIGINT and SIGTERM end the process with a sentence: imports take seconds."""
     for number in SIGNALS:
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # not where they are ignored
-            signal.signal(number, end)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _end_imports)
+
+
+def _end_imports(number: int, frame: FrameType | None) -> None:
+    status = KILLED_BY + number
+    if number == signal.SIGTERM and {"mpdit_jax.train", "mpdit_jax.train_vae"} & {*sys.orig_argv[:4]}:
+        with suppress(InputError):  # which the command itself will tell
+            status = stopped_status()
+    _end(status, f"{signal.Signals(number).name}: nothing had begun; the same command starts it:\n  {this_command()}")
 
 
 @contextmanager
@@ -77,53 +69,19 @@ def ending_by_exception() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    waiting: list[int] = []
-    collecting: list[str] = []
-
-    def note(phase: str, info: dict[str, int]) -> None:
-        collecting[:] = [phase] if phase == "start" else []
 
     def end(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGALRM:
-            if not waiting:  # somebody else's
-                return
-            number = waiting.pop()
-        if collecting or _would_be_lost(frame):
-            waiting.append(number)
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
-        elif number == signal.SIGTERM:
-            raise Terminated
-        else:
-            raise KeyboardInterrupt
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, previous in before.items():
-        if previous != signal.SIG_IGN or number == signal.SIGALRM:
+        if previous != signal.SIG_IGN:
             signal.signal(number, end)
-    gc.callbacks.append(note)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        # What guarded the imports has done its work; `end` stays in its place, and then needs its alarm.
-        restored = (signal.SIG_DFL, signal.default_int_handler, signal.SIG_IGN)
-        if all(before[number] in restored for number in SIGNALS):
-            gc.callbacks.remove(note)
-            for number, previous in before.items():
-                signal.signal(number, signal.SIG_DFL if previous is None else previous)
-
-
-def _would_be_lost(frame: FrameType | None) -> bool:
-    """Whether Python would print an exception raised here and go on: the garbage collector calls, as JAX has it do.
-
-    Callbacks of weak references, of which frames say nothing, are told by `ending_by_exception` itself.
-    """
-    called = {getattr(callback, "__code__", None) for callback in gc.callbacks}
-    while frame is not None:
-        if frame.f_code in called or frame.f_code.co_name == "__del__":
-            return True
-        frame = frame.f_back
-    return False
+        for number, previous in before.items():
+            signal.signal(number, signal.SIG_DFL if previous in (None, _end_imports) else previous)
 
 
 class PreemptionHandler:
@@ -142,7 +100,7 @@ class PreemptionHandler:
     """
 
     def __init__(self, grace: float = 0.0, saved: Callable[[], str] = lambda: "nothing") -> None:
-        """Nothing happens yet.
+        """Make a handler that is not entered.
 
         Args:
             grace: seconds after SIGTERM in which everything must be saved, or the process ends; 0 for no limit.
@@ -165,7 +123,7 @@ class PreemptionHandler:
             self._theirs.setblocking(False)
             self._wakeup = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
             heeded = [number for number in _REQUESTS if signal.getsignal(number) != signal.SIG_IGN]
-            self._previous = {number: signal.signal(number, _ignore) for number in heeded}
+            self._previous = {number: signal.signal(number, _leave_to_thread) for number in heeded}
             self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
             self._thread.start()
             self._streams = sys.stdout, sys.stderr
@@ -202,23 +160,18 @@ class PreemptionHandler:
             heard = error.errno not in LOST
             self.name = f"the output is refused ({error.strerror})" if heard else "nobody reads the output any more"
 
-    def _heard(self, seconds: float | None) -> bool:
-        """Whether a signal came within so many seconds; any number if None."""
-        with selectors.DefaultSelector() as selector:  # `select` knows no more than 1,024 files
-            selector.register(self._ours, selectors.EVENT_READ)
-            return bool(selector.select(seconds))
-
     def _listen(self) -> None:
         while True:
-            left = None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
-            if not self._heard(left):
+            self._ours.settimeout(None if self._deadline is None else max(self._deadline - time.monotonic(), 1e-3))
+            try:
+                received = self._ours.recv(64)
+            except TimeoutError:
                 _end(
                     1,
                     f"error: {self.name or 'another process was asked to stop'}: the run could not be saved within "
                     f"{self._grace:g} s (config.checkpoint.grace); {self._saved()} is what there is. The same command "
                     f"continues from it:\n  {this_command()}",
                 )
-            received = self._ours.recv(64)
             if not received:
                 return
             for number in received:
@@ -241,14 +194,14 @@ class PreemptionHandler:
             self._deadline = time.monotonic() + self._grace
 
 
-class _Outliving(io.TextIOBase):
+class _Outliving:
     """A text stream that goes on, to nowhere, when whoever reads it has gone, or the disk takes no more of it."""
 
     def __init__(self, stream: TextIO, lost: Callable[[OSError], None]) -> None:
         self._stream, self._lost = stream, lost
 
     @property
-    def encoding(self) -> str:  # type: ignore[override]  # read-only in io as well, if not in its stub
+    def encoding(self) -> str:
         """As of the stream; what prints bars asks for it."""
         return self._stream.encoding
 
@@ -262,38 +215,27 @@ class _Outliving(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Print it if somebody reads."""
-        with self._outliving():
+        try:
             self._stream.write(text)
+        except OSError as error:
+            self._lost(error)
         return len(text)
 
     def flush(self) -> None:
         """Pass on what has been written."""
-        with self._outliving():
-            self._stream.flush()
-
-    def close(self) -> None:
-        """Do nothing: the stream belongs to others. Python closes this object, once it is unused, by flushing it."""
-
-    @contextmanager
-    def _outliving(self) -> Iterator[None]:
         try:
-            yield
+            self._stream.flush()
         except OSError as error:
             self._lost(error)
 
 
-def _ignore(number: int, frame: FrameType | None) -> None:
+def _leave_to_thread(number: int, frame: FrameType | None) -> None:
     """The thread does everything."""
 
 
 def _end(status: int, sentence: str) -> NoReturn:
-    """End this process from any thread, whatever the others are doing."""
-    say_last(sentence)
-    os._exit(status)
-
-
-def say_last(sentence: str) -> None:
-    """Print a sentence on stderr, where that can be done at once: nobody may be reading, or only slowly."""
+    """End this process from any thread, with a sentence if it can be printed at once: perhaps nobody reads."""
     with suppress(OSError):
         if select.select([], [2], [], 1.0)[1]:
             os.write(2, f"{sentence}\n".encode())
+    os._exit(status)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpdit_jax.distributed.processes import add_flags, join
+from mpdit_jax.distributed.startup import add_flags, join
 from mpdit_jax.errors import InputError
 from mpdit_jax.runtime.cli import Parser, make_parser, run
 from mpdit_jax.validation import check_seed

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpdit_jax.distributed.processes import assert_equal_across_processes, run_on_process_0
+from mpdit_jax.distributed.collectives import assert_equal_across_processes, run_on_process_0
 from mpdit_jax.io.locked_folder import Job, LockedFolder
 from mpdit_jax.io.npz_blocks import NpzBlocks
 

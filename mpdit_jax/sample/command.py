@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from mpdit_jax.checkpoint.load import load_config, load_together
+from mpdit_jax.distributed.collectives import run_on_process_0
 from mpdit_jax.distributed.mesh import make_mesh
-from mpdit_jax.distributed.processes import run_on_process_0
 from mpdit_jax.errors import DivergedError, InputError
 from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import Sampler

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mpdit_jax.distributed.collectives import barrier
 from mpdit_jax.distributed.mesh import batch_sharding
-from mpdit_jax.distributed.waiting import barrier
 from mpdit_jax.errors import InputError
 from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import Sampler

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mpdit_jax.config.base import shared_values
 from mpdit_jax.config.flags import make_config_parser, parse_with_config
-from mpdit_jax.distributed.processes import add_flags, join
+from mpdit_jax.distributed.startup import add_flags, join
 from mpdit_jax.errors import DivergedError, InputError
 from mpdit_jax.runtime.cli import run, stopped_line
 from mpdit_jax.runtime.signals import stopped_status
@@ -72,8 +72,8 @@ def main(arguments: Sequence[str]) -> int:
     if jax.process_index() == 0 and stopped:
         print(stopped_line("train", arguments, step, config.steps))
     elif jax.process_index() == 0:
-        facts = read_dataset_info(workdir)
-        vae = " --vae=FOLDER" if facts is not None and facts.latents is not None else ""
+        info = read_dataset_info(workdir)
+        vae = " --vae=FOLDER" if info is not None and info.latents is not None else ""
         print(
             f"done: checkpoints in {workdir / 'checkpoints'}, logs in {workdir / 'tensorboard'}; draw with:\n"
             f"  python -m mpdit_jax.sample --workdir={shlex.quote(options.workdir)}{vae} --out=samples.png"

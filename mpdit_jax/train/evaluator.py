@@ -19,8 +19,8 @@ from mpdit_jax.config.base import data_identity
 from mpdit_jax.config.evaluation import choose_metrics, fewest_images
 from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.data.sources import Source
+from mpdit_jax.distributed.collectives import any_process, assert_equal_across_processes, run_on_process_0
 from mpdit_jax.distributed.mesh import make_mesh, replicated
-from mpdit_jax.distributed.processes import any_process, assert_equal_across_processes, run_on_process_0
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.evaluate.bias import describe_bias, few_images
 from mpdit_jax.evaluate.classifier import load_classifier, save_classifier

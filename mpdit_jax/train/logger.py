@@ -1,18 +1,15 @@
 """What a run reports: a progress line, metrics, sample grids."""
 
 import math
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from ml_collections import FrozenConfigDict
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from mpdit_jax.config.base import to_json
 from mpdit_jax.io.pictures import save_png
+from mpdit_jax.runtime.progress import ProgressBar
 from mpdit_jax.train.writers import METRICS_FILE, MetricsFile, TensorBoard, WeightsAndBiases
 
 
@@ -30,14 +27,15 @@ class RunLogger:
             self._writers.append(WeightsAndBiases(workdir, config.log.wandb_project))
         for writer in self._writers:
             writer.config(start, to_json(config))
-        self._progress = ProgressLine(start, config.steps, config.batch_size, quiet=not is_primary)
+        self._bar = ProgressBar(config.steps, start, quiet=not is_primary)
+        self._loss, self._batch_size = "", config.batch_size
 
     def __enter__(self) -> "RunLogger":
-        self._progress.bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.bar.stop()
+        self._bar.__exit__(*error)
         if self._metrics is not None:
             self._metrics.close()
         for writer in self._writers:
@@ -45,7 +43,7 @@ class RunLogger:
 
     def advance(self, step: int) -> None:
         """Show that a step was dispatched."""
-        self._progress.advance(step)
+        self._show(step)
 
     def metrics(
         self, step: int, values: Mapping[str, float], skipped: Sequence[int], timings: Mapping[str, float]
@@ -55,7 +53,11 @@ class RunLogger:
         The first `skipped` steps are printed; `values["skipped"]` counts them all.
         """
         self._write(step, values, timings)
-        self._progress.logged(step, values.get("loss", math.nan))
+        if "loss" in values:
+            self._loss = f"  loss {values['loss']:.4f}"
+        text = self._show(step)
+        if not self._bar.is_live:
+            self.say(text)
         if spike := self._spikes.describe(values):
             self.say(f"step {step}: {spike}")
         if skipped:
@@ -80,7 +82,14 @@ class RunLogger:
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
-        self._progress.say(message)
+        self._bar.say(message)
+
+    def _show(self, step: int) -> str:
+        pace = self._bar.pace(step)
+        speed = f"  {pace[0] * self._batch_size:,.0f} images/s  {pace[1]} left" if pace else ""
+        text = f"step {step}/{self._bar.total}{self._loss}{speed}"
+        self._bar.show(step, text)
+        return text
 
     def _write(self, step: int, values: Mapping[str, float], timings: Mapping[str, float]) -> None:
         if self._metrics is not None:
@@ -110,46 +119,3 @@ class LossSpikes:
             f"the loss spiked to {largest:.4g} in step {values['largest_loss_step']:.0f}, {largest / mean:.1f} times "
             f"its running mean {mean:.4g}"
         )
-
-
-class ProgressLine:
-    """A live line in a terminal, and elsewhere one line a logged step: step, loss, images/s, time left."""
-
-    def __init__(self, start: int, total: int, batch_size: int, *, quiet: bool = False) -> None:
-        self._first, self._total, self._batch_size = start + 1, total, batch_size
-        self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False, quiet=quiet)
-        columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
-        self.bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._task = self.bar.add_task(f"step {start}/{total}  compiling", total=total, completed=start)
-        self._loss, self._since = math.nan, math.inf
-
-    def advance(self, step: int) -> None:
-        """Show that a step was dispatched."""
-        if step == self._first:  # it compiles, and no rate counts it
-            self._since = time.perf_counter()
-        self.bar.update(self._task, completed=step, description=self._describe(step))
-
-    def logged(self, step: int, loss: float) -> None:
-        """Show the mean loss of a window."""
-        self._loss = loss
-        self.bar.update(self._task, description=self._describe(step))
-        if not self._console.is_terminal:
-            self._console.print(self._describe(step))
-
-    def say(self, message: str) -> None:
-        """Print a line above the bar."""
-        self.bar.print(message) if self._console.is_terminal else self._console.print(message)
-
-    def _describe(self, step: int) -> str:
-        text = f"step {step}/{self._total}" + ("" if math.isnan(self._loss) else f"  loss {self._loss:.4f}")
-        if step <= self._first:
-            return text if "loss" in text else f"{text}  starting"
-        rate = (step - self._first) * self._batch_size / (time.perf_counter() - self._since)
-        return f"{text}  {rate:,.0f} images/s  {_duration((self._total - step) * self._batch_size / rate)} left"
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -15,8 +15,7 @@ from ml_collections import FrozenConfigDict
 from mpdit_jax.checkpoint.manager import Checkpoints
 from mpdit_jax.checkpoint.reader import newest_in_words
 from mpdit_jax.checkpoint.workdir import LockedWorkdir
-from mpdit_jax.distributed.processes import StopVote, any_process
-from mpdit_jax.distributed.waiting import barrier
+from mpdit_jax.distributed.collectives import StopVote, any_process, barrier
 from mpdit_jax.errors import DataError
 from mpdit_jax.runtime.memory import return_freed
 from mpdit_jax.runtime.signals import PreemptionHandler
@@ -70,7 +69,7 @@ class Run(Generic[S]):
         stop = PreemptionHandler(checkpoint.grace, partial(newest_in_words, self._workdir))
         with ExitStack() as stack:
             self._stop = stack.enter_context(stop)  # first, as a signal must not cut off the last save
-            self._claim = stack.enter_context(self._lock)
+            self._locked = stack.enter_context(self._lock)
             checkpoints = Checkpoints(self._workdir, checkpoint.keep, checkpoint.keep_every)
             self._checkpoints = stack.enter_context(checkpoints)
             self._open = stack.pop_all()
@@ -83,7 +82,7 @@ class Run(Generic[S]):
     def restore(self, target: S) -> tuple[int, S] | None:
         """The newest whole checkpoint as (step, state), laid out like `target`; None if there is none."""
         restored = self._checkpoints.restore_newest(self._policy.to_items(target))
-        for note in (self._claim.note, *(restored.notes if restored is not None else ())):
+        for note in (self._locked.note, *(restored.notes if restored is not None else ())):
             if note and jax.process_index() == 0:
                 print(f"{note}.", flush=True)
         return None if restored is None else (restored.step, self._policy.from_items(restored.items))
@@ -139,7 +138,7 @@ class Run(Generic[S]):
         """Write a line of metrics every `config.log.every` steps; the state to continue with."""
         if not self._is_due(self._config.log.every, step):
             return state
-        self._claim.check()
+        self._locked.check()
         values, skipped = self._policy.metrics(step, state)
         self._logger.metrics(step, values, skipped, self._watch.lap())
         self._policy.check(step, state, self._newest)
@@ -196,7 +195,7 @@ class Run(Generic[S]):
             CheckpointError: the workdir was deleted or replaced.
             DivergedError: see the policy.
         """
-        self._claim.check()
+        self._locked.check()
         return self._policy.check(step, state, self._newest)
 
     def _save_now(self, step: int, state: S) -> None:

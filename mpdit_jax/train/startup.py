@@ -11,8 +11,8 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from mpdit_jax.config.base import model_config, resolve
 from mpdit_jax.data.info import identity, record_dataset
 from mpdit_jax.data.sources import Source, check_fits, load_source
+from mpdit_jax.distributed.collectives import assert_equal_across_processes, count_machines, run_on_process_0
 from mpdit_jax.distributed.mesh import check_batch
-from mpdit_jax.distributed.processes import assert_equal_across_processes, count_machines, run_on_process_0
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.model.accounting import count, training_flops
 from mpdit_jax.model.parameters import abstract

@@ -47,7 +47,7 @@ def test_the_command_trains_the_same_file_twice(tmp_path, monkeypatch, capsys):
     for path in paths:
         assert command.main(["--data=digits", f"--out={path}", "--steps=3"]) == 0
     assert paths[0].read_bytes() == paths[1].read_bytes()
-    assert "of the images held out" in capsys.readouterr().out
+    assert "on held-out images" in capsys.readouterr().out
 
 
 def test_damaged_files_and_wrong_images_are_named(tmp_path, classifier, extractor, digits):

@@ -293,7 +293,8 @@ def test_a_run_is_drawn_and_compared_for_several_settings_in_one_go(tmp_path, cl
     assert sample([f"--workdir={workdir}", *one, f"--out={out}"]) == 0
     run(capsys, f"--samples={out}", "--reference=data:digits:train", arguments[1], f"--out={tmp_path / 'z.json'}")
     by_file = json.loads((tmp_path / "z.json").read_text())["results"][0]["metrics"]
-    assert by_file == pytest.approx(rows[0]["metrics"], rel=1e-9)
+    # The covariance of 30 images is singular: the square root of its product turns rounding of 1e-16 into 1e-8.
+    assert by_file == pytest.approx(rows[0]["metrics"], rel=1e-8)
 
 
 def test_bad_arguments_are_one_sentence(files, classifier_file, tmp_path, monkeypatch, capsys):

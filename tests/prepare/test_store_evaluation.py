@@ -143,7 +143,7 @@ def test_a_reference_of_another_vae_is_refused_before_the_training(stores, featu
     config = resolve(config_of(stores / "latents", 2, features[1], reference=other, vae=vae_folder))
     source = load_source(**config.data)
     with pytest.raises(InputError, match=r"config.sample.vae=.* and .*other holds latents of 000000000000…"):
-        Evaluator(config, tmp_path, source, None, lambda latents: latents, lambda: False)
+        Evaluator(config, tmp_path, source, None, load_vae(vae_folder).decode, lambda: False)
 
 
 def test_a_store_that_was_prepared_again_is_another_set(stores, features, vae_folder, tmp_path):

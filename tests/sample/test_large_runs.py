@@ -90,12 +90,7 @@ def test_processes_take_the_checkpoint_that_the_first_has_found(workdir, tmp_pat
 
 def test_processes_with_other_weights_do_not_draw_together(tmp_path, monkeypatch):
     """As where a workdir of one name is on every host's own disk."""
-    theirs = np.frombuffer(b'{"model": "b"}', np.uint8)
-
-    def gathered(array):
-        return np.array([array, len(theirs)]) if array.ndim == 0 else np.stack([array, theirs])
-
-    monkeypatch.setattr("mpdit_jax.distributed.processes.multihost_utils.process_allgather", gathered)
+    monkeypatch.setattr("mpdit_jax.distributed.collectives.gather", lambda values: [values, {"model": "b"}])
     with pytest.raises(ProcessError, match="process 1 was started with model=b instead of a"):
         BlockFolder(tmp_path / "a", {"model": "a", "workdir": "/here"})
     assert not list(tmp_path.iterdir())

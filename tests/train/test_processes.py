@@ -69,26 +69,27 @@ def test_several_processes_give_the_same_run(one_process, tmp_path, processes, f
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path):
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, count):
     """Also with another status than 0, which the others do not take for a failure."""
     workdir, port = tmp_path / "run", free_port()
     more = ["--config.steps=4000", "--config.checkpoint.every=100000", "--config.log.every=10"]
-    first, second = (
+    processes = [
         start(
             "train",
-            [*train_arguments(workdir, *more), *join_flags(port, 2, index)],
+            [*train_arguments(workdir, *more), *join_flags(port, count, index)],
             extra={"MPDIT_JAX_STOPPED_STATUS": "75"},
         )
-        for index in range(2)
-    )
-    for line in first.stdout:
+        for index in range(count)
+    ]
+    for line in processes[0].stdout:
         if "images/s" in line:
             break
-    second.send_signal(signal.SIGTERM)
-    (output, errors), (_, others) = (process.communicate(timeout=300) for process in (first, second))
-    assert (first.returncode, second.returncode) == (75, 75), errors + others
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [75] * count, outputs
     (stopped,) = list_steps(workdir)
-    assert f"stopped at step {stopped} of 4000, saved; continue with:" in output
+    assert f"stopped at step {stopped} of 4000, saved; continue with:" in outputs[0][0]
 
 
 @pytest.mark.slow
@@ -122,23 +123,29 @@ def test_processes_with_other_data_are_told_apart(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_process_that_never_joins_is_named(tmp_path):
+@pytest.mark.parametrize(("count", "missing"), [(2, 1), (2, 0), (4, 2)])
+def test_a_process_that_never_joins(tmp_path, count, missing):
     port = free_port()
-    arguments = train_arguments(tmp_path / "run", "--join_timeout=5")
-    both = [start("train", [*arguments, *join_flags(port, 3, index)]) for index in (0, 2)]
-    for process in both:
+    arguments = train_arguments(tmp_path / "run", "--initialization_timeout=5")
+    present = [
+        start("train", [*arguments, *join_flags(port, count, index)]) for index in range(count) if index != missing
+    ]
+    for process in present:
         _, stderr = process.communicate(timeout=120)
         assert process.returncode == 1
-        assert stderr.startswith("error: process 1 of 3 did not join within 5 s")
+        nobody = f"error: process 0 at 127.0.0.1:{port} did not answer process"
+        assert stderr.startswith(nobody if missing == 0 else "error: not all processes joined")
+        assert "within 5 s" in stderr
         assert len(stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_with_other_configs_are_told_apart(tmp_path):
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_with_other_configs_are_told_apart(tmp_path, count):
     port = free_port()
-    pair = [
-        start("train", [*train_arguments(tmp_path / "run", f"--config.batch_size={size}"), *join_flags(port, 2, index)])
-        for index, size in enumerate((8, 16))
+    processes = [
+        start("train", [*train_arguments(tmp_path / "run", size), *join_flags(port, count, index)])
+        for index, size in enumerate(f"--config.batch_size={16 if index == 1 else 8}" for index in range(count))
     ]
-    all_refuse(pair, "process 1 was started with config.batch_size=16 instead of 8, unlike process 0")
+    all_refuse(processes, "process 1 was started with config.batch_size=16 instead of 8, unlike process 0")
     assert not (tmp_path / "run").exists()
