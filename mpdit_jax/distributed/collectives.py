@@ -76,7 +76,7 @@ def gather(value: Any, place: str = "gather") -> list[Any]:
 
 
 def assert_equal_across_processes(
-    shared_values: SharedValues, remedy: str = "start the same command of the same installation on all machines"
+    shared_values: SharedValues, remedy: str = "start the same command with the same files on all machines"
 ) -> None:
     """Compare values with process 0's; `remedy` ends the sentence of the error.
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from mpdit_jax.config.evaluation import PREPROCESSINGS, choose_metrics, metric_names
 from mpdit_jax.distributed.collectives import run_on_process_0
 from mpdit_jax.distributed.startup import add_flags, join
 from mpdit_jax.errors import InputError
 from mpdit_jax.io.paths import expand
-from mpdit_jax.runtime.cli import Parser, add_tile_option, make_parser, run
+from mpdit_jax.runtime.cli import Parser, make_parser, run
 from mpdit_jax.validation import check_image_size, check_seed
 
 _EXAMPLES = """\
@@ -27,8 +27,8 @@ T = TypeVar("T")
 
 
 def make_evaluate_parser() -> Parser:
-    """The command's arguments."""
-    from mpdit_jax.sample.options import add_sampler_options
+    """Return the command's parser."""
+    from mpdit_jax.sample.options import add_drawing_options, add_model_options
 
     parser = make_parser(
         "evaluate",
@@ -38,18 +38,16 @@ def make_evaluate_parser() -> Parser:
         "are kept beside --out until the end: after any interruption the same command continues.",
         _EXAMPLES,
     )
-    parser.add_argument("--samples", default="", metavar="SET", help="an .npz with arr_0 (uint8 NHWC), a folder of")
+    parser.add_argument(
+        "--samples", default="", metavar="SET", help="an .npz with arr_0, a folder, or data:NAME[:SPLIT]"
+    )
     parser.add_argument(
         "--reference",
         default="",
         metavar="SET",
-        help="the same, an ADM reference batch, or saved statistics (default with --workdir: what it was trained on, "
-        "50,000 images at most)",
+        help="the same, an ADM batch, or saved statistics (default with --workdir: its data, 50,000 images at most)",
     )
-    parser.add_argument("--workdir", default="", help="a run of mpdit_jax.train to draw samples from")
-    parser.add_argument(
-        "--metrics", default="", help="fid,sfid,is,precision,recall,kid; fd for another network's Fréchet distance"
-    )
+    parser.add_argument("--metrics", default="", help="fid,sfid,is,precision,recall,kid; fd for another network")
     parser.add_argument("--out", default="", metavar="FILE.json", help="numbers and settings (default: beside the set)")
     parser.add_argument("--save_stats", default="", metavar="FILE.npz", help="save the samples' mean and covariance")
     parser.add_argument("--save_features", action="store_true", help="and their features, for precision and recall")
@@ -59,45 +57,27 @@ def make_evaluate_parser() -> Parser:
         type=int,
         default=0,
         metavar="PIXELS",
-        help="cut the images of a reference's folder to squares, or those of --samples for --save_stats alone; samples "
-        "that are compared must have this size",
+        help="cut a reference's folder, or with --save_stats alone the samples', to squares of this size",
     )
     parser.add_argument("--seed", type=int, default=0, help="of samples and KID's subsets (default: 0)")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")
     group = parser.add_argument_group("extractor")
-    group.add_argument(
-        "--features",
-        default="",
-        help="inception | efficientnet_lite0 | classifier:FILE (default: inception if its weights are found)",
-    )
+    group.add_argument("--features", default="", help="inception | efficientnet_lite0 | classifier:FILE")
     group.add_argument(
         "--inception",
         default="",
         metavar="FILE",
-        help="weights: .pth of pytorch-fid or torch-fidelity, or .safetensors (default: MPDIT_JAX_INCEPTION, then "
-        "~/.cache/mpdit_jax)",
+        help="weights of pytorch-fid or torch-fidelity (default: MPDIT_JAX_INCEPTION, then ~/.cache/mpdit_jax)",
     )
+    group.add_argument("--save_inception", default="", metavar="FILE.safetensors", help="convert them and exit")
     group.add_argument(
-        "--save_inception", default="", metavar="FILE.safetensors", help="convert those weights and exit"
+        "--preprocessing", choices=PREPROCESSINGS, help="Inception's input (default: tensorflow, as ADM)"
     )
-    group.add_argument(
-        "--preprocessing",
-        choices=PREPROCESSINGS,
-        help="Inception: as ADM and torch-fidelity, or as pytorch-fid (default: tensorflow)",
-    )
-    group.add_argument(
-        "--feature_size", type=int, default=0, metavar="PIXELS", help="input of efficientnet_lite0 (224)"
-    )
+    group.add_argument("--feature_size", type=int, default=0, metavar="PIXELS", help="efficientnet_lite0's input (224)")
     group.add_argument("--k", type=int, default=3, help="neighbour of precision and recall (default: %(default)s)")
     group.add_argument("--splits", type=int, default=10, help="of the Inception Score (default: %(default)s)")
-    group = parser.add_argument_group("drawing from --workdir")
-    group.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    group.add_argument("--no_ema", action="store_true", help="use the raw parameters, not their moving average")
-    group.add_argument("--labels", default="balanced", help="balanced | random | classes, such as 3,5")
-    group.add_argument("--vae", default="", help="folder or hub name of the VAE that decodes latents, drawn or stored")
-    group.add_argument("--vae_dtype", choices=("float32", "bfloat16"), default="float32", help="its compute dtype")
-    add_tile_option(parser)
-    add_sampler_options(parser)
+    add_model_options(parser, required=False)
+    add_drawing_options(parser)
     # These three take several values here, in place of the sampler's own flags.
     parser.conflict_handler = "resolve"
     group = parser.add_argument_group("sampler, several values at once")
@@ -109,9 +89,8 @@ def make_evaluate_parser() -> Parser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Evaluate as the arguments say; exit status."""
-    parser = make_evaluate_parser()
-    options = parser.parse_args(arguments)
+    """Evaluate as the arguments say and return the exit status."""
+    options = make_evaluate_parser().parse_args(arguments)
     _check_files(options)
     if options.save_inception:
         from mpdit_jax.evaluate.inception_weights import convert_inception, locate_inception
@@ -122,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"Inception's weights in {options.save_inception}")
         return 0
     _check(options)
-    reject_unused_flags(options, parser)
+    reject_unused_flags(options, arguments)
     join(options, {f"--{name}": str(value) for name, value in vars(options).items() if name != "process_id"})
 
     import jax
@@ -164,8 +143,8 @@ def main(arguments: Sequence[str]) -> int:
             if options.save_stats and jax.process_index() == 0:
                 save_statistics(options.save_stats, statistics, features=options.save_features)
                 print(f"statistics of {statistics.count} images in {options.save_stats}")
-        barrier("nobody reads the scratch folder")
-        if held is None:  # on other processes than the first
+        barrier("the scratch folder is read")
+        if held is None:  # not process 0
             return 0
         if results:
             write_json(out, {"results": [dataclasses.asdict(row) for row in results]})
@@ -179,11 +158,11 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("give either --samples=SET or --workdir=FOLDER, the images to evaluate.")
     asked = set(metric_names(options.metrics))
     if options.samples and not options.reference and asked != {"is"} and (asked or not options.save_stats):
-        raise InputError("--reference is missing: expected what to compare with (or --save_stats=FILE.npz alone).")
+        raise InputError("--reference is missing: expected a set to compare with (or --save_stats=FILE.npz alone).")
     if options.save_features and not options.save_stats:
-        raise InputError("--save_features goes with --save_stats=FILE.npz, the file they are kept in.")
+        raise InputError("--save_features goes with --save_stats=FILE.npz, which keeps the features.")
     if options.workdir and options.save_stats:
-        raise InputError("--save_stats is of --samples; draw them first with `python -m mpdit_jax.sample`.")
+        raise InputError("--save_stats needs --samples: draw them first with `python -m mpdit_jax.sample`.")
     for name in ("batch_size", "k", "splits"):
         if vars(options)[name] < 1:
             raise InputError(f"--{name}={vars(options)[name]}: expected 1 or more.")
@@ -192,18 +171,18 @@ def _check(options: argparse.Namespace) -> None:
         check_image_size(options.image_size, "--image_size")
 
 
-def reject_unused_flags(options: argparse.Namespace, parser: Parser) -> None:
+def reject_unused_flags(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Raise InputError for a sampler's flag beside --samples, or for --image_size without a folder to cut."""
     from mpdit_jax.sample.options import add_sampler_options
 
     sampler = argparse.ArgumentParser(add_help=False)
     add_sampler_options(sampler)
-    for name in ("step", "no_ema", "labels", *vars(sampler.parse_args([]))):
-        value = vars(options)[name]
-        if options.samples and value != parser.get_default(name):
+    unused = {"--step", "--no_ema", "--labels", *(f"--{name}" for name in vars(sampler.parse_args([])))}
+    for argument in arguments if options.samples else ():
+        if argument.partition("=")[0] in unused:
             raise InputError(
-                f"{_as_given(name, value)} is of what is drawn from --workdir, and --samples={options.samples} is "
-                "drawn already: leave it out, or give --workdir=FOLDER in place of --samples."
+                f"{argument} is of what is drawn from --workdir, and --samples={options.samples} is drawn already: "
+                "leave it out, or give --workdir=FOLDER in place of --samples."
             )
     if options.workdir and options.image_size and not _may_be_photographs(options.reference):
         raise InputError(
@@ -213,16 +192,8 @@ def reject_unused_flags(options: argparse.Namespace, parser: Parser) -> None:
         )
 
 
-def _as_given(name: str, value: Any) -> str:
-    if value is True:
-        return f"--{name}"
-    pairs = [f"{one}:{other}" for one, other in value.items()] if isinstance(value, dict) else None
-    parts = pairs or (value if isinstance(value, list | tuple) else [value])
-    return f"--{name}={','.join(map(str, parts))}"
-
-
 def _may_be_photographs(place: str) -> bool:
-    """Whether a reference may be a folder of images; a missing one is refused later."""
+    """Return whether a reference may be a folder of images; a missing one is refused later."""
     from mpdit_jax.data.latent_store import MANIFEST
 
     if not place or place.startswith("data:"):
@@ -243,7 +214,7 @@ def _check_files(options: argparse.Namespace) -> None:
 def _check_other(written: str, to: str, read: str, of: str) -> None:
     """Raise InputError if what is written would replace what is read."""
     if to and of and Path(to).resolve() == Path(of).resolve():
-        raise InputError(f"--{written}={to} is what --{read} reads: give another name, or it would be lost.")
+        raise InputError(f"--{written}={to} is what --{read} reads: give another name, or the file would be lost.")
 
 
 def _place(options: argparse.Namespace) -> Path:

@@ -1,4 +1,4 @@
-"""Fréchet distances of few images are too high: warnings, and by how much."""
+"""Bias of Fréchet distances with few images: warnings, and the score of a perfect model."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,10 +10,7 @@ from mpdit_jax.evaluate.statistics import MOMENTS, Statistics
 
 
 def perfect_distance(real: Statistics, count: int, output: str = "pool", seed: int = 0) -> float:
-    """The Fréchet distance between the real Gaussian and `count` draws from it: what a perfect model would score.
-
-    One draw; its spread is a few hundredths of it.
-    """
+    """Return a perfect model's score: the Fréchet distance of the real Gaussian and `count` draws from it."""
     gaussian = real.gaussian(output)
     values, vectors = np.linalg.eigh((gaussian.covariance + gaussian.covariance.T) / 2)
     noise = np.random.default_rng(seed).standard_normal((count, len(values)))
@@ -22,9 +19,9 @@ def perfect_distance(real: Statistics, count: int, output: str = "pool", seed: i
 
 
 def few_images(metrics: Sequence[str], extractor: str, outputs: Mapping[str, int], count: int, whose: str) -> list[str]:
-    """A sentence for each distance of a set with fewer images than features; a `count` of 0 is unknown.
+    """Return a warning for each distance of a set with fewer images than features; a `count` of 0 is unknown.
 
-    `outputs` are the extractor's dimensions, and `whose` is what a sentence calls the set, such as "100 samples".
+    `outputs` are the extractor's dimensions, and `whose` names the set in the warning, such as "100 samples".
     """
     return [
         f"{whose} are fewer than the {outputs[output]} features of {extractor}: {metric_label(name, extractor)} comes "
@@ -35,10 +32,7 @@ def few_images(metrics: Sequence[str], extractor: str, outputs: Mapping[str, int
 
 
 def describe_bias(real: Statistics, count: int, metrics: Sequence[str]) -> tuple[list[str], dict[str, float]]:
-    """Warnings of too few real images or of `count` samples, and what a perfect model would score.
-
-    The scores are by printed name, of the distances with fewer samples than features.
-    """
+    """Return warnings of too few images, and a perfect model's score for each biased distance by printed name."""
     outputs = {output: len(gaussian.mean) for output, gaussian in real.gaussians.items()}
     notes = few_images(metrics, real.extractor, outputs, real.count, f"the reference's {real.count} images")
     notes += few_images(metrics, real.extractor, outputs, count, f"{count} samples")

@@ -27,7 +27,7 @@ _SMALLEST = 4  # pixels a side to which the images are halved
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-    """The shape of its images and its width."""
+    """Architecture of a classifier: shape of the images, classes and widths."""
 
     height: int
     width: int
@@ -53,7 +53,7 @@ class Classifier(nnx.Module):
         self.head = Conv(config.features, config.num_classes)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Features and logits."""
+        """Return features and logits."""
         x = nnx.relu(self.stem(x))
         for down in self.downs:
             x = nnx.relu(down(x))
@@ -62,7 +62,7 @@ class Classifier(nnx.Module):
 
 
 def initialize(config: ClassifierConfig, seed: int) -> Classifier:
-    """A classifier with He-normal kernels."""
+    """Build a classifier with He-normal kernels."""
     model = Classifier(config)
     state = nnx.state(model, nnx.Param)
     key = jax.random.key(seed)
@@ -77,15 +77,15 @@ def save_classifier(path: str | Path, model: Classifier) -> None:
     """Write weights and architecture into one file; raises InputError if they cannot be written."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     arrays = {".".join(map(str, name)): np.asarray(leaf[...]) for name, leaf in flat}
-    # One entry: the order of several would change from one time to the next.
+    # One entry, since safetensors does not keep the order of several.
     metadata = {_KEY: json.dumps({"format": _FORMAT, **dataclasses.asdict(model.config)}, sort_keys=True)}
     with atomic_write(path) as file:
         file.write(safetensors.numpy.save(arrays, metadata=metadata))
 
 
 def load_classifier(path: str | Path) -> Classifier:
-    """Inverse of `save_classifier`; raises WeightsError for a missing, damaged or foreign file."""
-    path = expand(path)  # behind `classifier:` neither the shell nor the command's parser has done it
+    """Read a file of `save_classifier`; raises WeightsError for a missing, damaged or foreign file."""
+    path = expand(path)  # neither the shell nor the parser expands a path after `classifier:`
     if not path.is_file():
         raise WeightsError(
             f"classifier {path}: no such file; train one with `python -m mpdit_jax.train_classifier --data=digits "
@@ -104,7 +104,7 @@ def load_classifier(path: str | Path) -> Classifier:
         if isinstance(error, WeightsError):
             raise
         raise WeightsError(f"{path} is not a readable classifier ({error}): train it again.") from error
-    # Compared before anything is allocated: the metadata could ask for more than any machine has.
+    # Check sizes before anything is allocated: damaged metadata may ask for any amount of memory.
     shapes = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: Classifier(config)), nnx.Param))
     expected, found = sum(math.prod(leaf.shape) for leaf in shapes), sum(array.size for array in arrays.values())
     if expected != found:

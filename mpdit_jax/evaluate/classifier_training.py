@@ -28,20 +28,19 @@ def train_classifier(
     seed: int = 0,
     quiet: bool = False,
 ) -> tuple[Classifier, float]:
-    """Train on nine tenths of a labelled set, moved by up to a tenth of the image at random; the same bits each time.
+    """Train on nine tenths of a labelled set and return the classifier and its accuracy on the tenth held out.
+
+    Images are shifted by up to a tenth of their size; the result is the same bits each time.
 
     Args:
-        read: gives the images at indices (n,) as float32 (n, H, W, C) in [-1, 1].
+        read: returns the images at indices (n,) as float32 (n, H, W, C) in [-1, 1].
         labels: whole numbers (N,).
         num_classes: number of classes.
-        steps: of Adam.
+        steps: Adam steps; the learning rate falls to 0 by a cosine.
         batch_size: images a step.
-        learning_rate: decayed to 0 by a cosine.
-        seed: of the weights, the batches and the augmentation.
-        quiet: no progress bar.
-
-    Returns:
-        The classifier, and its accuracy on the tenth held out.
+        learning_rate: the initial one.
+        seed: seed of the weights, the batches and the shifts.
+        quiet: show no progress bar.
 
     Raises:
         InputError: fewer than 20 images, or one class only.
@@ -88,13 +87,13 @@ def train_classifier(
 
 
 def check_trainable(count: int, num_classes: int) -> None:
-    """Raise InputError unless a classifier can be trained on so many images of so many classes."""
+    """Raise InputError unless there are enough images and classes to train a classifier."""
     if count < 2 * _HELD_OUT or num_classes < 2:
         raise InputError(f"{count} images of {num_classes} class(es): a classifier needs 20 or more, of 2 or more.")
 
 
 def _shifted(x: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Each image moved by a few pixels, its border repeated."""
+    """Return each image shifted by a few pixels; the border is repeated."""
     reach = max(1, min(x.shape[1:3]) // 10)
     padded = np.pad(x, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
     offsets = random.integers(0, 2 * reach + 1, (len(x), 2))

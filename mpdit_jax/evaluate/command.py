@@ -1,4 +1,4 @@
-"""What `python -m mpdit_jax.evaluate` does once its arguments are read."""
+"""Phases of `python -m mpdit_jax.evaluate`, after its arguments are parsed."""
 
 import argparse
 import os
@@ -12,6 +12,7 @@ from mpdit_jax.checkpoint.load import load_config
 from mpdit_jax.config.evaluation import ALIASES, metric_names
 from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.data.sources import load_source
+from mpdit_jax.distributed.collectives import assert_equal_across_processes
 from mpdit_jax.errors import InputError, MissingExtraError, WeightsError
 from mpdit_jax.evaluate.compute import compute_statistics, kept, needed
 from mpdit_jax.evaluate.decoding import find_decode
@@ -20,7 +21,6 @@ from mpdit_jax.evaluate.inception_weights import VARIABLE, locate_inception
 from mpdit_jax.evaluate.reference import Reference, own_images
 from mpdit_jax.evaluate.report import Result, make_result
 from mpdit_jax.evaluate.sets import open_set
-from mpdit_jax.evaluate.shared_values import assert_shared
 from mpdit_jax.evaluate.statistics import Statistics, check_count
 from mpdit_jax.evaluate.stored_statistics import extractor_of
 from mpdit_jax.evaluate.subsets import limited
@@ -30,7 +30,7 @@ _OF_INCEPTION = {*ALIASES, "sfd", "is"}  # metrics that the packaged network doe
 
 
 def choose_features(features: str, metrics: str, inception: str, reference: str) -> str:
-    """The extractor to use where none is named: Inception if its weights are found, else the packaged network.
+    """Return the extractor's name: the given one, else Inception if its weights are found, else the packaged network.
 
     Raises:
         WeightsError: Inception's weights are named and missing, or missing and needed by a metric or the reference.
@@ -50,14 +50,14 @@ def choose_features(features: str, metrics: str, inception: str, reference: str)
 
 
 def prepare_extractor(options: argparse.Namespace, features: str) -> Extractor:
-    """The extractor, the same on all processes; says so where it was chosen for want of Inception's weights.
+    """Build the extractor, the same on all processes; print a notice if Inception's weights were not found.
 
     Raises:
         InputError: settings of Inception for another extractor.
-        ProcessError: another process has chosen another extractor, or has other weights.
+        ProcessError: another process has another extractor or other weights.
         ConfigError, WeightsError, MissingExtraError: see `make_extractor`.
     """
-    assert_shared({"features": features})  # not all of them may have found Inception's weights
+    assert_equal_across_processes({"features": features})  # only some processes may have found the weights
     for name in ("preprocessing", "inception"):
         if vars(options)[name] and features != "inception":
             raise InputError(
@@ -76,14 +76,14 @@ def prepare_extractor(options: argparse.Namespace, features: str) -> Extractor:
         if options.features:
             raise
         raise MissingExtraError(f"{error} Or give Inception's weights by --inception=FILE, for FID.") from error
-    assert_shared({"extractor": extractor.fingerprint})
+    assert_equal_across_processes({"extractor": extractor.fingerprint})
     if not options.features and features != "inception" and jax.process_index() == 0:
         print(f"no Inception weights found: {features} is used and gives FD({features}), which is not FID")
     return extractor
 
 
 def make_reference(options: argparse.Namespace, metrics: Sequence[str]) -> Reference:
-    """The reference of the options: --reference, or the data of --workdir."""
+    """Return the reference of the options: --reference, or the data of --workdir."""
     find = find_decode(options.vae, options.vae_dtype, options.vae_tile)
 
     def own() -> ImageSet:
@@ -100,11 +100,7 @@ def reference_statistics(
     scratch: Path,
     shape: tuple[int, int, int],
 ) -> Statistics:
-    """The statistics that samples of a shape are compared with; `scratch` has unfinished features.
-
-    Raises:
-        InputError, DataError, ProcessError: see `Reference.statistics`.
-    """
+    """Return the statistics to compare samples of a shape with; `scratch` stores unfinished features."""
     compute = partial(compute_statistics, extractor, batch_size=options.batch_size, scratch=scratch)
     return make_reference(options, metrics).statistics(extractor, shape, compute)
 
@@ -112,19 +108,19 @@ def reference_statistics(
 def evaluate_set(
     options: argparse.Namespace, extractor: Extractor, metrics: Sequence[str], scratch: Path
 ) -> tuple[Statistics, Result | None]:
-    """The statistics of --samples, and their metrics where any are asked for.
+    """Return the statistics of --samples, and their metrics if any are asked for.
 
     Raises:
         InputError, DataError: sets that cannot be read, or do not compare.
     """
-    # Without metrics the images are to become a reference, and are cut as those of a reference are.
+    # Without metrics the images become a reference and are cropped as one.
     cropped = 0 if metrics else options.image_size
     find = find_decode(options.vae, options.vae_dtype, options.vae_tile)
     opened = open_set(options.samples, image_size=cropped, channels=extractor.channels, find=find)
     _check_size(opened, options, compared=bool(metrics))
     samples = limited(opened, options.num_samples)
     check_count(len(samples), metrics, options.k, "samples")
-    # The reference first: its errors come before hours of extracting the samples' features.
+    # Compute the reference first: its errors then come before hours of extracting features.
     reference = reference_statistics(options, extractor, metrics, scratch, samples.shape) if metrics else None
     spatial = {"spatial"} & extractor.outputs.keys() if options.save_stats else set()
     outputs = sorted({*needed(metrics), *spatial})
@@ -139,17 +135,17 @@ def evaluate_set(
 
 
 def _check_size(samples: ImageSet, options: argparse.Namespace, *, compared: bool) -> None:
-    """Raise InputError if samples are of another size than --image_size, which cuts a folder that is not compared."""
+    """Raise InputError if samples have another size than --image_size, which crops only folders."""
     height, width = samples.shape[:2]
     if options.image_size in (0, height) and options.image_size in (0, width):
         return
     if not compared:
         raise InputError(
             f"--samples={options.samples} holds images of {height}x{width} pixels and --image_size is "
-            f"{options.image_size}, which cuts the images of a folder alone: leave it out, or give their folder."
+            f"{options.image_size}, which cuts the images of a folder alone: leave it out, or give a folder of images."
         )
     raise InputError(
         f"--samples={options.samples} holds images of {height}x{width} pixels and --image_size is "
         f"{options.image_size}: samples are compared as they were drawn and never resized; draw them at that size, "
-        "or give the --image_size and the reference of theirs (photographs are cut with --save_stats alone)."
+        "or give their size and a reference of that size (photographs are cut with --save_stats alone)."
     )

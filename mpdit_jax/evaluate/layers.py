@@ -1,4 +1,4 @@
-"""Parts of convolutional networks for inference: batch norm is folded into the convolution before it."""
+"""Layers of convolutional networks for inference; batch norm is folded into the convolution before it."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial, reduce
@@ -14,12 +14,7 @@ Padding = str | tuple[tuple[int, int], tuple[int, int]]
 
 
 class Conv(nnx.Module):
-    """A convolution with bias; the activation is the caller's.
-
-    Attributes:
-        kernel: (height, width, inputs / groups, outputs).
-        bias: (outputs,).
-    """
+    """Convolution with `kernel` (height, width, inputs / groups, outputs) and `bias` (outputs,), without activation."""
 
     def __init__(
         self,
@@ -37,25 +32,15 @@ class Conv(nnx.Module):
         self.stride, self.padding, self.groups = stride, padding, groups
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, H, W, inputs) to (B, H', W', outputs)."""
-        return convolve(x, self.kernel[...], self.stride, self.padding, self.groups) + self.bias[...]
-
-
-def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding, groups: int = 1) -> jax.Array:
-    """A correlation, channels last, in true float32 on every device: features are compared in their fourth digit."""
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-        precision=jax.lax.Precision.HIGHEST,
-    )
+        """Map (B, H, W, inputs) to (B, H', W', outputs), in true float32 on every device."""
+        stride, layout, exact = (self.stride, self.stride), ("NHWC", "HWIO", "NHWC"), jax.lax.Precision.HIGHEST
+        return self.bias[...] + jax.lax.conv_general_dilated(
+            x, self.kernel[...], stride, self.padding, None, None, layout, self.groups, precision=exact
+        )
 
 
 def pointwise(x: jax.Array, convolutions: Sequence[Conv]) -> list[jax.Array]:
-    """Several 1x1 convolutions of one input in one matrix product."""
+    """Apply several 1x1 convolutions to one input in one matrix product."""
     kernel = jnp.concatenate([conv.kernel[0, 0] for conv in convolutions], axis=1)  # (inputs, all outputs)
     flat = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, precision=jax.lax.Precision.HIGHEST)  # (B·H·W, all outputs)
     flat += jnp.concatenate([conv.bias[...] for conv in convolutions])
@@ -64,14 +49,14 @@ def pointwise(x: jax.Array, convolutions: Sequence[Conv]) -> list[jax.Array]:
 
 
 def average_pool(x: jax.Array) -> jax.Array:
-    """3x3 means at every position; the border's leave the padding out."""
+    """Return 3x3 means at every position, without the padding at the border."""
     sums = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
     rows, columns = (np.convolve(np.ones(n), np.ones(3), "same") for n in x.shape[1:3])
     return sums / np.outer(rows, columns).astype(np.float32)[:, :, None]
 
 
 def max_pool(x: jax.Array, stride: int, padding: str) -> jax.Array:
-    """3x3 maxima."""
+    """Return 3x3 maxima."""
     return jax.lax.platform_dependent(
         x,
         cpu=partial(_max_of_slices, stride=stride, padding=padding),
@@ -84,7 +69,7 @@ def _max_of_windows(x: jax.Array, stride: int, padding: str) -> jax.Array:
 
 
 def _max_of_slices(x: jax.Array, stride: int, padding: str) -> jax.Array:
-    """The same maxima, faster on CPUs, where XLA vectorizes slices and not windows."""
+    """Return the same maxima, faster on CPUs: XLA vectorizes slices and not windows."""
     for axis in (1, 2):
         pads = jax.lax.padtype_to_pads((x.shape[axis],), (3,), (stride,), padding)
         x = jnp.pad(x, [pads[0] if each == axis else (0, 0) for each in range(4)], constant_values=-jnp.inf)
@@ -97,10 +82,9 @@ def _max_of_slices(x: jax.Array, stride: int, padding: str) -> jax.Array:
 def fold(
     state: Mapping[str, np.ndarray], conv: str, norm: str, epsilon: float, source: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel (height, width, in, out) and bias (out,) of a bias-free PyTorch convolution and the batch norm after it.
+    """Fold a bias-free PyTorch convolution and its batch norm: kernel (height, width, in, out) and bias (out,).
 
-    `state` has arrays by PyTorch's names, and `source` is its name in errors. Raises WeightsError where an entry is
-    missing, misshapen or not finite.
+    `source` names the state in errors. Raises WeightsError if an entry is missing, misshapen or not finite.
     """
     kernel = entry(state, f"{conv}.weight", source, 4)
     scale, shift, mean, variance = (
@@ -113,11 +97,9 @@ def fold(
 
 
 def entry(state: Mapping[str, np.ndarray], name: str, source: str, dimensions: int) -> np.ndarray:
-    """An array of a state as float64; raises WeightsError if it is missing, misshapen or not finite."""
+    """Return an array of a state as float64; raises WeightsError if it is missing, misshapen or not finite."""
     if name not in state:
-        raise WeightsError(
-            f"{source}: entry {name} is missing; expected the weights of another network, or all of them."
-        )
+        raise WeightsError(f"{source}: entry {name} is missing; expected all weights of this network.")
     array = np.asarray(state[name], np.float64)
     if array.ndim != dimensions or not np.isfinite(array).all():
         raise WeightsError(f"{source}: entry {name} {array.shape} holds NaN, or is not of {dimensions} dimensions.")

@@ -1,7 +1,4 @@
-"""Distances between two sets of images from an extractor's features: arrays in, numbers out.
-
-`precision_recall` (`neighbours.py`) and the moments (`moments.py`) are exported here as well.
-"""
+"""Distances between two sets of features: arrays in, numbers out."""
 
 from collections.abc import Sequence
 
@@ -15,21 +12,16 @@ __all__ = ["Moments", "frechet_distance", "inception_score", "kernel_distance", 
 
 
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
-    """Squared Fréchet distance of two Gaussians: |m1 - m2|² + tr C1 + tr C2 - 2 tr (C1 C2)^½.
+    """Return the squared Fréchet distance of two Gaussians: |m1 - m2|² + tr C1 + tr C2 - 2 tr (C1 C2)^½.
 
     This is FID on Inception's pool_3 and sFID on its spatial features (Heusel et al., 2017; Nash et al., 2021). The
-    trace of the root is that of (R C2 R)^½ with R = C1^½, a symmetric positive product whose eigenvalues are real, so
-    that nothing depends on how a general matrix root treats singular covariances (which fewer images than features
-    always have). Eigenvalues that rounding makes negative count as 0.
+    trace of the root is computed from (R C2 R)^½ with R = C1^½: its eigenvalues are real even for singular
+    covariances, which fewer images than features always have. Eigenvalues that rounding makes negative count as 0.
 
-    Args:
-        mean1: (d,), any real dtype; computed in float64.
-        cov1: (d, d), symmetric.
-        mean2: as mean1.
-        cov2: as cov1.
+    Means are (d,), covariances (d, d), of any real dtype; all is computed in float64.
 
     Raises:
-        InputError: shapes that do not fit, values that are not finite, a matrix that is no covariance.
+        InputError: shapes that do not fit, values that are not finite, or a matrix that is no covariance.
     """
     means = [_vector(mean1, "mean1"), _vector(mean2, "mean2")]
     if len(means[0]) != len(means[1]):
@@ -37,14 +29,14 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
             f"features of length {len(means[0])} and {len(means[1])} have no distance: use one extractor for both."
         )
     covariances = [_covariance(cov1, "cov1", len(means[0])), _covariance(cov2, "cov2", len(means[0]))]
-    # Scaled by a power of two, which is exact: products of covariances overflow long before the covariances do.
+    # Scaling by a power of two is exact and keeps the covariances' product from overflowing.
     exponent = int(np.frexp(max(np.abs(covariance).max() for covariance in covariances))[1])
     covariances = [np.ldexp(covariance, -exponent) for covariance in covariances]
     difference = means[0] - means[1]
     values, vectors = np.linalg.eigh(covariances[0])
     _check_positive(np.ldexp(values, exponent), "cov1")
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T  # (d, d)
-    # Checked by its own eigenvalues: the product hides directions in which the first has no spread.
+    # The product below hides directions in which the first Gaussian has no spread.
     _check_positive(np.ldexp(np.linalg.eigvalsh(covariances[1]), exponent), "cov2")
     product = root @ covariances[1] @ root
     spectrum = np.linalg.eigvalsh((product + product.T) / 2)
@@ -56,12 +48,9 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
 
 
 def inception_score(probs: np.ndarray, splits: int = 10) -> tuple[float, float]:
-    """Mean and standard deviation over the splits of exp E KL(p(y|x) ‖ p(y)) (Salimans et al., 2016).
+    """Return mean and standard deviation over the splits of exp E KL(p(y|x) ‖ p(y)) (Salimans et al., 2016).
 
-    Args:
-        probs: softmax outputs (N, classes), rows that sum to 1, in the order the images were drawn in: samples that
-            are sorted by class give another score, in everybody's implementation.
-        splits: contiguous parts, each with its own p(y).
+    `probs` are softmax outputs (N, classes). Splits are contiguous, so that samples sorted by class score differently.
 
     Raises:
         InputError: no probabilities, or fewer images than splits.
@@ -88,17 +77,10 @@ def inception_score(probs: np.ndarray, splits: int = 10) -> tuple[float, float]:
 def kernel_distance(
     real: np.ndarray, fake: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """KID: mean and standard deviation over random subsets of the unbiased squared maximum mean discrepancy.
+    """Return KID: mean and standard deviation over random subsets of the unbiased squared MMD.
 
-    The kernel is (x·y / d + 1)³ (Bińkowski et al., 2018). Unlike FID its expectation does not depend on the number of
-    images.
-
-    Args:
-        real: features (N, d).
-        fake: features (M, d).
-        subsets: how many pairs of subsets.
-        subset_size: images in each.
-        seed: of the choice of subsets.
+    The kernel is (x·y / d + 1)³ (Bińkowski et al., 2018). Unlike FID's, the expectation does not depend on the number
+    of images. Features are real (N, d) and fake (M, d); `seed` chooses the subsets.
 
     Raises:
         InputError: other shapes, values that are not finite, or fewer images than a subset has.
@@ -111,10 +93,7 @@ def kernel_distance(
             raise InputError(f"the {name} features hold NaN or Inf: leave those images out.")
     fewest = min(map(len, sets))
     if subsets < 1 or not 2 <= subset_size <= fewest:
-        raise InputError(
-            f"subsets={subsets} of subset_size={subset_size}: expected 1 or more, of 2 to {fewest} images, the "
-            "smaller set's number."
-        )
+        raise InputError(f"subsets={subsets} of subset_size={subset_size}: expected 1 or more of 2 to {fewest} images.")
     random, found = np.random.default_rng(seed), []
     for _ in range(subsets):
         x, y = (s[random.choice(len(s), subset_size, replace=False)].astype(np.float64) for s in sets)
@@ -146,6 +125,8 @@ def _covariance(cov: np.ndarray, name: str, dimension: int) -> np.ndarray:
 
 
 def _check_positive(values: np.ndarray, name: str) -> None:
-    # Rounding, also of statistics that were saved as float32, is far smaller than this.
+    # Rounding is far smaller, even of statistics saved as float32.
     if values.min() < -1e-3 * max(np.abs(values).max(), 1e-300):
-        raise InputError(f"{name} has the eigenvalue {values.min():.3g}: expected a covariance matrix, which has none.")
+        raise InputError(
+            f"{name} has the eigenvalue {values.min():.3g}: expected a covariance matrix, without negative eigenvalues."
+        )

@@ -8,34 +8,29 @@ from jax.experimental import multihost_utils
 
 from mpdit_jax.errors import InputError
 
-_GATHERED = 32 << 20  # bytes that every device receives at a time, from all processes together
+_GATHERED = 32 << 20  # bytes that every device receives at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
     """Mean and scatter of `count` vectors, both float64.
 
-    Two halves merge to the same as the whole, by the pairwise update of Chan, Golub and LeVeque ("Updating formulae and
-    a pairwise algorithm for computing sample variances", 1979): no difference of large sums is ever taken.
-
-    Attributes:
-        count: number of vectors.
-        mean: (d,).
-        scatter: sum of outer products of deviations from the mean, (d, d).
+    Moments merge by the pairwise update of Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for
+    computing sample variances", 1979), which takes no difference of large sums.
     """
 
     count: int
-    mean: np.ndarray
-    scatter: np.ndarray
+    mean: np.ndarray  # (d,)
+    scatter: np.ndarray  # (d, d), sum of outer products of deviations from the mean
 
     @classmethod
     def empty(cls, dimension: int) -> "Moments":
-        """Moments of no vectors."""
+        """Return the moments of no vectors."""
         return cls(0, np.zeros(dimension), np.zeros((dimension, dimension)))
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Moments":
-        """Moments of one batch (n, d), by two passes; raises InputError unless it is a matrix of finite numbers."""
+        """Compute the moments of one batch (n, d); raises InputError unless it is a matrix of finite numbers."""
         values = np.asarray(features)
         if values.ndim != 2 or not len(values):
             raise InputError(f"features of shape {values.shape}: expected (images, features), one image or more.")
@@ -49,17 +44,17 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """The unbiased covariance (d, d), as numpy.cov gives it; raises InputError for fewer than two vectors."""
+        """The unbiased covariance (d, d), as by numpy.cov; raises InputError for fewer than two vectors."""
         if self.count < 2:
             raise InputError(f"a covariance of {self.count} image(s): expected 2 or more.")
         return self.scatter / (self.count - 1)
 
     def update(self, features: np.ndarray) -> "Moments":
-        """These moments merged with another batch (n, d)."""
+        """Return these moments merged with another batch (n, d)."""
         return self.merge(Moments.of(features))
 
     def merge(self, other: "Moments") -> "Moments":
-        """Moments of both sets of vectors; raises InputError if their lengths differ."""
+        """Return the moments of both sets of vectors; raises InputError if their lengths differ."""
         if self.mean.shape != other.mean.shape:
             raise InputError(f"features of length {len(self.mean)} and {len(other.mean)} do not merge.")
         count = self.count + other.count
@@ -72,7 +67,7 @@ class Moments:
 
 
 def merge_processes(moments: Moments) -> Moments:
-    """Moments of all processes' vectors, the same bits on each. Collective."""
+    """Merge the moments of all processes; every process gets the same bits. Collective."""
     if jax.process_count() == 1:
         return moments
     dimension = len(moments.mean)
@@ -85,7 +80,7 @@ def merge_processes(moments: Moments) -> Moments:
     merged = Moments.empty(dimension)
     for part in parts:
         merged = merged.merge(part)
-    # A few rows of every scatter at a time: all of them at once would be gigabytes on a large pod.
+    # Gather a few rows of every scatter at a time: all at once would be gigabytes on a large pod.
     scatter = merged.scatter.copy()
     for start in range(0, dimension, rows):
         scatter[start : start + rows] += gather(moments.scatter[start : start + rows]).sum(axis=0)
@@ -93,7 +88,7 @@ def merge_processes(moments: Moments) -> Moments:
 
 
 def gather_rows(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """All processes' rows (n, d) float32 on each, sorted by their numbers `order` (n,). Collective."""
+    """Gather all processes' rows (n, d) float32, sorted by their numbers `order` (n,). Collective."""
     if jax.process_count() == 1:
         return rows[np.argsort(order)]
     most = int(gather(np.array([float(len(rows))])).max())
@@ -108,7 +103,7 @@ def gather_rows(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def gather(array: np.ndarray) -> np.ndarray:
-    """All processes' float64 arrays, stacked; sent as bytes, since JAX would make float32 of them. Collective."""
+    """Stack all processes' float64 arrays, sent as bytes since JAX would make them float32. Collective."""
     local = np.ascontiguousarray(array, np.float64)
     if jax.process_count() == 1:
         return local[None]

@@ -1,4 +1,4 @@
-"""What samples are compared with: saved statistics, real images, or the data that a run is trained on."""
+"""The reference of a comparison: saved statistics, real images, or the data that a run is trained on."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,11 +14,12 @@ from mpdit_jax.config.base import data_identity
 from mpdit_jax.config.evaluation import MOST_REAL
 from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.data.sources import Source, rows_of
+from mpdit_jax.distributed.collectives import assert_equal_across_processes
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.compute import kept, needed
 from mpdit_jax.evaluate.extractors import Extractor
 from mpdit_jax.evaluate.sets import FindDecode, SourceImages, about_source, open_npz, open_set
-from mpdit_jax.evaluate.shared_values import assert_shared, portable
+from mpdit_jax.evaluate.shared_values import portable
 from mpdit_jax.evaluate.statistics import (
     OF_SINGLE_IMAGES,
     Statistics,
@@ -33,39 +34,26 @@ from mpdit_jax.io.npz import npz_names
 from mpdit_jax.io.paths import expand
 
 Compute: TypeAlias = Callable[[ImageSet, Sequence[str], Sequence[str], str], Statistics]
-"""`compute_statistics` of one extractor: of images, outputs, outputs to keep, and the progress bar's label."""
+"""`compute_statistics` of one extractor, called with images, outputs, outputs to keep and the progress bar's label."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Real images or their statistics.
+    """Real images or their statistics."""
 
-    Attributes:
-        place: a set of images, see `open_set`, or saved statistics; "" for the run's own data.
-        metrics: the metrics to compare by, by our names.
-        find: decodes stores of latents.
-        own: opens the run's own data; only called for an empty `place`.
-        prefix: how flags or fields begin in messages, "--" or "config.eval.".
-        image_size: see `open_set`.
-        k: the neighbour of precision and recall.
-        mesh: this process's devices, set while a store is decoded; None leaves the ambient mesh.
-    """
-
-    place: str
+    place: str  # a set of images, see `open_set`, or saved statistics; "" for the run's own data
     metrics: Sequence[str]
-    find: FindDecode
-    own: Callable[[], ImageSet]
-    prefix: str = "--"
-    image_size: int = 0
-    k: int = 3
-    mesh: Mesh | None = None
+    find: FindDecode  # decodes stores of latents
+    own: Callable[[], ImageSet]  # opens the run's own data; called only for an empty `place`
+    prefix: str = "--"  # of flags or fields in messages, "--" or "config.eval."
+    image_size: int = 0  # see `open_set`
+    k: int = 3  # the neighbour of precision and recall
+    mesh: Mesh | None = None  # this process's devices while a store is decoded; None for the ambient mesh
 
     def check(self, extractor: Extractor | None, shape: tuple[int, int, int]) -> None:
-        """Find out before hours of sampling what cannot be compared; no image is evaluated. Collective.
+        """Check the reference before hours of sampling; no image is evaluated. Collective.
 
-        Args:
-            extractor: None for a classifier that is trained later, on images like the samples.
-            shape: (H, W, C) of the samples.
+        `shape` is the samples' (H, W, C). Without an extractor, a classifier is trained later on images like them.
 
         Raises:
             InputError, DataError: a reference that cannot be read, is too small, or does not fit samples or extractor.
@@ -73,18 +61,14 @@ class Reference:
         """
         if self._metrics:
             stored, images = self._open(extractor, shape)
-            assert_shared(_identity(stored) | (portable(images.about) if images is not None else {}))
+            assert_equal_across_processes(_identity(stored) | (portable(images.about) if images is not None else {}))
 
     def statistics(self, extractor: Extractor, shape: tuple[int, int, int], compute: Compute) -> Statistics:
-        """The reference's statistics, after the checks of `check`; no images are read for the Inception Score alone.
-
-        Raises:
-            InputError, DataError, ProcessError: see `check`.
-        """
+        """Return the statistics after the checks of `check`; the Inception Score alone reads no images."""
         if not self._metrics:
             return no_images(extractor)
         stored, images = self._open(extractor, shape)
-        assert_shared(_identity(stored))
+        assert_equal_across_processes(_identity(stored))
         verb = "features of the reference:"
         if images is None:
             assert stored is not None
@@ -96,13 +80,13 @@ class Reference:
 
     @property
     def _metrics(self) -> list[str]:
-        """The metrics that need real images."""
+        """Metrics that need real images."""
         return [name for name in self.metrics if name != "is"]
 
     def _open(
         self, extractor: Extractor | None, shape: tuple[int, int, int]
     ) -> tuple[Statistics | None, ImageSet | None]:
-        """Saved statistics, or images, or the moments and images of one file, as ADM's batches have them."""
+        """Open saved statistics, images, or both where one file holds both, as ADM's batches do."""
         single, where = bool(OF_SINGLE_IMAGES & set(self._metrics)), f"in {self._name}"
         path = Path() if not self.place or self.place.startswith("data:") else expand(self.place)
         if not (path.is_file() and holds_statistics(path, "classifier" if extractor is None else extractor.name)):
@@ -117,8 +101,8 @@ class Reference:
             return None, images
         if extractor is None:
             raise InputError(
-                f"{self._name} holds statistics, and the classifier is trained by this run alone: give images, or "
-                "the classifier:FILE that they are of."
+                f"{self._name} holds statistics, and this run trains its own classifier: give images, or the "
+                "classifier:FILE of the statistics."
             )
         stored = load_statistics(path, extractor, prefix=self.prefix)
         check_same_size(stored.about, {"shape": shape})
@@ -140,7 +124,7 @@ class Reference:
 
 
 def own_images(name: str, source: Source, data: FrozenConfigDict, find: FindDecode) -> ImageSet:
-    """The images of a run's `config.data`, 50,000 at most; reports call them `name`."""
+    """Open the images of a run's `config.data`, 50,000 at most; reports call them `name`."""
     about = {"data": data_identity(data)}
     if source.latents is not None:
         store = open_set(data.path, find=find)

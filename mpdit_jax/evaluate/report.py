@@ -1,4 +1,4 @@
-"""Rows of metrics with the settings that make them comparable, as a table and as JSON."""
+"""Results of evaluations with their settings, as a table and as JSON."""
 
 import argparse
 import dataclasses
@@ -36,10 +36,10 @@ def make_result(
     extractor: Extractor,
     drawn: dict[str, Any],
 ) -> Result:
-    """Compare two sets, warn of too few images, and list every setting that changes a number; unused ones are null.
+    """Compare two sets, warn of too few images, and list every setting that changes a metric; null if unused.
 
     Raises:
-        InputError: images of two sizes, statistics that a metric needs and are missing, or a metric that is no number.
+        InputError: images of two sizes, missing statistics, or a metric that is not finite.
     """
     check_same_size(reference.about, statistics.about)
     notes, perfect = describe_bias(reference, statistics.count, metrics)
@@ -48,17 +48,17 @@ def make_result(
     found = compare(reference, statistics, metrics, k=options.k, splits=options.splits, seed=options.seed)
     for label, value in found.items():
         if not math.isfinite(value):
-            raise InputError(f"{label} of {name} is {value}: the features are too large to compare; look at the set.")
-    asked = set(metrics)
+            raise InputError(f"{label} of {name} is {value}: the features are too large to compare; check the images.")
+    asked, kid = set(metrics), None
+    if "kid" in asked:
+        kid = {"subsets": KID_SUBSETS, "subset_size": kid_subset_size(reference, statistics)}
     settings = {
         "extractor": {"name": extractor.name, "fingerprint": extractor.fingerprint, **extractor.settings},
         "samples": _describe(statistics),
         "reference": _describe(reference) if asked != {"is"} else None,
         "k": options.k if asked & {"precision", "recall"} else None,
         "splits": min(options.splits, statistics.count) if "is" in asked else None,
-        "kid": {"subsets": KID_SUBSETS, "subset_size": kid_subset_size(reference, statistics)}
-        if "kid" in asked
-        else None,
+        "kid": kid,
         "seed": options.seed,
         "version": __version__,
         "jax": jax.__version__,
@@ -72,7 +72,7 @@ def make_result(
 
 
 def table(results: Sequence[Result]) -> str:
-    """Results as a table of text, a column for each metric."""
+    """Format results as a text table with a column for each metric."""
     names = list(dict.fromkeys(name for result in results for name in result.metrics))
     rows = [["", *names]]
     rows += [[result.name, *(_number(name, result.metrics.get(name)) for name in names)] for result in results]
@@ -86,7 +86,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _describe(statistics: Statistics) -> dict[str, Any]:
-    """A set's `about`, with the numbers of images behind its moments and its features; null for unknown or none."""
+    """Return a set's `about` with its numbers of images and of features; null for unknown or none."""
     described = {
         **statistics.about,
         "count": statistics.count or None,
@@ -96,7 +96,7 @@ def _describe(statistics: Statistics) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write content as JSON, in place of the file that was there."""
+    """Write content as JSON; replaces an existing file."""
     with atomic_write(path) as file:
         file.write((json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 

@@ -1,4 +1,4 @@
-"""Bilinear resizing as TensorFlow and PyTorch do it; the difference changes published numbers."""
+"""Bilinear resizing as in TensorFlow and PyTorch, whose difference changes published metrics."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,12 @@ import numpy as np
 
 
 def bilinear_weights(size: int, target: int, *, half_pixel: bool) -> np.ndarray:
-    """Bilinear interpolation without antialiasing as a matrix, float32 (target, size).
+    """Return bilinear interpolation without antialiasing as a matrix, float32 (target, size).
 
-    TensorFlow 1, and with it FID, aligns the first pixels' corners: output i samples i · size / target.
-    With `half_pixel` it samples (i + ½) · size / target - ½, as PyTorch and newer TensorFlow do. Beyond the border the
-    outermost pixel is repeated.
+    Output i samples i · size / target, as in TensorFlow 1 and FID, or with `half_pixel` (i + ½) · size / target - ½, as
+    in PyTorch and newer TensorFlow. The outermost pixel is repeated beyond the border.
     """
-    # In float32, as both libraries compute it: other rounding moves a position by a 10,000th of a pixel.
+    # Both libraries compute in float32; other rounding moves a position by a 10,000th of a pixel.
     index, scale, half = np.arange(target, dtype=np.float32), np.float32(size / target), np.float32(0.5)
     place = np.maximum(scale * (index + half) - half, np.float32(0)) if half_pixel else index * scale
     lower = np.floor(place).astype(int)
@@ -24,7 +23,7 @@ def bilinear_weights(size: int, target: int, *, half_pixel: bool) -> np.ndarray:
 
 
 def resize(x: jax.Array, target: int, *, half_pixel: bool) -> jax.Array:
-    """(B, H, W, C) to (B, target, target, C), see `bilinear_weights`; two small matrix products."""
+    """Resize (B, H, W, C) to (B, target, target, C) by two small matrix products, see `bilinear_weights`."""
     rows, columns = (bilinear_weights(size, target, half_pixel=half_pixel) for size in x.shape[1:3])
     if x.shape[1:3] == (target, target):
         return x

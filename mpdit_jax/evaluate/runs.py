@@ -1,4 +1,4 @@
-"""Evaluate samples of a run, for several settings of the sampler."""
+"""Evaluate samples of a run for several settings of the sampler."""
 
 import argparse
 import copy
@@ -30,9 +30,9 @@ from mpdit_jax.version import __version__
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRun:
-    """Everything to draw from a run, loaded and checked."""
+    """A run that is loaded and checked, ready to draw."""
 
-    rows: list[tuple[argparse.Namespace, Drawing]]  # for every combination of solver, steps and guidance scale
+    rows: list[tuple[argparse.Namespace, Drawing]]  # one for every combination of solver, steps and guidance scale
     shape: tuple[int, int, int]  # (H, W, C) of the samples
 
 
@@ -40,8 +40,7 @@ def prepare_run(options: argparse.Namespace, extractor: Extractor, metrics: Sequ
     """Load a run and check the options, before hours of computing a reference.
 
     Raises:
-        CheckpointError, InputError, ConfigError: no such run or checkpoint, impossible settings, or images that do not
-            fit the extractor.
+        CheckpointError, InputError, ConfigError: no run or checkpoint, bad settings, or images of another shape.
     """
     samplers = [sampler_from(one) for one in _combinations(options)]
     drawing = load_drawing(options, samplers[0])
@@ -65,12 +64,10 @@ def evaluate_run(
     reference: Statistics,
     scratch: Path,
 ) -> list[Result]:
-    """Draw samples and compare them, a row for every combination of solver, steps and guidance scale. Collective.
+    """Draw and compare samples, a row for every combination of solver, steps and guidance scale. Collective.
 
-    Finished rows are stored beside `scratch`; the same command of the same version reads them from there.
-
-    Raises:
-        InputError: the model gives NaN or Inf, or a damaged file.
+    Finished rows are stored beside `scratch`, and the same command of the same version reads them again. Raises
+    InputError if the model gives NaN or Inf, or a stored row is damaged.
     """
     info, first = read_dataset_info(options.workdir), run.rows[0][1]
     more = {
@@ -116,7 +113,7 @@ def evaluate_run(
 
 
 def _shape(latents: tuple[int, ...], decode: Decode | None) -> tuple[int, int, int]:
-    """(H, W, C) of what is drawn from latents (n, h, w, c): by decoding zeros, as many as later at a time."""
+    """Return (H, W, C) of images drawn from latents (n, h, w, c), found by decoding a full batch of zeros."""
     drawn = latents if decode is None else decode(jax.numpy.zeros(latents)).shape
     height, width, channels = drawn[1:]
     return height, width, channels
@@ -133,7 +130,7 @@ def _read_row(name: str, file: Path) -> Result:
 def _combinations(options: argparse.Namespace) -> list[argparse.Namespace]:
     chosen = []
     for solver in options.solver:
-        adaptive = solver in METHODS  # these choose their steps themselves
+        adaptive = solver in METHODS  # adaptive solvers choose their steps
         for steps in [None] if adaptive else options.steps or [250]:
             for scale in options.guidance_scale:
                 one = copy.copy(options)

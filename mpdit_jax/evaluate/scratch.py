@@ -1,4 +1,4 @@
-"""The folder beside an evaluation's output that keeps its unfinished features."""
+"""The folder beside an evaluation's output that stores unfinished features."""
 
 import glob
 from collections.abc import Sequence
@@ -11,11 +11,7 @@ _JOB = Job("evaluation", "using", "choose another --out", temporary=True)
 
 
 def lock_scratch(scratch: Path, written: Sequence[Path]) -> LockedFolder:
-    """Hold the folder for one command, and delete stale temporaries of the files that it writes in the end.
-
-    Raises:
-        InputError: another command holds it, or it cannot be written.
-    """
+    """Lock the folder and delete stale temporaries of the files `written`; raises InputError if it is locked."""
     folder = LockedFolder(scratch, _JOB)
     for path in written:
         remove_stale_tmp(path.parent, glob.escape(path.name))

@@ -1,4 +1,4 @@
-"""The image sets that evaluations open by name: an .npz, a folder, a store of latents, a data set to train on."""
+"""Image sets that evaluations open by name: an .npz, a folder, a store of latents, or a training data set."""
 
 import dataclasses
 import hashlib
@@ -21,9 +21,7 @@ from mpdit_jax.io.paths import expand
 Decode = Callable[[np.ndarray], np.ndarray]
 """Unscaled latents float32 (n, h, w, C) to images (n, H, W, 1 or 3) in [-1, 1]."""
 FindDecode = Callable[[Path, str], tuple[Decode, dict[str, Any]]]
-"""From a store and the fingerprint of the VAE that encoded it to its decoder, and the settings that change its images;
-raises InputError where there is none.
-"""
+"""Maps a store and its VAE's fingerprint to a decoder and the settings that change images; raises InputError."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,25 +30,25 @@ class ArrayImages:
 
     images: np.ndarray  # uint8 (N, H, W, C)
     about: dict[str, Any]
-    labels: np.ndarray | None = None  # int (N,), where the file has them
+    labels: np.ndarray | None = None  # int (N,), if the file has labels
 
     def __len__(self) -> int:
         return len(self.images)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of each."""
+        """(H, W, C) of each image."""
         height, width, channels = self.images.shape[1:]
         return height, width, channels
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Copy those rows."""
+        """Copy the images of these rows."""
         return np.ascontiguousarray(self.images[indices])
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceImages:
-    """A data set that one can train on, as an image set."""
+    """A training data set as an image set."""
 
     source: Any
     about: dict[str, Any]
@@ -60,12 +58,12 @@ class SourceImages:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of each."""
+        """(H, W, C) of each image."""
         height, width, channels = self.source.shape
         return height, width, channels
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Read those examples, brought back to 0…255."""
+        """Read examples as uint8."""
         return pictures.to_uint8(self.source.batch(indices)["x"])
 
 
@@ -75,12 +73,12 @@ def open_set(place: str, *, image_size: int = 0, channels: int = 3, find: FindDe
     Args:
         place: an .npz with `arr_0`, a folder of images (with subfolders or not), a store of latents, or
             `data:NAME[:SPLIT]` for a data set of `mpdit_jax.data`, such as data:fashion_mnist:test.
-        image_size: cut the images of a folder to central squares of this size; 0 to take them as they are.
-        channels: of a folder's images: 3 for RGB, 1 for grey, see `Extractor.channels`.
-        find: for stores of latents; without it they are refused.
+        image_size: crop a folder's images to central squares of this size; 0 leaves them as they are.
+        channels: channels of a folder's images: 3 for RGB, 1 for grey.
+        find: finds the decoder of a store of latents; None refuses stores.
 
     Raises:
-        InputError, DataError: nothing there, or not of that form.
+        InputError, DataError: a missing set, or one of another form.
     """
     kind, colon, rest = place.partition(":")
     if colon and kind == "data":
@@ -90,20 +88,20 @@ def open_set(place: str, *, image_size: int = 0, channels: int = 3, find: FindDe
         return open_npz(path)
     if not path.is_dir():
         raise InputError(
-            f"{place}: no such file or folder; expected an .npz, a folder of images, or a store of latents."
+            f"{place}: no such file or folder; expected an .npz, a folder of images or a store of latents."
         )
     if (path / MANIFEST).is_file():
         return _open_store(path, find)
     images = dataclasses.replace(open_folder(path), image_size=image_size, channels=channels)
-    images.read(np.arange(1))  # a broken picture is known early
+    images.read(np.arange(1))  # a damaged picture is found early
     return images
 
 
 def open_npz(path: Path) -> ArrayImages:
-    """Open `arr_0` uint8 (N, H, W, 1 or 3) of an .npz, mapped and not loaded where it is not compressed; and `labels`.
+    """Open `arr_0` uint8 (N, H, W, 1 or 3) and `labels` of an .npz; images are mapped unless compressed.
 
     Raises:
-        InputError: no such array, another dtype or shape.
+        InputError: a missing array, another dtype or shape.
     """
     try:
         images = map_npz(path, "arr_0")
@@ -123,7 +121,7 @@ def open_npz(path: Path) -> ArrayImages:
 
 
 def count_labels(labels: np.ndarray) -> dict[str, int]:
-    """Count the classes among some labels (n,), and the images of the rarest and the most frequent one."""
+    """Count the classes among labels (n,), and the images of the rarest and the most frequent class."""
     counts = np.unique(labels, return_counts=True)[1]
     return {"classes": len(counts), "fewest": int(counts.min()), "most": int(counts.max())}
 
@@ -137,13 +135,13 @@ def _open_source(place: str, rest: str) -> SourceImages:
 
 
 def about_source(place: str, source: Source) -> dict[str, Any]:
-    """What `ImageSet.about` says of a data set that one can train on."""
+    """Return `ImageSet.about` of a training data set."""
     about = {"path": place, "count": len(source), "shape": list(source.shape)}
-    return about | {"contents": f"{identity(source)['data']} {source.contents}"}  # of the labels and of the whole
+    return about | {"contents": f"{identity(source)['data']} {source.contents}"}
 
 
 def _open_store(path: Path, find: FindDecode | None) -> SourceImages:
-    """The means of a store's posteriors, decoded and not mirrored."""
+    """Open a store as the decoded means of its posteriors, not mirrored."""
     if find is None:
         raise InputError(f"{path} is a store of latents: expected images.")
     store = LatentStore(path)
@@ -155,7 +153,7 @@ def _open_store(path: Path, find: FindDecode | None) -> SourceImages:
         return {"x": np.asarray(decode(store.moments(rows)[0][:, 0].astype(np.float32)))}
 
     height, width, channels = read(np.arange(1))["x"].shape[1:]
-    # Other files of `prepare` are about the machine: the processes of its job, paths of the images.
+    # Other files of `prepare` describe the machine and differ between copies.
     files = [path / name for name in (LABELS, *(shard.name for shard in store.manifest.shards))]
     about = _about(path, len(store), (size, size, channels), files, store.manifest.contents)
     about |= {"latents": "decoded means of the posteriors", "vae": store.manifest.vae_fingerprint, **settings}
@@ -163,7 +161,7 @@ def _open_store(path: Path, find: FindDecode | None) -> SourceImages:
 
 
 def _about(path: Path, count: int, shape: Sequence[int], files: Sequence[Path], contents: str) -> dict[str, Any]:
-    """What `ImageSet.about` says of images in some files; `files` in it differs for a changed file, or a copy."""
+    """Return `ImageSet.about` of images in files; its `files` differs for a changed file or a copy."""
     known = [file.stat() for file in files]
     listing = [f"{file} {one.st_size} {one.st_mtime_ns}\n" for file, one in zip(files, known, strict=True)]
     return {

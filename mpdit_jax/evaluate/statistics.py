@@ -1,4 +1,4 @@
-"""The statistics of a set of images under an extractor, and the metrics of two sets."""
+"""Statistics of a set of images under an extractor, and the metrics of two sets."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from mpdit_jax.evaluate.metrics import Moments, frechet_distance, inception_scor
 OF_SINGLE_IMAGES = {"precision", "recall", "kid"}
 """Metrics that need the features of every image."""
 MOMENTS = {"fd": "pool", "sfd": "spatial"}
-"""The Fréchet distances, with the outputs whose Gaussians they compare."""
+"""Fréchet distances, with the outputs whose Gaussians they compare."""
 KID_SUBSETS = 100
 _KID_SUBSET = 1000  # images
 
@@ -29,49 +29,36 @@ class Gaussian:
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Statistics of one set of images under one extractor.
+    """Statistics of one set of images under one extractor."""
 
-    Attributes:
-        extractor: its name.
-        fingerprint: the extractor's; "" where a file does not say, as files of other projects.
-        count: number of images; 0 where a file does not say.
-        gaussians: by output, "pool" and, of Inception, "spatial"; none of fewer than two images.
-        features: `pool` of each image (n, d), float32; None where a file has moments only.
-        probs: softmax outputs (n, classes), or None.
-        about: what the set is, for the report; another set says something else.
-        file: for statistics from a file: its path, a digest of its arrays, and its extractor's fingerprint.
-    """
-
-    extractor: str
-    fingerprint: str
-    count: int
-    gaussians: dict[str, Gaussian]
-    features: np.ndarray | None
-    probs: np.ndarray | None
-    about: dict[str, Any]
-    file: dict[str, Any] = dataclasses.field(default_factory=dict)
+    extractor: str  # its name
+    fingerprint: str  # of the extractor; "" if a file does not say, as files of other projects
+    count: int  # number of images; 0 if a file does not say
+    gaussians: dict[str, Gaussian]  # by output, "pool" and Inception's "spatial"; none of fewer than two images
+    features: np.ndarray | None  # `pool` of each image (n, d), float32; None if a file has moments only
+    probs: np.ndarray | None  # softmax outputs (n, classes)
+    about: dict[str, Any]  # description of the set for reports, different for every set
+    file: dict[str, Any] = dataclasses.field(default_factory=dict)  # path, digest and fingerprint of a read file
 
     def gaussian(self, output: str) -> Gaussian:
-        """The Gaussian of an output; raises InputError where there is none."""
+        """Return the Gaussian of an output; raises InputError if it is missing."""
         if output not in self.gaussians:
             raise InputError(f"{self._name()} has no statistics of the {output} features: give the images themselves.")
         return self.gaussians[output]
 
     def single(self, metric: str) -> np.ndarray:
-        """The features (n, d) of every image; raises InputError where they were not kept."""
+        """Return the features (n, d) of every image; raises InputError if they were not kept."""
         if self.features is None:
             raise InputError(
-                f"{self._name()} has moments only, and for {metric} single images are compared: give them, or "
+                f"{self._name()} has moments only, and for {metric} single images are compared: give images, or "
                 "statistics saved with --save_features."
             )
         return self.features
 
     def softmax(self) -> np.ndarray:
-        """The probabilities (n, classes) of every image; raises InputError where they were not kept."""
+        """Return the probabilities (n, classes) of every image; raises InputError if they were not kept."""
         if self.probs is None:
-            raise InputError(
-                f"{self._name()} has no class probabilities: the Inception Score needs the samples' images."
-            )
+            raise InputError(f"{self._name()} has no class probabilities: the Inception Score needs images.")
         return self.probs
 
     def _name(self) -> str:
@@ -85,13 +72,13 @@ def from_moments(
     probs: np.ndarray | None,
     about: dict[str, Any],
 ) -> Statistics:
-    """Statistics of merged moments."""
+    """Build statistics from merged moments."""
     gaussians = {name: Gaussian(part.mean, part.covariance) for name, part in moments.items() if part.count > 1}
     return Statistics(extractor.name, extractor.fingerprint, moments["pool"].count, gaussians, features, probs, about)
 
 
 def no_images(extractor: Extractor) -> Statistics:
-    """Statistics of nothing: what the Inception Score compares with."""
+    """Return statistics of no images, the reference of the Inception Score."""
     return Statistics(extractor.name, extractor.fingerprint, 0, {}, None, None, {})
 
 
@@ -104,7 +91,7 @@ def check_metrics(names: Sequence[str], extractor: Extractor) -> None:
 
 
 def check_reference(reference: Statistics, metrics: Sequence[str]) -> None:
-    """Raise InputError unless these statistics have what metrics need of the real images."""
+    """Raise InputError unless the reference has the moments and features that metrics need."""
     for name in metrics:
         if name in MOMENTS:
             reference.gaussian(MOMENTS[name])
@@ -116,9 +103,8 @@ def check_count(count: int, metrics: Sequence[str], k: int, where: str) -> None:
     """Raise InputError unless a set has enough images for metrics; `where` follows the number in the sentence."""
     fewest = fewest_images(metrics, k)
     if count < fewest:
-        what = (
-            f"precision and recall with k={k} need" if {"precision", "recall"} & set(metrics) else "a covariance needs"
-        )
+        neighbours = {"precision", "recall"} & set(metrics)
+        what = f"precision and recall with k={k} need" if neighbours else "a covariance needs"
         raise InputError(f"{what} {fewest} images or more in each set: there are {count} {where}.")
 
 
@@ -128,19 +114,15 @@ def check_same_size(reference: Mapping[str, Any], samples: Mapping[str, Any]) ->
     if all(sizes) and sizes[0] != sizes[1]:
         (height, width), (their_height, their_width) = sizes[1], sizes[0]
         raise InputError(
-            f"the samples are {height}x{width} pixels and the reference is {their_height}x{their_width}: numbers are "
-            "of one size only; give the reference of that size."
+            f"the samples are {height}x{width} pixels and the reference is {their_height}x{their_width}: metrics "
+            "compare one size only; give a reference of that size."
         )
 
 
 def compare(
     real: Statistics, fake: Statistics, metrics: Sequence[str], *, k: int = 3, splits: int = 10, seed: int = 0
 ) -> dict[str, float]:
-    """Metrics by their printed names; those with a spread add one that ends in " std".
-
-    Raises:
-        InputError: the statistics lack what a metric needs, such as single images behind saved moments.
-    """
+    """Return metrics by printed name, with a standard deviation as "NAME std"; raises InputError if data is missing."""
     results: dict[str, float] = {}
     for name, output in MOMENTS.items():
         if name in metrics:
@@ -165,6 +147,6 @@ def compare(
 
 
 def kid_subset_size(real: Statistics, fake: Statistics) -> int:
-    """Images of each set that KID takes at a time: 1,000, or half of the smaller set."""
+    """Return the size of KID's subsets: 1,000 images, or half of the smaller set."""
     fewest = min(len(real.single("KID")), len(fake.single("KID")))
     return _KID_SUBSET if fewest >= _KID_SUBSET else max(2, fewest // 2)

@@ -1,7 +1,7 @@
 """Files of statistics: ours, pytorch-fid's, and ADM's reference batches.
 
-An `.npz` with mu (d,) and sigma (d, d) of the pool features; ADM's have mu_s and sigma_s of the spatial ones and images
-as arr_0; ours have features (n, d), if asked for, and a JSON text, `mpdit_jax`, with extractor, fingerprint and count.
+They are `.npz` with mu (d,) and sigma (d, d) of the pool features. ADM's add mu_s and sigma_s of the spatial features
+and images as arr_0; ours add features (n, d) on request and a JSON text, `mpdit_jax`.
 """
 
 import hashlib
@@ -26,15 +26,9 @@ _GAUSSIANS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 def save_statistics(path: str | Path, statistics: Statistics, *, features: bool = False) -> None:
-    """Write a file that `load_statistics` reads, and pytorch-fid as well.
+    """Write a file that `load_statistics` and pytorch-fid read; raises InputError if it cannot be written.
 
-    Args:
-        path: the file.
-        statistics: what to write.
-        features: write the features of each image too, which precision, recall and KID need.
-
-    Raises:
-        InputError: it cannot be written.
+    `features` adds the features of each image, which precision, recall and KID need.
     """
     about = {
         "extractor": statistics.extractor,
@@ -54,17 +48,16 @@ def save_statistics(path: str | Path, statistics: Statistics, *, features: bool 
 
 
 def holds_statistics(path: Path, extractor: str) -> bool:
-    """Whether a file is an `.npz` whose statistics an extractor of that name is to use.
+    """Return whether a file is an `.npz` with statistics for an extractor of that name, or with no images.
 
-    Statistics of another extractor, which `load_statistics` refuses, count unless there are images beside them: an ADM
-    reference batch is a set of images to every network but Inception.
+    An ADM reference batch is a set of images to every network but Inception.
     """
     found = extractor_of(path)
     return found is not None and (found == extractor or "arr_0" not in npz_names(path))
 
 
 def extractor_of(path: Path) -> str | None:
-    """The extractor of the statistics in an `.npz`, Inception where it does not say; None without statistics."""
+    """Return the extractor of the statistics in an `.npz`, by default Inception; None without statistics."""
     try:
         names = npz_names(path)
         if not {"mu", "sigma"} <= names:
@@ -76,17 +69,12 @@ def extractor_of(path: Path) -> str | None:
 
 
 def load_statistics(path: str | Path, extractor: Extractor, *, prefix: str = "--") -> Statistics:
-    """Read statistics. A file that does not name its extractor is taken for FID's Inception, as all published ones are.
+    """Read statistics of the extractor; a file that names no extractor counts as Inception's.
 
-    If there are images in it as well (`arr_0`), only their size is noted.
-
-    Args:
-        path: the file.
-        extractor: the extractor that it must be of.
-        prefix: how flags or fields begin in messages, "--" or "config.eval.".
+    `prefix` begins flags or fields in messages, "--" or "config.eval.". Of images (`arr_0`) only the size is noted.
 
     Raises:
-        InputError: no such file, a damaged one, or one of another extractor, which the message names.
+        InputError: a missing or damaged file, or statistics of another extractor.
     """
     path = Path(path)
     try:
@@ -114,12 +102,12 @@ def load_statistics(path: str | Path, extractor: Extractor, *, prefix: str = "--
         raise InputError(
             f"{path} holds statistics of the extractor {theirs} and this is {extractor.name} "
             f"({extractor.fingerprint[:12]}): numbers of two extractors do not compare; use {prefix}features and the "
-            "weights and settings they were made with, or give the images."
+            "weights and settings of the file, or give the images."
         )
     _check_arrays(path, {name: array for name, array in arrays.items() if name != _ABOUT}, extractor)
     if "arr_0" in names:
         of_what |= {"shape": list(open_npz(path).shape)}
-    known = fingerprint or "unknown: the file does not say, and is taken for this one's"
+    known = fingerprint or "unknown: the file does not say, and this extractor is assumed"
     file = {"path": str(path), "sha256": digest.hexdigest(), "extractor_fingerprint": known}
     if not fingerprint and (doubt := _doubt_preprocessing(path, "mu_s" in names, extractor, f"{prefix}preprocessing")):
         file["warning"] = doubt
@@ -138,18 +126,17 @@ def _check_arrays(path: Path, arrays: Mapping[str, np.ndarray], extractor: Extra
         expected = shapes.get(name, (*array.shape[:1], extractor.outputs["pool"]))  # features (n, d)
         if array.shape != expected or array.dtype.kind != "f":
             raise InputError(
-                f"{path}: {name} is {array.dtype} {array.shape}; expected floats {expected} of {extractor.name}: these "
-                "are statistics of another extractor, or damaged; save them again by --save_stats."
+                f"{path}: {name} is {array.dtype} {array.shape}; expected floats {expected} of {extractor.name}: the "
+                "file is of another extractor or damaged; save statistics again by --save_stats."
             )
         if not np.isfinite(array).all():
             raise InputError(f"{path}: {name} holds NaN or Inf; make or download the file again.")
 
 
 def _doubt_preprocessing(path: Path, from_adm: bool, extractor: Extractor, setting: str) -> str:
-    """A warning where a file does not say how its images were resized, and it may not be the extractor's way; or "".
+    """Return a warning if a file may have resized its images unlike the extractor, or "".
 
-    Raises:
-        InputError: it is not the extractor's way: ADM's files, which alone have spatial moments, resize as TensorFlow.
+    Raises InputError for ADM's files, the only ones with spatial moments, unless the extractor resizes as TensorFlow.
     """
     used = extractor.settings.get("preprocessing")
     if from_adm and used == "pytorch_fid":

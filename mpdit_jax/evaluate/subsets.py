@@ -1,4 +1,4 @@
-"""Some of the images of a set, spread over all of it."""
+"""Subsets of an image set."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ from mpdit_jax.evaluate.sets import ArrayImages, count_labels
 
 @dataclasses.dataclass(frozen=True)
 class SomeImages:
-    """Rows of a set."""
+    """Chosen rows of an image set."""
 
     images: ImageSet
     rows: np.ndarray  # int (n,), rising
@@ -23,27 +23,24 @@ class SomeImages:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of each."""
+        """(H, W, C) of each image."""
         return self.images.shape
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Those images."""
+        """Read the images of these numbers."""
         return self.images.read(self.rows[indices])
 
 
 def limited(images: ImageSet, count: int | None) -> ImageSet:
-    """`count` images, one from each of as many equal parts of a set; all for None. The same ones each time.
+    """Return `count` images of a set, all for None; raises InputError if there are fewer.
 
-    Which one of its part is random: sets lie class by class, or go round the classes, and every tenth image of the
-    latter may be of one class.
-
-    Raises:
-        InputError: there are not so many.
+    One image is chosen at random from each of `count` equal parts, the same each time: sets are often ordered by class,
+    and every tenth image may be of one class.
     """
     if count is None or count == len(images):
         return images
     if not 1 <= count <= len(images):
-        raise InputError(f"--num_samples={count}: expected 1 to {len(images)}, the number of images there are.")
+        raise InputError(f"--num_samples={count}: expected 1 to {len(images)}, the number of images in the set.")
     bounds = np.arange(count + 1) * len(images) // count
     rows = np.random.default_rng(0).integers(bounds[:-1], bounds[1:])
     about = {**images.about, "count": count, "of": len(images), "chosen": f"one at random of each of {count} parts"}

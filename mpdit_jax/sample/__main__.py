@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mpdit_jax.distributed.startup import add_flags, join
 from mpdit_jax.errors import InputError
-from mpdit_jax.runtime.cli import Parser, add_tile_option, make_parser, run
+from mpdit_jax.runtime.cli import Parser, make_parser, run
 from mpdit_jax.validation import check_seed
 
 _EXAMPLES = """\
@@ -19,8 +19,8 @@ _EXAMPLES = """\
 
 
 def make_sample_parser() -> Parser:
-    """The command's arguments."""
-    from mpdit_jax.sample.options import add_model_options, add_sampler_options
+    """Return the command's parser."""
+    from mpdit_jax.sample.options import add_drawing_options, add_model_options
 
     parser = make_parser(
         "sample",
@@ -33,9 +33,6 @@ def make_sample_parser() -> Parser:
     add_flags(parser)
     parser.add_argument(
         "--out", required=True, help=".png for a grid of up to 100 classes; .npz for arr_0 (uint8 NHWC) and labels"
-    )
-    parser.add_argument(
-        "--labels", default="balanced", help="balanced | random | classes, such as 3,5 (default: balanced)"
     )
     parser.add_argument("--num_samples", type=int, help="images in all (default: 8 a label)")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on seed, i and its label (default: 0)")
@@ -55,19 +52,15 @@ def make_sample_parser() -> Parser:
         const="beside",
         default="",
         metavar="FILE.gif",
-        help="the denoising of the first image of up to 8 labels, as GIF and film strip (default: "
-        "--out's name with _trajectory.gif and .png)",
+        help="film of the denoising of up to 8 labels, and its strip as .png (default: --out with _trajectory.gif)",
     )
     parser.add_argument("--class_names", default="", metavar="FILE", help="one name a line, for --grid")
-    parser.add_argument("--vae", default="", help="for a run on latents: the folder or hub name of their VAE")
-    parser.add_argument("--vae_dtype", choices=("float32", "bfloat16"), default="float32", help="its compute dtype")
-    add_tile_option(parser)
-    add_sampler_options(parser)
+    add_drawing_options(parser)
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Draw as the arguments say; exit status."""
+    """Draw as the arguments say and return the exit status."""
     options = make_sample_parser().parse_args(arguments)
     out = _checked_out(options)
     join(options, {f"--{name}": str(value) for name, value in vars(options).items() if name != "process_id"})

@@ -1,6 +1,6 @@
-"""The folder of finished blocks that a large run keeps beside its output until it is done.
+"""Folder of finished blocks, kept beside the output until all images are drawn.
 
-FOLDER/settings.json     what decides every pixel; a run with other settings is refused
+FOLDER/settings.json     settings that decide every pixel; a run with other settings is refused
 FOLDER/00000003.npz      block 3: `images` uint8 (n, H, W, C), `labels`, `indices` and `finite`, each (n,)
 """
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpdit_jax.distributed.collectives import assert_equal_across_processes, barrier, run_on_process_0
+from mpdit_jax.distributed.collectives import assert_equal_across_processes, run_on_process_0
 from mpdit_jax.io.locked_folder import Job, LockedFolder
 from mpdit_jax.io.npz_blocks import NpzBlocks
 
@@ -19,7 +19,7 @@ _JOB = Job(
     "run", "drawing into", "choose another --out",
     temporary=True, settings="settings.json", holds="images", outputs="*[0-9].npz",
 )  # fmt: skip
-_PLACES = ("workdir", "png_folder")  # settings that another host may mount under another name
+_PLACES = ("workdir", "png_folder")  # paths that may differ between hosts
 
 
 class Block(NamedTuple):
@@ -32,18 +32,12 @@ class Block(NamedTuple):
 
 
 class BlockFolder:
-    """Finished blocks on disk; each is written whole or not at all. One run holds the folder until `close`."""
+    """Finished blocks on disk, each written whole or not at all. One run locks the folder until `close`."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Lock the folder for a run of these settings. Collective.
-
-        Raises:
-            ProcessError: another process has other settings, for example other weights under the same name.
-            InputError: see `LockedFolder`.
-        """
+        """Lock the folder for a run of these settings; raises ProcessError if processes differ. Collective."""
         self._blocks = NpzBlocks(path, Block._fields)
         self.path = path
-        barrier("the settings are compared")
         assert_equal_across_processes({name: str(value) for name, value in settings.items() if name not in _PLACES})
         self._lock = run_on_process_0(partial(LockedFolder, path, _JOB, settings))  # None but on process 0
 
@@ -54,7 +48,7 @@ class BlockFolder:
         self.close()
 
     def has(self, number: int) -> bool:
-        """Whether that block is finished."""
+        """Return whether a block is finished."""
         return self._blocks.has(number)
 
     def write(self, number: int, block: Block) -> None:
@@ -62,7 +56,7 @@ class BlockFolder:
         self._blocks.write(number, block._asdict())
 
     def read(self, number: int) -> Block:
-        """A finished block; raises InputError if it is missing or damaged."""
+        """Read a finished block; raises InputError if it is missing or damaged."""
         return Block(**self._blocks.read(number))
 
     def read_all(self, count: int) -> Iterator[Block]:
@@ -70,16 +64,16 @@ class BlockFolder:
         return (self.read(number) for number in range(count))
 
     def remove(self) -> None:
-        """Delete the folder, when its images are in their final place; on process 0."""
+        """Delete the folder once its images are in the outputs; on process 0."""
         if self._lock is not None:
             self._lock.remove()
 
     @staticmethod
     def is_begun(path: Path) -> bool:
-        """Whether a run that can be continued has begun there."""
+        """Return whether the folder holds a run that can be continued."""
         return (path / _JOB.settings).is_file()
 
     def close(self) -> None:
-        """Release the folder; finished blocks stay."""
+        """Unlock the folder; finished blocks stay."""
         if self._lock is not None:
             self._lock.close()

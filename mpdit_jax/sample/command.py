@@ -1,4 +1,4 @@
-"""What `python -m mpdit_jax.sample` does once its arguments are read."""
+"""Phases of `python -m mpdit_jax.sample`, after its arguments are parsed."""
 
 import argparse
 import hashlib
@@ -30,10 +30,10 @@ from mpdit_jax.sample.trajectory import save_trajectory
 
 
 def load_drawing(options: argparse.Namespace, sampler: Sampler) -> Drawing:
-    """What the options ask to draw, by this process's devices. Collective; sets `options.step` to the checkpoint's.
+    """Load what the options ask to draw on this process's devices. Collective; sets `options.step`.
 
     Raises:
-        CheckpointError, InputError: no run or checkpoint, impossible labels, or a run on latents without their VAE.
+        CheckpointError, InputError: no run or checkpoint, bad labels, or a run on latents without their VAE.
     """
     decode = make_decode(options.workdir, options.vae, options.vae_dtype, options.vae_tile)
     options.step, model = load_together(options.workdir, options.step, ema=not options.no_ema)
@@ -48,8 +48,7 @@ def load_drawing(options: argparse.Namespace, sampler: Sampler) -> Drawing:
 def draw(options: argparse.Namespace, drawing: Drawing, out: Path) -> np.ndarray:
     """Draw all images, continuing an interrupted run, and write every output. Collective.
 
-    Returns:
-        On process 0 the numbers of images that hold NaN or Inf, on the others nothing, once the outputs are written.
+    Returns the numbers of images that hold NaN or Inf on process 0, and an empty array on other processes.
 
     Raises:
         InputError: an output that cannot be written, or a folder of blocks of another run.
@@ -59,7 +58,7 @@ def draw(options: argparse.Namespace, drawing: Drawing, out: Path) -> np.ndarray
     paths.check()
     _check_rows(out, drawing.labels)
     names = class_names(options.workdir, load_config(options.workdir), options.class_names)
-    # Tracing one image raises what the first block would raise, before there is a folder or a progress bar.
+    # Tracing one image raises the first block's errors before there is a folder or a progress bar.
     jax.eval_shape(lambda: drawing.sampler(drawing.model, drawing.labels[:1], seed_key(0), **drawing.call))
     blocks = out.with_name(f"{out.name}.unfinished")
     run_on_process_0(lambda: None if BlockFolder.is_begun(blocks) else paths.check_fresh())
@@ -76,14 +75,12 @@ def draw(options: argparse.Namespace, drawing: Drawing, out: Path) -> np.ndarray
 
 
 def _write(drawing: Drawing, paths: OutputPaths, names: Sequence[str], folder: BlockFolder, count: int) -> np.ndarray:
-    """Write every output but the single images from the finished blocks, then delete these; see `draw`."""
+    """Write every output except single images from the finished blocks, then delete the blocks; see `draw`."""
     out, sheet, labels = paths.out, paths.sheet, drawing.labels
     missing = np.concatenate([block.indices[~block.finite] for block in folder.read_all(count)])
     if len(missing) == len(labels):
         folder.remove()
-        raise DivergedError(
-            "every image holds NaN or Inf: the model has diverged, or the settings are out of its reach."
-        )
+        raise DivergedError("every image holds NaN or Inf: the model has diverged, or the settings do not suit it.")
     written = [str(out)]
     if out.suffix == ".npz":
         save_npz(out, lambda: folder.read_all(count))
@@ -116,14 +113,14 @@ def _check_rows(out: Path, labels: np.ndarray) -> None:
 
 
 def _plain_grid(rows: list[list[np.ndarray]]) -> np.ndarray:
-    """One row a label; short rows end in white."""
+    """Arrange one row a label; short rows end in white."""
     columns = max(len(row) for row in rows)
     blank = np.full_like(rows[0][0], 255)
     return images.grid(np.array([tile for row in rows for tile in [*row, *[blank] * (columns - len(row))]]), columns)
 
 
 def run_settings(options: argparse.Namespace, drawing: Drawing) -> dict[str, Any]:
-    """Everything that decides the pixels."""
+    """Return every setting that decides the pixels."""
     sampler, guide = drawing.sampler, drawing.call["guide"]
     return {
         "workdir": str(Path(options.workdir).resolve()),

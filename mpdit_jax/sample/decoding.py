@@ -1,4 +1,4 @@
-"""Decode a model's latents by the VAE whose latents it was trained on."""
+"""Decode a run's latents with the VAE that encoded its data."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from mpdit_jax.vae import NO_VAE, PIXELS, check_fingerprint, decode_all, load_va
 def make_decode(
     workdir: str, vae: str | None, dtype: str = "float32", tile: int = 0, argument: str = "--vae"
 ) -> Decode | None:
-    """A decoder of a run's latents; None for a run on images.
+    """Build a decoder of a run's latents; None for a run on images.
 
     Args:
         workdir: the run's folder.
@@ -24,14 +24,14 @@ def make_decode(
         argument: the name of `vae` in errors.
 
     Returns:
-        A function of normalized latents (n, h, w, C), for any n, that gives images (n, H, W, 1 or 3) in [-1, 1].
+        A function from normalized latents (n, h, w, C) to images (n, H, W, 1 or 3) in [-1, 1], for any n.
 
     Raises:
         InputError: a VAE is missing, not needed, or not the one that encoded the run's latents.
     """
     vae = "" if vae is None or vae == NO_VAE else vae
-    facts = read_dataset_info(workdir)
-    space = facts.latents if facts is not None else None
+    info = read_dataset_info(workdir)
+    space = info.latents if info is not None else None
     if space is None:
         if vae:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Draw images from a model: batch by batch, or a large run in blocks that processes share and a crash spares."""
+"""Draw images from a model in batches, or in blocks on disk that processes share and that survive a crash."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,42 +19,31 @@ from mpdit_jax.runtime.progress import WorkBar
 from mpdit_jax.sample.blocks import Block, BlockFolder
 
 Decode: TypeAlias = Callable[[jax.Array], jax.Array]
-"""Latents (n, h, w, c) to images (n, H, W, 1 or 3) in [-1, 1]."""
+"""Maps latents (n, h, w, c) to images (n, H, W, 1 or 3) in [-1, 1]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """Images to draw, one a label. Image i depends on (seed, i, labels[i]) and the settings alone.
-
-    Attributes:
-        sampler: solver, steps and guidance.
-        model: the model.
-        labels: int (N,).
-        seed: of the noise.
-        batch_size: images a batch, rounded up to the mesh's devices.
-        decode: from latents to images; None for a model of images.
-        call: more arguments of the sampler's call; an array (N,) has one value an image.
-        mesh: the devices that share a batch; None leaves its placement to JAX.
-    """
+    """Images to draw, one a label. Image i depends only on (seed, i, labels[i]) and the settings."""
 
     sampler: Sampler
     model: Any
-    labels: np.ndarray
-    seed: int
-    batch_size: int
-    decode: Decode | None = None
-    call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    mesh: Mesh | None = None
+    labels: np.ndarray  # int (N,)
+    seed: int  # of the noise
+    batch_size: int  # rounded up to the mesh's devices
+    decode: Decode | None = None  # None for a model of images
+    call: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the sampler; arrays (N,) are per image
+    mesh: Mesh | None = None  # devices that share a batch; None leaves the placement to JAX
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def draw(self, rows: np.ndarray) -> Block:
-        """Draw the images of those numbers (n,), `batch_size` at most."""
+        """Draw the images of these numbers (n,), `batch_size` at most."""
         width = min(self.batch_size, len(self))
         if self.mesh is not None:
             width = -(-width // self.mesh.size) * self.mesh.size
-        filled = np.resize(rows, width)  # always a full batch, so that there is one compilation
+        filled = np.resize(rows, width)  # full batches only, so that there is one compilation
         call = {name: value[filled] if _is_row(value) else value for name, value in self.call.items()}
         batch: Any = self.labels[filled].astype(np.int32), filled
         with nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
@@ -66,15 +55,9 @@ class Drawing:
 
 
 def draw_blocks(drawing: Drawing, folder: BlockFolder, each: Callable[[Block], None]) -> int:
-    """Draw all images into blocks of `batch_size` on disk; finished blocks are not drawn again. Collective.
+    """Draw all images into blocks of `batch_size` on disk and return the number of blocks. Collective.
 
-    Args:
-        drawing: what to draw; every process draws its own blocks, see `own_blocks`, on its own devices.
-        folder: where finished blocks go.
-        each: called with every block this process draws, before it counts as finished.
-
-    Returns:
-        The number of blocks of the whole run.
+    Every process draws its own unfinished blocks, see `own_blocks`, and calls `each` with a block before storing it.
     """
     mine = own_blocks(len(drawing), drawing.batch_size)
     todo = {number: rows for number, rows in mine.items() if not folder.has(number)}
@@ -92,13 +75,13 @@ def draw_blocks(drawing: Drawing, folder: BlockFolder, each: Callable[[Block], N
 
 
 def own_blocks(total: int, size: int) -> dict[int, np.ndarray]:
-    """This process's blocks of `total` rows, by number: block b belongs to process b modulo the number of processes."""
+    """Return this process's blocks of `total` rows by number; block b belongs to process b modulo their number."""
     numbers = range(jax.process_index(), -(-total // size), jax.process_count())
     return {number: np.arange(number * size, min((number + 1) * size, total)) for number in numbers}
 
 
 def to_block(pictures: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> Block:
-    """Pictures in [-1, 1] as a block of uint8; those that hold NaN or Inf become white and are marked."""
+    """Convert pictures in [-1, 1] to a uint8 block; pictures with NaN or Inf become white and are marked."""
     finite = np.isfinite(pictures).reshape(len(pictures), -1).all(axis=1)
     clean = np.where(finite[:, None, None, None], pictures, 1.0)
     return Block(images.to_uint8(clean), np.asarray(labels, np.int64), np.asarray(indices, np.int64), finite)
@@ -108,8 +91,8 @@ def check_drawable(shape: tuple[int, int, int], decode: Decode | None) -> None:
     """Raise InputError unless the model's latents can become pictures."""
     if decode is None and shape[-1] not in (1, 3):
         raise InputError(
-            f"this model draws latents {shape}, and only 1 or 3 channels are a picture: they have to be decoded by "
-            "the VAE whose latents it was trained on."
+            f"this model draws latents {shape}, and only 1 or 3 channels are a picture: latents have to be decoded by "
+            "the VAE that the model was trained with."
         )
 
 

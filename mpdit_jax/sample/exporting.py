@@ -1,4 +1,4 @@
-"""Export a sampler with its weights as one program, by jax.export."""
+"""Export a sampler with its weights as one program with jax.export."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
@@ -27,16 +27,15 @@ def export_sampler(
     batch: int | None = None,
     negative_labels: Mapping[int, int] | None = None,
 ) -> bytes:
-    """A program of labels int32 (B,), seed uint32 () and, if the sampler guides, scale float32 ().
+    """Export a program of labels int32 (B,), seed uint32 () and, if the sampler guides, scale float32 ().
 
-    It returns latents float32 (B, H, W, C), those of `sampler(model, labels, jax.random.key(seed))`. A run on a store
-    of latents gives normalized ones: `latents * std + mean` is what the VAE decodes, with `mean` and `std` of the run's
-    data.json, under `latents`. Labels out of range give NaN. Every platform has its own arithmetic, the weights are
-    stored once.
+    The program returns `sampler(model, labels, jax.random.key(seed))`, float32 (B, H, W, C). Latents are normalized:
+    the VAE decodes `latents * std + mean`, with `mean` and `std` from `latents` in the run's data.json. Labels out of
+    range give NaN. The weights are stored once for all platforms.
 
     Args:
         sampler: solver, steps and guidance.
-        model: the model, whose weights become part of the program.
+        model: the model; its weights become part of the program.
         platforms: some of "cpu", "cuda", "rocm", "tpu".
         batch: labels a call; None for any number.
         negative_labels: the class to guide away from, by class.

@@ -1,4 +1,4 @@
-"""`mpdit_jax.generate`: pictures in one call, for notebooks."""
+"""`mpdit_jax.generate` draws pictures in one call, for notebooks."""
 
 import warnings
 from collections.abc import Sequence
@@ -42,28 +42,25 @@ def generate(
     Args:
         workdir_or_model: the folder of a run, or a model.
         labels: one class or several.
-        seed: picture i depends on (seed, i, labels[i]) and the settings alone, not on the other labels.
+        seed: picture i depends only on (seed, i, labels[i]) and the settings.
         solver: see `make_sampler`.
         steps: velocity evaluations.
         guidance_scale: one number, or one for each label.
         batch_size: pictures at a time.
         step: which checkpoint of a workdir; default the newest.
-        ema: use a workdir's moving average of the parameters, or else the parameters themselves.
-        vae: folder or hub name of the VAE whose latents the run of a workdir was trained on; a run on images, or on a
-            store of pixels, needs none.
-        decode: from latents (n, h, w, c) to pictures (n, H, W, 1 or 3) in [-1, 1], in place of `vae`; for a model
-            without a workdir.
-        negative_labels: what to guide away from; see the sampler's call.
+        ema: use the moving average of a workdir's parameters, else the raw parameters.
+        vae: folder or hub name of the VAE of a run on latents.
+        decode: maps latents (n, h, w, c) to pictures (n, H, W, 1 or 3) in [-1, 1], in place of `vae`.
+        negative_labels: classes to guide away from; see the sampler's call.
         guide: a weaker model to guide away from; see the sampler's call.
         **settings: more of `make_sampler`: guidance_interval, time_grid, precision, the solver's options.
 
     Returns:
-        PIL images, greyscale or RGB, in the order of the labels. A picture that holds NaN or Inf is white, and a
-        warning names its number.
+        PIL images, greyscale or RGB, in the order of the labels. A picture with NaN or Inf is white, with a warning.
 
     Raises:
-        CheckpointError: no run or checkpoint there.
-        ConfigError, InputError: impossible settings or labels; a run on latents without their VAE.
+        CheckpointError: no run or checkpoint.
+        ConfigError, InputError: bad settings or labels, or a run on latents without their VAE.
     """
     if vae is not None and (decode is not None or not isinstance(workdir_or_model, str | Path)):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Which classes are drawn."""
+"""Labels of the images to draw."""
 
 import numpy as np
 
@@ -7,19 +7,17 @@ from mpdit_jax.flow.inputs import check_labels
 
 
 def balanced_labels(num_classes: int, count: int) -> np.ndarray:
-    """Labels int32 (count,): every class equally often, in turn; fewer than classes are spread evenly over them."""
+    """Return labels int32 (count,): classes in turn, or spread evenly over the classes if there are fewer labels."""
     if count < num_classes:
         return (np.arange(count) * num_classes // count).astype(np.int32)
     return np.resize(np.arange(num_classes), count).astype(np.int32)
 
 
 def parse_labels(text: str, count: int | None, num_classes: int, seed: int) -> np.ndarray:
-    """Labels int64 (count,) of "balanced" (see `balanced_labels`), "random", or a list of classes, repeated in turn.
+    """Parse "balanced" (see `balanced_labels`), "random", or classes to repeat in turn, to labels int64 (count,).
 
-    The first n labels of a longer run are those of a shorter one, unless a balanced one has fewer images than classes.
-
-    Raises:
-        InputError: not labels, or fewer than one image.
+    A longer run begins with the labels of a shorter one, unless a balanced run has fewer images than classes. Raises
+    InputError for other text or fewer than one image.
     """
     if text in ("balanced", "random"):
         chosen = np.arange(num_classes)

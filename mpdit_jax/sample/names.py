@@ -1,4 +1,4 @@
-"""Names of classes."""
+"""Class names."""
 
 from pathlib import Path
 
@@ -12,14 +12,13 @@ _KNOWN = {"digits": tuple(str(digit) for digit in range(10)), "fashion_mnist": F
 
 
 def class_names(workdir: str | Path, config: FrozenConfigDict, path: str = "") -> tuple[str, ...]:
-    """A name for every class of a run: those of its data set, those in a file, or "class 7".
+    """Return a name for every class of a run: from a file, from its data set, or "class 7".
 
-    `path` is a text file with one name a line, in label order; raises InputError if it cannot be read, or has fewer
-    names than the model has classes.
+    `path` is a text file with one name a line, in label order; raises InputError if it is unreadable or too short.
     """
     count = config.model.num_classes
-    facts = read_dataset_info(workdir)
-    stored = facts.class_names if facts is not None else _KNOWN.get(config.data.name, ())
+    info = read_dataset_info(workdir)
+    stored = info.class_names if info is not None else _KNOWN.get(config.data.name, ())
     names = _read(path) if path else stored
     if path and len(names) < count:
         raise InputError(f"--class_names={path} has {len(names)} names: this model has {count} classes, one line each.")

@@ -1,4 +1,4 @@
-"""The sampler's settings as flags, shared by the commands that draw."""
+"""Flags shared by the commands that draw."""
 
 import argparse
 from typing import Any
@@ -9,19 +9,29 @@ from mpdit_jax.errors import InputError
 from mpdit_jax.flow.adaptive import METHODS
 from mpdit_jax.flow.sampler import Sampler, make_sampler
 from mpdit_jax.flow.times import ShiftedGrid
+from mpdit_jax.runtime.cli import add_tile_option
 
 _SOLVER_OPTIONS = {"rtol": "rtol", "atol": "atol", "diffusion": "diffusion", "diffusion_norm": "norm"}
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """`--workdir`, `--step`, `--no_ema`."""
-    parser.add_argument("--workdir", required=True, help="folder of a run made by mpdit_jax.train")
+def add_model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add `--workdir`, `--step` and `--no_ema`."""
+    parser.add_argument("--workdir", required=required, default="", help="folder of a run made by mpdit_jax.train")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--no_ema", action="store_true", help="use the raw parameters, not their moving average")
 
 
+def add_drawing_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--labels`, the VAE's flags and the sampler's."""
+    parser.add_argument("--labels", default="balanced", help="balanced (default) | random | classes, such as 3,5")
+    parser.add_argument("--vae", default="", help="for latents, drawn or stored: folder or hub name of their VAE")
+    parser.add_argument("--vae_dtype", choices=("float32", "bfloat16"), default="float32", help="its compute dtype")
+    add_tile_option(parser)
+    add_sampler_options(parser)
+
+
 def add_sampler_options(parser: argparse.ArgumentParser) -> None:
-    """Every setting of the sampler."""
+    """Add every setting of the sampler."""
     group = parser.add_argument_group("sampler")
     group.add_argument(
         "--solver",
@@ -37,14 +47,10 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
         type=_numbers,
         default=(0.0, 1.0),
         metavar="LOW,HIGH",
-        help="guide at these times only, from 0, the data, to 1, the noise (default: 0,1)",
+        help="guide at these times only, from 0 (data) to 1 (noise) (default: 0,1)",
     )
     group.add_argument(
-        "--negative_labels",
-        type=_pairs,
-        default={},
-        metavar="A:B,...",
-        help="guide class A away from class B, in place of no class",
+        "--negative_labels", type=_pairs, default={}, metavar="A:B,...", help="guide class A away from B, not no class"
     )
     group.add_argument("--guide", default="", metavar="WORKDIR", help="guide away from this weaker run's model")
     group.add_argument("--rtol", type=float, help="dopri5, tsit5: relative error a step (default: 1e-5)")
@@ -58,16 +64,12 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
 
 
 def sampler_from(options: argparse.Namespace) -> Sampler:
-    """The sampler of the flags.
-
-    Raises:
-        ConfigError, InputError: an impossible value, or a flag that the solver does not use.
-    """
+    """Build the sampler of the flags; raises ConfigError or InputError for a bad value or a flag without use."""
     given = {name: vars(options)[flag] for flag, name in _SOLVER_OPTIONS.items() if vars(options)[flag] is not None}
     if options.solver in METHODS and options.steps is not None:
         raise InputError(f"--steps={options.steps}: {options.solver} chooses its own; set --rtol and --atol instead.")
     if options.time_shift is not None and options.time_grid != "shifted":
-        raise InputError(f"--time_shift={options.time_shift}: only --time_grid=shifted has one.")
+        raise InputError(f"--time_shift={options.time_shift}: only --time_grid=shifted has a shift.")
     grid: Any = options.time_grid if options.time_shift is None else ShiftedGrid(options.time_shift)
     return make_sampler(
         options.solver,
@@ -81,7 +83,7 @@ def sampler_from(options: argparse.Namespace) -> Sampler:
 
 
 def reject_unused_flags(options: argparse.Namespace) -> None:
-    """Raise InputError for a flag that no guidance scale, or no solver, of the command uses."""
+    """Raise InputError for a flag that none of the command's guidance scales or solvers uses."""
     scales, solvers = np.atleast_1d(options.guidance_scale), np.atleast_1d(options.solver)
     given = {
         "guide": bool(options.guide),

@@ -1,4 +1,4 @@
-"""Where a run's outputs go: checked before anything is drawn, and cleared of a killed run's stale temporaries."""
+"""Output paths of a run: checks before anything is drawn, and removal of a killed run's temporaries."""
 
 import argparse
 import dataclasses
@@ -12,10 +12,10 @@ from mpdit_jax.sample.outputs import SINGLE
 
 @dataclasses.dataclass(frozen=True)
 class OutputPaths:
-    """A path for each output; None for those not asked for."""
+    """A path for each output, None if not asked for."""
 
     out: Path
-    sheet: Path | None  # the contact sheet; may be `out`, whose place it then takes
+    sheet: Path | None  # the contact sheet; replaces `out` if both are one path
     gif: Path | None
     singles: Path | None  # a folder
 
@@ -43,7 +43,7 @@ class OutputPaths:
             check_writable(path)
 
     def check_fresh(self) -> None:
-        """Raise InputError if the folder of single images holds those of another run; for a run that starts afresh."""
+        """Raise InputError if the folder of a fresh run already holds single images."""
         found = next(self.singles.glob(SINGLE), None) if self.singles is not None else None
         if found is not None:
             raise InputError(
@@ -52,7 +52,7 @@ class OutputPaths:
             )
 
     def remove_stale_tmp(self) -> None:
-        """Delete temporaries that a killed run left beside the outputs."""
+        """Delete temporaries of a killed run beside the outputs."""
         for path in self.files():
             remove_stale_tmp(path.parent, glob.escape(path.name))
         if self.singles is not None:
@@ -60,7 +60,7 @@ class OutputPaths:
 
 
 def output_paths(options: argparse.Namespace, out: Path) -> OutputPaths:
-    """The paths that the command's arguments name."""
+    """Return the paths that the command's arguments name."""
 
     def place(value: str, beside: Path) -> Path | None:
         return None if not value else beside if value == "beside" else Path(value)

@@ -1,4 +1,4 @@
-"""The outputs of a run: the `.npz` that evaluators read, single PNG files, and the rows of a contact sheet."""
+"""Write a run's outputs: the `.npz` that evaluators read, single PNG files, and rows of a contact sheet."""
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +18,9 @@ ROWS = 100  # classes on a picture or a contact sheet
 
 
 def save_npz(path: Path, blocks: Callable[[], Iterable[Block]]) -> None:
-    """Write `arr_0` (uint8 NHWC, as ADM's evaluator reads it) and int64 `labels`, one block in memory at a time.
+    """Write `arr_0` (uint8 NHWC, as ADM's evaluator reads it) and int64 `labels`, with one block in memory at a time.
 
-    Images that hold NaN or Inf are left out. `blocks` is called three times; it gives the run's blocks in order.
+    Images with NaN or Inf are left out. `blocks` is called three times and returns the blocks in order.
     """
     labels = np.concatenate([block.labels[block.finite] for block in blocks()])
     shape = next(iter(blocks())).images.shape[1:]
@@ -32,23 +32,23 @@ def save_npz(path: Path, blocks: Callable[[], Iterable[Block]]) -> None:
 
 
 def save_pngs(folder: Path, block: Block) -> None:
-    """Write each image as FOLDER/INDEX_LABEL.png; those that hold NaN or Inf are left out."""
+    """Write each image as FOLDER/INDEX_LABEL.png; images with NaN or Inf are left out."""
     for image, label, index, finite in zip(*block, strict=True):
         if finite:
             images.save_png(folder / f"{index:06d}_{label}.png", image)
 
 
 def first_of_each(blocks: Iterable[Block], labels: np.ndarray, columns: int = _COLUMNS) -> dict[int, list[np.ndarray]]:
-    """The images of a contact sheet: the first `columns` of each of the first classes, by label in ascending order.
+    """Return a contact sheet's images by label: the first `columns` of each of the first `ROWS` classes.
 
-    One block is in memory at a time, beside the images shown. `labels` (N,) are those of the whole run.
+    One block is in memory at a time. `labels` (N,) are the labels of the whole run.
     """
     rows: dict[int, list[np.ndarray]] = {int(label): [] for label in np.unique(labels)[:ROWS]}
     for block in blocks:
         for image, label in zip(block.images, block.labels, strict=True):
             row = rows.get(int(label))
             if row is not None and len(row) < columns:
-                row.append(image.copy())  # a view would keep the whole block
+                row.append(image.copy())  # a view would keep the whole block in memory
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The denoising of a few images, from noise to data: a GIF, and a film strip of the same frames."""
+"""Film of the denoising of a few images: a GIF and a film strip."""
 
 from pathlib import Path
 
@@ -15,11 +15,7 @@ _GIF_FRAMES = 60
 
 
 def save_trajectory(drawing: Drawing, gif: Path, strip: Path) -> None:
-    """Draw the first image of each of up to 8 labels again, and save its states.
-
-    Raises:
-        InputError: the solver records no path.
-    """
+    """Draw the first image of up to 8 labels again and save its states; raises InputError if the solver has no path."""
     _, first = np.unique(drawing.labels, return_index=True)
     rows = np.sort(first)[:_LABELS]
     labels, key = drawing.labels[rows], seed_key(drawing.seed)
@@ -28,7 +24,7 @@ def save_trajectory(drawing: Drawing, gif: Path, strip: Path) -> None:
         raise InputError("this solver records no path: choose another --solver for --trajectory.")
     times, states = np.asarray(solution.path_times), np.asarray(solution.path)  # (n,), (n, B, H, W, C)
     moving = np.linspace(0, len(times) - 1, min(len(times), _GIF_FRAMES)).round().astype(int).tolist()
-    # The frames nearest to evenly spaced times.
+    # Frames nearest to evenly spaced times.
     still = [int(np.abs(times - t).argmin()) for t in np.linspace(times[0], times[-1], _COLUMNS)]
     frames = {}  # uint8 (B, H, W, C) by number; only frames that are shown are decoded
     for index in {*moving, *still}:

@@ -19,7 +19,7 @@ from mpdit_jax.config.base import data_identity
 from mpdit_jax.config.evaluation import choose_metrics, fewest_images
 from mpdit_jax.data.image_sets import ImageSet
 from mpdit_jax.data.sources import Source
-from mpdit_jax.distributed.collectives import any_process, run_on_process_0
+from mpdit_jax.distributed.collectives import any_process, assert_equal_across_processes, run_on_process_0
 from mpdit_jax.distributed.mesh import make_mesh, replicated
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.evaluate.bias import describe_bias, few_images
@@ -30,7 +30,7 @@ from mpdit_jax.evaluate.decoding import find_decode
 from mpdit_jax.evaluate.drawn_images import DrawnImages
 from mpdit_jax.evaluate.extractors import Extractor, build_classifier, make_extractor
 from mpdit_jax.evaluate.reference import Reference, own_images
-from mpdit_jax.evaluate.shared_values import assert_shared, name_from_process_0, portable
+from mpdit_jax.evaluate.shared_values import name_from_process_0, portable
 from mpdit_jax.evaluate.statistics import Statistics, check_metrics, compare
 from mpdit_jax.evaluate.stored_statistics import load_statistics, save_statistics
 from mpdit_jax.flow.sampler import make_sampler
@@ -259,7 +259,7 @@ class Evaluator:
                     batch_size=size,
                     prefix="config.eval.",
                 )
-        assert_shared({"extractor": extractor.fingerprint})
+        assert_equal_across_processes({"extractor": extractor.fingerprint})
         check_metrics(self._metrics, extractor)
         count = settings.num_samples
         whose = f"config.eval.num_samples={count}"

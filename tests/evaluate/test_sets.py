@@ -91,7 +91,7 @@ def test_some_images_are_of_all_classes(tmp_path, order):
 def test_only_what_metrics_need_is_kept_and_each_process_sums_its_share(tmp_path, monkeypatch, extractor, digits):
     images = ArrayImages(digits[0][:300], {"path": "digits"})
     look = partial(compute_statistics, extractor, images, ["pool"], batch_size=64, block_size=100, scratch=tmp_path)
-    for name in ("barrier", "assert_shared"):
+    for name in ("barrier", "assert_equal_across_processes"):
         monkeypatch.setattr(compute, name, lambda what: None)
     monkeypatch.setattr(compute, "name_from_process_0", lambda name: name)
     monkeypatch.setattr(jax, "process_count", lambda: 2)

@@ -113,4 +113,4 @@ def test_two_machines_of_which_one_has_inceptions_weights_are_refused(machines, 
     cache.mkdir(parents=True)
     (cache / "pt_inception-2015-12-05-6726825d.pth").write_bytes(b"")
     processes = evaluating(machines, tmp_path / "out.json", [])
-    all_refuse(processes, 'features="inception" instead of "efficientnet_lite0"')
+    all_refuse(processes, "features=inception instead of efficientnet_lite0")

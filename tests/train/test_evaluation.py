@@ -376,7 +376,7 @@ def test_what_is_looked_at_is_compared_with_the_other_processes(tmp_path, digits
     np.savez(tmp_path / "real.npz", arr_0=digits[0][:40])
     compared = []
     for module in (evaluator, reference, compute):
-        monkeypatch.setattr(module, "assert_shared", compared.append)
+        monkeypatch.setattr(module, "assert_equal_across_processes", compared.append)
     monkeypatch.setattr(evaluator, "name_from_process_0", lambda name: "0" * 16)
     workdir = tmp_path / "run"
     more = [
