@@ -1,4 +1,4 @@
-"""Measures of the code's layout: `python -m tests.house` prints them; tests/test_house.py holds the limits."""
+"""Measures of the code's layout: `python -m tests.house` prints them; tests/test_house.py holds the limits of layout."""
 
 import ast
 from collections.abc import Iterator, Mapping

@@ -84,3 +84,15 @@ def test_the_pictures_are_what_the_script_draws(name):
 def test_ci_builds_the_site_strictly():
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
     assert jobs["docs"]["steps"][-1]["run"] == "mkdocs build --strict"
+
+
+def test_the_files_that_the_architecture_page_names_exist():
+    page = (DOCS / "architecture.md").read_text()
+    missing = [name for name in re.findall(r"`(\w+/(?:\w+/)*\w+\.(?:py|svg))`", page)
+               if not (ROOT / "mpdit_jax" / name).is_file() and not (ROOT / name).is_file()]  # fmt: skip
+    for first, second in re.findall(r"^\| (.+?) \| (.+?) \|$", page, re.M):
+        folders = [ROOT / "mpdit_jax" / folder for folder in re.findall(r"`(\w+)`", first)]
+        if folders and folders[0].is_dir():
+            names = re.findall(r"`(\w+\.py)`", second)
+            missing += [name for name in names if not any((folder / name).is_file() for folder in folders)]
+    assert missing == []
