@@ -1,4 +1,4 @@
-"""Measures of the code's layout: `python -m tests.house` prints them; tests/test_house.py holds the limits of layout."""
+"""Measures of the layout: `python -m tests.house` prints them, and tests/test_house.py holds the limits."""
 
 import ast
 from collections.abc import Iterator, Mapping
