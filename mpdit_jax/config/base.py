@@ -34,6 +34,16 @@ def base_config() -> ConfigDict:
     config.ema_decay = 0.9999  # of the moving average of the parameters
     config.label_dropout = 0.1  # fraction of labels replaced by the null class, for classifier-free guidance
 
+    config.objective = "flow_matching"  # flow_matching | flow_map: one evaluation jumps from t to r (docs/flow_map.md)
+    config.init_from = ""  # weights to start from: a run's workdir (its moving average) or a .safetensors
+
+    config.flow_map = ConfigDict()  # objective="flow_map" only
+    config.flow_map.p = 1.0  # power of the adaptive weight of an example; 0 for the plain squared error
+    config.flow_map.guidance = 0.0  # g: one pass acts as a guidance scale of 1 / (1 - g)
+    config.flow_map.guidance_until = 0.7  # largest t that is guided
+    config.flow_map.start_times = (0.4, 1.0)  # mean and std of two logits: t is the larger time, r the smaller
+    config.flow_map.end_times = (-1.2, 1.0)
+
     config.mask_ratio = 0.0  # fraction of tokens hidden from the trunk in training; needs model.decoder_depth
     config.mask_loss_weight = 0.1  # weight of the hidden tokens' loss
 
@@ -89,6 +99,7 @@ def base_config() -> ConfigDict:
 
     config.sample = ConfigDict()
     config.sample.every = 5_000  # steps between image grids; 0 for never
+    config.sample.solver = "euler"  # "flow_map" for a flow map
     config.sample.steps = 50  # velocity evaluations
     config.sample.guidance_scale = 1.5  # 1.0 for no guidance
     config.sample.per_class = 8  # images per class in the grid, for up to 10 classes
@@ -134,9 +145,20 @@ def resolve(config: ConfigDict) -> FrozenConfigDict:
     fields = {key: value for key, value in resolved.model.items() if key != "preset" and value is not None}
     model = preset_config(resolved.model.preset, **fields) if resolved.model.preset else ModelConfig().replace(**fields)
     with resolved.model.ignore_type():  # a size given as one number is a tuple now
-        resolved.model.update(dataclasses.asdict(model))
+        resolved.model.update(dataclasses.asdict(model.replace(flow_map=_is_flow_map(resolved))))
     check_values(resolved)
     return FrozenConfigDict(resolved)
+
+
+def _is_flow_map(config: ConfigDict) -> bool:
+    """Whether the run trains a flow map; raise ConfigError where config.model.flow_map says otherwise."""
+    trained, said = config.objective == "flow_map", config.model.flow_map
+    if said is not None and bool(said) != trained:
+        raise ConfigError(
+            f"config.model.flow_map={said!r} with config.objective={config.objective!r}: leave it out, the objective "
+            "decides it."
+        )
+    return trained
 
 
 def model_config(config: FrozenConfigDict) -> ModelConfig:

@@ -12,6 +12,7 @@ from mpdit_jax.errors import ConfigError
 from mpdit_jax.flow.objective import TIME_DISTRIBUTIONS
 from mpdit_jax.validation import suggest
 
+OBJECTIVES = ("flow_matching", "flow_map")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "linear")
 _LARGEST_BATCH = 2**20  # a larger one is a slip that would end in an out-of-memory error
@@ -83,6 +84,7 @@ def check_values(config: ConfigDict) -> None:
     factor = config.guard.spike_factor
     expect(config, "guard.spike_factor", factor == 0 or factor > 1, "0 (never) or a number above 1, such as 10")
     for path, known in (
+        ("objective", OBJECTIVES),
         ("optimizer.name", OPTIMIZERS),
         ("optimizer.schedule", SCHEDULES),
         ("time.distribution", TIME_DISTRIBUTIONS),
@@ -98,7 +100,25 @@ def check_values(config: ConfigDict) -> None:
             f"config.mask_ratio={config.mask_ratio} with config.model.decoder_depth={config.model.decoder_depth}: "
             "masked training needs both, such as 0.75 and 2 (of one level: patch_sizes=(2,)), and any other neither."
         )
+    if config.objective == "flow_map":
+        _check_flow_map(config)
     expect(config, "model.convention", config.model.convention in (None, "velocity"), "velocity: what is trained here")
+
+
+def _check_flow_map(config: ConfigDict) -> None:
+    expect(config, "flow_map.p", 0 <= config.flow_map.p <= 2, "0 to 2")
+    expect(config, "flow_map.guidance", 0 <= config.flow_map.guidance < 1, "at least 0 and below 1 (0.6 acts as 2.5)")
+    expect(config, "flow_map.guidance_until", 0 <= config.flow_map.guidance_until <= 1, "a time from 0 to 1")
+    for path in ("flow_map.start_times", "flow_map.end_times"):
+        values = _get(config, path)
+        holds = len(values) == 2 and all(isinstance(value, int | float) for value in values) and values[1] > 0
+        expect(config, path, holds, "mean and std of a logit, such as (0.4, 1.0)")
+    pairs = config.batch_size // config.gradient_accumulation
+    expect(config, "batch_size", pairs % 2 == 0, "an even number a part: a flow map trains on pairs of examples")
+    expect(config, "model.attention", config.model.attention != "cudnn", "'xla': cuDNN's has no forward derivative")
+    expect(config, "mask_ratio", not config.mask_ratio, "0 with objective='flow_map'")
+    if sum(config.model.depths) < 2:
+        raise ConfigError("config.model.depths: a flow map needs two blocks, one for the time t and one for r.")
 
 
 def expect(config: ConfigDict, path: str, holds: bool, expected: str) -> None:

@@ -3,7 +3,7 @@
 Our convention is z_t = (1 − t) x + t n with velocity n − x: t = 0 is the data x, t = 1 the noise n.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from mpdit_jax.errors import InputError
-from mpdit_jax.flow.protocols import Convertible
+from mpdit_jax.flow.protocols import Convertible, FlowMap
 
 DIFFUSION_STEPS = 1000
 FIRST_BETA, LAST_BETA = 1e-4, 0.02
@@ -89,9 +89,19 @@ class Converted(nnx.Module):
 class SiTVelocity(Converted):
     """A SiT as a velocity. SiT's time runs from noise (0) to data (1), and it predicts data minus noise."""
 
-    def modulation(self, t: jax.Array) -> Any:
-        """Return the SiT's modulation at 1 − t."""
-        return self.model.modulation(1 - t)
+    @property
+    def flow_map(self) -> bool:
+        """Whether the model was trained as a flow map; published SiTs were not."""
+        return self.model.config.flow_map
+
+    def modulation(self, t: jax.Array, r: jax.Array | None = None) -> Any:
+        """Return the SiT's modulation at 1 − t, or of the jump from 1 − t to 1 − r."""
+        start = self.model.modulation(1 - t)
+        return start if r is None else self.jump_modulation(start, self.model.modulation(1 - r))
+
+    def jump_modulation(self, start: Any, end: Any) -> Any:
+        """Return the SiT's modulation of jumps, given those of their times."""
+        return cast(FlowMap, self.model).jump_modulation(start, end)
 
     def velocity(self, x: jax.Array, modulation: Any, class_embedding: Any) -> jax.Array:
         """Return the negative of the SiT's velocity."""

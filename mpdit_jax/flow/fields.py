@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from mpdit_jax.errors import InputError
-from mpdit_jax.flow.protocols import ClassConditional, Factored
+from mpdit_jax.flow.protocols import ClassConditional, Factored, FlowMap
 
 Prepared: TypeAlias = Any
 """One prepared time: a pytree whose leaves have a leading axis of 1 (a time for the whole batch) or B (one each)."""
@@ -28,6 +28,14 @@ class Field(Protocol):
 
     def __call__(self, z: jax.Array, prepared: Prepared) -> jax.Array:
         """Return velocities (B, H, W, C) at latents z (B, H, W, C) and one entry of `prepare`'s result."""
+
+    def jump(self, z: jax.Array, start: Prepared, end: Prepared) -> jax.Array:
+        """Return the average velocities (B, H, W, C) of jumps from latents z at time `start` to time `end`.
+
+        Raises:
+            InputError: the model cannot be a flow map.
+        """
+        raise InputError(f"{type(self).__name__} has no average velocity: solver='flow_map' needs an MPDiT.")
 
     def segments(self, start: float, end: float) -> "Sequence[Segment]":
         """Split the falling times [start, end] into segments, on each of which a field is smooth."""
@@ -92,6 +100,12 @@ class FactoredField(Field):
     def __call__(self, z: jax.Array, prepared: Prepared) -> jax.Array:
         """Evaluate the model's transformer."""
         return _checked(self.model.velocity(z, prepared, self.class_embedding), z)
+
+    def jump(self, z: jax.Array, start: Prepared, end: Prepared) -> jax.Array:
+        """Evaluate the model's transformer as a flow map."""
+        if not isinstance(self.model, FlowMap):
+            raise InputError(f"{type(self.model).__name__} cannot be a flow map: use another solver, such as 'euler'.")
+        return self(z, self.model.jump_modulation(start, end))
 
 
 def model_field(model: ClassConditional, labels: jax.Array) -> Field:

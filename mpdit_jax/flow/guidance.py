@@ -34,7 +34,13 @@ class ClassifierFree(Field):
 
     def __call__(self, z: jax.Array, prepared: Prepared) -> jax.Array:
         """Return the guided velocity."""
-        v = self.both(jnp.repeat(z, 2, axis=0), prepared)  # (2B, H, W, C)
+        return self._combine(z, self.both(jnp.repeat(z, 2, axis=0), prepared))
+
+    def jump(self, z: jax.Array, start: Prepared, end: Prepared) -> jax.Array:
+        """Return the guided average velocity."""
+        return self._combine(z, self.both.jump(jnp.repeat(z, 2, axis=0), start, end))
+
+    def _combine(self, z: jax.Array, v: jax.Array) -> jax.Array:
         v = v.reshape(z.shape[0], 2, *z.shape[1:])  # (B, 2, H, W, C)
         return _extrapolate(v[:, 0], v[:, 1], self.scale)
 
@@ -56,6 +62,11 @@ class AutoGuidance(Field):
         """Return the guided velocity."""
         return _extrapolate(self.model(z, prepared[0]), self.guide(z, prepared[1]), self.scale)
 
+    def jump(self, z: jax.Array, start: Prepared, end: Prepared) -> jax.Array:
+        """Return the guided average velocity."""
+        better, worse = self.model.jump(z, start[0], end[0]), self.guide.jump(z, start[1], end[1])
+        return _extrapolate(better, worse, self.scale)
+
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +87,14 @@ class LimitedInterval(Field):
         """Evaluate the field that applies; the other one does not run."""
         inside, guided, plain = prepared
         return jax.lax.cond(inside, lambda: self.guided(z, guided), lambda: self.plain(z, plain))
+
+    def jump(self, z: jax.Array, start: Prepared, end: Prepared) -> jax.Array:
+        """Evaluate the field that applies where the jump starts."""
+        inside, guided, plain = start
+        _, guided_end, plain_end = end
+        return jax.lax.cond(
+            inside, lambda: self.guided.jump(z, guided, guided_end), lambda: self.plain.jump(z, plain, plain_end)
+        )
 
     def segments(self, start: float, end: float) -> Sequence[Segment]:
         """Return up to three segments: before, inside and after the interval."""

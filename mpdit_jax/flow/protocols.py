@@ -25,6 +25,13 @@ class ClassConditional(Velocity, Protocol):
         """Number of classes; also the label of the null class."""
 
 
+class Average(ClassConditional, Protocol):
+    """A model that also returns the average velocity from t to an earlier time r."""
+
+    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array, r: jax.Array | None = None, /) -> jax.Array:
+        """Return the average velocity from t to r, or the velocity at t without r."""
+
+
 @runtime_checkable
 class Factored(ClassConditional, Protocol):
     """A model that computes its conditioning separately, so that a sampler does so once."""
@@ -37,6 +44,21 @@ class Factored(ClassConditional, Protocol):
 
     def velocity(self, x: jax.Array, modulation: Any, class_embedding: Any, /) -> jax.Array:
         """Return the velocity at `x`. Leaves of `modulation` with a batch of 1 are broadcast."""
+
+
+@runtime_checkable
+class FlowMap(Factored, Protocol):
+    """A model that also gives the average velocity from time t to an earlier time r."""
+
+    @property
+    def flow_map(self) -> bool:
+        """Whether the model was trained as a flow map."""
+
+    def modulation(self, t: jax.Array, r: jax.Array | None = None, /) -> Any:
+        """Return the modulation of times t (B,), or of jumps from t to r (B,)."""
+
+    def jump_modulation(self, start: Any, end: Any, /) -> Any:
+        """Return the modulation of jumps, given those of their times t and r."""
 
 
 @runtime_checkable

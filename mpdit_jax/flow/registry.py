@@ -5,6 +5,7 @@ from typing import Any
 
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.flow.adaptive import Adaptive
+from mpdit_jax.flow.flow_map import FlowMapSolver
 from mpdit_jax.flow.solvers import DPMpp2M, Euler, Heun, Midpoint, Solver
 from mpdit_jax.flow.stochastic import EulerMaruyama
 from mpdit_jax.validation import suggest
@@ -14,6 +15,7 @@ SOLVERS: dict[str, Solver] = {
     "heun": Heun(),
     "midpoint": Midpoint(),
     "dpmpp_2m": DPMpp2M(),
+    "flow_map": FlowMapSolver(),
     "euler_maruyama": EulerMaruyama(),
     "dopri5": Adaptive("dopri5"),
     "tsit5": Adaptive("tsit5"),

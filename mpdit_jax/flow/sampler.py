@@ -1,6 +1,7 @@
 """The sampler: labels to latents in one jitted call."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
@@ -13,6 +14,7 @@ from flax import nnx
 from mpdit_jax.distributed.mesh import with_auto_axes
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.flow.fields import Field, model_field
+from mpdit_jax.flow.flow_map import FlowMapSolver
 from mpdit_jax.flow.guidance import guided_field
 from mpdit_jax.flow.inputs import (
     Negatives,
@@ -26,7 +28,7 @@ from mpdit_jax.flow.inputs import (
     check_shape,
     is_traced,
 )
-from mpdit_jax.flow.protocols import Castable, ClassConditional
+from mpdit_jax.flow.protocols import Castable, ClassConditional, FlowMap
 from mpdit_jax.flow.randomness import GivenIncrements, draw_noise, noise_increments, threefry
 from mpdit_jax.flow.registry import get_solver
 from mpdit_jax.flow.solvers import Solution, Solver
@@ -166,6 +168,7 @@ class Sampler:
             increments = check_shape(increments, expected, "increments", "one for each step but the last")
         # If the scale is known to be 1 everywhere, the program has no second pass.
         guided = is_traced(scale) or bool(np.any(np.asarray(scale) != 1))
+        _warn_of_maps(model, self.settings, guided)
         structure, state = nnx.split(model)
         guide_parts = nnx.split(guide) if guide is not None and guided else (None, None)
         arrays = (state, guide_parts[1], labels, negatives, scale, noise, key, indices, increments)
@@ -185,7 +188,7 @@ def make_sampler(
     """Build a sampling function `sampler(model, labels, key, noise=None, …) -> latents`, jitted once for each shape.
 
     Args:
-        solver: "euler", "heun", "midpoint", "dpmpp_2m", "euler_maruyama", "dopri5", "tsit5", or a `Solver`.
+        solver: "euler", "heun", "midpoint", "dpmpp_2m", "flow_map", "euler_maruyama", "dopri5", "tsit5", or a `Solver`.
         steps: number of velocity evaluations, in second-order solvers too. Adaptive solvers ignore it.
         guidance_scale: w in v_null + w (v_class - v_null), one number or one for each label; 1.0 is the conditional
             model, without a second pass.
@@ -216,6 +219,25 @@ def make_sampler(
         except TypeError as error:
             raise ConfigError(f"{value!r} is not hashable ({error}): make it a frozen dataclass of numbers.") from error
     return Sampler(settings, scale)
+
+
+def _warn_of_maps(model: nnx.Module, settings: Settings, guided: bool) -> None:
+    """Warn of settings with which a flow map, or a model sampled as one, draws poor images."""
+    if not isinstance(settings.solver, FlowMapSolver):
+        return
+    trained = isinstance(model, FlowMap) and model.flow_map
+    if not trained and settings.steps == 1:
+        warnings.warn(
+            "solver='flow_map' with steps=1 and a model that was not trained as a flow map draws noise: use 4 steps or "
+            "more, or train with config.objective='flow_map'.",
+            stacklevel=5,
+        )
+    if trained and guided:
+        warnings.warn(
+            "guidance by two passes spoils a flow map: train it with config.flow_map.guidance and sample with "
+            "guidance_scale=1.",
+            stacklevel=5,
+        )
 
 
 def _check_interval(interval: tuple[float, float]) -> tuple[float, float]:

@@ -28,6 +28,13 @@ class Modulation(NamedTuple):
     gate2: jax.Array
 
 
+class TrunkTail(NamedTuple):
+    """Conditioning of a flow map, which jumps from time t to an earlier time r: the trunk sees t, the tail sees r."""
+
+    trunk: Any  # for the blocks before the tail
+    tail: Any  # for the tail and the final layer
+
+
 class ClassEmbedding(NamedTuple):
     """An embedded class: tokens in front of the image tokens, or a vector that is added to the time vector."""
 

@@ -59,6 +59,8 @@ class ModelConfig:
         skip: whether a finer level adds a linear projection of its own patches to its image tokens.
         decoder_depth: number of last blocks that see all tokens in masked training of a model of one level
             (config.mask_ratio, see `model.masking`); 0 for a model without masked training.
+        flow_map: whether the model was trained as a flow map (config.objective), so that `model(x, t, y, r)` is the
+            average velocity from t to r. It changes no parameter.
         convention: convention of the output: "velocity" (noise minus data, t = 0 at the data), "sit" or "dit";
             `mpdit_jax.as_velocity` converts the last two.
         dtype: compute dtype of linear layers and attention, "float32" or "bfloat16". Parameters, norms, softmax, FFT
@@ -90,6 +92,7 @@ class ModelConfig:
     upsampler: str = "linear_linear"
     skip: bool = True
     decoder_depth: int = 0
+    flow_map: bool = False
     convention: str = "velocity"
     dtype: str = "float32"
     remat: str = "none"
@@ -104,8 +107,9 @@ class ModelConfig:
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
         for name in ("fno_width", "fno_modes", "fno_layers", "sinusoidal_layers"):
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
-        if not isinstance(self.skip, bool):
-            raise ConfigError(f"model.skip={self.skip!r}: expected True or False.")
+        for name in ("skip", "flow_map"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"model.{name}={getattr(self, name)!r}: expected True or False.")
         _choice("time_embedding", self.time_embedding, TIME_EMBEDDINGS)
         _choice("fno_init", self.fno_init, FNO_INITS)
         _choice("upsampler", self.upsampler, UPSAMPLERS)
@@ -120,6 +124,7 @@ class ModelConfig:
         self._check_widths()
         self._check_unused()
         self._check_decoder()
+        self._check_flow_map()
 
     def _check_levels(self) -> None:
         if len(self.patch_sizes) != len(self.depths):
@@ -184,6 +189,13 @@ class ModelConfig:
                 f"model.decoder_depth={self.decoder_depth} leaves no block of {self.depths[0]} to the trunk: use fewer."
             )
 
+    def _check_flow_map(self) -> None:
+        if self.flow_map and (self.decoder_depth or self.convention != "velocity"):
+            raise ConfigError(
+                f"model.flow_map=True with decoder_depth={self.decoder_depth}, convention={self.convention!r}: a flow "
+                "map needs decoder_depth=0 and convention='velocity'."
+            )
+
     def unused_fields(self) -> dict[str, str]:
         """Return the fields that this model does not use, and so must keep their defaults, with the reason."""
         kinds = {self.condition, self.time_embedding, *([_ONE_LEVEL] if len(self.depths) == 1 else [])}
@@ -203,6 +215,13 @@ class ModelConfig:
     def prefix_tokens(self) -> int:
         """Number of tokens in front of the image tokens."""
         return self.class_tokens if self.condition == "tokens" else 0
+
+    @property
+    def tail_depth(self) -> int:
+        """Number of last blocks that a flow map conditions on the time of arrival: the last level, or of one level a
+        quarter of its blocks (at least one).
+        """
+        return self.depths[-1] if len(self.depths) > 1 else max(1, self.depths[0] // 4)
 
     def grid(self, level: int) -> tuple[int, int]:
         """Return the rows and columns of image tokens at `level`."""

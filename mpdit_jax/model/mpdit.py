@@ -8,6 +8,10 @@
 
 Every block and the final layer share one modulation, computed from the time. A model may have any number of levels.
 With one level it is an isotropic transformer; with DiT's conditioning as well (conditioning.py) it is DiT.
+
+The same network is a flow map: with the time t of the latents in the trunk and an earlier time r in the tail (the last
+level and the final layer), `model(x, t, y, r)` is the average velocity from t to r, and x - (t - r) u jumps to r in one
+evaluation (docs/flow_map.md). At r = t it is the velocity.
 """
 
 from functools import partial
@@ -21,7 +25,7 @@ from flax import nnx
 from mpdit_jax.distributed.mesh import constrain_batch, with_auto_axes
 from mpdit_jax.errors import InputError
 from mpdit_jax.model.blocks import BlockStack, layer_norm, modulate
-from mpdit_jax.model.conditioning import CONDITIONS, MODULATIONS, ClassEmbedding
+from mpdit_jax.model.conditioning import CONDITIONS, MODULATIONS, ClassEmbedding, TrunkTail
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.embeddings import SinusoidalTime, patchify, sincos_positions, unpatchify
 from mpdit_jax.model.fno import FNOTime
@@ -43,10 +47,14 @@ class Level(nnx.Module):
         linear_map = partial(linear, rngs=rngs, dtype=config.dtype, platform=config.platform)
         self.patch_embed = linear_map(patch_features, self.width) if embeds else None
         self.skip = linear_map(self.width, self.width) if upsamples and embeds else None
-        self.blocks = BlockStack(config.depths[index], config, rngs)
+        self.depth = config.depths[index]
+        self.blocks = BlockStack(self.depth, config, rngs)
 
-    def __call__(self, tokens: jax.Array, latents: jax.Array, condition: Any) -> jax.Array:
-        """Map tokens (B, m + N_coarse, D) to (B, m + N, D). The first level receives the m class tokens alone."""
+    def __call__(self, tokens: jax.Array, latents: jax.Array, condition: TrunkTail, trunk_depth: int) -> jax.Array:
+        """Map tokens (B, m + N_coarse, D) to (B, m + N, D). The first level receives the m class tokens alone.
+
+        The first `trunk_depth` blocks of the level are part of the trunk, the others of the tail.
+        """
         image = self.embed(latents)  # (B, N, D), or (1, N, D) if the level has positions alone
         if self.upsample is None:
             tokens = jnp.concatenate([tokens, image], axis=1)  # (B, m + N, D)
@@ -54,7 +62,10 @@ class Level(nnx.Module):
             tokens = self.upsample(tokens)  # (B, m + N, D)
             count = image.shape[1]
             tokens = jnp.concatenate([tokens[:, :-count], tokens[:, -count:] + image], axis=1)
-        return self.blocks(tokens, condition)
+        if condition.trunk is condition.tail or trunk_depth in (0, self.depth):
+            return self.blocks(tokens, condition.trunk if trunk_depth else condition.tail)
+        tokens = self.blocks(tokens, condition.trunk, slice(None, trunk_depth))
+        return self.blocks(tokens, condition.tail, slice(trunk_depth, None))
 
     def embed(self, latents: jax.Array) -> jax.Array:
         """Embed the latents (B, H, W, C) as patches of this level, plus positions: (B, N, D)."""
@@ -99,31 +110,49 @@ class MPDiT(nnx.Module):
         return self.config.convention
 
     @property
+    def flow_map(self) -> bool:
+        """Whether the model was trained as a flow map."""
+        return self.config.flow_map
+
+    @property
     def num_classes(self) -> int:
         """Number of classes; also the label of the null class."""
         return self.config.num_classes
 
-    def __call__(self, x: jax.typing.ArrayLike, t: jax.typing.ArrayLike, y: jax.typing.ArrayLike) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.typing.ArrayLike,
+        t: jax.typing.ArrayLike,
+        y: jax.typing.ArrayLike,
+        r: jax.typing.ArrayLike | None = None,
+    ) -> jax.Array:
         """Return the velocity dz/dt at latents `x`, time `t` (0 = data, 1 = noise) and class `y`.
 
         Args:
             x: noisy latents, float32 (B, H, W, C).
             t: times in [0, 1], float32 (B,).
             y: labels in [0, num_classes], int32 (B,); `num_classes` is the null class.
+            r: times in [0, t], float32 (B,): return the average velocity from t to r instead, as a flow map does.
 
         Returns:
             float32 (B, H, W, C).
 
         Raises:
-            InputError: a shape does not fit the model, or a label is not an integer or out of range. The values of
-                traced labels cannot be checked: a label out of range then gives NaN.
+            InputError: a shape does not fit the model, a label is not an integer or out of range, or r > t. The values
+                of traced arrays cannot be checked: a label out of range then gives NaN.
         """
-        return with_auto_axes(MPDiT._call, (self,), (x, t, y), batched=(x, y, t), out=0)
+        return with_auto_axes(MPDiT._call, (self,), (x, t, y, r), batched=(x, y, t), out=0)
 
-    def _call(self, x: jax.typing.ArrayLike, t: jax.typing.ArrayLike, y: jax.typing.ArrayLike) -> jax.Array:
+    def _call(
+        self,
+        x: jax.typing.ArrayLike,
+        t: jax.typing.ArrayLike,
+        y: jax.typing.ArrayLike,
+        r: jax.typing.ArrayLike | None,
+    ) -> jax.Array:
         x, t, y = self.check(x, t, y)
         # Without this constraint XLA splits the modulation by features and then gathers it for the whole batch.
-        modulation = jax.tree.map(constrain_batch, self.modulation(t))
+        modulation = jax.tree.map(constrain_batch, self.modulation(t, None if r is None else check_arrival(r, t)))
         return self.velocity(x, modulation, self.class_embedding(y))
 
     def check(
@@ -149,21 +178,37 @@ class MPDiT(nnx.Module):
                 )
         return constrain_batch(x), constrain_batch(t), constrain_batch(y)
 
-    def modulation(self, t: jax.Array) -> Any:
-        """Return the float32 modulation of times (B,), or, with condition="vector", the time vector (B, D)."""
+    def modulation(self, t: jax.Array, r: jax.Array | None = None) -> Any:
+        """Return the float32 modulation of times (B,), or, with condition="vector", the time vector (B, D).
+
+        With `r` it is a TrunkTail of those of t and r.
+        """
+        if r is not None:
+            if self.config.tail_depth == sum(self.config.depths):
+                raise InputError("a model of one block cannot be a flow map: it needs a block for t and one for r.")
+            return self.jump_modulation(self.modulation(t), self.modulation(r))
         vector = self.time_embedding(t)  # (B, D); `condition` adds a class vector to it
         return vector if self.config.condition == "vector" else self.time_modulation(vector)
+
+    def jump_modulation(self, start: Any, end: Any) -> TrunkTail:
+        """Return the modulation of jumps from t to r, given the modulations of t (`start`) and of r (`end`)."""
+        return TrunkTail(start, end)
 
     def velocity(self, x: jax.Array, modulation: Any, class_embedding: ClassEmbedding) -> jax.Array:
         """Map latents (B, H, W, C) and the results of `modulation` and `class_embedding` to velocities (B, H, W, C)."""
         condition, tokens = self.condition(modulation, class_embedding), class_embedding.tokens
-        x = x.astype(tokens.dtype)
-        for level in self.levels:
-            tokens = level(tokens, x, condition)
-        return self.final_layer(tokens, condition)
+        if not isinstance(condition, TrunkTail):
+            condition = TrunkTail(condition, condition)
+        x, config = x.astype(tokens.dtype), self.config
+        trunk_depths = (*config.depths[:-1], config.depths[-1] - config.tail_depth)
+        for level, trunk_depth in zip(self.levels, trunk_depths, strict=True):
+            tokens = level(tokens, x, condition, trunk_depth)
+        return self.final_layer(tokens, condition.tail)
 
     def condition(self, modulation: Any, class_embedding: ClassEmbedding) -> Any:
         """Return the conditioning that every block and the final layer receive."""
+        if isinstance(modulation, TrunkTail):
+            return TrunkTail(*(self.condition(part, class_embedding) for part in modulation))
         vector = class_embedding.vector
         return modulation if vector is None else self.time_modulation(modulation + vector)
 
@@ -197,3 +242,17 @@ class MPDiT(nnx.Module):
         """Return a model of `config`, whose parameters have the same shapes, with these parameters."""
         structure = nnx.graphdef(nnx.eval_shape(lambda: MPDiT(config, nnx.Rngs(params=0))))
         return nnx.merge(structure, nnx.state(self))
+
+
+def check_arrival(r: jax.typing.ArrayLike, t: jax.Array) -> jax.Array:
+    """Return the times of arrival as float32 (B,). Raise InputError for another shape, or r outside [0, t]."""
+    r = jnp.asarray(r, jnp.float32)
+    if r.shape != t.shape:
+        raise InputError(f"r {r.shape}: expected one time for each of t {t.shape}.")
+    if not isinstance(r, jax.core.Tracer) and not isinstance(t, jax.core.Tracer):
+        late = np.flatnonzero(~((np.asarray(r) >= 0) & (np.asarray(r) <= np.asarray(t))))
+        if late.size:
+            raise InputError(
+                f"r={r[late[0]]:g} with t={t[late[0]]:g}: a flow map goes to an earlier time, 0 <= r <= t."
+            )
+    return constrain_batch(r)

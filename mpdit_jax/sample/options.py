@@ -11,7 +11,7 @@ from mpdit_jax.flow.sampler import Sampler, make_sampler
 from mpdit_jax.flow.times import ShiftedGrid
 from mpdit_jax.runtime.cli import add_tile_option
 
-_SOLVER_OPTIONS = {"rtol": "rtol", "atol": "atol", "diffusion": "diffusion", "diffusion_norm": "norm"}
+_SOLVER_OPTIONS = {"rtol": "rtol", "atol": "atol", "churn": "churn", "diffusion": "diffusion", "diffusion_norm": "norm"}
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -36,7 +36,7 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--solver",
         default="euler",
-        help="euler | heun | midpoint | dpmpp_2m | euler_maruyama | dopri5 | tsit5 (default: %(default)s)",
+        help="euler | heun | midpoint | dpmpp_2m | flow_map | euler_maruyama | dopri5 | tsit5 (default: %(default)s)",
     )
     group.add_argument("--steps", type=int, help="velocity evaluations (default: 250; adaptive solvers choose)")
     group.add_argument("--time_grid", default="uniform", help="uniform | shifted | quadratic (default: %(default)s)")
@@ -59,6 +59,7 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
         "--diffusion",
         help="euler_maruyama: constant | SBDM | sigma | decreasing | increasing-decreasing (default: sigma)",
     )
+    group.add_argument("--churn", type=float, help="flow_map: share of fresh noise after each jump (default: 0)")
     group.add_argument("--diffusion_norm", type=float, help="euler_maruyama: factor on the noise (default: 1)")
     group.add_argument("--precision", help="float32 | bfloat16 (default: what the model was trained in)")
 

@@ -46,7 +46,7 @@ def draw_grid(
             return None
         mesh = make_mesh(devices=jax.local_devices()[:1])
     classes, per_class = min(config.model.num_classes, 10), config.sample.per_class
-    sampler = make_sampler(steps=config.sample.steps, guidance_scale=config.sample.guidance_scale)
+    sampler = make_sampler(config.sample.solver, config.sample.steps, config.sample.guidance_scale)
     with jax.set_mesh(mesh):
         labels = np.repeat(np.arange(classes), per_class)
         pictures = np.asarray(sampler(merge(structure, ema_parameters), labels, seed_key(config.seed)))

@@ -17,8 +17,8 @@ from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.policy import make_policy
 from mpdit_jax.train.prefetcher import Prefetcher
 from mpdit_jax.train.run import Run
-from mpdit_jax.train.startup import load_data, log_startup, make_stopwatch, record_data
-from mpdit_jax.train.state import TrainState, abstract_state, create_state
+from mpdit_jax.train.startup import first_state, load_data, log_startup, make_stopwatch, record_data
+from mpdit_jax.train.state import TrainState, abstract_state
 from mpdit_jax.train.step import build_train_step, jit_step
 
 
@@ -48,7 +48,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
 
     with jax.set_mesh(mesh), Run(config, workdir, lock, policy) as run:
         target = abstract_state(model, optimizer, mesh)
-        step, state = run.restore(target) or (0, create_state(model, optimizer, target, config.seed))
+        step, state = run.restore(target) or (0, first_state(config, model, optimizer, target))
         record_data(workdir, source, step)
         decode = choose_decode(config, workdir, source)
         evaluator = Evaluator(config, workdir, source, structure, decode, run.stopped)

@@ -4,12 +4,14 @@ They are part of the train state, so that a resumed run writes the same log as a
 for a step only when it reads them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mpdit_jax.flow.flow_map import FLOW_MAP_METRICS
 
 Window: TypeAlias = dict[str, jax.Array]
 
@@ -18,9 +20,10 @@ TIME_BUCKETS = 4  # equal parts of [0, 1] whose losses are logged separately
 NAMED_SKIPS = 8  # skipped steps that a window remembers by number; more are only counted
 
 
-def empty_window() -> Window:
-    """A window before its first step."""
-    scalars = {name: jnp.zeros((), jnp.float32) for name in (*METRICS, "steps", "skipped", "largest_loss")}
+def empty_window(more: Sequence[str] = ()) -> Window:
+    """A window before its first step, with metrics of its objective beside METRICS."""
+    names = (*METRICS, *more, "steps", "skipped", "largest_loss")
+    scalars = {name: jnp.zeros((), jnp.float32) for name in names}
     buckets = {name: jnp.zeros(TIME_BUCKETS, jnp.float32) for name in ("time_loss", "time_examples")}
     # Zero stands for no step: steps are numbered from 1, and fields that an older checkpoint lacks are read as zeros.
     steps = {name: jnp.zeros((), jnp.int32) for name in ("most_skipped_in_a_row", "largest_loss_step")}
@@ -32,7 +35,7 @@ def add_step(
     number: jax.Array,  # of the step, from 1, int32
     applied: jax.Array,  # boolean
     finite: jax.Array,  # whether the update was finite, boolean
-    metrics: Mapping[str, jax.Array],  # a scalar for each of METRICS
+    metrics: Mapping[str, jax.Array],  # a scalar for each of METRICS, and for those of the objective
     t: jax.Array,  # times of the examples (B,)
     per_example: jax.Array,  # their losses (B,)
     skipped_in_a_row: jax.Array,  # the guard's count after the step, int32
@@ -42,7 +45,7 @@ def add_step(
     # A product with one-hot rows rather than a scatter: it adds in the same order on every mesh.
     rows = jax.nn.one_hot(bucket, TIME_BUCKETS, dtype=jnp.float32)  # (B, TIME_BUCKETS)
     new = {
-        **{name: metrics[name] for name in METRICS},
+        **metrics,
         "steps": jnp.float32(1),
         "time_loss": (rows * per_example[:, None]).sum(axis=0),
         "time_examples": rows.sum(axis=0),
@@ -74,7 +77,7 @@ def window_means(window: Mapping[str, np.ndarray]) -> dict[str, float]:
     means = {"skipped": float(window["skipped"])}
     if not window["steps"]:
         return means
-    means |= {name: float(window[name] / window["steps"]) for name in METRICS}
+    means |= {name: float(window[name] / window["steps"]) for name in window if name in METRICS + FLOW_MAP_METRICS}
     means |= {name: float(window[name]) for name in ("largest_loss", "largest_loss_step")}
     for bucket in range(TIME_BUCKETS):
         if window["time_examples"][bucket]:

@@ -2,24 +2,27 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
+from mpdit_jax.config.base import model_config
 from mpdit_jax.distributed.mesh import replicated
 from mpdit_jax.errors import DivergedError
 from mpdit_jax.train.guard import NONFINITE_UPDATE
 from mpdit_jax.train.metric_window import empty_window, skipped_steps, window_means
 from mpdit_jax.train.optimizer import make_schedule
 from mpdit_jax.train.run import Policy
-from mpdit_jax.train.state import TrainState, from_items, to_items
+from mpdit_jax.train.state import TrainState, from_items, objective_metrics, to_items
 
 
 def make_policy(config: FrozenConfigDict, mesh: Mesh) -> Policy[TrainState]:
     """Log the means of the metric window; end the run by the guard's counts and `config.guard.abort_after`."""
     learning_rate = make_schedule(config.optimizer)
-    new_window = jax.jit(empty_window, out_shardings=replicated(mesh))
+    more = objective_metrics(model_config(config))
+    new_window = jax.jit(partial(empty_window, more), out_shardings=replicated(mesh))
 
     def metrics(step: int, state: TrainState) -> tuple[dict[str, float], list[int]]:
         window, accepted = jax.device_get((state.window, state.guard["accepted"]))

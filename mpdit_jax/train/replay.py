@@ -27,8 +27,8 @@ from mpdit_jax.model.parameters import abstract
 from mpdit_jax.train import step as steps
 from mpdit_jax.train.guard import NONFINITE_UPDATE
 from mpdit_jax.train.optimizer import make_optimizer
-from mpdit_jax.train.startup import load_data
-from mpdit_jax.train.state import TrainState, abstract_state, create_state, from_items, to_items
+from mpdit_jax.train.startup import first_state, load_data
+from mpdit_jax.train.state import TrainState, abstract_state, from_items, to_items
 
 _NAMED = 8  # rows and arrays that are named; more are counted
 _FINITE = ": all finite"
@@ -66,7 +66,7 @@ def replay(config: ConfigDict | FrozenConfigDict, workdir: str | Path, number: i
     with jax.set_mesh(mesh):
         target = abstract_state(model, optimizer, mesh)
         before, lines = _newest_before(workdir, number, to_items(target))
-        state = from_items(before) if before else create_state(model, optimizer, target, config.seed)
+        state = from_items(before) if before else first_state(config, model, optimizer, target)
         train_step = steps.jit_step(steps.build_train_step(config, structure, optimizer, source.latents), target, mesh)
         start = int(state.step)
         lines.append(f"steps {start + 1} to {number - 1} are run again first" if start < number - 1 else "ready")
@@ -77,7 +77,7 @@ def replay(config: ConfigDict | FrozenConfigDict, workdir: str | Path, number: i
         batch = place(host)
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         noisy = jax.jit(steps.make_noising(config, source.latents))(batch, key)
-        loss = steps.make_loss(structure, config.mask_loss_weight)
+        loss = steps.config_loss(config, structure)
         found, sound = _take_apart(state, host, noisy, loss, optimizer, config.gradient_accumulation)
         skipped = int(train_step(state, batch).guard["skipped_in_a_row"])
     verdict = "counts" if not skipped else "ends the run" if skipped >= NONFINITE_UPDATE else "is left out"

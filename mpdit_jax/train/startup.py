@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import optax
 from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -15,8 +16,11 @@ from mpdit_jax.distributed.collectives import assert_equal_across_processes, cou
 from mpdit_jax.distributed.mesh import check_batch
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.model.accounting import count, training_flops
+from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.parameters import abstract
 from mpdit_jax.runtime.hardware import peak_flops
+from mpdit_jax.train.init_from import initialize_from
+from mpdit_jax.train.state import TrainState, create_state
 from mpdit_jax.train.stopwatch import Stopwatch
 from mpdit_jax.train.writers import METRICS_FILE
 
@@ -42,6 +46,14 @@ def load_data(config: FrozenConfigDict, mesh: Mesh) -> Source:
 def record_data(workdir: Path, source: Source, step: int) -> None:
     """Write what samplers need to know of the data, or check that a run at `step` continues with the same data."""
     run_on_process_0(partial(record_dataset, workdir, source, trained=step > 0))
+
+
+def first_state(
+    config: FrozenConfigDict, model: ModelConfig, optimizer: optax.GradientTransformation, target: TrainState
+) -> TrainState:
+    """The state before the first step of a config's run, laid out like `target`."""
+    state = create_state(model, optimizer, target, config.seed)
+    return initialize_from(state, config.init_from) if config.init_from else state
 
 
 def make_stopwatch(config: FrozenConfigDict, mesh: Mesh) -> Stopwatch:

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from mpdit_jax.distributed.mesh import parameter_sharding, replicated
+from mpdit_jax.flow.flow_map import FLOW_MAP_METRICS
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.parameters import Parameters, split
 from mpdit_jax.model.presets import build_model
@@ -45,8 +46,13 @@ def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, 
         ema_parameters=jax.tree.map(jnp.copy, parameters),  # donated buffers may not be shared
         optimizer_state=optimizer.init(parameters),
         guard=new_guard(),
-        window=empty_window(),
+        window=empty_window(objective_metrics(config)),
     )
+
+
+def objective_metrics(config: ModelConfig) -> tuple[str, ...]:
+    """Names of the metrics that a model's objective logs beside those of every run."""
+    return FLOW_MAP_METRICS if config.flow_map else ()
 
 
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

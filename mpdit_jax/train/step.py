@@ -12,7 +12,8 @@ from ml_collections import FrozenConfigDict
 from mpdit_jax.config.base import model_config
 from mpdit_jax.data.latents import LatentSpace
 from mpdit_jax.distributed.mesh import batch_sharding
-from mpdit_jax.flow.objective import flow_matching_loss, interpolate, time_distribution
+from mpdit_jax.flow.flow_map import FlowMapLoss, draw_jumps
+from mpdit_jax.flow.objective import LogitNormal, flow_matching_loss, interpolate, time_distribution
 from mpdit_jax.model.masking import draw_kept, masked_velocity, split_error
 from mpdit_jax.model.parameters import Parameters, Structure, merge
 from mpdit_jax.train import guard as guards
@@ -31,12 +32,15 @@ class NoisyBatch(NamedTuple):
     t: jax.Array  # (B,)
     noise: jax.Array  # (B, H, W, C)
     kept: jax.Array | None = None  # (B, K), the tokens that the trunk sees; None for all
+    r: jax.Array | None = None  # (B,), the times of arrival of a flow map; None for flow matching
 
 
 Noising: TypeAlias = Callable[[Batch, jax.Array], NoisyBatch]
 """(batch, key) to the noisy batch."""
-LossFunction: TypeAlias = Callable[[Parameters, NoisyBatch], tuple[jax.Array, jax.Array]]
-"""(parameters, noisy batch) to the mean loss and the loss of each example (B,)."""
+LossAux: TypeAlias = tuple[jax.Array, dict[str, jax.Array]]
+"""The loss of each example (B,), for a flow map its squared error; and more scalars for the log."""
+LossFunction: TypeAlias = Callable[[Parameters, NoisyBatch], tuple[jax.Array, LossAux]]
+"""(parameters, noisy batch) to the mean loss and its LossAux."""
 Step: TypeAlias = Callable[[TrainState, Batch], TrainState]
 
 
@@ -47,15 +51,23 @@ def make_noising(config: FrozenConfigDict, latents: LatentSpace | None = None) -
     """
     times = time_distribution(config.time.distribution, config.time.mean, config.time.std)
     null, model, ratio = config.model.num_classes, model_config(config), config.mask_ratio
+    first, second = config.flow_map.start_times, config.flow_map.end_times
+    jump_times = (LogitNormal(*first), LogitNormal(*second))
 
     def noising(batch: Batch, key: jax.Array) -> NoisyBatch:
         dropout_key, flow_key = jax.random.split(key)
         time_key, noise_key = jax.random.split(flow_key)
         x = batch["x"] if latents is None else sample_latents(jax.random.fold_in(key, 2), batch, latents)
+        t, r = times.sample(time_key, x.shape[0]), None
+        if config.objective == "flow_map":
+            jumps = draw_jumps(jax.random.fold_in(key, 4), x.shape[0], jump_times)
+            is_jump = jnp.arange(x.shape[0]) % 2 == 0
+            t, r = jnp.where(is_jump, jumps[:, 0], t), jnp.where(is_jump, jumps[:, 1], t)
         return NoisyBatch(
             x=x,
             y=drop_labels(dropout_key, batch["y"], config.label_dropout, null),
-            t=times.sample(time_key, x.shape[0]),
+            t=t,
+            r=r,
             noise=jax.random.normal(noise_key, x.shape),
             kept=draw_kept(jax.random.fold_in(key, 3), model, ratio, x.shape[0]) if ratio else None,
         )
@@ -82,24 +94,38 @@ def drop_labels(key: jax.Array, labels: jax.Array, rate: float, null: int) -> ja
     return jnp.where(jax.random.bernoulli(key, rate, labels.shape), null, labels)
 
 
-def make_loss(structure: Structure, mask_loss_weight: float = 0.0) -> LossFunction:
-    """The flow-matching loss of a model's parameters.
+def make_loss(
+    structure: Structure, mask_loss_weight: float = 0.0, flow_map_loss: FlowMapLoss | None = None
+) -> LossFunction:
+    """The flow-matching loss of a model's parameters, or the loss of a flow map.
 
     With hidden tokens it is the mean over the kept tokens plus `mask_loss_weight` times the mean over the hidden ones.
     Their noise cannot be known, and what can be learned of their velocity is minus the image: MaskDiT's reconstruction.
     """
 
-    def loss(parameters: Parameters, noisy: NoisyBatch) -> tuple[jax.Array, jax.Array]:
+    def loss(parameters: Parameters, noisy: NoisyBatch) -> tuple[jax.Array, LossAux]:
         model = merge(structure, parameters)
+        if flow_map_loss is not None and noisy.r is not None:
+            value, errors, metrics = flow_map_loss(model, noisy.x, noisy.y, noisy.t, noisy.r, noisy.noise)
+            return value, (errors, metrics)
         if noisy.kept is None:
-            return flow_matching_loss(model, noisy.x, noisy.y, t=noisy.t, noise=noisy.noise)
+            value, per_example = flow_matching_loss(model, noisy.x, noisy.y, t=noisy.t, noise=noisy.noise)
+            return value, (per_example, {})
         z, velocity = interpolate(noisy.x, noisy.noise, noisy.t)
         error = masked_velocity(model, z, noisy.t, noisy.y, noisy.kept) - velocity
         kept, hidden = split_error(jnp.square(error), noisy.kept, model.config.patch_sizes[0])  # (B,) each
         per_example = kept + mask_loss_weight * hidden
-        return per_example.mean(), per_example
+        return per_example.mean(), (per_example, {})
 
     return loss
+
+
+def config_loss(config: FrozenConfigDict, structure: Structure) -> LossFunction:
+    """The loss of a config's objective."""
+    if config.objective == "flow_matching":
+        return make_loss(structure, config.mask_loss_weight)
+    settings = config.flow_map
+    return make_loss(structure, flow_map_loss=FlowMapLoss(settings.p, settings.guidance, settings.guidance_until))
 
 
 def build_train_step(
@@ -111,7 +137,7 @@ def build_train_step(
     """Build the train step shared by train, replay, compile and benchmark; `latents` as for `make_noising`."""
     return make_step(
         make_noising(config, latents),
-        make_loss(structure, config.mask_loss_weight),
+        config_loss(config, structure),
         optimizer,
         config.ema_decay,
         accumulation=config.gradient_accumulation,
@@ -138,7 +164,7 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> TrainState:
         noisy = noising(batch, jax.random.fold_in(jax.random.key(state.seed), state.step))
-        value, per_example, gradients = accumulated(loss, state.parameters, noisy, accumulation)
+        value, (per_example, more), gradients = accumulated(loss, state.parameters, noisy, accumulation)
         gradient_norm = optax.tree.norm(gradients)
         # Decided before the update is applied, so that old and new state never lie in memory side by side.
         applied = guards.should_apply(state.guard, value, gradient_norm, spike_factor)
@@ -150,6 +176,7 @@ def make_step(
             "gradient_norm": gradient_norm,
             "update_norm": optax.tree.norm(updates),
             "parameter_norm": optax.tree.norm(parameters),
+            **more,
         }
         kept = jax.tree.map(
             lambda new, old: jnp.where(applied, new, old),
@@ -174,25 +201,31 @@ def make_step(
 
 def accumulated(
     loss: LossFunction, parameters: Parameters, noisy: NoisyBatch, parts: int
-) -> tuple[jax.Array, jax.Array, Parameters]:
-    """Mean loss, loss of each example (B,) and mean gradient, from `parts` equal parts of the batch one at a time."""
+) -> tuple[jax.Array, LossAux, Parameters]:
+    """Mean loss, its LossAux and the mean gradient, from `parts` equal parts of the batch one at a time."""
     gradient = jax.value_and_grad(loss, has_aux=True)
     if parts == 1:
-        (value, per_example), gradients = gradient(parameters, noisy)
-        return value, per_example, gradients
+        (value, aux), gradients = gradient(parameters, noisy)
+        return value, aux, gradients
+
+    unit = 1 if noisy.r is None else 2  # a flow map's examples come in pairs, which stay together
 
     def interleaved(x: jax.Array) -> jax.Array:
         # Every part takes rows from everywhere, so that each device has its share of each.
-        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)  # (parts, B / parts, ...)
+        x = x.reshape(x.shape[0] // parts // unit, parts, unit, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(parts, -1, *x.shape[3:])  # (parts, B / parts, ...)
 
-    def add(total: tuple[jax.Array, Parameters], part: NoisyBatch) -> tuple[tuple[jax.Array, Parameters], jax.Array]:
-        (value, per_example), gradients = gradient(parameters, part)
-        return jax.tree.map(jnp.add, total, (value, gradients)), per_example
+    def restored(x: jax.Array) -> jax.Array:
+        return x.reshape(parts, -1, unit, *x.shape[2:]).swapaxes(0, 1).reshape(-1, *x.shape[2:])  # (B, ...)
+
+    def add(total: tuple[jax.Array, Parameters], part: NoisyBatch) -> tuple[tuple[jax.Array, Parameters], LossAux]:
+        (value, aux), gradients = gradient(parameters, part)
+        return jax.tree.map(jnp.add, total, (value, gradients)), aux
 
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, parameters))
-    (value, gradients), per_example = jax.lax.scan(add, zero, jax.tree.map(interleaved, noisy))
+    (value, gradients), (per_example, more) = jax.lax.scan(add, zero, jax.tree.map(interleaved, noisy))
     mean = jax.tree.map(lambda total: total / parts, gradients)
-    return value / parts, per_example.swapaxes(0, 1).reshape(-1), mean
+    return value / parts, (restored(per_example), {name: scalar.mean() for name, scalar in more.items()}), mean
 
 
 def moving_average(average: Parameters, parameters: Parameters, decay: float) -> Parameters:

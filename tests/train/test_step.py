@@ -29,11 +29,11 @@ def small_config(**optimizer):
     return resolve(config)
 
 
-def prepare(config, **options):
+def prepare(config, loss=None, **options):
     """The initial state, the jitted step and a batch."""
     mesh = make_mesh(devices=jax.devices()[:1])
     optimizer, (structure, _) = make_optimizer(config.optimizer), abstract(model_config(config))
-    step = make_step(make_noising(config), make_loss(structure), optimizer, 0.9, **options)
+    step = make_step(make_noising(config), loss or make_loss(structure), optimizer, 0.9, **options)
     target = abstract_state(model_config(config), optimizer, mesh)
     random = np.random.default_rng(0)
     batch = {"x": random.standard_normal((8, 4, 4, 1), np.float32), "y": random.integers(0, 3, 8, np.int32)}
@@ -181,7 +181,7 @@ def test_no_second_state_lies_beside_the_first():
 
     def loss(parameters, examples):
         per_example = jnp.square(examples.x[:, 0, 0] @ parameters["kernel"]).mean(axis=-1)
-        return per_example.mean(), per_example
+        return per_example.mean(), (per_example, {})
 
     state = abstract_state(model_config(config), optimizer, mesh)
     kernel = jax.ShapeDtypeStruct((width, width), jnp.float32, sharding=replicated(mesh))

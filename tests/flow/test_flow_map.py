@@ -1,0 +1,216 @@
+"""Flow maps: the network at r = t, its derivative, the solver on data whose exact map is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mpdit_jax as mp
+from mpdit_jax.errors import ConfigError, InputError
+from mpdit_jax.flow.fields import Field
+from mpdit_jax.flow.flow_map import FlowMapSolver, renoise
+from mpdit_jax.flow.solvers import Euler
+from mpdit_jax.flow.times import UniformGrid
+from tests.flow.toys import GaussianModel, tiny_model
+
+LEVELS = {
+    1: {"patch_sizes": (2,), "depths": (4,)},
+    2: {"patch_sizes": (4, 2), "depths": (2, 1)},
+    3: {"patch_sizes": (8, 4, 2), "depths": (1, 1, 1)},
+}
+
+
+def inputs(count=4):
+    random = np.random.default_rng(1)
+    x = jnp.asarray(random.standard_normal((count, 8, 8, 1)), jnp.float32)
+    t = jnp.asarray(random.uniform(0.3, 1, count), jnp.float32)
+    return x, t, jnp.arange(count)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_at_r_equal_t_it_is_the_flow_model_bit_for_bit(levels):
+    model = tiny_model(**LEVELS[levels])
+    x, t, y = inputs()
+    velocity, average = jax.jit(model)(x, t, y), jax.jit(model)(x, t, y, t)
+    np.testing.assert_array_equal(velocity, average)
+    assert np.abs(velocity - jax.jit(model)(x, t, y, t / 2)).max() > 1e-3
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_the_trunk_sees_t_and_the_tail_r(levels):
+    """What the last level receives does not depend on r, and what leaves it does."""
+    model = tiny_model(**LEVELS[levels])
+    x, t, y = inputs()
+    both = jax.jit(model)(x, t, y, t / 2)
+    config = model.config
+    condition = model.condition(model.modulation(t, t / 2), model.class_embedding(y))
+    tokens = model.class_embedding(y).tokens
+    for index, level in enumerate(model.levels):
+        if levels > 1 and index == levels - 1:
+            tokens = level(tokens, x, type(condition)(condition.tail, condition.tail), config.depths[-1])
+        elif levels > 1:
+            tokens = level(tokens, x, type(condition)(condition.trunk, condition.trunk), config.depths[index])
+        else:
+            image = level.embed(x)
+            tokens = jnp.concatenate([tokens, image], axis=1)
+            tokens = level.blocks(tokens, condition.trunk, slice(None, 3))
+            tokens = level.blocks(tokens, condition.tail, slice(3, None))
+    np.testing.assert_allclose(both, model.final_layer(tokens, condition.tail), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("time_embedding", ["fno", "sinusoidal"])
+def test_the_derivative_equals_central_differences(time_embedding, remat):
+    """du/dt along (v, 1, 0), float64."""
+    with jax.enable_x64(True):
+        model = tiny_model(**LEVELS[2], time_embedding=time_embedding, fno_init="scaled", remat=remat) if (
+            time_embedding == "fno"
+        ) else tiny_model(**LEVELS[2], remat=remat)  # fmt: skip
+        x, t, y = inputs()
+        v = jnp.asarray(np.random.default_rng(2).standard_normal(x.shape), jnp.float32)
+
+        def u(step):
+            return model(x + step * v, t + step, y, t / 2)
+
+        _, derivative = jax.jvp(u, (jnp.float32(0.0),), (jnp.float32(1.0),))
+        h = 1e-2
+        differences = (8 * (u(h) - u(-h)) - (u(2 * h) - u(-2 * h))) / (12 * h)
+    assert np.abs(derivative - differences).max() <= 2e-3 * np.abs(derivative).max()
+
+
+MEAN, STD = 0.7, 0.4
+
+
+def spread(t):
+    return np.sqrt((1 - t) ** 2 * STD**2 + t**2)
+
+
+class GaussianMap(Field):
+    """The exact flow map of data N(MEAN, STD²), and its velocity."""
+
+    def prepare(self, times):
+        return times
+
+    def __call__(self, z, t):
+        t = t.reshape(-1, 1, 1, 1)
+        variance = (1 - t) ** 2 * STD**2 + t**2
+        centred = z - (1 - t) * MEAN
+        return -MEAN + (t - (1 - t) * STD**2) / variance * centred
+
+    def jump(self, z, t, r):
+        t, r = t.reshape(-1, 1, 1, 1), r.reshape(-1, 1, 1, 1)
+        ratio = jnp.sqrt((1 - r) ** 2 * STD**2 + r**2) / jnp.sqrt((1 - t) ** 2 * STD**2 + t**2)
+        end = (1 - r) * MEAN + ratio * (z - (1 - t) * MEAN)
+        return (z - end) / (t - r)
+
+
+def test_the_exact_map_satisfies_the_identity():
+    """u = v - (t - r) du/dt, the equation that training enforces."""
+    with jax.enable_x64(True):
+        field, z = GaussianMap(), jnp.asarray(np.random.default_rng(0).standard_normal((64, 1, 1, 1)))
+        t, r = jnp.linspace(0.2, 1.0, 64), jnp.linspace(0.0, 0.9, 64) * jnp.linspace(0.2, 1.0, 64)
+        v = field(z, t)
+        u, derivative = jax.jvp(lambda z, t: field.jump(z, t, r), (z, t), (v, jnp.ones_like(t)))
+        residual = u - (v - (t - r).reshape(-1, 1, 1, 1) * derivative)
+    assert np.abs(residual).max() <= 1e-12
+
+
+def test_one_jump_equals_two_and_four_and_euler_is_far_off():
+    with jax.enable_x64(True):
+        z = jnp.asarray(np.random.default_rng(0).standard_normal((256, 1, 1, 1)))
+        drawn = {
+            steps: FlowMapSolver().solve(GaussianMap(), z, UniformGrid(), steps, None).latents for steps in (1, 2, 4)
+        }
+        exact = MEAN + STD * z
+        for steps, latents in drawn.items():
+            np.testing.assert_allclose(latents, exact, rtol=0, atol=1e-12, err_msg=str(steps))
+        euler = Euler().solve(GaussianMap(), z, UniformGrid(), 1, None).latents
+    assert np.abs(euler - exact).max() > 0.3
+
+
+def test_fresh_noise_keeps_the_distribution():
+    """With churn the latents of an exact map are still N(MEAN, STD²), and no longer a function of the first noise."""
+    z = jax.random.normal(jax.random.key(0), (20_000, 1, 1, 1))
+
+    def increments(step):
+        return jax.random.normal(jax.random.fold_in(jax.random.key(1), step), z.shape)
+
+    for churn in (0.3, 1.0):
+        latents = FlowMapSolver(churn).solve(GaussianMap(), z, UniformGrid(), 4, increments).latents
+        assert abs(latents.mean() - MEAN) < 0.02
+        assert abs(latents.std() - STD) < 0.02
+        assert np.corrcoef(latents.ravel(), z.ravel())[0, 1] < 0.95
+    assert np.corrcoef(latents.ravel(), z.ravel())[0, 1] < 0.05  # churn 1 forgets
+
+
+def test_renoising_reaches_the_spread_of_t():
+    signal, noise_std = renoise(np.array([0.0, 0.3]), np.array([0.5, 0.5]))
+    np.testing.assert_allclose(signal * np.array([1.0, 0.7]), 0.5)
+    np.testing.assert_allclose(noise_std**2 + (signal * np.array([0.0, 0.3])) ** 2, 0.25)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_the_sampler_makes_the_jumps_of_the_model(levels):
+    model = tiny_model(**LEVELS[levels])
+    y, key = jnp.arange(4), jax.random.key(0)
+    solution = mp.make_sampler("flow_map", steps=2).solve(model, y, key, record=True)
+    noise, middle, end = solution.path
+    times = [jnp.full(4, value, jnp.float32) for value in (1.0, 0.5, 0.0)]
+    np.testing.assert_allclose(middle, noise - 0.5 * model(noise, times[0], y, times[1]), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(end, middle - 0.5 * model(middle, times[1], y, times[2]), rtol=0, atol=1e-5)
+    assert solution.evaluations == 2
+
+
+def test_guidance_combines_both_jumps():
+    model = tiny_model(**LEVELS[2])
+    y, key = jnp.arange(3), jax.random.key(0)
+    guided = mp.make_sampler("flow_map", steps=2, guidance_scale=2.0).solve(model, y, key, record=True)
+    z, times = guided.path[0], [jnp.full(3, value, jnp.float32) for value in (1.0, 0.5)]
+    better, worse = (model(z, times[0], labels, times[1]) for labels in (y, jnp.full(3, 10)))
+    np.testing.assert_allclose(guided.path[1], z - 0.5 * (worse + 2 * (better - worse)), rtol=0, atol=1e-5)
+
+
+def test_a_map_runs_every_ode_solver():
+    model = tiny_model(**LEVELS[2], flow_map=True)
+    plain = tiny_model(**LEVELS[2])
+    for solver in ("euler", "heun", "dpmpp_2m"):
+        drawn = [mp.make_sampler(solver, steps=4)(one, jnp.arange(2), jax.random.key(0)) for one in (model, plain)]
+        np.testing.assert_array_equal(*drawn)
+
+
+def test_what_draws_poorly_is_warned_of():
+    plain, trained = tiny_model(**LEVELS[2]), tiny_model(**LEVELS[2], flow_map=True)
+    y, key = jnp.arange(2), jax.random.key(0)
+    with pytest.warns(UserWarning, match="not trained as a flow map"):
+        mp.make_sampler("flow_map", steps=1)(plain, y, key)
+    with pytest.warns(UserWarning, match="two passes spoils a flow map"):
+        mp.make_sampler("flow_map", steps=2, guidance_scale=2.0)(trained, y, key)
+
+
+def test_sit_maps_run_in_its_own_time():
+    """A SiT's time runs the other way: the jump from t to r is the negative of its jump from 1 - t to 1 - r."""
+    sit = tiny_model(**LEVELS[1], condition="vector", class_tokens=16, modulation="per_block", convention="sit")
+    z = mp.make_sampler("flow_map", steps=2).solve(mp.as_velocity(sit), jnp.arange(2), jax.random.key(0), record=True)
+    times = jnp.zeros(2), jnp.full(2, 0.5)
+    embedding = sit.class_embedding(jnp.arange(2))
+    u = -sit.velocity(z.path[0], sit.modulation(*times), embedding)
+    np.testing.assert_allclose(z.path[1], z.path[0] - 0.5 * u, rtol=0, atol=1e-5)
+
+
+def test_bad_input():
+    model, (x, t, y) = tiny_model(**LEVELS[2]), inputs()
+    with pytest.raises(InputError, match="a flow map goes to an earlier time, 0 <= r <= t"):
+        model(x, t, y, t + 0.1)
+    with pytest.raises(InputError, match=r"r \(2,\): expected one time for each of t \(4,\)"):
+        model(x, t, y, t[:2])
+    with pytest.raises(InputError, match="a model of one block cannot be a flow map"):
+        tiny_model(patch_sizes=(2,), depths=(1,))(x, t, y, t)
+    with pytest.raises(ConfigError, match="churn=2: expected a number from 0"):
+        mp.make_sampler("flow_map", churn=2)
+    with pytest.raises(InputError, match="solver='flow_map' needs an MPDiT"):
+        mp.make_sampler("flow_map", steps=2)(GaussianModel(), jnp.arange(2), jax.random.key(0))
+    with pytest.raises(ConfigError, match="a flow map needs decoder_depth=0"):
+        tiny_model(patch_sizes=(2,), depths=(4,), decoder_depth=1, flow_map=True)
+    dit = tiny_model(**LEVELS[1], condition="vector", class_tokens=16, modulation="per_block", convention="dit")
+    with pytest.raises(InputError, match="DiTVelocity cannot be a flow map"):
+        mp.make_sampler("flow_map", steps=2)(mp.as_velocity(dit), jnp.arange(2), jax.random.key(0))
