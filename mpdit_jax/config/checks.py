@@ -94,6 +94,10 @@ def check_values(config: ConfigDict) -> None:
     ends = config.optimizer.schedule == "constant" or config.optimizer.decay_steps >= 1
     wanted = f"how many steps after the warm-up the {config.optimizer.schedule} schedule takes to end_learning_rate"
     expect(config, "optimizer.decay_steps", ends, wanted)
+    for path in ("flow_map.start_times", "flow_map.end_times"):
+        values = _get(config, path)
+        holds = len(values) == 2 and all(isinstance(value, int | float) for value in values) and values[1] > 0
+        expect(config, path, holds, "mean and std of a logit, such as (0.4, 1.0)")
     check_eval(config.eval)
     if bool(config.mask_ratio) != bool(config.model.decoder_depth):
         raise ConfigError(
@@ -109,10 +113,6 @@ def _check_flow_map(config: ConfigDict) -> None:
     expect(config, "flow_map.p", 0 <= config.flow_map.p <= 2, "0 to 2")
     expect(config, "flow_map.guidance", 0 <= config.flow_map.guidance < 1, "at least 0 and below 1 (0.6 acts as 2.5)")
     expect(config, "flow_map.guidance_until", 0 <= config.flow_map.guidance_until <= 1, "a time from 0 to 1")
-    for path in ("flow_map.start_times", "flow_map.end_times"):
-        values = _get(config, path)
-        holds = len(values) == 2 and all(isinstance(value, int | float) for value in values) and values[1] > 0
-        expect(config, path, holds, "mean and std of a logit, such as (0.4, 1.0)")
     pairs = config.batch_size // config.gradient_accumulation
     expect(config, "batch_size", pairs % 2 == 0, "an even number a part: a flow map trains on pairs of examples")
     expect(config, "model.attention", config.model.attention != "cudnn", "'xla': cuDNN's has no forward derivative")

@@ -24,8 +24,8 @@ class ProgressBar:
     def __init__(self, total: int, done: int = 0, *, quiet: bool = False, lines: bool = False) -> None:
         terminal = False if lines else None
         console = Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=quiet, force_terminal=terminal)
-        columns, self.is_live = (BarColumn(bar_width=24), TextColumn("{task.description}")), console.is_terminal
-        self._bar = Progress(*columns, console=console, disable=not self.is_live)
+        columns = BarColumn(bar_width=24), TextColumn("{task.description}")
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task("compiling", total=total, completed=done)
         self.total, self.done = total, done
         self._first: tuple[float, int] | None = None
@@ -36,6 +36,11 @@ class ProgressBar:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a bar is shown: not once the terminal is closed, when a refused line tells that nobody reads."""
+        return self._bar.console.is_terminal
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""

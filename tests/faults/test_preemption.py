@@ -1,7 +1,6 @@
 """SIGTERM and SIGINT at every moment of a run: saved and status 0, or ended at once, and nothing harmed."""
 
 import fcntl
-import gc
 import os
 import pty
 import select
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import termios
 import time
-import weakref
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,6 @@ from PIL import Image
 
 from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.errors import InputError
-from mpdit_jax.runtime.signals import Terminated, ending_by_exception
 from mpdit_jax.train.__main__ import main
 from tests.faults.fork_server import ForkServer, wait_until
 from tests.tiny import ROOT, assert_same_bits, environment, run, saved_arrays, start, train_arguments
@@ -57,51 +54,6 @@ def test_while_libraries_are_imported(tmp_path, number, status):
     assert "Traceback" not in stderr
     assert "mpdit_jax.train --config=" in stderr  # the line that starts it again
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
-def test_a_signal_while_garbage_is_collected_is_not_lost(number, error):
-    """JAX has the collector call it, and Python drops what is raised there."""
-    calls = []
-
-    def callback(phase, info):
-        if not calls:
-            calls.append(phase)
-            signal.raise_signal(number)
-
-    def collect_and_work():
-        with ending_by_exception():
-            gc.collect()
-            assert calls
-            time.sleep(10)
-
-    gc.callbacks.append(callback)
-    try:
-        with pytest.raises(error):
-            collect_and_work()
-    finally:
-        gc.callbacks.remove(callback)
-
-
-def test_a_signal_while_a_weak_reference_dies_is_not_lost():
-    """The collector calls back there as well."""
-
-    class Circle:
-        def __init__(self):
-            self.myself = self
-
-    circle = Circle()
-    died = weakref.ref(circle, lambda reference: signal.raise_signal(signal.SIGTERM))
-    del circle
-
-    def collect_and_work():
-        with ending_by_exception():
-            gc.collect()
-            assert died() is None
-            time.sleep(10)
-
-    with pytest.raises(Terminated):
-        collect_and_work()
 
 
 def test_before_the_first_step(fork_server, tmp_path):
