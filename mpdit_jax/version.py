@@ -1,3 +1,3 @@
-"""The version of this package; setup.py reads it too."""
+"""The version of this package; setup.py has the same number."""
 
 __version__ = "0.1.0"

@@ -66,7 +66,7 @@ def test_ci_runs_the_whole_suite(checkout):
 
 
 @pytest.mark.parametrize("by_pyenv", [False, True])
-def test_ci_then_runs_the_quick_tests_with_the_newest_python(checkout, by_pyenv):
+def test_ci_then_runs_some_tests_with_the_newest_python(checkout, by_pyenv):
     checkout.install("python3", python("3.11"))
     checkout.install("python3.14", "#!/bin/sh\nexit 127\n")
     if by_pyenv:  # whose python3.13 is there, and does not run until it is selected
@@ -82,7 +82,9 @@ def test_ci_then_runs_the_quick_tests_with_the_newest_python(checkout, by_pyenv)
     assert result.returncode == 0, result.stderr
     assert [call[-1] for call in checkout.installs()] == [".[test,parity]", ".[test]"]
     runs = [call for call in commands(checkout) if call[0] == "pytest"]
-    assert runs == [PYTEST, [*PYTEST, "-m", "(not slow) and not parity"]]
+    paths = ["tests/model/test_golden.py", "tests/train/test_golden_adamw.py", "tests/test_config.py"]
+    assert runs == [PYTEST, [*PYTEST, *paths, "tests/compatibility", "-m", "(not slow) and not parity"]]
+    assert all((ROOT / path).exists() for path in paths)
     assert "Making .venv with Python 3.11" in result.stdout
     assert "Making .venv-newer with Python 3.13" in result.stdout
 
@@ -99,7 +101,7 @@ def test_ci_says_that_it_found_no_newer_python(checkout):
     result = checkout.run(".ci/run")
     assert result.returncode == 0, result.stderr
     assert [call for call in commands(checkout) if call[0] == "pytest"] == [PYTEST]
-    assert "Left out: the quick tests with the libraries of Python 3.12 and later" in result.stdout
+    assert "Left out: the tests with the libraries of Python 3.12 and later" in result.stdout
 
 
 def test_quickstart_trains_then_samples_then_says_where_things_are(checkout):
