@@ -75,7 +75,7 @@ def test_skips_in_a_row_count_though_later_steps_are_good(tmp_path, monkeypatch,
 def test_a_grid_of_a_model_that_diverges_does_not_end_the_run(tmp_path, monkeypatch):
     """It would end it at the same step after every restart."""
 
-    def diverged(**settings):
+    def diverged(*settings):
         return lambda model, labels, key: jax.numpy.full((len(labels), 8, 8, 1), np.nan)
 
     monkeypatch.setattr(grid, "make_sampler", diverged)
