@@ -41,7 +41,7 @@ def start_all(workdir, *more, count=2, second=(), before=("", ""), port=None, **
     ]
 
 
-def outputs_of(processes, timeout=300):
+def outputs_of(processes, timeout=600):
     """What they print, stdout and stderr each; they have ended."""
     try:
         return [process.communicate(timeout=timeout) for process in processes]
@@ -69,7 +69,7 @@ def names(stderr, lost):
 @pytest.mark.parametrize(("count", "lost"), [(2, 1), (2, 0), (4, 2)])
 def test_a_killed_process_ends_the_others_and_the_same_command_continues(tmp_path, count, lost):
     """To the bits of a run that lost nothing."""
-    steps = 600 if count == 2 else 120  # so that it is killed before the last; four processes take longer for each
+    steps = 300 if count == 2 else 120  # so many that it is killed before the last; four processes take longer
     workdir, some = tmp_path / "run", [f"--config.steps={steps}", *LONG[1:]]
     processes = start_all(workdir, *some, count=count)
     try:
