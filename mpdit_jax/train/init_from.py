@@ -2,16 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from mpdit_jax.checkpoint.load import load_together
 from mpdit_jax.errors import ConfigError
+from mpdit_jax.interop.files import read_state_dict
+from mpdit_jax.io.paths import expand
 from mpdit_jax.model.parameters import split
 from mpdit_jax.train.state import TrainState
 
@@ -27,7 +27,7 @@ def initialize_from(state: TrainState, origin: str) -> TrainState:
 
     Raises:
         ConfigError: nothing is there, or its parameters have other names or shapes.
-        CheckpointError: a run that cannot be read.
+        CheckpointError, WeightsError: a run or a file that cannot be read.
     """
     arrays = _read(origin)
     wrong = [name for name, leaf in state.parameters.items() if name not in arrays or arrays[name].shape != leaf.shape]
@@ -47,17 +47,12 @@ def initialize_from(state: TrainState, origin: str) -> TrainState:
 
 
 def _read(origin: str) -> Mapping[str, Any]:
-    path = Path(origin).expanduser()
+    path = expand(origin)
     if path.is_dir():
         return split(load_together(path)[1])[1]
     if path.suffix != ".safetensors" or not path.is_file():
         raise ConfigError(f"config.init_from={origin}: expected the workdir of a run, or a .safetensors file.")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = file.keys()  # a safe_open has no iterator
-            return {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"config.init_from={origin} cannot be read ({error}).") from error
+    return read_state_dict(path)
 
 
 def _placed(array: Any, leaf: jax.Array) -> jax.Array:
