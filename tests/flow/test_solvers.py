@@ -14,7 +14,7 @@ from mpdit_jax.flow.solvers import DPMpp2M, Euler, Heun, Midpoint
 from mpdit_jax.flow.stochastic import DIFFUSIONS, EulerMaruyama
 from mpdit_jax.flow.times import QuadraticGrid, ShiftedGrid, UniformGrid, get_time_grid
 from tests.conftest import relative_error
-from tests.flow.toys import COVARIANCE, MEAN, GaussianModel, counting_model
+from tests.flow.toys import COVARIANCE, MEAN, GaussianModel, counting_model, tiny_model
 
 DERIVED = 2e-4
 FIXED = ("euler", "heun", "midpoint", "dpmpp_2m", "euler_maruyama")
@@ -200,9 +200,10 @@ def test_time_grids():
 
 
 def test_the_path_runs_from_the_noise_to_the_latents():
-    noise = jax.random.normal(jax.random.key(0), (2, 1, 1, 4))
+    model = tiny_model(flow_map=True)
+    noise = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     for name in SOLVERS:
-        solution = mp.make_sampler(name, steps=7).solve(GaussianModel(), [0, 1], jax.random.key(0), noise, record=True)
+        solution = mp.make_sampler(name, steps=7).solve(model, [0, 1], jax.random.key(0), noise, record=True)
         assert np.array_equal(solution.path[0], noise), name
         assert np.array_equal(solution.path[-1], solution.latents), name
         assert len(solution.path) == len(solution.path_times), name
@@ -231,5 +232,5 @@ def test_a_missing_diffrax_names_the_extra(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "diffrax", None)
-    with pytest.raises(mp.MPDiTError, match=r"mpdit_jax\[adaptive\]"):
+    with pytest.raises(mp.MPDiTError, match=r"need diffrax: install mpdit_jax with its extra \[adaptive\]"):
         mp.make_sampler("dopri5", rtol=2e-3)(GaussianModel(), [0], jax.random.key(0))
