@@ -82,7 +82,7 @@ def test_ci_then_runs_some_tests_with_the_newest_python(checkout, by_pyenv):
     assert result.returncode == 0, result.stderr
     assert [call[-1] for call in checkout.installs()] == [".[test,parity]", ".[test]"]
     runs = [call for call in commands(checkout) if call[0] == "pytest"]
-    paths = ["tests/model/test_golden.py", "tests/train/test_golden_adamw.py", "tests/test_config.py"]
+    paths = ["tests/model/test_golden.py", "tests/train/test_golden_adamw.py", "tests/config/test_stored_configs.py"]
     assert runs == [PYTEST, [*PYTEST, *paths, "tests/compatibility", "-m", "(not slow) and not parity"]]
     assert all((ROOT / path).exists() for path in paths)
     assert "Making .venv with Python 3.11" in result.stdout

@@ -56,7 +56,7 @@ glibc_alone = pytest.mark.skipif("glibc" not in (os.confstr("CS_GNU_LIBC_VERSION
 
 @glibc_alone
 def test_threads_share_two_heaps():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     for change, heaps in ((("", ""), {1, 2}), (("assert keep_few_arenas()", ""), {9})):
         command = [sys.executable, "-c", _THREADS.replace(*change)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
@@ -65,6 +65,6 @@ def test_threads_share_two_heaps():
 
 @glibc_alone
 def test_return_freed():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=True, cwd=root)
     assert int(done.stdout) > 100  # of 128 MiB

@@ -219,7 +219,7 @@ def test_a_signal_ends_the_start():
         """
         from mpdit_jax.runtime import cli
         from mpdit_jax.distributed.startup import join
-        from tests.test_processes import options_of
+        from tests.distributed.test_startup import options_of
         def main(arguments):
             print("here", flush=True)
             join(options_of(*arguments), {})
