@@ -1,4 +1,4 @@
-"""The cluster scripts, as far as a machine without the service allows: what they would run, and with what set."""
+"""The cluster scripts run the right commands with the right environment, as far as a machine without the service can tell."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ def stub(folder, name, text):
 
 @pytest.mark.parametrize("command", ["", "prepare"])
 def test_slurm_starts_the_command_on_every_node(command, tmp_path):
-    """`srun` notes what it is asked to run; the flags it hands on are ones that this XLA knows."""
+    """A stub of `srun` records its command; this XLA knows every flag that the script sets."""
     stub(tmp_path / "bin", "srun", 'printf "%s\\n" "$@"; printf "%s\\n" "$XLA_FLAGS"')
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[1-2]", "SLURM_JOB_NUM_NODES": "2", "COMMAND": command}
