@@ -42,7 +42,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_compiled_is_kept():
-    """Free each module's compiled programs: hundreds of them would fill a laptop's memory, and large ones are cached on disk."""
+    """Free each module's compiled programs, hundreds of which would fill a laptop's memory."""
     yield
     import jax
 

@@ -60,7 +60,7 @@ def room_imports() -> dict[str, dict[str, set[str]]]:
 
 
 def room_cycles() -> list[list[str]]:
-    """Return the groups of folders that import each other in a circle (strongly connected components of two or more)."""
+    """Return the groups of folders that import each other in a circle (strongly connected components)."""
     graph = {name: set(others) for name, others in room_imports().items()}
     reach = {name: _reachable(graph, name) for name in graph}
     groups = {frozenset({name, *(other for other in reach[name] if name in reach[other])}) for name in graph}
@@ -68,7 +68,7 @@ def room_cycles() -> list[list[str]]:
 
 
 def closure(module: str) -> set[str]:
-    """Return the modules of the package that importing one of them loads, itself included and `__init__` files left out."""
+    """Return the modules of the package that importing one loads, itself included, without `__init__` files."""
     known = modules()
     found, waiting = set(), [module]
     while waiting:

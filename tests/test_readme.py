@@ -64,7 +64,7 @@ def test_python_example(monkeypatch, tmp_path):
 
 
 def test_export_example(monkeypatch, tmp_path):
-    """The Python that runs an exported sampler works on a file with fewer steps, written for CPUs by README's command."""
+    """The Python that runs an exported sampler works on a file with fewer steps, written for CPUs."""
     (command,) = re.findall(r"^python -m mpdit_jax\.export (.*)$", SAMPLING, re.M)
     assert re.findall(r"^python -m mpdit_jax\.export (.*)$", README, re.M) == [command]
     monkeypatch.chdir(tmp_path)

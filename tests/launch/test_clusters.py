@@ -1,4 +1,4 @@
-"""The cluster scripts run the right commands with the right environment, as far as a machine without the service can tell."""
+"""The cluster scripts run the right commands with the right environment, tested without the services."""
 
 import argparse
 import json
@@ -123,5 +123,5 @@ def test_what_is_missing_is_said(tmp_path):
     assert "expected NAME ZONE ARGUMENTS" in run("tpu_pod.sh", "my-pod").stderr
     for number in ("two", "0", "00"):
         assert f"N={number}: expected a number of processes" in run("local_multiprocess.sh", number, "train").stderr
-    assert "which command?" in run("local_multiprocess.sh", "2").stderr
+    assert "no command was given" in run("local_multiprocess.sh", "2").stderr
     assert "does not run" in run("local_multiprocess.sh", "2", "train", PYTHON=str(tmp_path / "none")).stderr

@@ -1,4 +1,4 @@
-"""quickstart.sh, test.sh and .ci/run call the right commands in order, and end properly when one fails or is stopped."""
+"""quickstart.sh, test.sh and .ci/run call the right commands and end properly when one fails or is stopped."""
 
 import os
 import shutil

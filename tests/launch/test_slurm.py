@@ -149,7 +149,7 @@ def test_what_the_script_asks_for(slurm):
 
 
 def test_a_job_of_two_nodes_that_is_put_back_continues(slurm, tmp_path):
-    """A requeued job, as after preemption, is saved, waits and continues in the same log; a cancelled one is saved too."""
+    """A requeued job is saved, waits and continues in the same log; a cancelled one is saved too."""
     arguments = train_arguments(tmp_path / "run", "--config.steps=1000000", "--config.checkpoint.every=1000000")
     number = slurm.submit(*arguments, "--config.log.every=20")
     slurm.wait(number, lambda job, log: "step 40/" in log)
