@@ -15,6 +15,8 @@ from mpdit_jax.io.paths import expand
 from mpdit_jax.model.parameters import split
 from mpdit_jax.train.state import TrainState
 
+_GUIDANCE = "guidance_embedding."
+
 
 def initialize_from(state: TrainState, origin: str) -> TrainState:
     """Return the initial state with parameters and moving average taken from a run's moving average or a file.
@@ -23,14 +25,17 @@ def initialize_from(state: TrainState, origin: str) -> TrainState:
 
     Args:
         state: the state before the first step.
-        origin: `config.init_from`, a run's workdir or a `.safetensors` with this project's parameter names.
+        origin: `config.init_from`, a run's workdir or a `.safetensors` with this project's parameter names. It may
+            lack the embedding of the guidance scale, which starts at zero (`model.guidance_max`).
 
     Raises:
         ConfigError: nothing is there, or its parameters have other names or shapes.
         CheckpointError, WeightsError: a run or a file that cannot be read.
     """
     arrays = _read(origin)
-    wrong = [name for name, leaf in state.parameters.items() if name not in arrays or arrays[name].shape != leaf.shape]
+    new = {name: leaf for name, leaf in state.parameters.items() if name.startswith(_GUIDANCE) and name not in arrays}
+    expected = {name: leaf for name, leaf in state.parameters.items() if name not in new}
+    wrong = [name for name, leaf in expected.items() if name not in arrays or arrays[name].shape != leaf.shape]
     wrong += [name for name in arrays if name not in state.parameters]
     if wrong:
         name = wrong[0]
@@ -41,7 +46,9 @@ def initialize_from(state: TrainState, origin: str) -> TrainState:
             f"config.init_from={origin} has another model than config.model: {name} is {theirs} there and {ours} "
             f"here{more}. Give the config.model of that run."
         )
-    parameters = {name: _placed(arrays[name], leaf) for name, leaf in state.parameters.items()}
+    parameters = {
+        name: new[name] if name in new else _placed(arrays[name], leaf) for name, leaf in state.parameters.items()
+    }
     average = jax.tree.map(jnp.copy, parameters)  # donated buffers may not be shared
     return dataclasses.replace(state, parameters=parameters, ema_parameters=average)
 
