@@ -2,7 +2,7 @@
 
 In training, a random share of the examples (`config.trunk_drop`) reaches the tail, which is the last level, without the
 upsampled coarse tokens: it sees the class tokens as embedded and the linear skip of its own patches. That path alone is
-a weaker model with the same weights to guide away from (autoguidance, Karras et al. 2024). Its cost is 49 % of a pass of
+a weaker model with the same weights to guide away from (autoguidance, Karras et al. 2024). It costs 49 % of a pass of
 mpdit_xl, 53 % of mpdit_l and 77 % of mpdit_b (`accounting.tail_macs`).
 """
 

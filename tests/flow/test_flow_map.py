@@ -4,15 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import mpdit_jax as mp
+from mpdit_jax.compile.flops import product_flops
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.flow.fields import Field
 from mpdit_jax.flow.flow_map import FlowMapSolver, renoise
+from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.solvers import Euler
 from mpdit_jax.flow.times import UniformGrid
-from mpdit_jax.model.accounting import count_trained
+from mpdit_jax.io.pictures import to_uint8
+from mpdit_jax.model.accounting import count_macs, count_trained
 from mpdit_jax.model.parameters import merge, split
+from mpdit_jax.sample.drawing import Drawing
+from mpdit_jax.sample.exporting import export_sampler
+from mpdit_jax.sample.trajectory import save_trajectory
 from tests.flow.toys import GaussianModel, in_float64, tiny_model
 
 LEVELS = {
@@ -173,6 +180,36 @@ def test_guidance_combines_both_jumps():
     z, times = guided.path[0], [jnp.full(3, value, jnp.float32) for value in (1.0, 0.5)]
     better, worse = (model(z, times[0], labels, times[1]) for labels in (y, jnp.full(3, 10)))
     np.testing.assert_allclose(guided.path[1], z - 0.5 * (worse + 2 * (better - worse)), rtol=0, atol=1e-5)
+
+
+def test_an_exported_one_step_map_calls_the_network_once():
+    """The file's matrix products are those of one forward pass, and four steps have four times as many."""
+    model = tiny_model(**LEVELS[2], hidden_size=64, flow_map=True)
+    labels, seed, products = np.arange(4, dtype=np.int32), np.uint32(3), {}
+    for steps in (1, 4):
+        sampler = mp.make_sampler("flow_map", steps)
+        file = export_sampler(sampler, model, ("cpu",), batch=4)
+        program = jax.jit(jax.export.deserialize(bytearray(file)).call).lower(labels, seed).compile()
+        products[steps] = product_flops(program.as_text())
+        expected = sampler(model, labels, seed_key(seed))
+        np.testing.assert_allclose(program(labels, seed), expected, rtol=0, atol=1e-5)
+    one_pass = 2 * 4 * count_macs(model.config)
+    assert 0.8 < products[1] / one_pass <= 1  # the modulation is computed once, not for each of the four labels
+    assert products[4] == pytest.approx(4 * products[1], rel=0.1)
+
+
+def test_pictures_and_films_are_drawn_with_few_jumps(tmp_path):
+    model, labels = tiny_model(**LEVELS[2], flow_map=True), np.arange(3)
+    sampler = mp.make_sampler("flow_map", 2)
+    expected = to_uint8(np.asarray(sampler(model, labels, seed_key(5))))[..., 0]
+    found = mp.generate(model, labels, seed=5, solver="flow_map", steps=2)
+    np.testing.assert_array_equal(np.stack([np.asarray(picture) for picture in found]), expected)
+    drawing = Drawing(sampler, model, labels, 5, 3, None, {})
+    save_trajectory(drawing, tmp_path / "film.gif", tmp_path / "strip.png")
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames == 3  # the noise, the state after one jump, the picture
+    with Image.open(tmp_path / "strip.png") as strip:
+        assert strip.width > strip.height > 0
 
 
 def guided_model():

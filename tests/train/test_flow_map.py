@@ -23,7 +23,7 @@ from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.state import abstract_state, create_state
 from mpdit_jax.train.step import config_loss, make_noising
 from tests.flow.toys import tiny_model
-from tests.tiny import TWO_LEVELS, saved_arrays, train_arguments
+from tests.tiny import TWO_LEVELS, saved_arrays, start_joined, train_arguments
 from tests.train.test_sharding import run_script
 from tests.train.test_step import prepare, small_config
 
@@ -179,7 +179,7 @@ def test_accumulation_keeps_pairs_together():
     assert found["time_derivative"] > 0
 
 
-EIGHT = """
+STEPS = """
 import jax, json, numpy as np
 from mpdit_jax.config import base_config, model_config, resolve
 from mpdit_jax.distributed.mesh import local_rows, make_mesh, place_batch
@@ -195,7 +195,7 @@ config.model.update({"input_size": (8, 8), "in_channels": 4, "num_classes": 10, 
 config = resolve(config)
 random = np.random.default_rng(0)
 batch = {"x": random.standard_normal((32, 8, 8, 4), np.float32), "y": random.integers(0, 10, 32, np.int32)}
-for count, shape in ((1, {}), (8, {"data": 2, "fsdp": 4})):
+for count, shape in CASES:
     mesh = make_mesh(devices=jax.devices()[:count], **shape)
     model, optimizer = model_config(config), make_optimizer(config.optimizer)
     with jax.set_mesh(mesh):
@@ -203,17 +203,25 @@ for count, shape in ((1, {}), (8, {"data": 2, "fsdp": 4})):
         state = create_state(model, optimizer, target, 0)
         step = jit_step(build_train_step(config, abstract(model)[0], optimizer), target, mesh)
         for _ in range(3):
-            state = step(state, place_batch(batch, local_rows(32, mesh), 32, mesh))
+            rows = local_rows(32, mesh)
+            state = step(state, place_batch({name: array[rows] for name, array in batch.items()}, rows, 32, mesh))
     print(json.dumps(window_means(jax.device_get(state.window))))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-4), ("bfloat16", 3e-2)])
-def test_one_device_and_eight_give_the_same_steps(dtype, allowed):
-    """Forward derivative, scan, remat, FFT and FSDP together."""
-    one, eight = map(json.loads, run_script(EIGHT.replace("DTYPE", repr(dtype))).splitlines())
+def test_one_device_eight_and_two_processes_take_the_same_steps(dtype, allowed):
+    """Forward derivative, scan, remat, FFT and FSDP together; the two processes hold half of the state each."""
+    script = STEPS.replace("DTYPE", repr(dtype))
+    joined = start_joined(script.replace("CASES", '((2, {"data": 1, "fsdp": 2}),)'))
+    alone = run_script(script.replace("CASES", '((1, {}), (8, {"data": 2, "fsdp": 4}))')).splitlines()
+    one, eight = map(json.loads, alone)
     assert eight == pytest.approx(one, rel=allowed)
+    for process in joined:
+        stdout, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+        assert json.loads(stdout.splitlines()[-1]) == pytest.approx(one, rel=allowed)
 
 
 @pytest.fixture(scope="module")
