@@ -234,19 +234,19 @@ def sampling_macs(model: MPDiT, draw: Draw) -> int:
     return draw.evaluations * (count_macs(model.config) + second)
 
 
-def _measure_cost(flow: Recipe, zoo: Zoo) -> Callable[[Record], Record]:
+def _measure_cost(flow: Recipe, zoo: Zoo, turns: int = 41) -> Callable[[Record], Record]:
     """Return a function that times a flow step and a map step in turns, and compiles both for their memory."""
 
     def measure_cost(_: Record) -> Record:
         tasks, peaks = {}, {}
-        for name, recipe in (("flow", flow), ("map", dataclasses.replace(flow, changes=(MAP,)))):
+        for name, recipe in (("flow", flow), ("map", dataclasses.replace(flow, changes=(*flow.changes, MAP)))):
             trainer = make_trainer(recipe, zoo.path)
             tasks[name] = partial(_time_step, trainer, [trainer.first_state(0)])
             config = ConfigDict(trainer.config.to_dict())
             config.model.platform = jax.default_backend()  # the program that runs here, and not a GPU's
             peaks[name] = compile_step(resolve(config), make_mesh(devices=jax.devices()[:1])).peak
-        take_turns(2, tasks)  # compiles
-        seconds = take_turns(41, tasks)
+        take_turns(1, tasks)  # compiles
+        seconds = take_turns(turns, tasks)
         found = {f"{name}_seconds": round(value, 5) for name, value in seconds.items()}
         found |= {f"{name}_peak_bytes": peak for name, peak in peaks.items()}
         ratios = {"time_ratio": seconds["map"] / seconds["flow"], "memory_ratio": peaks["map"] / peaks["flow"]}

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from mpdit_jax.config.evaluation import check_eval
@@ -124,6 +125,10 @@ def _check_flow_map(config: ConfigDict) -> None:
         expect(config, path, not _get(config, path), "0 with objective='flow_map'")
     if config.model.guidance_max > 1:
         expect(config, "flow_map.guidance", not config.flow_map.guidance, "0 with model.guidance_max: give one of them")
+        largest = config.model.guidance_max
+        for path in ("sample.guidance_scale", "eval.guidance_scales"):
+            fit = all(1 <= scale <= largest for scale in np.atleast_1d(_get(config, path)))
+            expect(config, path, fit, f"scales from 1 to model.guidance_max={largest:g}")
     if sum(config.model.depths) < 2:
         raise ConfigError("config.model.depths: a flow map needs two blocks, one for the time t and one for r.")
 
