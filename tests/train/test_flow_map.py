@@ -209,19 +209,29 @@ for count, shape in CASES:
 """
 
 
+def steps_script(dtype, *cases):
+    """The script for meshes (devices, shape)."""
+    return STEPS.replace("DTYPE", repr(dtype)).replace("CASES", repr(cases))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-4), ("bfloat16", 3e-2)])
-def test_one_device_eight_and_two_processes_take_the_same_steps(dtype, allowed):
-    """Forward derivative, scan, remat, FFT and FSDP together; the two processes hold half of the state each."""
-    script = STEPS.replace("DTYPE", repr(dtype))
-    joined = start_joined(script.replace("CASES", '((2, {"data": 1, "fsdp": 2}),)'))
-    alone = run_script(script.replace("CASES", '((1, {}), (8, {"data": 2, "fsdp": 4}))')).splitlines()
-    one, eight = map(json.loads, alone)
+def test_one_device_and_eight_take_the_same_steps(dtype, allowed):
+    """Forward derivative, scan, remat, FFT and FSDP together."""
+    script = steps_script(dtype, (1, {}), (8, {"data": 2, "fsdp": 4}))
+    one, eight = map(json.loads, run_script(script).splitlines())
     assert eight == pytest.approx(one, rel=allowed)
-    for process in joined:
-        stdout, stderr = process.communicate(timeout=300)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one_device():
+    """Each process holds half of the state and of the batch."""
+    joined = start_joined(steps_script("float32", (2, {"data": 1, "fsdp": 2})))
+    outputs = [process.communicate(timeout=400) for process in joined]
+    one = json.loads(run_script(steps_script("float32", (1, {}))))
+    for process, (stdout, stderr) in zip(joined, outputs, strict=True):
         assert process.returncode == 0, stderr
-        assert json.loads(stdout.splitlines()[-1]) == pytest.approx(one, rel=allowed)
+        assert json.loads(stdout.splitlines()[-1]) == pytest.approx(one, rel=1e-4)
 
 
 @pytest.fixture(scope="module")
