@@ -127,6 +127,20 @@ def test_the_exact_map_satisfies_the_identity():
     assert np.abs(residual).max() <= 1e-12
 
 
+def test_the_conditional_target_averages_to_the_average_velocity():
+    """E[v - (t - r) du/dt | z_t] = u, with v = n - x of one example: what training regresses on has the right mean."""
+    field, z, t, r, random = GaussianMap(), 0.8, 0.6, 0.2, np.random.default_rng(0)
+    variance = (1 - t) ** 2 * STD**2 + t**2
+    mean = MEAN + (1 - t) * STD**2 / variance * (z - (1 - t) * MEAN)  # of x at this z_t
+    x = mean + STD * t / np.sqrt(variance) * random.standard_normal((200_000, 1, 1, 1))
+    v = jnp.asarray((z - (1 - t) * x) / t - x, jnp.float32)
+    points, times = jnp.full(v.shape, z), jnp.full(len(v), t)
+    u, derivative = jax.jvp(lambda z, t: field.jump(z, t, jnp.float32(r)), (points, times), (v, jnp.ones_like(times)))
+    target = np.asarray(v - (t - r) * derivative)
+    assert target.std() > 0.2
+    assert abs(target.mean() - u[0, 0, 0, 0]) < 4 * target.std() / np.sqrt(len(target))
+
+
 def test_one_jump_equals_two_and_four_and_euler_is_far_off():
     with jax.enable_x64(True):
         z = jnp.asarray(np.random.default_rng(0).standard_normal((256, 1, 1, 1)))
