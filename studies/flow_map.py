@@ -186,7 +186,7 @@ def main(arguments: Sequence[str]) -> int:
         else:
             study = PARTS[part](flow, options.map_steps)
             runs = list(settings(part, study, options.seeds, options.samples))
-            found = records.run(part, runs, lambda one, study=study: measure(one, study, zoo, judge()))
+            found = records.run(part, runs, partial(measure, study=study, zoo=zoo, make=judge))
             print(as_table(found))
             if part == "evaluations":
                 plot(found, images / f"flow_map_{options.data}.png")
@@ -202,9 +202,9 @@ def settings(part: str, study: Study, seeds: int, samples: int) -> Iterator[Reco
                    "samples": samples}  # fmt: skip
 
 
-def measure(one: Record, study: Study, zoo: Zoo, judge: Judge) -> Record:
-    """Train a model unless it is there, and judge each of its sets of samples."""
-    recipe, draws = study[one["model"]]
+def measure(one: Record, study: Study, zoo: Zoo, make: Callable[[], Judge]) -> Record:
+    """Train a model unless it is there, and let the judge that `make` returns compare each of its sets of samples."""
+    (recipe, draws), judge = study[one["model"]], make()
     model = zoo.model(recipe, one["seed"])
     labels = np.arange(one["samples"]) % model.num_classes
     points = []
@@ -242,7 +242,8 @@ def _measure_cost(flow: Recipe, zoo: Zoo, turns: int = 41) -> Callable[[Record],
     """
 
     def measure_cost(_: Record) -> Record:
-        steps, peaks, times = {}, {}, dict[str, list[tuple[float, float]]]()
+        steps, peaks = dict[str, Callable[[], tuple[float, float]]](), dict[str, int]()
+        times = dict[str, list[tuple[float, float]]]()
         for name, recipe in (("flow", flow), ("map", dataclasses.replace(flow, changes=(*flow.changes, MAP)))):
             trainer = make_trainer(recipe, zoo.path)
             steps[name], times[name] = partial(_time_step, trainer, [trainer.first_state(0)]), []
@@ -253,7 +254,7 @@ def _measure_cost(flow: Recipe, zoo: Zoo, turns: int = 41) -> Callable[[Record],
         for _ in range(turns):
             for name, step in steps.items():
                 times[name].append(step())
-        found = {f"{name}_peak_bytes": peak for name, peak in peaks.items()}
+        found: Record = {f"{name}_peak_bytes": peak for name, peak in peaks.items()}
         ratios = {"memory_ratio": peaks["map"] / peaks["flow"]}
         for kind, column in (("seconds", 0), ("processor_seconds", 1)):
             medians = {name: statistics.median(row[column] for row in rows) for name, rows in times.items()}

@@ -112,7 +112,7 @@ class Zoo:
         *_, state = make_trainer(recipe, self.path).states(seed, start)
         if skipped := int(state.window["skipped"]):
             raise DivergedError(f"{recipe}, seed {seed}: {skipped} steps were skipped: lower the learning rate.")
-        found = {name: np.asarray(array) for name, array in state.ema_parameters.items()}
+        found: dict[str, Any] = {name: np.asarray(array) for name, array in state.ema_parameters.items()}
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as target:
             np.savez(target, **found)

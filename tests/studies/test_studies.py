@@ -182,7 +182,7 @@ def test_flow_maps_are_trained_from_stored_flow_models_and_measured(tmp_path, mo
         return {"fd": 1.0}
 
     one = {"model": "map", "seed": 0, "samples": 12}
-    found = flow_map.measure(one, {"map": (trained, draws)}, zoo, judge)
+    found = flow_map.measure(one, {"map": (trained, draws)}, zoo, lambda: judge)
     assert judged == [(12, 8, 8, 1)]
     macs = count_macs(zoo.model(trained, 0).config)
     assert [point["gmacs_an_image"] for point in found["points"]] == [round(macs / 1e9, 4)]
