@@ -241,7 +241,7 @@ def _measure_cost(flow: Recipe, zoo: Zoo, turns: int = 41) -> Callable[[Record],
     Beside the wall clock there is processor time, which other work on the machine changes less.
     """
 
-    def measure_cost(_: Record) -> Record:
+    def measure_cost(one: Record) -> Record:
         steps, peaks = dict[str, Callable[[], tuple[float, float]]](), dict[str, int]()
         times = dict[str, list[tuple[float, float]]]()
         for name, recipe in (("flow", flow), ("map", dataclasses.replace(flow, changes=(*flow.changes, MAP)))):
