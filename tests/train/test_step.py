@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from mpdit_jax.config import base_config, model_config, resolve
 from mpdit_jax.distributed.mesh import make_mesh, replicated
@@ -16,7 +17,7 @@ from mpdit_jax.train.guard import NONFINITE_UPDATE
 from mpdit_jax.train.metric_window import window_means
 from mpdit_jax.train.optimizer import OPTIMIZERS, make_optimizer, make_schedule
 from mpdit_jax.train.state import abstract_state, create_state
-from mpdit_jax.train.step import jit_step, make_loss, make_noising, make_step
+from mpdit_jax.train.step import build_train_step, jit_step, make_loss, make_noising, make_step
 from tests.tiny import train_arguments
 
 
@@ -75,6 +76,29 @@ def test_a_step_that_is_not_finite_changes_nothing(value):
     state = jax.device_get(step(state, batch))
     assert state.guard["skipped_in_a_row"] == 0
     assert state.window["skipped"] == 1
+
+
+def test_the_average_warms_up():
+    """At step s the decay is (1 + s) / (10 + s), and 0.9 once that is larger; a skipped step averages nothing."""
+    state, step, batch = prepare(small_config(), ema_warmup=True)
+    name, broken = "final.bias", {**batch, "x": batch["x"] * np.nan}
+    for number, decay in ((0, 0.1), (1, 2 / 11), (2, None), (3, 4 / 13), (80, 0.9), (10_000_000, 0.9)):
+        state = dataclasses.replace(state, step=jnp.int32(number))
+        before = np.asarray(state.ema_parameters[name], np.float64)
+        state = step(state, broken if decay is None else batch)
+        expected = before if decay is None else decay * before + (1 - decay) * np.asarray(state.parameters[name])
+        np.testing.assert_allclose(state.ema_parameters[name], expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_a_config_decides_whether_the_average_warms_up(warmup):
+    config = ConfigDict(small_config())
+    config.ema.warmup = warmup
+    state, _, batch = prepare(config)
+    step = build_train_step(config, abstract(model_config(config))[0], make_optimizer(config.optimizer))
+    after = jax.jit(step)(state, batch)
+    moved = np.abs(after.ema_parameters["final.bias"]).max() / np.abs(after.parameters["final.bias"]).max()
+    assert moved == pytest.approx(0.9 if warmup else 1e-4, rel=1e-2)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
