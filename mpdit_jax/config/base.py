@@ -21,6 +21,8 @@ CONTINUABLE = (
 )  # fmt: skip
 
 
+# Fields of `config.model` that may be others than those of the weights which `config.init_from` names.
+ADAPTABLE = ("num_classes", "input_size", "dtype", "flow_map")
 # Values of fields that a stored config may lack, where a run did without the field what is not today's default.
 _BEFORE = {"ema": {"warmup": False}}
 

@@ -69,7 +69,7 @@ def parse_with_config(parser: Parser, arguments: Sequence[str]) -> tuple[argpars
     file, overrides = split_config_words(parser, words)
     if file is None:
         parser.error("--config=FILE is needed, such as --config=digits")
-    config = load_config(file)
+    config = load_config_file(file)
     for path, text in overrides.items():
         _override(config, path, text)
     _let_preset_win(config, overrides)
@@ -94,7 +94,7 @@ def split_config_words(parser: Parser, words: Sequence[str]) -> tuple[str | None
     return given.pop("--config", None), {name.removeprefix("--config."): value for name, value in given.items()}
 
 
-def load_config(value: str) -> ConfigDict:
+def load_config_file(value: str) -> ConfigDict:
     """The config of `--config=VALUE`: what `get_config()` returns, or `get_config("TEXT")` of a value `FILE:TEXT`.
 
     Args:

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,15 @@ from mpdit_jax.distributed.collectives import StopVote, any_process, barrier
 from mpdit_jax.errors import DataError
 from mpdit_jax.runtime.memory import return_freed
 from mpdit_jax.runtime.signals import PreemptionHandler
-from mpdit_jax.train.evaluator import Evaluator
 from mpdit_jax.train.logger import RunLogger
 from mpdit_jax.train.prefetcher import Prefetcher
 from mpdit_jax.train.profiling import Profiler
-from mpdit_jax.train.state import TrainState
 from mpdit_jax.train.stopwatch import Stopwatch
 from mpdit_jax.train.writers import check_wandb
+
+if TYPE_CHECKING:
+    from mpdit_jax.train.evaluator import Evaluator
+    from mpdit_jax.train.state import TrainState
 
 S = TypeVar("S")
 
@@ -155,7 +157,7 @@ class Run(Generic[S]):
                 with self._watch.of("other"):
                     self._checkpoints.save(step, self._policy.to_items(state))
 
-    def show(self: "Run[TrainState]", step: int, state: TrainState, draw: Callable[..., np.ndarray | None]) -> None:
+    def show(self: "Run[TrainState]", step: int, state: "TrainState", draw: Callable[..., np.ndarray | None]) -> None:
         """Write a grid of samples every `config.sample.every` steps; see `grid.draw_grid`."""
         last = step == self._config.steps
         if not self._is_due(self._config.sample.every, step):
@@ -169,7 +171,7 @@ class Run(Generic[S]):
                 self._logger.picture(step, picture)
             barrier("the grid is drawn")  # by process 0 alone
 
-    def record(self: "Run[TrainState]", step: int, state: TrainState, evaluator: Evaluator) -> None:
+    def record(self: "Run[TrainState]", step: int, state: "TrainState", evaluator: "Evaluator") -> None:
         """Evaluate samples if that is due; after `save`, as one that is cut off is repeated from the checkpoint."""
         if not evaluator.due(step):
             return

@@ -65,7 +65,7 @@ def load_data(config: FrozenConfigDict, mesh: Mesh) -> Source:
     check_batch(config.batch_size, mesh, config.gradient_accumulation)
     model, platform = model_config(config), mesh.devices.flat[0].platform
     if model.attention == "cudnn" and platform != "gpu":
-        raise ConfigError(f"config.model.attention='cudnn' needs an NVIDIA GPU and this is {platform}: use 'xla'.")
+        raise ConfigError(f"config.model.attention='cudnn' needs an NVIDIA GPU and this is {platform}: give 'xla'.")
     source = load_source(**config.data)
     check_fits(source, (*model.input_size, model.in_channels), model.num_classes)
     assert_equal_across_processes(identity(source) | {name: str(value) for name, value in number_flags().items()})
@@ -97,7 +97,7 @@ def make_stopwatch(config: FrozenConfigDict, mesh: Mesh) -> Stopwatch:
 def log_startup(
     config: FrozenConfigDict, workdir: Path, step: int, images: int, mesh: Mesh, decode: Decode | None, done: bool
 ) -> None:
-    """Print on process 0 what a run begins or continues with, and which settings defeat their aim, or that it is done."""
+    """Print on process 0 what a run begins or continues with and which settings have no effect, or that it is done."""
     if jax.process_index() > 0:
         return
     if done:

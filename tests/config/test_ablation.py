@@ -10,7 +10,7 @@ import pytest
 
 from mpdit_jax.config import model_config, resolve
 from mpdit_jax.config.ablation import ROWS, list_rows
-from mpdit_jax.config.flags import load_config, shipped_configs
+from mpdit_jax.config.flags import load_config_file, shipped_configs
 from mpdit_jax.data.latents import PAPER_MEAN, PAPER_STD, LatentSpace
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import ConfigError
@@ -38,7 +38,7 @@ def test_every_row_has_a_config():
 
 @pytest.mark.parametrize("name", sorted(set(ROWS) - ELSEWHERE))
 def test_model_and_step(name):
-    config, row = resolve(load_config(f"{ROOT / 'configs/ablation.py'}:{name}")), ROWS[name]
+    config, row = resolve(load_config_file(f"{ROOT / 'configs/ablation.py'}:{name}")), ROWS[name]
     model = model_config(config)
     assert model == row.model.replace(dtype="bfloat16")
     assert config.mask_ratio == row.mask_ratio
@@ -63,15 +63,15 @@ def test_model_and_step(name):
 def test_a_name_is_needed_and_the_nearest_is_named():
     for value in ("ablation", "configs/ablation.py", "ablation:"):
         with pytest.raises(ConfigError, match=r"one of dit_b_2, .* dit_xl_2_masked_75; `python") as refused:
-            load_config(value)
+            load_config_file(value)
         assert "\n" not in str(refused.value)
     with pytest.raises(ConfigError, match=r"no row 'time_liner_2' \(did you mean 'time_linear_2'\?\)"):
-        load_config("ablation:time_liner_2")
+        load_config_file("ablation:time_liner_2")
 
 
 @pytest.mark.parametrize("old", ["configs/ablations/time_linear_2.py", "/clone/configs/ablations/time_linear_2.py"])
 def test_a_file_of_before_is_found_under_its_new_name(old, capsys):
-    assert load_config(old) == load_config("ablation:time_linear_2")
+    assert load_config_file(old) == load_config_file("ablation:time_linear_2")
     assert capsys.readouterr().err == f"--config={old} is written --config=ablation:time_linear_2 now\n"
 
 

@@ -11,12 +11,16 @@ from flax import nnx
 
 from mpdit_jax.checkpoint.load import load_checkpoint
 from mpdit_jax.config import base_config, model_config, resolve
+from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.flow.flow_map import FlowMapLoss, draw_jumps
 from mpdit_jax.flow.objective import flow_matching_loss
 from mpdit_jax.model.parameters import abstract, split
 from mpdit_jax.train.__main__ import main
+from mpdit_jax.train.init_from import initialize_from
 from mpdit_jax.train.metric_window import window_means
+from mpdit_jax.train.optimizer import make_optimizer
+from mpdit_jax.train.state import abstract_state, create_state
 from mpdit_jax.train.step import config_loss, make_noising
 from tests.flow.toys import tiny_model
 from tests.tiny import TWO_LEVELS, saved_arrays, train_arguments
@@ -231,6 +235,21 @@ def test_bad_configs(tmp_path, arguments, sentence):
     with pytest.raises(ConfigError, match=sentence.replace("(", r"\(")):
         main(train_arguments(tmp_path / "run", *MAP, *arguments))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_other_classes_have_new_embeddings_and_the_rest_is_taken(flow_run, capsys):
+    source = load_checkpoint(flow_run)
+    model = dataclasses.replace(source.config, num_classes=4)
+    optimizer, mesh = make_optimizer(resolve(base_config()).optimizer), make_mesh(devices=jax.devices()[:1])
+    drawn = create_state(model, optimizer, abstract_state(model, optimizer, mesh), 0)
+    state = initialize_from(drawn, str(flow_run))
+    table = "class_embedding.table"
+    for name, array in split(source)[1].items():
+        if name == table:
+            array = np.concatenate([drawn.parameters[table][:-1], array[-1:]])
+        np.testing.assert_array_equal(state.parameters[name], array, err_msg=name)
+        np.testing.assert_array_equal(state.ema_parameters[name], array, err_msg=name)
+    assert "has 10 classes, and this run 4: their embeddings start anew" in capsys.readouterr().out
 
 
 def test_weights_of_another_model_are_refused(flow_run, tmp_path):

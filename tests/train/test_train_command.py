@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from mpdit_jax.config.flags import load_config
+from mpdit_jax.config.flags import load_config_file
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.train import __main__ as train
 from tests.tiny import ROOT, refusal, run, train_arguments
@@ -27,6 +27,7 @@ def test_help_says_how(capsys):
     (["--config=configs/digits.py"], "--workdir"),
     (["--config=configs/digits.py", "--workdir=x", "--wrokdir=y"], "unknown argument '--wrokdir=y'"),
     (["--config=configs/digits.py", "--workdir=x", "--steps", "3"], "unknown argument '--steps'"),
+    (["--config=digits", "--workdir=x", "--join_timeout=9"], "error: --join_timeout is --initialization_timeout now"),
 ])  # fmt: skip
 def test_wrong_arguments(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as done:
@@ -113,7 +114,7 @@ def test_a_config_file_imports_its_neighbour_and_takes_a_word(tmp_path):
         "from neighbour_of_mine import base_config\n"
         "def get_config(steps):\n config = base_config()\n config.steps = int(steps)\n return config\n"
     )
-    assert load_config(f"{tmp_path / 'mine.py'}:7").steps == 7
+    assert load_config_file(f"{tmp_path / 'mine.py'}:7").steps == 7
     assert str(tmp_path) not in sys.path
 
 
