@@ -1,14 +1,16 @@
 """configs/ablation.py: every row of the paper's tables has a config with the row's model, and its step traces."""
 
 import re
-import subprocess
+import runpy
+import shutil
 import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from mpdit_jax.config import model_config, resolve
+from mpdit_jax import tables
+from mpdit_jax.config import flags, model_config, resolve
 from mpdit_jax.config.ablation import ROWS, list_rows
 from mpdit_jax.config.flags import load_config_file, shipped_configs
 from mpdit_jax.data.latents import PAPER_MEAN, PAPER_STD, LatentSpace
@@ -75,7 +77,21 @@ def test_a_file_of_before_is_found_under_its_new_name(old, capsys):
     assert capsys.readouterr().err == f"--config={old} is written --config=ablation:time_linear_2 now\n"
 
 
-def test_the_file_lists_its_rows():
-    command = [sys.executable, str(ROOT / "configs/ablation.py"), "--list"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == f"{list_rows()}\n"
+def test_the_file_and_the_tables_list_the_rows(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--list"])
+    runpy.run_path(str(ROOT / "configs/ablation.py"), run_name="__main__")
+    assert tables.main(["--format=list"]) == 0
+    assert capsys.readouterr().out == f"{list_rows()}\n" * 2
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--lst"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(ROOT / "configs/ablation.py"), run_name="__main__")
+    assert done.value.code == 2
+
+
+def test_a_wheel_has_the_rows(tmp_path, monkeypatch):
+    """A wheel holds the configs inside the package, and there is no checkout around it."""
+    shutil.copytree(ROOT / "configs", tmp_path / "mpdit_jax/configs")
+    monkeypatch.setattr(flags, "__file__", str(tmp_path / "mpdit_jax/config/flags.py"))
+    monkeypatch.chdir(tmp_path)
+    assert shipped_configs()["ablation"] == str(tmp_path / "mpdit_jax/configs/ablation.py")
+    assert load_config_file("ablation:mpdit_b_k4").model.depths == (8, 4)
