@@ -1,4 +1,4 @@
-"""The grid of samples that a run draws now and then."""
+"""The grid of samples that a run draws every `config.sample.every` steps."""
 
 from collections.abc import Callable
 from pathlib import Path

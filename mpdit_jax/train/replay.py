@@ -1,7 +1,7 @@
-"""Replay of one step of a run, which names everything in it that is not finite: why was it skipped?
+"""Replay of one step of a run, to find out why it was skipped: everything in it that is not finite is named.
 
-Every step is a function of the state before it and of its batch, which is a function of (seed, step). So the state is
-computed again from the checkpoint before, and the step is taken apart. Nothing is written.
+The state before the step is computed again from the newest checkpoint before it, which gives the same bits. Nothing is
+written.
 """
 
 import dataclasses

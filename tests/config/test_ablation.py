@@ -27,7 +27,7 @@ TRACED = set()  # several rows are the base
 
 
 def line_of(name):
-    """What the list says of a row."""
+    """Return the list's line on a row."""
     (line,) = re.findall(rf"^  {name} +(.*)$", list_rows(), re.MULTILINE)
     return line
 

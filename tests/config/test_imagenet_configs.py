@@ -1,4 +1,4 @@
-"""The configs that no test machine can run: their state has the model's size and their step traces."""
+"""Configs that are too large to run in tests: their state has the model's size, and their step traces."""
 
 import jax
 import jax.numpy as jnp

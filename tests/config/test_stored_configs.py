@@ -1,4 +1,4 @@
-"""Stored configs, those of older versions included."""
+"""Configs that are stored and read again, also those of 0.1.0."""
 
 import json
 

@@ -66,7 +66,7 @@ class QuadraticMap(nnx.Module):
 @pytest.mark.parametrize("p", [0.0, 1.0])
 @pytest.mark.parametrize("guidance", [0.0, 0.6])
 def test_the_loss_is_the_equation(p, guidance):
-    """Against NumPy: rows 0, 2, … are jumps, rows 1, 3, … the velocity; guided up to t = 0.7."""
+    """The loss equals a NumPy version: even rows are jumps, odd rows velocities, guided up to t = 0.7."""
     random = np.random.default_rng(0)
     x, noise = random.standard_normal((2, 6, 2, 2, 1)).astype(np.float32)
     t = np.array([0.9, 0.9, 0.5, 0.5, 0.3, 0.2], np.float32)
@@ -122,7 +122,7 @@ def test_at_r_equal_t_the_loss_is_flow_matching():
 
 
 def test_half_of_the_batch_jumps_and_the_rest_is_the_flow_models():
-    """What is drawn for flow matching is drawn for the other half of a flow map, bit for bit."""
+    """The odd rows of a flow map's batch are the same bits as in flow matching."""
     batch = {"x": jnp.zeros((8, 4, 4, 1)), "y": jnp.arange(8, dtype=jnp.int32) % 3}
     mapped, plain = (make_noising(config)(batch, jax.random.key(0)) for config in (map_config(), small_config()))
     assert plain.r is None
@@ -183,7 +183,7 @@ for count, shape in ((1, {}), (8, {"data": 2, "fsdp": 4})):
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-4), ("bfloat16", 3e-2)])
 def test_one_device_and_eight_give_the_same_steps(dtype, allowed):
-    """Forward derivative, scan, remat, FFT and FSDP together."""
+    """The step combines forward derivative, scan, remat, FFT and FSDP."""
     one, eight = map(json.loads, run_script(EIGHT.replace("DTYPE", repr(dtype))).splitlines())
     assert eight == pytest.approx(one, rel=allowed)
 

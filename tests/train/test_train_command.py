@@ -1,4 +1,4 @@
-"""What a person sees who types the command, right and wrong."""
+"""The output of right and wrong command lines."""
 
 import re
 import sys
@@ -159,7 +159,7 @@ def test_a_diverged_run_ends_with_a_sentence(tmp_path):
 
 
 def parsed(*arguments):
-    """The config a command line makes, as `train` reads it."""
+    """Return the config that `train` reads from a command line."""
     from mpdit_jax.config.flags import parse_with_config
     from mpdit_jax.runtime.cli import make_parser
 
@@ -184,7 +184,7 @@ def test_a_preset_on_the_command_line_wins_over_the_file():
 
 
 def test_what_the_preset_has_no_use_for_is_left_out_of_the_file():
-    """configs/digits.py says class_tokens=2, which a DiT has not; who asks for it is told so."""
+    """A DiT has no class tokens: the file's class_tokens is left out, the command line's is refused."""
     from mpdit_jax.config import resolve
     from mpdit_jax.errors import ConfigError
 
