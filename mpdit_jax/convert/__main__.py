@@ -28,6 +28,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", required=True, help=".safetensors, .pt or .pth, or a new workdir")
     parser.add_argument("--step", type=int, help="of a workdir's checkpoints (default: the newest)")
     parser.add_argument("--num_heads", type=int, help="of a PyTorch file, where no preset has its width")
+    parser.add_argument("--num_classes", type=int, help="of a PyTorch file whose class table may lack the null class")
+    parser.add_argument("--key", help="of one of several state dicts in a file (default: the moving average)")
     parser.add_argument("--convention", help="velocity, dit or sit: of a file with a DiT's names that does not say")
     if any(argument.startswith("--config") for argument in arguments):
         options, config = parse_with_config(parser, arguments)
@@ -39,7 +41,8 @@ def main(arguments: Sequence[str]) -> int:
 
     source, out = Path(options.source), Path(options.out)
     check_target(out, config)
-    found = read(source, num_heads=options.num_heads, convention=options.convention, step=options.step)
+    given = {name: vars(options)[name] for name in ("num_heads", "convention", "num_classes", "key", "step")}
+    found = read(source, **given)
     before = checksum(found.model)
     print(f"read {found.description}\n  {_describe(found.model)}\n  {before}", flush=True)
     written, after = write(out, found, config, before)

@@ -2,16 +2,23 @@
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpdit_jax.errors import ConfigError
+from mpdit_jax.errors import ConfigError, WeightsWarning
 from mpdit_jax.io.json_files import parse_json
 
 _DOWN_BLOCK = "DownEncoderBlock2D"
 _UP_BLOCK = "UpDecoderBlock2D"
 _ACTIVATIONS = ("silu", "swish")
+# Keys that describe a file or how a library runs the network, and change no result.
+_DESCRIPTIVE = (
+    "architectures", "auto_map", "dtype", "gradient_checkpointing", "library_name", "license", "model_type",
+    "tile_latent_min_size", "tile_overlap_factor", "tile_sample_min_size", "torch_dtype", "transformers_version",
+    "use_slicing", "use_tiling", "variant",
+)  # fmt: skip
 _MAX_CHANNELS, _MAX_LAYERS = 2**16, 32  # limits far above any real network
 
 
@@ -112,6 +119,9 @@ def _all(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
 def config_from_diffusers(entries: Mapping[str, Any]) -> AutoencoderConfig:
     """Convert the entries of a diffusers `config.json`. Missing keys have diffusers' defaults.
 
+    Unknown keys that are null, begin with "_" or are known to change no result are ignored; a WeightsWarning names the
+    last kind.
+
     Raises:
         ConfigError: another model class, an unsupported block type, activation or key (the message names all of them),
             or an impossible value.
@@ -135,8 +145,11 @@ def config_from_diffusers(entries: Mapping[str, Any]) -> AutoencoderConfig:
             expected = _DOWN_BLOCK if key == "down_block_types" else _UP_BLOCK
             if not isinstance(value, list | tuple) or any(block != expected for block in value):
                 refused.append(f"{key}={value!r} (expected only {expected!r})")
+        elif key in _DESCRIPTIVE:
+            text = f"VAE config: {key}={value!r} is ignored: it changes no result."
+            warnings.warn(text, WeightsWarning, stacklevel=2)
         elif not key.startswith("_") and value is not None:
-            refused.append(f"{key}={value!r} (unknown key)")
+            refused.append(f"{key}={value!r} (unknown key; delete it from config.json if the network is without it)")
     widths = values.get("block_out_channels", AutoencoderConfig.block_out_channels)
     if not refused and isinstance(widths, tuple):
         for key in ("down_block_types", "up_block_types"):
@@ -165,7 +178,7 @@ def config_to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
 def read_config(path: Path) -> AutoencoderConfig:
     """Read a diffusers `config.json`. Raise ConfigError if it is not JSON or `config_from_diffusers` refuses it."""
     try:
-        entries = parse_json(path.read_text(encoding="utf-8"))
+        entries = parse_json(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}); copy the VAE's config.json again.") from error
     if not isinstance(entries, dict):
