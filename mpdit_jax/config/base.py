@@ -157,10 +157,8 @@ def _check_decided(config: ConfigDict, decided: Mapping[str, bool]) -> None:
     for name, value in decided.items():
         said = config.model[name]
         if said is not None and bool(said) != value:
-            by = "objective" if name == "flow_map" else "label_dropout"
-            raise ConfigError(
-                f"config.model.{name}={said!r} with config.{by}={config[by]!r}: leave it out, {by} decides it."
-            )
+            by = "config.objective" if name == "flow_map" else "config.label_dropout"
+            raise ConfigError(f"config.model.{name}={said!r}: leave it out, {by} decides it and gives {value}.")
 
 
 def model_config(config: FrozenConfigDict) -> ModelConfig:

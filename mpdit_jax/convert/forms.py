@@ -20,6 +20,7 @@ from mpdit_jax.errors import CheckpointError, ConfigError, InputError, MissingEx
 from mpdit_jax.interop.native_files import PUBLISHED, build_metadata, save_native, stored_step
 from mpdit_jax.interop.torch_weights import check_agreement, load_with_metadata, to_torch
 from mpdit_jax.io.atomic import atomic_dir, atomic_write, check_writable
+from mpdit_jax.io.paths import expand
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import split
 from mpdit_jax.train.optimizer import make_optimizer
@@ -188,7 +189,7 @@ def _dataset_info(found: Found, config: FrozenConfigDict) -> tuple[DatasetInfo |
     data = config.data
     if found.data is not None or data.name != "latents":
         return found.data, ""
-    if data.path and Path(data.path).is_dir():
+    if data.path and expand(data.path).is_dir():
         store, space = load_latents(data.path, data.normalization)
         return DatasetInfo(tuple(store.manifest.class_names), space), f"; latents normalized as in {data.path}"
     if data.normalization in ("manifest", "vae") or config.model.in_channels != len(PAPER_MEAN):

@@ -21,6 +21,20 @@ def test_a_run_of_a_version_without_some_fields_stays_readable():
     assert model_config(config).convention == "velocity"
 
 
+def test_label_dropout_decides_whether_there_is_a_null_class():
+    """Also for runs that were stored before the model's config said so."""
+    config = base_config()
+    assert resolve(config).model.null_class
+    config.label_dropout = 0.0
+    stored = json.loads(to_json(resolve(config)))
+    assert stored["model"].pop("null_class") is False
+    assert from_json(json.dumps(stored)) == resolve(config)
+    assert differences(from_json(json.dumps(stored)), resolve(config)) == {}
+    config.model.null_class = True
+    with pytest.raises(ConfigError, match=r"model\.null_class=True: leave it out, config\.label_dropout decides it"):
+        resolve(config)
+
+
 def test_a_run_of_a_version_that_took_switches_without_effect_stays_readable():
     config = base_config()
     config.model.preset = "dit_b_2"

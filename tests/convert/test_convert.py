@@ -1,5 +1,6 @@
 """python -m mpdit_jax.convert: every form to every other and back, and what it refuses."""
 
+import dataclasses
 import itertools
 import resource
 import shutil
@@ -11,14 +12,24 @@ import pytest
 
 import mpdit_jax as mp
 from mpdit_jax import export
+from mpdit_jax.checkpoint.load import load_config
 from mpdit_jax.convert import __main__ as convert
+from mpdit_jax.data.info import DatasetInfo, read_dataset_info, record_dataset, write_dataset_info
+from mpdit_jax.data.latents import PAPER_MEAN, PAPER_STD, LatentSpace
+from mpdit_jax.data.sources import array_source
 from mpdit_jax.errors import CheckpointError, DamageWarning
 from mpdit_jax.evaluate import __main__ as evaluate
 from mpdit_jax.model.parameters import abstract, merge, split
 from mpdit_jax.model.presets import preset_config
 from mpdit_jax.sample import __main__ as sample
+from mpdit_jax.sample.decoding import make_decode
+from mpdit_jax.vae import save_folder
 from tests.conftest import Golden
+from tests.sample.conftest import make_workdir
 from tests.tiny import TWO_LEVELS, refusal, run, saved_arrays, start, train_arguments
+from tests.vae.conftest import TINY as TINY_VAE
+from tests.vae.conftest import tiny_parameters as tiny_parameters
+from tests.vae.conftest import tiny_vae as tiny_vae
 
 DIT = {"patch_sizes": (2,), "depths": (1,), "time_embedding": "sinusoidal", "class_tokens": 16}
 DIT |= {"condition": "vector", "modulation": "per_block"}
@@ -119,6 +130,79 @@ def test_a_run_starts_from_a_converted_workdir(tmp_path, capsys):
     message = refusal_of(source, f"--out={tmp_path / 'other'}", config, *tiny, "--config.model.class_tokens=3")
     assert "--config is of another model: config.model.class_tokens=3 (the file: 2)" in message
     assert not (tmp_path / "other").exists()
+
+
+def latents_run(path, fingerprint):
+    """A run on latents of a VAE of that fingerprint."""
+    workdir = make_workdir(path, in_channels=4)
+    space = LatentSpace((1.0, 2.0, 3.0, 4.0), (0.5, 0.5, 0.5, 0.5), fingerprint)
+    write_dataset_info(workdir, DatasetInfo(("owl", "fox"), space, "20 digest"))
+    return workdir, space
+
+
+@pytest.mark.parametrize("ending", ["safetensors", pytest.param("pt", marks=pytest.mark.parity)])
+def test_what_decoding_needs_travels_with_a_model(tmp_path, tiny_vae, tiny_parameters, ending):
+    save_folder(tmp_path / "vae", TINY_VAE, tiny_parameters)
+    run, space = latents_run(tmp_path / "run", tiny_vae.fingerprint)
+    file, back = tmp_path / f"model.{ending}", tmp_path / "back"
+    assert convert.main([f"--source={run}", f"--out={file}"]) == 0
+    assert convert.main([f"--source={file}", f"--out={back}"]) == 0
+    assert read_dataset_info(back) == DatasetInfo(("owl", "fox"), space)
+    assert np.array_equal(
+        *(make_decode(str(folder), str(tmp_path / "vae"))(np.ones((1, 8, 8, 4))) for folder in (run, back))
+    )
+
+
+def test_latents_of_published_weights_are_normalized_as_in_the_paper(tmp_path, capsys, tiny_parameters):
+    """That is said, and any VAE with as many channels decodes them. The run continues with latents so normalized."""
+    from mpdit_jax.interop.native_files import save_native
+
+    vae, source, out = tmp_path / "vae", tmp_path / "model.safetensors", tmp_path / "run"
+    save_folder(vae, TINY_VAE, tiny_parameters)
+    save_native(source, random_model(), 1)
+    fields = [f"--config.model.{name}={value}" for name, value in TINY.items() if name not in ("depths", "input_size")]
+    config = ["--config=mpdit_b_256", "--config.model.depths=1,1", "--config.model.input_size=8,8", *fields]
+    assert convert.main([f"--source={source}", f"--out={out}", *config]) == 0
+    assert "normalized by the paper's constants, of a VAE that is not recorded" in capsys.readouterr().out
+    assert mp.generate(out, [1], steps=1, vae=vae)[0].size == (32, 32)
+    space = read_dataset_info(out).latents
+    assert (space.mean, space.std) == (PAPER_MEAN, PAPER_STD)
+    data = array_source(np.zeros((2, 8, 8, 4), np.float32), np.arange(2), ("a", "b"))
+    other = dataclasses.replace(space, std=(1.0,) * 4, vae_fingerprint="ab" * 32)
+    with pytest.raises(CheckpointError, match="was trained on latents of another VAE or normalization"):
+        record_dataset(out, dataclasses.replace(data, latents=other), trained=True)
+    found = dataclasses.replace(space, vae_fingerprint="ab" * 32)
+    record_dataset(out, dataclasses.replace(data, latents=found), trained=True)
+    assert read_dataset_info(out).latents == found
+
+
+def test_nothing_is_assumed_of_other_latents(tmp_path, capsys):
+    from mpdit_jax.interop.native_files import save_native
+
+    save_native(tmp_path / "model.safetensors", random_model(in_channels=2), 1)
+    assert convert.main([f"--source={tmp_path}/model.safetensors", f"--out={tmp_path / 'run'}"]) == 0
+    assert "its latents cannot be decoded" in capsys.readouterr().out
+    with pytest.raises(mp.MPDiTError, match="does not record how its latents are normalized"):
+        make_decode(str(tmp_path / "run"), "some/vae")
+
+
+def test_a_model_without_a_null_class_stays_one(tmp_path):
+    """Its run is one without label dropout, and a config with label dropout is of another model."""
+    from mpdit_jax.convert.checksum import checksum
+    from mpdit_jax.interop.native_files import save_native
+
+    model, own, run = random_model(null_class=False, in_channels=1), tmp_path / "own.safetensors", tmp_path / "run"
+    save_native(own, model, 1)
+    assert convert.main([f"--source={own}", f"--out={run}"]) == 0
+    assert not mp.load_checkpoint(run).config.null_class
+    assert load_config(run).label_dropout == 0
+    message = refusal_of(f"--source={own}", f"--out={tmp_path / 'other'}", "--config=digits")
+    assert "null_class=True (the file: False)" in message
+    assert "config.label_dropout decides null_class" in message
+    # The published names have no row for the null class, and a check sum compares none.
+    published = mp.to_torch(model)
+    assert len(published["y_embedder.embedding_table.weight"]) == 3
+    assert checksum(mp.load_torch(published, num_heads=2, num_classes=3)) == checksum(model)
 
 
 def refusal_of(*arguments):
@@ -268,7 +352,7 @@ def test_a_model_for_another_machine_is_the_same_model(tmp_path, capsys, monkeyp
     assert convert.main([source, f"--out={out}"]) == 0
     assert mp.load_torch(out).config.platform == "gpu"
     out.unlink()
-    monkeypatch.setattr(forms, "save_native", lambda path, model, step: save_native(path, changed(model), step))
+    monkeypatch.setattr(forms, "save_native", lambda path, model, *more: save_native(path, changed(model), *more))
     assert "would be another model than its source" in refusal_of(source, f"--out={out}")
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.safetensors"]
 
