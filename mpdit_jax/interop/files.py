@@ -134,6 +134,17 @@ def compare_shapes(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[
     }
 
 
+def describe_misfit(
+    arrays: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    more: Mapping[str, list[str]] | None = None,
+) -> str:
+    """List in words what is missing, extra, misshapen, not finite or, by kind, in `more`; "" if everything fits."""
+    problems = compare_shapes(arrays, shapes)
+    problems["not finite"] = [name for name in shapes if name in arrays and not np.isfinite(arrays[name]).all()]
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in (problems | dict(more or {})).items() if names)
+
+
 def _read_torch(path: Path) -> Mapping[str, Any]:
     try:
         import torch

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors.numpy
 
 from mpdit_jax.errors import ConfigError, WeightsError
+from mpdit_jax.interop.files import describe_misfit
 from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.model.config import ModelConfig, drop_unused
@@ -60,8 +61,6 @@ def save_native(path: str | Path, model: MPDiT, step: int, more: Mapping[str, st
 def from_native(arrays: Mapping[str, np.ndarray], config: ModelConfig, origin: str) -> MPDiT:
     """Build the model of a config from parameters under our own names. Raise WeightsError if they do not fit it."""
     structure, shapes = abstract(config)
-    wrong = [name for name, leaf in shapes.items() if name not in arrays or arrays[name].shape != leaf.shape]
-    wrong += [name for name in arrays if name not in shapes or not np.isfinite(arrays[name]).all()]
-    if wrong:
-        raise WeightsError(f"{origin}: missing, extra, misshapen or not finite: {', '.join(dict.fromkeys(wrong))}.")
+    if listed := describe_misfit(arrays, {name: leaf.shape for name, leaf in shapes.items()}):
+        raise WeightsError(f"{origin} does not fit the model in its metadata: {listed}.")
     return merge(structure, {name: jnp.asarray(arrays[name]) for name in shapes})

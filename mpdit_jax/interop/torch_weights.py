@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpdit_jax.errors import ConfigError, InputError, WeightsError, WeightsWarning
-from mpdit_jax.interop.files import choose, compare_shapes, normalize_weights, read_weights
+from mpdit_jax.interop.files import choose, describe_misfit, normalize_weights, read_weights
 from mpdit_jax.interop.infer import infer_config, is_table
 from mpdit_jax.interop.native_files import PUBLISHED, from_native, stored_config
 from mpdit_jax.interop.published_names import (
@@ -175,15 +175,8 @@ def _from_published(state: StateDict, config: ModelConfig) -> MPDiT:
 
 def _check_entries(state: StateDict, config: ModelConfig, origin: str) -> None:
     """Raise WeightsError unless the entries are exactly the config's, finite, with its position tables."""
-    shapes = expected_shapes(config)
-    problems = compare_shapes(state, shapes)
-    fitting = [name for name, shape in shapes.items() if name in state and state[name].shape == shape]
-    tables = dict(position_tables(config))
-    problems["not finite"] = [name for name in fitting if not np.isfinite(state[name]).all()]
-    problems["not the fixed sin-cos position table"] = [
-        name for name in fitting if name in tables and not is_table(state[name], tables[name])
-    ]
-    listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+    wrong = [name for name, table in position_tables(config) if name in state and _differs(state[name], table)]
+    listed = describe_misfit(state, expected_shapes(config), {"not the fixed sin-cos position table": wrong})
     if listed:
         fits = "fits no MPDiT and no DiT"
         if is_dit(state) or is_mpdit(state):
@@ -192,6 +185,10 @@ def _check_entries(state: StateDict, config: ModelConfig, origin: str) -> None:
             f"{origin} {fits}: {listed}. Expected the published {'DiT' if is_dit(state) else 'MPDiT'} names; this has "
             f"{_summarize(state)}."
         )
+
+
+def _differs(array: np.ndarray, table: np.ndarray) -> bool:
+    return array.shape == table.shape and not is_table(array, table)
 
 
 def _check_classes(state: StateDict, num_classes: int | None, origin: str) -> bool:

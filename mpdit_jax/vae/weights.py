@@ -18,7 +18,7 @@ import safetensors.numpy
 from flax import nnx
 
 from mpdit_jax.errors import WeightsError
-from mpdit_jax.interop.files import compare_shapes, read_state_dict
+from mpdit_jax.interop.files import describe_misfit, read_state_dict
 from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.model.parameters import Parameters, split
@@ -166,10 +166,7 @@ def _with_new_attention_names(state: Mapping[str, np.ndarray], source: str) -> S
 
 def _check_entries(state: Mapping[str, np.ndarray], config: AutoencoderConfig, source: str) -> None:
     shapes = {_diffusers_name(path): _torch_shape(leaf.shape) for path, leaf in abstract(config)[1].items()}
-    problems = compare_shapes(state, shapes)
-    problems["not finite"] = [name for name in shapes if name in state and not np.isfinite(state[name]).all()]
-    listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
-    if listed:
+    if listed := describe_misfit(state, shapes):
         raise WeightsError(
             f"{source} does not fit the architecture (block_out_channels {config.block_out_channels}, latent_channels "
             f"{config.latent_channels}) of its config.json: {listed}."
