@@ -132,6 +132,15 @@ def test_a_run_starts_from_a_converted_workdir(tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.fixture
+def no_sums(monkeypatch):
+    """Conversions without check sums, whose forward passes take most of the time."""
+    from mpdit_jax.convert import checksum, forms
+
+    for module in (checksum, forms):
+        monkeypatch.setattr(module, "checksum", lambda model: "")
+
+
 def latents_run(path, fingerprint):
     """A run on latents of a VAE of that fingerprint."""
     workdir = make_workdir(path, in_channels=4)
@@ -141,6 +150,7 @@ def latents_run(path, fingerprint):
 
 
 @pytest.mark.parametrize("ending", ["safetensors", pytest.param("pt", marks=pytest.mark.parity)])
+@pytest.mark.usefixtures("no_sums")
 def test_what_decoding_needs_travels_with_a_model(tmp_path, tiny_vae, tiny_parameters, ending):
     save_folder(tmp_path / "vae", TINY_VAE, tiny_parameters)
     run, space = latents_run(tmp_path / "run", tiny_vae.fingerprint)
@@ -152,6 +162,7 @@ def test_what_decoding_needs_travels_with_a_model(tmp_path, tiny_vae, tiny_param
     assert np.array_equal(*decoded)
 
 
+@pytest.mark.usefixtures("no_sums")
 def test_latents_of_published_weights_are_normalized_as_in_the_paper(tmp_path, capsys, tiny_parameters):
     """That is said, and any VAE with as many channels decodes them. The run continues with latents so normalized."""
     from mpdit_jax.interop.native_files import save_native
@@ -175,6 +186,7 @@ def test_latents_of_published_weights_are_normalized_as_in_the_paper(tmp_path, c
     assert read_dataset_info(out).latents == found
 
 
+@pytest.mark.usefixtures("no_sums")
 def test_nothing_is_assumed_of_other_latents(tmp_path, capsys):
     from mpdit_jax.interop.native_files import save_native
 
