@@ -109,11 +109,11 @@ def write(out: Path, found: Found, config: ConfigDict | None, expected: Checksum
     Args:
         out: as `check_target` allows.
         found: the model.
-        config: of a workdir: the config of its run.
+        config: config of the run, for a workdir.
         expected: the checksum of the model.
 
     Raises:
-        ConfigError: a model that this form cannot hold.
+        ConfigError: this form cannot hold the model.
         WeightsError: the model that was read back differs; nothing is left at `out`.
     """
     workdir = out.is_dir() or out.suffix not in (".safetensors", *TORCH_SUFFIXES)
@@ -199,14 +199,14 @@ def _dataset_info(found: Found, config: FrozenConfigDict) -> tuple[DatasetInfo |
 
 
 def _run_config(found: Found, config: ConfigDict | None) -> ConfigDict:
-    """The given config, or the default recipe with the fields of the model."""
+    """Return the given config, or the default recipe for the model."""
     model = found.model.config
     if config is not None:
         return config
     if model.convention != "velocity":
         raise ConfigError(
-            f"a model that predicts by the convention {model.convention!r} cannot be trained here, and a workdir is of "
-            "a run: write .safetensors or .pt, and sample from Python as docs/weights.md shows."
+            f"a model with the convention {model.convention!r} cannot be trained here, so it has no workdir: write "
+            ".safetensors or .pt, and sample from Python as docs/weights.md shows."
         )
     if model.decoder_depth:
         raise ConfigError(f"model.decoder_depth={model.decoder_depth}: give the --config of its masked training.")

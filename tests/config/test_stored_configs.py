@@ -22,7 +22,7 @@ def test_a_run_of_a_version_without_some_fields_stays_readable():
 
 
 def test_label_dropout_decides_whether_there_is_a_null_class():
-    """Also for runs that were stored before the model's config said so."""
+    """Stored configs without the field are read alike."""
     config = base_config()
     assert resolve(config).model.null_class
     config.label_dropout = 0.0

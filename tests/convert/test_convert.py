@@ -1,4 +1,4 @@
-"""python -m mpdit_jax.convert: every form to every other and back, and what it refuses."""
+"""`python -m mpdit_jax.convert` converts between all forms and refuses what it cannot convert."""
 
 import dataclasses
 import itertools
@@ -62,7 +62,7 @@ def golden(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["own.safetensors", pytest.param("named.pt", marks=pytest.mark.parity)])
 def test_a_disk_without_room(golden, tmp_path, name):
-    """PyTorch tells of it in words of its own."""
+    """PyTorch reports a full disk by an error of its own, which becomes the same sentence."""
 
     def little_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -79,7 +79,7 @@ def test_a_disk_without_room(golden, tmp_path, name):
 
 @pytest.mark.parity
 def test_all_the_way_round(golden, tmp_path, capsys):
-    """Published file, workdir, our file, PyTorch file, and our file again: the same bits in all of them."""
+    """A model keeps its bits through a published file, a workdir, our file, a PyTorch file and our file again."""
     pytest.importorskip("torch")
     path, model = golden
     chain = [path, tmp_path / "run", tmp_path / "own.safetensors", tmp_path / "named.pt", tmp_path / "end.safetensors"]
@@ -98,7 +98,7 @@ def test_all_the_way_round(golden, tmp_path, capsys):
 
 
 def test_variants_keep_their_config(tmp_path, capsys):
-    """What has no published names has our own: also the scaled FNO, whose constants are in the config."""
+    """Models without published names keep weights and config in our own file."""
     from mpdit_jax.interop.native_files import save_native
 
     model = random_model(upsampler="linear_mlp", fno_init="scaled", mlp_ratio=3.0)
@@ -113,7 +113,7 @@ def test_variants_keep_their_config(tmp_path, capsys):
 
 
 def test_a_run_starts_from_a_converted_workdir(tmp_path, capsys):
-    """The step goes on where the file's ended, from its weights, by the config given."""
+    """Training continues from the weights and the step of the file, with the given config."""
     from mpdit_jax.interop.native_files import save_native
 
     config, workdir, *tiny = train_arguments(tmp_path / "run", "--config.steps=6", *TWO_LEVELS)
@@ -164,7 +164,7 @@ def test_what_decoding_needs_travels_with_a_model(tmp_path, tiny_vae, tiny_param
 
 @pytest.mark.usefixtures("no_sums")
 def test_latents_of_published_weights_are_normalized_as_in_the_paper(tmp_path, capsys, tiny_parameters):
-    """That is said, and any VAE with as many channels decodes them. The run continues with latents so normalized."""
+    """The command says so, and any VAE with four channels decodes them. Training continues on latents of that scale."""
     from mpdit_jax.interop.native_files import save_native
 
     vae, source, out = tmp_path / "vae", tmp_path / "model.safetensors", tmp_path / "run"
@@ -198,7 +198,7 @@ def test_nothing_is_assumed_of_other_latents(tmp_path, capsys):
 
 
 def test_a_model_without_a_null_class_stays_one(tmp_path):
-    """Its run is one without label dropout, and a config with label dropout is of another model."""
+    """Its run has no label dropout, and a config with label dropout is refused."""
     from mpdit_jax.convert.checksum import checksum
     from mpdit_jax.interop.native_files import save_native
 
@@ -291,7 +291,7 @@ def test_a_dit_is_no_run(tmp_path):
     sit = tmp_path / "sit.safetensors"
     save_native(sit, random_model(**DIT, convention="sit"), 1)
     message = refusal_of(f"--source={sit}", f"--out={tmp_path / 'run'}")
-    assert "by the convention 'sit' cannot be trained here" in message
+    assert "with the convention 'sit' cannot be trained here" in message
     assert "docs/weights.md" in message
     refused = pytest.raises(CheckpointError, match=r"sit\.safetensors is a file, and .+docs/weights\.md shows how")
     with refused:
@@ -304,7 +304,7 @@ def test_a_dit_is_no_run(tmp_path):
 
 @pytest.mark.parity
 def test_what_is_predicted_is_never_lost(tmp_path, capsys):
-    """A SiT of heads that no preset has, into a PyTorch file that says both, and on from there without being asked."""
+    """Files record convention and heads, so that they need not be given again and cannot be contradicted."""
     pytest.importorskip("torch")
     import safetensors.numpy
 
@@ -327,7 +327,7 @@ def test_what_is_predicted_is_never_lost(tmp_path, capsys):
 
 @pytest.mark.parity
 def test_a_dit_of_ours_becomes_a_run_of_its_config(tmp_path, capsys):
-    """From a PyTorch file that does not say what it is, by the config that trains it; and the run knows what it is."""
+    """A DiT's file without metadata becomes a run of the given config, which records heads and convention."""
     torch = pytest.importorskip("torch")
     state = {name: torch.tensor(array) for name, array in mp.to_torch(random_model(**DIT)).items()}
     torch.save(state, tmp_path / "dit.pt")
@@ -352,7 +352,7 @@ def test_a_dit_of_ours_becomes_a_run_of_its_config(tmp_path, capsys):
 
 
 def test_a_model_for_another_machine_is_the_same_model(tmp_path, capsys, monkeypatch):
-    """It is verified before it takes its place: nothing stays of what is not the same."""
+    """A model for another platform has the same checksum. A file that reads back differently is not kept."""
     from mpdit_jax.convert import forms
     from mpdit_jax.interop.native_files import save_native
 
@@ -369,14 +369,14 @@ def test_a_model_for_another_machine_is_the_same_model(tmp_path, capsys, monkeyp
 
 
 def changed(model, name="class_embedding.table"):
-    """That model with one entry of one parameter another, of a class that no check sum's forward pass sees."""
+    """Return the model with another value of a class that the checksum's forward pass does not read."""
     structure, parameters = split(model)
     place = (1,) + (0,) * (parameters[name].ndim - 1)
     return merge(structure, {**parameters, name: parameters[name].at[place].add(1.0)})
 
 
 def test_a_check_sum_is_of_every_parameter():
-    """Also of the rows of other classes, and of a model that computes nothing yet."""
+    """It covers classes that the forward pass does not read, and models whose output is zero."""
     from mpdit_jax.convert.checksum import checksum
 
     model = random_model()

@@ -107,7 +107,7 @@ def named(state, kind):
     pytest.param(lambda array: array[:0], id="empty"),
 ])  # fmt: skip
 def test_one_damaged_entry_is_named_whichever_it_is(state, damage):
-    """Also if sizes are inferred from the entry, and beside a stray entry, which is named too."""
+    """The entry is named even if sizes are inferred from it, and so is a stray entry beside it."""
     for name, array in state.items():
         bad = {**state, "scheduler.betas": np.zeros(3, np.float32)}
         if damage is None:
@@ -190,7 +190,7 @@ def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
     ("averaged_model", "the moving average 'averaged_model' is taken"),
 ])  # fmt: skip
 def test_the_moving_average_of_a_checkpoint_is_taken(state, raw, average, note, recwarn):
-    """A choice that is not the documented one is named."""
+    """A warning names a key other than "ema"."""
     content = {"model": raw, average: state, "optimizer": {"state": {0: {"exp_avg": raw}}}, "ema_decay": 0.999}
     assert_same(state, mp.to_torch(mp.load_torch(content, num_heads=4)))
     assert [bool(re.search(note, str(one.message))) for one in recwarn] == [True] * bool(note)
@@ -243,7 +243,7 @@ def test_one_of_the_networks_of_a_module_is_chosen_as_one_of_a_checkpoint_is(sta
 
 
 def test_a_class_table_may_have_no_null_class(state):
-    """Ten rows are ten classes or nine: that is asked. Without a null class, nothing is drawn of it or guided by it."""
+    """Ten rows may be ten classes, or nine and the null class, so that the number is asked for."""
     ten = {**state, TABLE: state[TABLE][:10]}
     with pytest.raises(WeightsError, match=r"has 10 rows .* give num_classes=10 if .* num_classes=9"):
         mp.load_torch(ten, num_heads=4)

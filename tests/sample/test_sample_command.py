@@ -290,7 +290,7 @@ def test_generate(workdir):
 
 
 def test_a_run_without_label_dropout_is_not_guided(tmp_path, capsys):
-    """Commands refuse, before anything is drawn; the run's own grids are drawn without guidance, which is said."""
+    """Commands refuse before they draw. The run's own grids are drawn without guidance, and the start says so."""
     from mpdit_jax import export
     from mpdit_jax.checkpoint.load import load_config
     from mpdit_jax.distributed.mesh import make_mesh
