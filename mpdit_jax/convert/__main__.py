@@ -28,9 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", required=True, help=".safetensors, .pt or .pth, or a new workdir")
     parser.add_argument("--step", type=int, help="checkpoint of a workdir (default: the newest)")
     parser.add_argument("--num_heads", type=int, help="attention heads of a PyTorch file, if no preset has its width")
-    parser.add_argument(
-        "--num_classes", type=int, help="classes of a PyTorch file, if its table may lack the null class"
-    )
+    parser.add_argument("--num_classes", type=int, help="classes of a PyTorch file whose table may lack the null class")
     parser.add_argument("--key", help="selects one of several state dicts in a file (default: the moving average)")
     parser.add_argument("--convention", help="velocity, dit or sit, for a DiT's file that does not record it")
     if any(argument.startswith("--config") for argument in arguments):

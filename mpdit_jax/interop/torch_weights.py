@@ -90,6 +90,7 @@ def load_with_metadata(
     if config is None:
         state = _network(weights.arrays, weights.key, origin)
         return _from_published(*_infer(state, num_heads, convention, num_classes, origin)), {}
+    choose([""], weights.key, origin)  # our own files have one state dict
     check_agreement(config, num_heads, convention, origin, num_classes)
     if weights.metadata.get("names") != PUBLISHED:
         return from_native(weights.arrays, config, origin), weights.metadata

@@ -47,16 +47,17 @@ def _download(name: str) -> Path:
     repo_id, subfolder = f"{owner}/{repository}", "/".join(inside) or None
     try:
         config = hf_hub_download(repo_id, CONFIG_FILE, subfolder=subfolder)
-        single = [name for name in WEIGHTS_FILES if not name.endswith(".json")]
-        for name in single:
+        *files, last = (file for file in WEIGHTS_FILES if not file.endswith(".json"))
+        for file in files:
             try:
-                hf_hub_download(repo_id, name, subfolder=subfolder)
+                hf_hub_download(repo_id, file, subfolder=subfolder)
                 break
             except LocalEntryNotFoundError:  # no network, and the file is not in the cache
                 raise
             except EntryNotFoundError:
-                if name == single[-1]:
-                    raise
+                continue
+        else:
+            hf_hub_download(repo_id, last, subfolder=subfolder)
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise WeightsError(

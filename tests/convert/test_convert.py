@@ -321,6 +321,8 @@ def test_what_is_predicted_is_never_lost(tmp_path, capsys):
         for asked in ("convention='dit'", "num_heads=7"):
             message = refusal_of(f"--source={file}", f"--out={tmp_path / 'no.pt'}", f"--{asked.replace(chr(39), '')}")
             assert f"{asked}: {file} records" in message
+        with pytest.raises(mp.MPDiTError, match=r"key='model': .* has no such state dict"):
+            mp.load_torch(file, key="model")
         with pytest.raises(mp.MPDiTError, match="convention='nonsense': expected one of velocity, sit, dit"):
             mp.load_torch(file, convention="nonsense")
 
