@@ -176,7 +176,8 @@ def _from_published(state: StateDict, config: ModelConfig) -> MPDiT:
 
 def _check_entries(state: StateDict, config: ModelConfig, origin: str) -> None:
     """Raise WeightsError unless the entries are exactly the config's, finite, with its position tables."""
-    wrong = [name for name, table in position_tables(config) if name in state and _differs(state[name], table)]
+    tables = {name: table for name, table in position_tables(config) if np.shape(state.get(name)) == table.shape}
+    wrong = [name for name, table in tables.items() if not is_table(state[name], table)]
     listed = describe_misfit(state, expected_shapes(config), {"not the fixed sin-cos position table": wrong})
     if listed:
         fits = "fits no MPDiT and no DiT"
@@ -186,10 +187,6 @@ def _check_entries(state: StateDict, config: ModelConfig, origin: str) -> None:
             f"{origin} {fits}: {listed}. Expected the published {'DiT' if is_dit(state) else 'MPDiT'} names; this has "
             f"{_summarize(state)}."
         )
-
-
-def _differs(array: np.ndarray, table: np.ndarray) -> bool:
-    return array.shape == table.shape and not is_table(array, table)
 
 
 def _check_classes(state: StateDict, num_classes: int | None, origin: str) -> bool:
