@@ -176,8 +176,8 @@ def _from_published(state: StateDict, config: ModelConfig) -> MPDiT:
 
 def _check_entries(state: StateDict, config: ModelConfig, origin: str) -> None:
     """Raise WeightsError unless the entries are exactly the config's, finite, with its position tables."""
-    tables = {name: table for name, table in position_tables(config) if np.shape(state.get(name)) == table.shape}
-    wrong = [name for name, table in tables.items() if not is_table(state[name], table)]
+    found = [(name, state[name], table) for name, table in position_tables(config) if name in state]
+    wrong = [name for name, array, table in found if array.shape == table.shape and not is_table(array, table)]
     listed = describe_misfit(state, expected_shapes(config), {"not the fixed sin-cos position table": wrong})
     if listed:
         fits = "fits no MPDiT and no DiT"
