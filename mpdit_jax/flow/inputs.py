@@ -78,13 +78,10 @@ def check_labels(labels: jax.typing.ArrayLike, num_classes: int, name: str = "la
 
 
 def check_null_class(model: ClassConditional, labels: jax.Array, negatives: jax.Array | None, by_default: bool) -> None:
-    """Raise InputError if the null class is needed and the model declares that it was not trained.
+    """Raise InputError if labels (B,) need the null class of a model that declares it untrained.
 
-    Args:
-        model: the model.
-        labels: labels to draw, (B,).
-        negatives: labels to guide away from, (B,); None if nothing is guided.
-        by_default: whether the negatives are the null class because none were given; decides for traced values.
+    `negatives` are None if nothing is guided; `by_default` says that no negatives were given, so that the null class is
+    guided away from, which traced values do not show.
     """
     if not isinstance(model, DeclaresNullClass) or model.null_class:
         return
