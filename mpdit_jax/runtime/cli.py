@@ -16,7 +16,7 @@ import jax
 
 from mpdit_jax.distributed.collectives import barrier
 from mpdit_jax.distributed.startup import end_failed, may_be_lost
-from mpdit_jax.errors import DamageWarning, DataWarning, DeviceWarning, MPDiTError, first_line
+from mpdit_jax.errors import DamageWarning, DataWarning, DeviceWarning, MPDiTError, WeightsWarning, first_line
 from mpdit_jax.io.paths import REFUSALS, expand
 from mpdit_jax.runtime.signals import KILLED_BY, LOST, Terminated, ending_by_exception, stopped_status, this_command
 
@@ -170,7 +170,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """Our own warnings are sentences."""
-    ours = issubclass(category, DamageWarning | DataWarning | DeviceWarning)
+    ours = issubclass(category, DamageWarning | DataWarning | DeviceWarning | WeightsWarning)
     _say(f"warning: {message}" if ours else warnings.formatwarning(message, category, filename, lineno, line).rstrip())
 
 

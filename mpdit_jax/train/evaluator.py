@@ -167,6 +167,11 @@ class Evaluator:
     def _check(self) -> None:
         settings, source = self._config.eval, self._source
         trained_here = settings.features == "classifier"
+        if not self._config.model.null_class and set(settings.guidance_scales) != {1}:
+            raise ConfigError(
+                f"config.eval.guidance_scales={settings.guidance_scales}: expected 1.0 with config.label_dropout=0, "
+                "which trains no null class to guide by."
+            )
         if source.latents is not None:
             if self._decode is None:
                 raise ConfigError(

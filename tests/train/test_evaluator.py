@@ -248,6 +248,7 @@ def test_a_finished_run_makes_up_for_its_last_evaluation(undisturbed, tmp_path, 
 
 @pytest.mark.parametrize(("override", "sentence"), [
     ("--config.eval.guidance_scales=-1.0,2.0", "config.eval.guidance_scales"),
+    ("--config.label_dropout=0.0", "config.eval.guidance_scales=(1.0, 2.0): expected 1.0 with config.label_dropout=0"),
     ("--config.eval.metrics=fad,fd", "config.eval.metrics=fad: expected some of fd"),
     ("--config.eval.num_samples=0", "config.eval.num_samples=0: expected 1 or more"),
     ("--config.eval.every=-1", "config.eval.every=-1"),
