@@ -1,4 +1,4 @@
-"""An exported sampler runs where this package is not."""
+"""An exported sampler runs without this package."""
 
 import importlib.metadata
 import json
@@ -34,8 +34,13 @@ np.save(out, sampler.call(labels, jnp.uint32(7), *map(jnp.float32, map(float, sc
 
 
 @pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return make_workdir(tmp_path_factory.mktemp("runs") / "digits")
+
+
+@pytest.fixture(scope="module")
 def jax_alone(tmp_path_factory):
-    """The Python of a virtual environment that holds what `pip install jax flatbuffers` brings, and nothing else.
+    """Return the Python of a virtual environment with what `pip install jax flatbuffers` installs.
 
     pip would need the network; instead the files of those distributions, and of all that they require, are linked from
     the environment of the tests, which its metadata lists. `import mpdit_jax` finds nothing there.
@@ -85,7 +90,7 @@ def test_any_batch(workdir, tmp_path, capsys, jax_alone):
 
 
 def test_an_adaptive_solver(workdir, tmp_path, jax_alone):
-    """diffrax is in the program, not needed to run it."""
+    """The program contains diffrax, which need not be installed to run it."""
     solver = ["--solver=tsit5", "--rtol=1e-3", "--atol=1e-3", "--platforms=cpu,tpu"]
     file = export(workdir, tmp_path / "sampler.bin", *solver, steps=())
     sampler = mp.make_sampler("tsit5", rtol=1e-3, atol=1e-3)

@@ -34,7 +34,7 @@ def record_dataset(workdir: Path, source: Source, *, trained: bool) -> None:
     """
     info = DatasetInfo(tuple(source.class_names), source.latents, _identify(source.labels))
     stored = read_dataset_info(workdir) if trained else None
-    if stored is not None and stored.latents != info.latents:
+    if stored is not None and not _agree(stored.latents, info.latents):
         raise CheckpointError(
             f"{workdir} was trained on latents of another VAE or normalization ({_say(stored.latents)}) than those of "
             f"config.data.path ({_say(info.latents)}): give the latents it was trained on, or use another --workdir."
@@ -42,10 +42,16 @@ def record_dataset(workdir: Path, source: Source, *, trained: bool) -> None:
     if stored is not None and stored.labels not in (None, info.labels):
         raise CheckpointError(
             f"{workdir} was trained on other examples (number and digest of the labels: {stored.labels}) than those of "
-            f"config.data.path ({info.labels}): give the data it was trained on, or use another --workdir."
+            f"config.data.path ({info.labels}): give the data it was trained on, or use another --workdir (with "
+            f"--config.init_from={workdir} it starts from this run's weights)."
         )
+    write_dataset_info(workdir, info)
+
+
+def write_dataset_info(workdir: Path, info: DatasetInfo) -> None:
+    """Write the record of a run's data."""
     with atomic_write(workdir / INFO_FILE) as file:
-        file.write((json.dumps(dataclasses.asdict(info), indent=1) + "\n").encode())
+        file.write((to_json(info) + "\n").encode())
 
 
 def identity(source: Source) -> dict[str, str]:
@@ -59,17 +65,34 @@ def read_dataset_info(workdir: str | Path) -> DatasetInfo | None:
     if not path.is_file():
         return None
     try:
-        stored = parse_json(path.read_text())
-        latents = stored["latents"]
-        if latents is not None:
-            latents = LatentSpace(
-                tuple(map(float, latents["mean"])), tuple(map(float, latents["std"])), str(latents["vae_fingerprint"])
-            )
-        return DatasetInfo(tuple(map(str, stored["class_names"])), latents, stored.get("labels"))
+        return from_json(path.read_text())
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}); delete it and repeat the training command, which writes it anew."
         ) from error
+
+
+def to_json(info: DatasetInfo) -> str:
+    """Return the record as JSON."""
+    return json.dumps(dataclasses.asdict(info), indent=1)
+
+
+def from_json(text: str) -> DatasetInfo:
+    """Return the record in a JSON text; raises ValueError, KeyError or TypeError if it is none."""
+    stored = parse_json(text)
+    latents = stored["latents"]
+    if latents is not None:
+        latents = LatentSpace(
+            tuple(map(float, latents["mean"])), tuple(map(float, latents["std"])), str(latents["vae_fingerprint"])
+        )
+    return DatasetInfo(tuple(map(str, stored["class_names"])), latents, stored.get("labels"))
+
+
+def _agree(stored: LatentSpace | None, found: LatentSpace | None) -> bool:
+    """Whether latents are those recorded; a record without a VAE's fingerprint, made by convert, fits any VAE."""
+    if stored is not None and found is not None and not stored.vae_fingerprint:
+        return stored == dataclasses.replace(found, vae_fingerprint="")
+    return stored == found
 
 
 def _identify(labels: np.ndarray) -> str:

@@ -17,7 +17,7 @@ class LatentSpace:
 
     mean: tuple[float, ...]  # of each channel, (C,)
     std: tuple[float, ...]
-    vae_fingerprint: str  # SHA-256 of the VAE's weights
+    vae_fingerprint: str  # SHA-256 of the VAE's weights; "" if it is not known
 
 
 def load_latents(path: str, normalization: str = "paper") -> tuple[LatentStore, LatentSpace]:

@@ -53,6 +53,8 @@ def prepare_run(options: argparse.Namespace, extractor: Extractor, metrics: Sequ
             "channels): train one on images of that size."
         )
     drawings = [dataclasses.replace(drawing, sampler=sampler) for sampler in samplers]
+    for one in drawings:
+        one.check()
     return PreparedRun(list(zip(_combinations(options), drawings, strict=True)), shape)
 
 

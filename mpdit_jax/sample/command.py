@@ -15,7 +15,6 @@ from mpdit_jax.checkpoint.load import load_config, load_together
 from mpdit_jax.distributed.collectives import run_on_process_0
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import DivergedError, InputError
-from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import Sampler
 from mpdit_jax.io import pictures as images
 from mpdit_jax.model.mpdit import MPDiT
@@ -71,8 +70,7 @@ def draw(options: argparse.Namespace, drawing: Drawing, out: Path) -> np.ndarray
     paths.check()
     _check_rows(out, drawing.labels)
     names = class_names(options.workdir, load_config(options.workdir), options.class_names)
-    # Tracing one image raises the first block's errors before there is a folder or a progress bar.
-    jax.eval_shape(lambda: drawing.sampler(drawing.model, drawing.labels[:1], seed_key(0), **drawing.call))
+    drawing.check()
     blocks = out.with_name(f"{out.name}.unfinished")
     run_on_process_0(lambda: None if BlockFolder.is_begun(blocks) else paths.check_fresh())
 

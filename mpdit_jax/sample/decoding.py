@@ -33,16 +33,19 @@ def make_decode(
     info = read_dataset_info(workdir)
     space = info.latents if info is not None else None
     if space is None:
+        if vae and load_config(workdir).data.name == "latents":
+            raise InputError(
+                f"{argument}={vae}: {workdir} does not record how its latents are normalized, so that they cannot be "
+                "decoded; convert its weights again with --config.data.path=FOLDER, the latents it was trained on."
+            )
         if vae:
             raise InputError(
                 f"{argument}={vae}: {workdir} is a run on {load_config(workdir).data.name}, which has no latents."
             )
         return None
     if not vae and space.vae_fingerprint != PIXELS:
-        raise InputError(
-            f"{workdir} was trained on latents: give {argument}=FOLDER, the VAE they come from (fingerprint "
-            f"{space.vae_fingerprint[:12]}…)."
-        )
+        known = f" (fingerprint {space.vae_fingerprint[:12]}…)" if space.vae_fingerprint else ""
+        raise InputError(f"{workdir} was trained on latents: give {argument}=FOLDER, the VAE they come from{known}.")
     loaded = load_vae(vae or None, dtype=dtype, mesh=make_mesh(devices=jax.local_devices()), tiling=tiles(tile))
     check_fingerprint(loaded, space.vae_fingerprint, f"{argument}={vae}", f"{workdir} was trained on latents of")
     mean, std = jnp.asarray(space.mean, jnp.float32), jnp.asarray(space.std, jnp.float32)

@@ -38,6 +38,10 @@ class Drawing:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def check(self) -> None:
+        """Raise the sampler's errors, by tracing one image, before there is a folder or a progress bar."""
+        jax.eval_shape(lambda: self.sampler(self.model, self.labels[:1], seed_key(0), **self.call))
+
     def draw(self, rows: np.ndarray) -> Block:
         """Draw the images of these numbers (n,), `batch_size` at most."""
         width = min(self.batch_size, len(self))

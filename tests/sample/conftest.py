@@ -18,13 +18,14 @@ def workdir(tmp_path_factory):
     return make_workdir(tmp_path_factory.mktemp("runs") / "digits")
 
 
-def make_workdir(path, in_channels=1, step=1):
+def make_workdir(path, in_channels=1, step=1, label_dropout=0.1):
     from mpdit_jax.checkpoint.manager import Checkpoints
     from mpdit_jax.checkpoint.workdir import lock_workdir
     from mpdit_jax.config import base_config, model_config, resolve
     from mpdit_jax.model.parameters import abstract
 
     config = base_config()
+    config.label_dropout = label_dropout
     config.model.update(
         patch_sizes=(2, 1),
         depths=(1, 1),

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -287,6 +288,37 @@ def test_generate(workdir):
     negatives, each = [2, 3, 4], {"steps": 4, "guidance_scale": [2.0, 2, 2], "batch_size": 2}
     first, second = (mp.generate(model, [3, 1, 5], negative_labels=of(negatives), **each) for of in (list, jnp.array))
     assert np.array_equal(first, second)
+
+
+def test_a_run_without_label_dropout_is_not_guided(tmp_path, capsys):
+    """Commands refuse before they draw. The run's own grids are drawn without guidance, and the start says so."""
+    from mpdit_jax import export
+    from mpdit_jax.checkpoint.load import load_config
+    from mpdit_jax.distributed.mesh import make_mesh
+    from mpdit_jax.evaluate.__main__ import make_evaluate_parser
+    from mpdit_jax.evaluate.runs import prepare_run
+    from mpdit_jax.model.parameters import split
+    from mpdit_jax.train.grid import draw_grid
+    from mpdit_jax.train.startup import log_startup
+
+    workdir = make_workdir(tmp_path / "run", label_dropout=0.0)
+    options = [f"--workdir={workdir}", "--num_samples=4", "--batch_size=4", "--steps=1"]
+    evaluation = make_evaluate_parser().parse_args([*options, "--guidance_scale=1.0,2.0"])
+    for refused in (
+        lambda: main([*options, "--guidance_scale=2", f"--out={tmp_path}/a.npz"]),
+        lambda: export.main([options[0], "--guidance_scale=2", f"--out={tmp_path}/a.bin"]),
+        lambda: prepare_run(evaluation, SimpleNamespace(image_shape=None), ()),
+        lambda: mp.generate(workdir, [10], steps=1),
+    ):
+        with pytest.raises(InputError, match="null class, label 10, was not trained"):
+            refused()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    config, mesh, (structure, parameters) = load_config(workdir), make_mesh(), split(mp.load_checkpoint(workdir))
+    with jax.set_mesh(mesh):
+        assert draw_grid(config, structure, None, parameters, lambda: False) is not None
+        log_startup(config, workdir, 0, 100, mesh, False)
+    said = "grids are drawn without guidance (config.sample.guidance_scale=1.5), since config.label_dropout=0 trains no"
+    assert said in capsys.readouterr().out
 
 
 def test_generate_decodes_what_a_run_was_trained_on(tmp_path):

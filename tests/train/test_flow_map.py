@@ -66,7 +66,7 @@ class QuadraticMap(nnx.Module):
 @pytest.mark.parametrize("p", [0.0, 1.0])
 @pytest.mark.parametrize("guidance", [0.0, 0.6, "input"])
 def test_the_loss_is_the_equation(p, guidance):
-    """Against NumPy: rows 0, 2, … are jumps, rows 1, 3, … the velocity; guided up to t = 0.7.
+    """The loss equals a NumPy version: even rows are jumps, odd rows velocities, guided up to t = 0.7.
 
     With the scale w as an input, g is 1 - 1/w of the row.
     """
@@ -130,7 +130,7 @@ def test_at_r_equal_t_the_loss_is_flow_matching():
 
 
 def test_half_of_the_batch_jumps_and_the_rest_is_the_flow_models():
-    """What is drawn for flow matching is drawn for the other half of a flow map, bit for bit."""
+    """The odd rows of a flow map's batch are the same bits as in flow matching."""
     batch = {"x": jnp.zeros((8, 4, 4, 1)), "y": jnp.arange(8, dtype=jnp.int32) % 3}
     mapped, plain = (make_noising(config)(batch, jax.random.key(0)) for config in (map_config(), small_config()))
     assert plain.r is None
@@ -217,7 +217,7 @@ def steps_script(dtype, *cases):
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-4), ("bfloat16", 3e-2)])
 def test_one_device_and_eight_take_the_same_steps(dtype, allowed):
-    """Forward derivative, scan, remat, FFT and FSDP together."""
+    """The step combines forward derivative, scan, remat, FFT and FSDP."""
     script = steps_script(dtype, (1, {}), (8, {"data": 2, "fsdp": 4}))
     one, eight = map(json.loads, run_script(script).splitlines())
     assert eight == pytest.approx(one, rel=allowed)
@@ -288,10 +288,11 @@ def test_a_map_resumes_to_the_same_bits_and_logs_its_errors(flow_run, tmp_path):
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["--config.batch_size=7"], "config.batch_size=7: expected an even number a part"),
     (["--config.model.patch_sizes=2,", "--config.model.depths=1,"], "a flow map needs two blocks"),
+    (["--config.flow_map.guidance=0.5", "--config.label_dropout=0.0"], "expected 0 without label_dropout"),
     (["--config.flow_map.guidance=1.0"], "config.flow_map.guidance=1.0: expected at least 0 and below 1"),
     (["--config.flow_map.start_times=0.4,0.0"], "expected mean and std of a logit"),
     (["--config.model.attention=cudnn"], "config.model.attention='cudnn': expected 'xla'"),
-    (["--config.model.flow_map=False"], "leave it out, the objective decides it"),
+    (["--config.model.flow_map=False"], "leave it out, config.objective decides it"),
     (["--config.model.guidance_max=4", "--config.flow_map.guidance=0.5"], "0 with model.guidance_max: give one"),
     (["--config.model.guidance_max=4", "--config.objective=flow_matching"], "only objective='flow_map' has the scale"),
     (["--config.model.guidance_max=1.5"], "sample.guidance_scale=2.0: expected scales from 1 to model.guidance_max"),
@@ -302,6 +303,21 @@ def test_bad_configs(tmp_path, arguments, sentence):
     with pytest.raises(ConfigError, match=sentence.replace("(", r"\(")):
         main(train_arguments(tmp_path / "run", *MAP, *arguments))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_other_classes_have_new_embeddings_and_the_rest_is_taken(flow_run, capsys):
+    source = load_checkpoint(flow_run)
+    model = dataclasses.replace(source.config, num_classes=4)
+    optimizer, mesh = make_optimizer(resolve(base_config()).optimizer), make_mesh(devices=jax.devices()[:1])
+    drawn = create_state(model, optimizer, abstract_state(model, optimizer, mesh), 0)
+    state = initialize_from(drawn, str(flow_run))
+    table = "class_embedding.table"
+    for name, array in split(source)[1].items():
+        if name == table:
+            array = np.concatenate([drawn.parameters[table][:-1], array[-1:]])
+        np.testing.assert_array_equal(state.parameters[name], array, err_msg=name)
+        np.testing.assert_array_equal(state.ema_parameters[name], array, err_msg=name)
+    assert "has 10 classes, and this run 4: their embeddings start anew" in capsys.readouterr().out
 
 
 def test_weights_of_another_model_are_refused(flow_run, tmp_path):
