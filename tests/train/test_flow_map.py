@@ -295,6 +295,7 @@ def test_a_map_resumes_to_the_same_bits_and_logs_its_errors(flow_run, tmp_path):
     (["--config.model.flow_map=False"], "leave it out, config.objective decides it"),
     (["--config.model.guidance_max=4", "--config.flow_map.guidance=0.5"], "0 with model.guidance_max: give one"),
     (["--config.model.guidance_max=4", "--config.objective=flow_matching"], "only objective='flow_map' has the scale"),
+    (["--config.model.guidance_max=4", "--config.label_dropout=0"], "1 without label_dropout: no null class"),
     (["--config.model.guidance_max=1.5"], "sample.guidance_scale=2.0: expected scales from 1 to model.guidance_max"),
     (["--config.trunk_drop=0.1"], "config.trunk_drop=0.1: expected 0 with objective='flow_map'"),
     (["--config.init_from=/nowhere"], "config.init_from=/nowhere: expected the workdir of a run, or a .safetensors"),
