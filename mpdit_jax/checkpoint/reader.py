@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from mpdit_jax.checkpoint import digests as integrity
 from mpdit_jax.distributed.collectives import first_sentence
 from mpdit_jax.errors import CheckpointError, UnavailableError
 from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.io.paths import reason
+from mpdit_jax.io.storage import ItemReader
 
 CHECKPOINTS = "checkpoints"
 DIGESTS, DIGESTS_VERSION = "integrity", 1  # an item of its own
@@ -105,17 +105,11 @@ def _restore(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any], 
         if not _has_its_parts(folder):
             raise CheckpointError(incomplete(folder))
         record = _read_record(folder)
-        # Each process reads for itself: a barrier would leave the others waiting for one that fails.
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="alone"
-        )
         items = {}
-        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        with ItemReader() as reader:
             for name, target in targets.items():
-                stored = handler.metadata(folder / name).tree if name == _EXTENSIBLE else target
-                wanted = ocp.args.StandardRestore(_only(target, stored))
-                items[name] = _filled(target, checkpointer.restore(folder / name, args=wanted))
+                stored = reader.structure(folder / name) if name == _EXTENSIBLE else target
+                items[name] = _filled(target, reader.restore(folder / name, _only(target, stored)))
     except CheckpointError:
         raise
     except Exception as error:  # what damage looks like is up to the storage layer

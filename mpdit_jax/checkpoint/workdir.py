@@ -21,6 +21,7 @@ from mpdit_jax.io.atomic import atomic_write, check_writable
 from mpdit_jax.io.json_files import is_json_with
 from mpdit_jax.io.locked_folder import LOCK, Job, LockedFolder
 from mpdit_jax.io.paths import check_place
+from mpdit_jax.io.storage import check_storable
 
 _METRICS, _SAMPLES, _TENSORBOARD, _EVALUATION = "metrics.jsonl", "samples", "tensorboard", "evaluation"
 _CONFIG_FIELDS = ("model", "data")  # of every version's config, a VAE's included
@@ -67,7 +68,7 @@ def lock_workdir(
     Raises:
         CheckpointError: another run is writing here (it is named), the workdir holds a run of another config (the
             differences are shown), or checkpoints without a config.
-        InputError: the workdir cannot be written, or a file is where a folder is to go.
+        InputError: the workdir cannot be written or hold checkpoints, or a file is where a folder is to go.
         ProcessError: another process has another folder under this name.
     """
     folder, note = run_on_process_0(partial(_lock, workdir, config, compare)) or (None, "")
@@ -97,6 +98,7 @@ def _check_shared(workdir: Path) -> None:
 
 
 def _lock(workdir: Path, config: FrozenConfigDict, compare: Compare) -> tuple[LockedFolder, str]:
+    check_storable(workdir)
     check_writable(workdir / CONFIG)
     for name in (*_FOLDERS, _METRICS):
         check_place(workdir / name, folder=name in _FOLDERS)

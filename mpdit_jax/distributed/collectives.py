@@ -57,10 +57,9 @@ def barrier(place: str) -> None:
     """
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return
-    from orbax.checkpoint import multihost  # takes a moment to import, which a process by itself need not spend
+    from mpdit_jax.io.storage import wait_at_barrier  # imports Orbax, which a process by itself need not wait for
 
-    wait = multihost.get_barrier_sync_fn()
-    run_interruptibly(lambda: wait(key=f"mpdit_jax: {place}", timeout_ms=_LONGEST_WAIT))
+    run_interruptibly(lambda: wait_at_barrier(f"mpdit_jax: {place}", _LONGEST_WAIT))
 
 
 def gather(value: Any, place: str = "gather") -> list[Any]:
