@@ -10,19 +10,30 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import jax
 
 from mpdit_jax.distributed.collectives import barrier
 from mpdit_jax.distributed.startup import end_failed, may_be_lost
 from mpdit_jax.errors import DamageWarning, DataWarning, MPDiTError, first_line
-from mpdit_jax.io.paths import REFUSALS, expand
+from mpdit_jax.io.paths import REFUSALS, check_local, expand
 from mpdit_jax.runtime.signals import KILLED_BY, LOST, Terminated, ending_by_exception, stopped_status, this_command
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with our way of saying what is wrong."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the arguments; `parse_args` calls this. What `--config` says is checked with the config.
+
+        Raises:
+            InputError: an argument is a URL.
+        """
+        for word in sys.argv[1:] if args is None else args:
+            if not word.startswith("--config"):
+                check_local(word)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print one sentence and where to look, and exit with status 2."""

@@ -1,0 +1,76 @@
+"""What every command does with its arguments, its output and the machine it runs on."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from mpdit_jax.config import base_config
+from mpdit_jax.config.base import resolve
+from mpdit_jax.errors import ConfigError, InputError
+from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.runtime.cli import Parser
+from tests.house import modules
+
+MAINS = sorted(name for name, path in modules().items() if "\n    run(main" in path.read_text())
+COMMANDS = [(name, []) for name in MAINS] + [("mpdit_jax.benchmark.__main__", [what]) for what in ("data", "train")]
+
+
+class Parsing(Exception):
+    """Carries the parser of a command that begins to parse."""
+
+
+def test_every_command_is_found():
+    assert len(MAINS) >= 11
+
+
+@pytest.mark.parametrize(("name", "first"), COMMANDS)
+def test_no_flag_takes_a_url(name, first):
+    """Every flag of every command, as its own parser lists them; a URL would be written to as the folder `gs:`."""
+    main = importlib.import_module(name).main
+
+    def begin(parser, args=None, namespace=None):
+        if first and args == first:  # which benchmark
+            return parse(parser, args, namespace)
+        raise Parsing(parser)
+
+    parse = Parser.parse_known_args
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parser, "parse_known_args", begin)
+        with pytest.raises(Parsing) as begun:
+            main(first)
+    (parser,) = begun.value.args
+    for flag in [flag for action in parser._actions if action.nargs != 0 for flag in action.option_strings]:
+        with pytest.raises(InputError, match=f"^{flag}=gs://bucket/x: expected a folder or file that this machine"):
+            main([*first, f"{flag}=gs://bucket/x"])
+
+
+@pytest.mark.parametrize(
+    "word", ["s3://b/x", "https://host/x", "hf://me/x", "--images=idx:gs://b", "--a=classifier:S3://x"]
+)
+def test_what_is_a_url(word):
+    with pytest.raises(InputError, match="not a URL"):
+        Parser().parse_known_args([word])
+
+
+def test_what_is_no_url():
+    words = [
+        "--vae=stabilityai/sd-vae-ft-ema",
+        "--out=a:b/c",
+        "--samples=data:digits:train",
+        "--address=[::1]:80",
+        "//x",
+    ]
+    assert Parser().parse_known_args(words)[1] == words
+
+
+def test_urls_elsewhere(tmp_path, monkeypatch):
+    """In a config, and where a path comes from Python."""
+    config = base_config()
+    config.data.path = "gs://bucket/data"
+    with pytest.raises(ConfigError, match=r"config\.data.path=gs://bucket/data: expected"):
+        resolve(config)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="gs:/bucket/x: expected a folder"), atomic_write(Path("gs://bucket/x")):
+        pass
+    assert not list(tmp_path.iterdir())
