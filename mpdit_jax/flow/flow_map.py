@@ -118,7 +118,8 @@ class FlowMapLoss:
         if self.guidance:
             null = jnp.full_like(y, model.num_classes)
             difference = jax.lax.stop_gradient(model(z, t, y) - model(z, t, null))
-            v = v + (self.guidance * (t <= self.guidance_until))[:, None, None, None] * difference
+            scale = jnp.where(t <= self.guidance_until, self.guidance, 0.0)[:, None, None, None]
+            v = v + scale.astype(v.dtype) * difference
         (z_jump, z_flow), (v_jump, v_flow) = _halves(z), _halves(v)
         (t_jump, t_flow), (y_jump, y_flow), r_jump = _halves(t), _halves(y), _halves(r)[0]
         u, derivative = jax.jvp(

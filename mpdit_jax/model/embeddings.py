@@ -55,7 +55,7 @@ class SinusoidalTime(nnx.Module):
         """Embed times (B,) in [0, 1], which are not rescaled, as float32 vectors (B, D)."""
         half = TIME_FEATURES // 2
         frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
-        angles = t.astype(jnp.float32)[:, None] * frequencies  # (B, 128)
+        angles = t.astype(jnp.float32)[:, None] * frequencies[None]  # (B, 128)
         features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)  # (B, 256)
         first, *rest = self.layers
         vector = first(features)  # (B, D)

@@ -109,7 +109,7 @@ class FNOTime(nnx.Module):
     def __call__(self, t: jax.Array) -> jax.Array:
         """Embed times (B,) in [0, 1] as float32 vectors (B, D)."""
         grid = jnp.asarray(np.linspace(-1.0, 1.0, FNO_GRID, dtype=np.float32))
-        x = self.lift((grid + t.astype(jnp.float32)[:, None])[..., None])  # (B, 32, width)
+        x = self.lift((grid[None] + t.astype(jnp.float32)[:, None])[..., None])  # (B, 32, width)
         for index, layer in enumerate(self.layers):
             x = layer(x)
             if index < len(self.layers) - 1:

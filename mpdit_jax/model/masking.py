@@ -49,7 +49,8 @@ def masked_velocity(
     tokens = jnp.concatenate([embedding.tokens, visible], axis=1)  # (B, m + K, D)
     tokens = level.blocks(tokens, condition, slice(None, decoder))
     classes, visible = tokens[:, :prefix], tokens[:, prefix:]
-    hidden = jnp.broadcast_to(model.mask_token[...].astype(dtype) + level.positions(dtype), image.shape)  # (B, N, D)
+    mask_token = model.mask_token[...].astype(dtype)[None, None]  # (1, 1, D)
+    hidden = jnp.broadcast_to(mask_token + level.positions(dtype), image.shape)  # (B, N, D)
     image = jax.vmap(lambda all_tokens, rows, values: all_tokens.at[rows].set(values))(hidden, kept, visible)
     tokens = level.blocks(jnp.concatenate([classes, image], axis=1), condition, slice(decoder, None))
     return model.final_layer(tokens, condition)

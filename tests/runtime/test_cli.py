@@ -1,16 +1,20 @@
 """What every command does with its arguments, its output and the machine it runs on."""
 
 import importlib
+import io
+import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from mpdit_jax.config import base_config
 from mpdit_jax.config.base import resolve
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.io.atomic import atomic_write
-from mpdit_jax.runtime.cli import Parser
+from mpdit_jax.runtime.cli import Parser, run
 from tests.house import modules
+from tests.tiny import refusal
 
 MAINS = sorted(name for name, path in modules().items() if "\n    run(main" in path.read_text())
 COMMANDS = [(name, []) for name in MAINS] + [("mpdit_jax.benchmark.__main__", [what]) for what in ("data", "train")]
@@ -74,3 +78,37 @@ def test_urls_elsewhere(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="gs:/bucket/x: expected a folder"), atomic_write(Path("gs://bucket/x")):
         pass
     assert not list(tmp_path.iterdir())
+
+
+UNKNOWN = "Unable to initialize backend 'x': no such backend"
+
+
+# The first is what JAX raises for cuda without its plugin.
+@pytest.mark.parametrize(("error", "why"), [(AssertionError(), ""), (RuntimeError(UNKNOWN), f" ({UNKNOWN})")])
+def test_a_platform_that_jax_cannot_use(error, why, monkeypatch, capsys):
+    def refuse():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", refuse)
+    sentence = refusal(lambda arguments: jax.devices(), [], monkeypatch, capsys)
+    assert sentence.startswith(
+        f"JAX_PLATFORMS=cpu: JAX cannot use this platform here{why}: install mpdit_jax with its "
+    )
+
+
+def test_an_assertion_of_our_own_keeps_its_traceback(monkeypatch):
+    def fail(arguments):
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(AssertionError, match="a bug"):
+        run(fail)
+
+
+def test_letters_that_the_terminal_lacks(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit):
+        run(lambda arguments: print("runs/Bücher"))
+    assert stdout.buffer.getvalue() == b"runs/B\\xfccher\n"
