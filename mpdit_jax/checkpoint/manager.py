@@ -41,11 +41,14 @@ class Restored(NamedTuple):
 
     step: int
     items: dict[str, Any]
-    notes: list[str]  # a sentence for each checkpoint that was moved aside; on process 0 only
+    notes: list[str]  # a sentence for each checkpoint that was moved aside; empty on other processes than 0
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, written in the background; a context manager that waits for the last one."""
+    """The checkpoints of one workdir, written in the background.
+
+    A context manager, which waits for the last save and reads part of it back.
+    """
 
     def __init__(self, workdir: Path, keep: int, keep_every: int = 0) -> None:
         self._workdir, self._folder = workdir, workdir.resolve() / CHECKPOINTS
@@ -80,9 +83,9 @@ class Checkpoints:
         """Save pytrees with their digests in the background, unless there is a checkpoint of that step already.
 
         Args:
-            step: of the run.
+            step: the run's step.
             items: the pytrees, by name.
-            keep_older: keep all older checkpoints, however many there are.
+            keep_older: delete no older checkpoint from now on.
 
         Raises:
             CheckpointError: this one or the one before it could not be written, as when the disk is full.
@@ -119,7 +122,7 @@ class Checkpoints:
             raise CheckpointError(f"{error}, though nothing failed when it was written: use another disk.") from error
 
     def _mark_saved(self) -> None:
-        """Leave a file that tells a run that lost its checkpoints from one that never had any."""
+        """Leave a file that tells a run whose checkpoints were lost from one that never had any."""
         if jax.process_index() == 0 and not (self._workdir / SAVED).exists() and list_steps(self._workdir):
             (self._workdir / SAVED).touch()
 
@@ -129,13 +132,13 @@ class Checkpoints:
             self._guarded(self._storage.wait)
 
     def restore_newest(self, targets: Mapping[str, Any]) -> Restored | None:
-        """Restore the newest whole checkpoint; None if there is none of any kind. Collective.
+        """Restore the newest undamaged checkpoint; return None if there are no checkpoints at all. Collective.
 
-        If a whole one is found, damaged ones are moved aside; nothing is deleted.
+        Newer damaged checkpoints are then moved aside; nothing is deleted.
 
         Raises:
-            UnavailableError: the newest one that may be whole cannot be read now.
-            CheckpointError: there are checkpoints, and none is whole.
+            UnavailableError: a checkpoint that may be undamaged cannot be read now.
+            CheckpointError: all checkpoints are damaged.
         """
         problems: dict[int, str] = {}
         for step in self._seen_by_all():
@@ -143,8 +146,8 @@ class Checkpoints:
                 items = read_together(self._folder / str(step), targets)
             except UnavailableError as error:
                 raise UnavailableError(
-                    f"{error}, which need not be damage, and nothing was moved: mend that, or move the folder away to "
-                    "continue from the checkpoint before it."
+                    f"{error}, which need not be damage, and nothing was moved: make it readable, or move the folder "
+                    "away to continue from the checkpoint before it."
                 ) from error
             except CheckpointError as error:
                 problems[step] = str(error)
@@ -159,10 +162,10 @@ class Checkpoints:
         return None
 
     def _seen_by_all(self) -> Iterator[int]:
-        """Steps of the folders that process 0 sees with the name of a checkpoint, from the newest down.
+        """Yield the steps of process 0's checkpoint folders, newest first, once every process has seen the folder.
 
         Raises:
-            ProcessError: another process does not see one of them.
+            ProcessError: a process does not see one of them.
         """
         step = 2**31 - 1
         while True:
@@ -176,8 +179,8 @@ class Checkpoints:
             yield step
 
     def _set_aside(self, used: int, problems: Mapping[int, str]) -> list[str]:
-        """Move aside every folder that has the name of a checkpoint and is none; a sentence each. On process 0."""
-        # Orbax would count older ones, and delete them in their turn.
+        """Move damaged and incomplete checkpoints aside, and return a sentence for each. On process 0."""
+        # Incomplete older ones too: Orbax would count them as checkpoints, and later delete them.
         older = sorted(numbered_folders(self._workdir) - {*list_steps(self._workdir), *problems})
         every = {**problems, **{step: incomplete(self._folder / str(step)) for step in older}}
         return [
@@ -195,12 +198,12 @@ class Checkpoints:
         return (self._folder / str(step)).rename(place)
 
     def _guarded(self, action: Callable[[], T]) -> T:
-        """Run an action of the storage layer; its errors become a sentence."""
+        """Run an action of `Storage`; raise CheckpointError if it fails."""
         try:
             return action()
-        except Exception as error:  # how a disk fails is up to the storage layer
+        except Exception as error:  # Orbax raises many classes of errors when a disk fails
             if jax.process_count() > 1 and not isinstance(error, OSError | ValueError):
-                raise  # a lost process looks like this too
+                raise  # perhaps a process was lost
             kept = self.latest_step()
             newest = "no checkpoint is there yet" if kept is None else f"the newest checkpoint is of step {kept}"
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The reader of checkpoints: which folders are one, and what they hold, compared with its digests."""
+"""Reading of checkpoints: listing them, restoring their arrays, and comparing these with their digests."""
 
 import errno
 import os
@@ -16,17 +16,17 @@ from mpdit_jax.io.paths import reason
 from mpdit_jax.io.storage import ItemReader
 
 CHECKPOINTS = "checkpoints"
-DIGESTS, DIGESTS_VERSION = "integrity", 1  # an item of its own
-_DIGESTS_FILE = "metadata"  # that Orbax keeps an item of JSON in
-# Errors of a system that cannot read now what may be sound: not permitted, gone for now, too many files, no memory.
+DIGESTS, DIGESTS_VERSION = "integrity", 1  # the item of a checkpoint that holds the digests of the others
+_DIGESTS_FILE = "metadata"  # Orbax's name for the file of a JSON item
+# Errors with which the system refuses an undamaged file: no permission, file server away, too many files, no memory.
 _PASSING = (
     errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM
 )  # fmt: skip
-_EXTENSIBLE = "progress"  # the item that later versions may add scalars to; those that a checkpoint lacks are zero
+_EXTENSIBLE = "progress"  # later versions may add scalars to this item; a checkpoint that lacks them has zeros there
 
 
 def list_steps(workdir: str | Path) -> list[int]:
-    """Steps of the finished checkpoints in a workdir, ascending; other folders with a number are not counted."""
+    """Steps of the finished checkpoints in a workdir, ascending."""
     folder = Path(workdir) / CHECKPOINTS
     return sorted(step for step in numbered_folders(workdir) if is_complete(folder / str(step)))
 
@@ -38,14 +38,14 @@ def newest_in_words(workdir: str | Path) -> str:
 
 
 def numbered_folders(workdir: str | Path) -> set[int]:
-    """Steps of everything that has the name of a checkpoint, damaged ones included."""
+    """Steps of all folders named like a checkpoint, damaged or not."""
     folder = Path(workdir) / CHECKPOINTS
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return {int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name))}
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every part is there that Orbax lists, the digests among them."""
+    """Whether a checkpoint has digests, and every part that Orbax lists."""
     try:
         return _has_its_parts(folder)
     except OSError:
@@ -68,7 +68,7 @@ def incomplete(folder: Path) -> str:
 
 
 def read_together(folder: Path, targets: Mapping[str, Any]) -> dict[str, Any]:
-    """Read one checkpoint as `read_step` does; it fails on all processes if it fails on one. Collective."""
+    """Read one checkpoint as `read_step` does; raise on all processes if one fails. Collective."""
     problem = refused = ""
     try:
         items, record = _restore(folder, targets)
@@ -91,8 +91,8 @@ def read_step(folder: Path, targets: Mapping[str, Any]) -> dict[str, Any]:
         targets: shapes with shardings of each item, by name.
 
     Raises:
-        UnavailableError: it cannot be read now, and may be sound.
-        CheckpointError: it cannot be read, or is not what was saved.
+        UnavailableError: it cannot be read now, but may be undamaged.
+        CheckpointError: it is damaged.
     """
     items, record = _restore(folder, targets)
     _verify(folder, items, record)
@@ -112,7 +112,7 @@ def _restore(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any], 
                 items[name] = _filled(target, reader.restore(folder / name, _only(target, stored)))
     except CheckpointError:
         raise
-    except Exception as error:  # what damage looks like is up to the storage layer
+    except Exception as error:  # Orbax and TensorStore raise many classes of errors for damage
         refused = any(os.strerror(code) in str(error) for code in _PASSING)
         raise (UnavailableError if refused else CheckpointError)(
             f"the checkpoint {folder} cannot be read ({reason(error)})"

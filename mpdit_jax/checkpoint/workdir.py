@@ -36,12 +36,12 @@ class LockedWorkdir:
     """A workdir that a run holds.
 
     Attributes:
-        note: a sentence about an earlier record that was renamed; empty if there was none, and on all processes but
-            the first.
+        note: a sentence about an earlier record that was renamed; empty if there was none, and on other processes
+            than 0.
     """
 
     def __init__(self, folder: LockedFolder | None, note: str = "") -> None:
-        """`folder` is None on every process but the first."""
+        """`folder` is None on other processes than 0."""
         self._folder, self.note = folder, note
 
     def check(self) -> None:

@@ -144,6 +144,18 @@ def test_what_every_command_compares(monkeypatch):
     }  # fmt: skip
 
 
+def test_the_code_of_a_wheel_and_of_a_checkout_is_the_same(tmp_path, monkeypatch):
+    (tmp_path / "distributed").mkdir()
+    (tmp_path / "distributed/startup.py").write_text("code")
+    monkeypatch.setattr(startup, "__file__", str(tmp_path / "distributed/startup.py"))
+    before = code_fingerprint()
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/mine.py").write_text("a config")  # of a wheel alone
+    assert code_fingerprint() == before
+    (tmp_path / "more.py").touch()
+    assert code_fingerprint() != before
+
+
 def test_differences_are_named(monkeypatch):
     ours = {"config.seed": "0", "version": "1"}
     collectives.assert_equal_across_processes(ours)  # alone

@@ -194,7 +194,7 @@ def test_what_may_be_sound_is_not_set_aside(finished, tmp_path, monkeypatch, ref
     """Training would go back to an older one, and leave what was done since."""
     copy, newest = copy_of(finished, tmp_path)
     refused(newest, monkeypatch)
-    with pytest.raises(UnavailableError, match=r"checkpoints/8 .*need not be damage, and nothing was moved: mend that"):
+    with pytest.raises(UnavailableError, match=r"checkpoints/8 .*need not be damage, and nothing was moved: make it"):
         restore(copy)
     assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["4", "8"]
     assert not (copy / "damaged_checkpoints").exists()

@@ -15,17 +15,11 @@ from mpdit_jax.errors import CheckpointError, InputError
 from mpdit_jax.io.locked_folder import Job, LockedFolder
 from mpdit_jax.train.__main__ import main
 from mpdit_jax.train.logger import RunLogger
-from tests.faults.fork_server import ForkServer, wait_until
+from tests.faults.fork_server import wait_until
 from tests.prepare.conftest import make_vae
 from tests.tiny import assert_same_bits, saved_arrays, train_arguments
 
 EVERY = ["--config.steps=12", "--config.checkpoint.every=1", "--config.checkpoint.keep=100", "--config.log.every=1"]
-
-
-@pytest.fixture(scope="module")
-def fork_server(tmp_path_factory):
-    with ForkServer(tmp_path_factory.mktemp("fork_server")) as fork_server:
-        yield fork_server
 
 
 @pytest.fixture

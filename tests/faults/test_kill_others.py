@@ -13,18 +13,12 @@ import pytest
 from PIL import Image
 
 from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, save_classifier
-from tests.faults.fork_server import ForkServer, wait_until
+from tests.faults.fork_server import wait_until
 from tests.prepare.conftest import make_vae
 from tests.sample.conftest import make_workdir, read_npz
 from tests.tiny import assert_same_bits, saved_arrays, train_arguments
 
 KILLS = 4
-
-
-@pytest.fixture(scope="module")
-def fork_server(tmp_path_factory):
-    with ForkServer(tmp_path_factory.mktemp("fork_server")) as fork_server:
-        yield fork_server
 
 
 def kill_and_finish(fork_server, command, arguments, progress, total):

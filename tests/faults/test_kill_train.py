@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mpdit_jax.checkpoint.reader import is_complete
-from tests.faults.fork_server import ForkServer, wait_until
+from tests.faults.fork_server import wait_until
 from tests.tiny import ROOT, assert_same_bits, run, saved_arrays
 
 KILLS = int(os.environ.get("MPDIT_JAX_KILLS", "50"))
@@ -33,12 +33,6 @@ def arguments(tmp_path_factory):
     path, draw = tmp_path_factory.mktemp("data") / "digits.npz", np.random.default_rng(0)
     np.savez(path, images=draw.integers(0, 255, (50, 8, 8, 1), np.uint8), labels=np.arange(50) % 10)
     return [*TINY, f"--config.data.path={path}"]
-
-
-@pytest.fixture(scope="module")
-def fork_server(tmp_path_factory):
-    with ForkServer(tmp_path_factory.mktemp("fork_server")) as fork_server:
-        yield fork_server
 
 
 @pytest.fixture(scope="module")

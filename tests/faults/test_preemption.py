@@ -17,7 +17,7 @@ from PIL import Image
 from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.errors import InputError
 from mpdit_jax.train.__main__ import main
-from tests.faults.fork_server import ForkServer, wait_until
+from tests.faults.fork_server import wait_until
 from tests.tiny import ROOT, assert_same_bits, environment, run, saved_arrays, start, train_arguments
 
 LONG = ["--config.steps=100000", "--config.checkpoint.every=100000", "--config.log.every=5"]
@@ -27,12 +27,6 @@ VAE = [
     "--config.batch_size=4", "--config.data.image_size=8", "--config.model.block_out_channels=8,8",
     "--config.model.norm_num_groups=4",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def fork_server(tmp_path_factory):
-    with ForkServer(tmp_path_factory.mktemp("fork_server")) as fork_server:
-        yield fork_server
 
 
 def handles(pid, number):

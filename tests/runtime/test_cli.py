@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mpdit_jax.config import base_config
 from mpdit_jax.config.base import resolve
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.runtime import signals
 from mpdit_jax.runtime.cli import Parser, run
 from tests.house import modules
 from tests.tiny import refusal
@@ -112,3 +114,10 @@ def test_letters_that_the_terminal_lacks(monkeypatch):
     with pytest.raises(SystemExit):
         run(lambda arguments: print("runs/Bücher"))
     assert stdout.buffer.getvalue() == b"runs/B\\xfccher\n"
+
+
+def test_a_system_that_is_not_supported(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("os.name", "nt")
+        with pytest.raises(ImportError, match="runs on Linux, macOS and Windows' WSL"):
+            runpy.run_path(signals.__file__)
