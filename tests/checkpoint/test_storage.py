@@ -37,7 +37,7 @@ def test_a_backslash_in_the_path_is_refused_before_anything_is_written(tmp_path)
 
 
 def test_a_save_that_cannot_be_read_again_is_an_error(tmp_path, monkeypatch):
-    """The last one is read back before a run says that it is done; here its arrays are gone when Orbax is done."""
+    """The last save is read back before a run says that it is done; here its arrays vanish after the save."""
     wait = Storage.wait
 
     def wait_and_lose(self):

@@ -1,4 +1,4 @@
-"""What is wrong in bulk: values, the bytes of a file, the entries of a JSON file; and readers that must survive it."""
+"""Generators of wrong values, damaged bytes and damaged JSON, and checks that a reader survives them."""
 
 import json
 import os
@@ -10,7 +10,7 @@ MUTATIONS = int(os.environ.get("MPDIT_JAX_MUTATIONS", "1200"))
 
 
 def bulk(count):
-    """So many examples, the same every time, however slow."""
+    """Settings of Hypothesis for `count` examples that are the same in every run and may be slow."""
     return settings(
         max_examples=count, deadline=None, database=None, derandomize=True, print_blob=True,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
@@ -49,7 +49,7 @@ def damaged(content, damage):
 
 
 def survives(path, content, read, expected, count=MUTATIONS // 8):
-    """Read so many damaged versions of a file: each is read, or refused by the error that is expected."""
+    """Read `count` damaged versions of a file: each is read, or refused by an error of class `expected`."""
     outcome, sentences = {True: 0, False: 0}, []
 
     @bulk(count)

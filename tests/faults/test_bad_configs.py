@@ -1,6 +1,6 @@
-"""Impossible configs and command lines, in bulk: traced, or refused by our own error.
+"""Random configs and command lines, in bulk, lead to a step that can be traced, or are refused by our own errors.
 
-MPDIT_JAX_MUTATIONS=20000 raises the numbers tried, MPDIT_JAX_RUNS=1000 that of the steps run.
+MPDIT_JAX_MUTATIONS=20000 raises the number of configs, MPDIT_JAX_RUNS=1000 the number of steps that are run.
 """
 
 import os
@@ -33,7 +33,7 @@ LIKELY = {int: st.integers(1, 8), float: st.floats(0.01, 0.99), bool: st.boolean
 
 
 def value_of(field):
-    """Anything, or a value that the field may have."""
+    """Draw any value, or one that the field may have."""
     kind = type({**defaults(), **TINY}.get(field))
     return st.one_of(LIKELY[kind], LIKELY[kind], VALUE) if kind in LIKELY else VALUE
 
@@ -68,7 +68,7 @@ def build_train_step(architecture, batch, accumulation, optimizer, time, dropout
 
 @cache
 def traces(architecture, *settings):
-    """Whether the whole step can be traced: shapes, dtypes and loss, gradient and update of every parameter."""
+    """Return whether the whole step can be traced, with the gradient and the update of every parameter."""
     step, made, examples = build_train_step(architecture, *settings)
     state = abstract_state(architecture, made, make_mesh())
     after = jax.eval_shape(step, state, examples)
@@ -77,7 +77,7 @@ def traces(architecture, *settings):
 
 
 def try_config(changes):
-    """What `train` does with a config until its first step is compiled; whether it gets there."""
+    """Do what `train` does up to the compilation of its first step; return whether that is reached."""
     config = mutated(changes)
     if config is None:
         return False
@@ -118,7 +118,7 @@ def test_configs_are_traced_or_refused():
 
 @pytest.mark.slow
 def test_what_is_traced_is_run():
-    """One real step of everything that was traced and that decides another program, or of RUNS of them."""
+    """One real step runs for each different program among the traced configs, or for RUNS of them."""
     if not REACHED:
         test_configs_are_traced_or_refused()
     chosen = list(REACHED.items())[:: -(-len(REACHED) // RUNS)]
@@ -163,7 +163,7 @@ class Reached(MPDiTError):
 
 
 def test_command_lines(monkeypatch, capsys):
-    """Status 2 and a sentence, our own error, or a config that training begins with."""
+    """A command line ends with status 2 and one sentence, raises our own error, or begins a training."""
     counts, ends = dict.fromkeys(("refused by the parser", "refused by a check", "accepted"), 0), []
 
     def reached(config, workdir):

@@ -1,4 +1,4 @@
-"""Impossible settings of what surrounds the step: whole runs end well, or are refused by our own error.
+"""Runs with impossible settings of grids, evaluations, logs and data end well, or are refused by our own errors.
 
 MPDIT_JAX_RUNS=1000 raises the number of configs tried.
 """

@@ -1,4 +1,4 @@
-"""Damaged files of networks and of what they saw, in bulk: read, or refused by our own error."""
+"""Damaged files of weights, samples, features and statistics, in bulk, are read or refused by our own errors."""
 
 import json
 
@@ -95,7 +95,7 @@ def test_a_classifier_larger_than_any_machine(tmp_path):
 
 
 def test_a_model_of_ours(tmp_path):
-    """What is no longer known as one of ours is refused as one of somebody else's."""
+    """A damaged file of our own weights is read, or refused, also when it is no longer recognized as ours."""
     path = tmp_path / "model.safetensors"
     save_native(path, tiny_model(), 3)
 

@@ -1,4 +1,4 @@
-"""The judgement of a soak; the hour itself is started by a person."""
+"""The judgement of a soak on made-up samples; the hour-long soak itself is not part of the tests."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from studies.soak import Sample, SoakError, main, measure_drifts
 
 
 def samples(growth):
-    """Of a minute of start-up and then 400 seconds in which memory grows by this share."""
+    """Samples of a minute of start-up, and of 400 seconds in which memory grows by the share `growth`."""
     start = [Sample(second, second * 2**20, 5, trains=False) for second in range(60)]
     return start + [
         Sample(60 + second, int(2**30 * (1 + growth * second / 400)), 9, trains=True) for second in range(400)

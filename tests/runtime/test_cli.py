@@ -1,4 +1,4 @@
-"""What every command does with its arguments, its output and the machine it runs on."""
+"""Every command refuses URLs, platforms and systems that it cannot use, and prints in any encoding."""
 
 import importlib
 import io
@@ -32,7 +32,7 @@ def test_every_command_is_found():
 
 @pytest.mark.parametrize(("name", "first"), COMMANDS)
 def test_no_flag_takes_a_url(name, first):
-    """Every flag of every command, as its own parser lists them; a URL would be written to as the folder `gs:`."""
+    """Every flag that a command's parser lists refuses a URL, which would otherwise become a folder `gs:`."""
     main = importlib.import_module(name).main
 
     def begin(parser, args=None, namespace=None):
@@ -71,7 +71,7 @@ def test_what_is_no_url():
 
 
 def test_urls_elsewhere(tmp_path, monkeypatch):
-    """In a config, and where a path comes from Python."""
+    """A URL is refused in a config, and as a path from Python."""
     config = base_config()
     config.data.path = "gs://bucket/data"
     with pytest.raises(ConfigError, match=r"config\.data.path=gs://bucket/data: expected"):

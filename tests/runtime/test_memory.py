@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system."""
+"""The process keeps few heaps, and returns freed memory to the system."""
 
 import os
 import subprocess
