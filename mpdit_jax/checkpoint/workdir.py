@@ -26,7 +26,7 @@ from mpdit_jax.io.storage import check_storable
 _METRICS, _SAMPLES, _TENSORBOARD, _EVALUATION = "metrics.jsonl", "samples", "tensorboard", "evaluation"
 _CONFIG_FIELDS = ("model", "data")  # of every version's config, a VAE's included
 _FOLDERS = (CHECKPOINTS, DAMAGED, _SAMPLES, _TENSORBOARD)
-_STALE = (CONFIG, _METRICS, INFO_FILE, f"{_SAMPLES}/*", "vae/*", "reconstructions.png")  # not those of other commands
+_STALE = (CONFIG, _METRICS, INFO_FILE, f"{_SAMPLES}/*", "vae/*", "reconstructions.png")  # what training writes here
 _TRAINING = Job("training", "writing to", "use another --workdir", CheckpointError, stale=_STALE)
 Compare: TypeAlias = Callable[[Path, FrozenConfigDict], Mapping[str, tuple[Any, Any]]]
 """From a workdir and a config to the fields in which it contradicts the stored one, by path: (stored, new)."""
@@ -115,9 +115,9 @@ def _lock(workdir: Path, config: FrozenConfigDict, compare: Compare) -> tuple[Lo
         if numbered_folders(workdir):
             note = ""
             _check_config(workdir, config, compare)
-        else:  # there is nothing to continue that another config could contradict
+        else:  # no checkpoint that another config could contradict
             note = _keep_other_record(workdir, config, compare)
-        # Of a run that is done, the stored config says how far it went.
+        # The stored config of a finished run keeps saying how many steps it made.
         if max(list_steps(workdir), default=0) < config.steps:
             with atomic_write(workdir / CONFIG) as file:
                 file.write(to_json(config).encode())
@@ -140,7 +140,7 @@ def _check_config(workdir: Path, config: FrozenConfigDict, compare: Compare) -> 
 
 
 def _keep_other_record(workdir: Path, config: FrozenConfigDict, compare: Compare) -> str:
-    """Rename what a run without checkpoints left, so that it is not overwritten; the sentence that says so."""
+    """Rename the record of a run without checkpoints, so that it is not overwritten; return a sentence about it."""
     metrics, whose = workdir / _METRICS, "another run"
     if not (metrics.exists() and metrics.stat().st_size):
         for name, fields in ((CONFIG, _CONFIG_FIELDS), (INFO_FILE, INFO_FIELDS)):
@@ -153,11 +153,11 @@ def _keep_other_record(workdir: Path, config: FrozenConfigDict, compare: Compare
     try:
         if (workdir / CONFIG).exists() and not compare(workdir, config):
             if not (workdir / SAVED).exists():
-                return ""  # the same run, killed before its first checkpoint: it writes the same lines
+                return ""  # the same run, killed before its first checkpoint, which writes the same lines again
             whose = "this run"
     except MPDiTError:
         pass  # not a config of this version
-    # The metrics last: as long as they are there, the next start renames what a kill left unrenamed.
+    # The metrics are renamed last: while they are there, the next start goes on after a kill in the middle.
     names = (CONFIG, INFO_FILE, _SAMPLES, _TENSORBOARD, _EVALUATION, _METRICS)
     record = [workdir / name for name in names if (workdir / name).exists()]
     count = 1

@@ -18,7 +18,7 @@ TREES = {"arrays": {"a": jnp.arange(4.0), "b": jnp.ones((2, 3))}, "progress": {"
 
 @pytest.mark.parametrize("name", ["exp[lr=1e-3]", "a*b?/run", "a**b", "[!x]/run"])
 def test_a_workdir_whose_name_looks_like_a_pattern(tmp_path, name):
-    (tmp_path / "exp1").mkdir()  # what the first would match
+    (tmp_path / "exp1").mkdir()  # a folder that the first name would match as a pattern
     with Checkpoints(tmp_path / name, keep=2) as checkpoints:
         checkpoints.save(1, TREES)
     everywhere = replicated(make_mesh())

@@ -84,7 +84,7 @@ def test_a_process_that_has_its_node_to_itself_uses_all_its_gpus(monkeypatch, va
     assert "cluster_detection_method" not in arguments
 
 
-# What JAX makes of the variables of a launcher, told before its own backends are asked for anything.
+# Prints what JAX finds by the variables of a launcher, before any backend is initialized.
 FOUND = """
 import argparse, os
 import jax
@@ -150,7 +150,7 @@ def test_the_code_of_a_wheel_and_of_a_checkout_is_the_same(tmp_path, monkeypatch
     monkeypatch.setattr(startup, "__file__", str(tmp_path / "distributed/startup.py"))
     before = code_fingerprint()
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs/mine.py").write_text("a config")  # of a wheel alone
+    (tmp_path / "configs/mine.py").write_text("a config")  # only a wheel has it there
     assert code_fingerprint() == before
     (tmp_path / "more.py").touch()
     assert code_fingerprint() != before
@@ -211,7 +211,7 @@ def late_and_waiting():
     for process in both:
         while process.stdout.readline() != "here\n":
             assert process.poll() is None, process.communicate()
-    time.sleep(0.5)  # from there to the wait
+    time.sleep(0.5)  # until it waits at the barrier
     yield both
     for process in both:
         process.kill()

@@ -17,7 +17,7 @@ def bulk(count):
     )  # fmt: skip
 
 
-# What a person types into a config, mostly wrong. Sizes stay small where JAX would have to allocate them.
+# Values of config fields, mostly wrong. Sizes that JAX would have to allocate stay small.
 WHOLE = st.sampled_from([-(2**63), -7, -1, 0, 1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 2**31, 2**32, 2**64])
 REAL = st.sampled_from([float("nan"), float("inf"), -1.0, 0.0, 1e-30, 0.5, 0.999, 1.0, 2.5, 1e30, 1e308])
 WORD = st.sampled_from(

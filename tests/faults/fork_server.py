@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.tiny import ROOT, command_main, environment
 
-MODULES = ("train", "train_vae", "sample", "prepare", "evaluate")  # what is killed
+MODULES = ("train", "train_vae", "sample", "prepare", "evaluate")  # commands that tests kill
 IMPORTED = (
     "mpdit_jax.train.loop", "mpdit_jax.train.replay", "mpdit_jax.sample.command", "mpdit_jax.prepare.store",
     "mpdit_jax.sample.decoding", "mpdit_jax.sample.options", "mpdit_jax.data.image_sets",
@@ -110,7 +110,7 @@ def serve():
     """Answer one request a line."""
     for name in (*(f"mpdit_jax.{module}" for module in MODULES), *IMPORTED):
         importlib.import_module(name)
-    gc.freeze()  # what is imported is nobody's garbage, and looking at it would copy its pages
+    gc.freeze()  # a collection in a child would touch the imported objects, and so copy their pages
     children = {}
     for line in sys.stdin:
         request = json.loads(line)

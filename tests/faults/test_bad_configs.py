@@ -28,7 +28,7 @@ from tests.tiny import ROOT
 RUNS = int(os.environ.get("MPDIT_JAX_RUNS", "4"))
 VALUE = st.one_of(WHOLE, REAL, WORD, TUPLE, st.booleans(), st.none(), st.just({}), st.just([1]))
 FIELD = st.sampled_from([*defaults(), "model.hiden_size", "unknown", "optimizer"])
-# Of the kind that the field has, without which hardly a config would get past the checks of types.
+# Values of the field's own type: with others, hardly a config would pass the checks of types.
 LIKELY = {int: st.integers(1, 8), float: st.floats(0.01, 0.99), bool: st.booleans()}
 
 
@@ -42,11 +42,11 @@ CHANGE = FIELD.flatmap(lambda field: st.tuples(st.just(field), value_of(field)))
 CHANGES = st.lists(CHANGE, min_size=1, max_size=3).map(dict)
 
 
-# Half of the tokens hidden, with which three changes of the other do not get.
+# A config of masked training, which three changes of the other config do not lead to.
 MASKED = {"mask_ratio": 0.5, "model.decoder_depth": 1, "model.patch_sizes": (1,), "model.depths": (2,)}
 BASE = st.sampled_from([{}, {}, MASKED])
 
-REACHED = {}  # what decides a step, of every config that can be traced, to the first such config
+REACHED = {}  # from the fields that decide a step to the first traced config that has them
 
 
 def build_train_step(architecture, batch, accumulation, optimizer, time, dropout, decay, spike, ratio, weight):

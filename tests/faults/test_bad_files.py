@@ -152,7 +152,7 @@ def test_picture_bombs(size):
         to_square(Image.open(io.BytesIO(content)), 256, 3)
     assert not isinstance(caught.value, MemoryError)
     with pytest.raises((InputError, Image.DecompressionBombError, OSError, SyntaxError)):
-        to_mode(Image.open(io.BytesIO(content)), 3)  # nor where it is not cropped
+        to_mode(Image.open(io.BytesIO(content)), 3)  # the picture is refused without cropping too
 
 
 TENSORS = {"x_embedder.proj.weight": np.zeros((8, 4, 2, 2), np.float32), "pos_embed": np.zeros((1, 4, 8), np.float32)}

@@ -178,7 +178,7 @@ def test_stopping_among_steps_that_are_left_out_keeps_the_good_checkpoint(tmp_pa
         advance(self, step)
         if step == 5 and stopped_by == "a signal":
             signal.raise_signal(signal.SIGTERM)
-            time.sleep(0.5)  # until the thread that hears of it has noted it
+            time.sleep(0.5)  # the thread that handles signals needs a moment
 
     def fail_at_six(self):
         taken.append(1)
@@ -196,7 +196,7 @@ def test_stopping_among_steps_that_are_left_out_keeps_the_good_checkpoint(tmp_pa
         assert main(train_arguments(workdir, *more)) == 0
     assert list_steps(workdir) == [4, 5]
     monkeypatch.undo()
-    assert main(train_arguments(workdir, *more)) == 0  # of sound digits from here on
+    assert main(train_arguments(workdir, *more)) == 0  # the data have no NaN any more
     assert list_steps(workdir) == [8]
 
 
@@ -214,7 +214,7 @@ def test_a_spike_of_a_run_is_reported(tmp_path, monkeypatch, capsys):
     assert re.search(r"step 11: the loss spiked to \d+(\.\d+)? in step 11, \d+\.\d times its running mean", said)
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[10])
     assert line["largest_loss_step"] == 11
-    assert line["largest_loss"] == pytest.approx(line["loss"])  # of one step
+    assert line["largest_loss"] == pytest.approx(line["loss"])  # the line is of one step
 
 
 def test_a_spike_is_reported():

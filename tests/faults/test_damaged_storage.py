@@ -26,7 +26,7 @@ from mpdit_jax.train.state import abstract_state, to_items
 from mpdit_jax.train.writers import MetricsFile
 from tests.tiny import assert_same_bits, optimized, run, saved_arrays, train_arguments
 
-# What Orbax's readers leave behind when a file is damaged.
+# Orbax's readers leave unfinished tasks behind when a file is damaged.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -149,7 +149,7 @@ def test_the_one_before_is_used(finished, tmp_path, damage):
     copy, newest = copy_of(finished, tmp_path)
     expected = split(mp.load_checkpoint(finished, step=4))[1]
     damage(newest)
-    if damage is not lose_an_item:  # sampling does not read the optimizer, and must not be asked to
+    if damage is not lose_an_item:  # sampling does not read the optimizer
         with pytest.raises(CheckpointError, match=r"checkpoints/8 .*move it away to use another \(there are: 4\)"):
             mp.load_checkpoint(copy, step=8)
     with pytest.warns(DamageWarning, match=r"checkpoints/8 .*; step 4 is used"):
@@ -208,7 +208,7 @@ def test_a_flipped_bit_is_never_loaded(finished, tmp_path):
     expected = restore(finished)[1]
     copy, newest = copy_of(finished, tmp_path)
     refused = 0
-    # Half of the files hold nothing that is read: trees of keys that others replaced, records of Orbax's own.
+    # Half of the files are never read, such as outdated trees of keys and Orbax's own records.
     arrays_are_in = sorted(data_files(newest), key=lambda path: path.stat().st_size)[-5:]
     files = draw.sample(files_of(newest), 10) + arrays_are_in
     for path in files:
@@ -300,7 +300,7 @@ def test_what_digests_cost(tmp_path):
     draw = np.random.default_rng(0)
     tree = {str(number): jax.numpy.asarray(draw.normal(size=(2**20, 8)).astype(np.float32)) for number in range(2)}
     with optimized():
-        integrity.digests(tree)  # compiled
+        integrity.digests(tree)  # compiles the program
     seconds = {"digests": [], "saving": []}
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         for step in range(1, 4):

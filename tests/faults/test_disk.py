@@ -134,7 +134,7 @@ def test_workdir_deleted_with_all_that_is_in_it(fork_server, tmp_path, replaced)
     workdir = tmp_path / "run"
     child = at_step_ten(fork_server, workdir, saved_every=1)
     while workdir.exists():
-        shutil.rmtree(workdir, ignore_errors=True)  # it is written to meanwhile
+        shutil.rmtree(workdir, ignore_errors=True)  # the run may write files meanwhile
     if replaced:
         workdir.mkdir(exist_ok=True)
         (workdir / "notes.txt").write_text("mine")

@@ -105,12 +105,12 @@ def test_evaluate_a_run(fork_server, classifier, tmp_path):
     ]  # fmt: skip
     fork_server.run("evaluate", [*arguments, f"--out={tmp_path / 'expected' / 'numbers.json'}"])
     leave_litter(found)
-    (found / ".statistics.npz.k1ll3d_0.tmp").unlink()  # of another command
+    (found / ".statistics.npz.k1ll3d_0.tmp").unlink()  # evaluate does not delete another command's temporaries
     text = kill_and_finish(
         fork_server,
         "evaluate",
         [*arguments, f"--out={found / 'numbers.json'}"],
-        # A row is worth more than the blocks that go when it is done.
+        # A finished row counts more than its blocks, which are then deleted.
         lambda: 100 * len(list(found.glob("*[0-9a-f].json"))) + len(list(found.glob("*.unfinished/*/*[0-9].npz"))),
         200,
     )

@@ -18,7 +18,7 @@ from tests.tiny import ROOT, assert_same_bits, run, saved_arrays
 
 KILLS = int(os.environ.get("MPDIT_JAX_KILLS", "50"))
 STEPS = 80
-TINY = [  # of one level: the time of a save is that of its number of arrays
+TINY = [  # one level: the time of a save grows with the number of arrays
     f"--config={ROOT / 'configs/digits.py'}", "--config.data.name=arrays", "--config.batch_size=4",
     "--config.model.patch_sizes=2,", "--config.model.depths=1,", "--config.model.hidden_size=16",
     "--config.model.num_heads=2", "--config.model.time_embedding=sinusoidal", f"--config.steps={STEPS}",
@@ -48,14 +48,14 @@ def being_saved(workdir):
     """The unfinished checkpoints in a workdir as (name, inode): Orbax may use a name again for another folder."""
     found = set()
     for path in (workdir / "checkpoints").glob("*tmp*"):
-        with contextlib.suppress(FileNotFoundError):  # it has just got its name
+        with contextlib.suppress(FileNotFoundError):  # the checkpoint has been renamed meanwhile
             found.add((path.name, path.stat().st_ino))
     return found
 
 
 def kill_once(fork_server, arguments, workdir, draw):
     """Start the run and kill it at a random moment; return what it was doing, and whether it had ended before."""
-    left = being_saved(workdir)  # by an earlier kill
+    left = being_saved(workdir)  # left by an earlier kill
     child, begun = fork_server.start("train", arguments), time.monotonic()
     how = draw.choices(["starting", "running", "saving"], [2, 5, 4])[0]
     if how == "starting":
@@ -70,7 +70,7 @@ def kill_once(fork_server, arguments, workdir, draw):
             time.sleep(draw.uniform(0, 0.5))
     status = child.kill()
     assert status in (0, -9), child.text()
-    if "\nstep " not in child.text():  # what is unfinished on the disk then is of an earlier kill
+    if "\nstep " not in child.text():  # an unfinished checkpoint is then of an earlier kill
         return "starting", status == 0
     return "saving" if being_saved(workdir) - left else "running", status == 0
 

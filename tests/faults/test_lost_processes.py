@@ -69,7 +69,7 @@ def names(stderr, lost):
 @pytest.mark.parametrize(("count", "lost"), [(2, 1), (2, 0), (4, 2)])
 def test_a_killed_process_ends_the_others_and_the_same_command_continues(tmp_path, count, lost):
     """The continued run ends in the bits of an undisturbed one."""
-    steps = 300 if count == 2 else 120  # so many that it is killed before the last; four processes take longer
+    steps = 300 if count == 2 else 120  # enough that the kill comes before the last step; four processes take longer
     workdir, some = tmp_path / "run", [f"--config.steps={steps}", *LONG[1:]]
     processes = start_all(workdir, *some, count=count)
     try:
@@ -145,7 +145,7 @@ def test_damage_is_agreed_on(tmp_path):
     copy = shutil.copytree(tmp_path / "whole", tmp_path / "run")
     part = max((copy / "checkpoints/8/parameters/ocdbt.process_1/d").iterdir(), key=lambda path: path.stat().st_size)
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
-    (copy / "checkpoints/2").mkdir()  # as a kill in the middle of its deletion leaves it
+    (copy / "checkpoints/2").mkdir()  # what a kill during its deletion leaves
     both = start_all(copy, *SHARED)
     outputs = outputs_of(both)
     assert [process.returncode for process in both] == [0, 0], outputs
@@ -176,7 +176,7 @@ def test_a_disk_that_is_full_for_one(tmp_path):
 @pytest.mark.slow
 def test_another_run_on_the_same_port_does_no_harm(tmp_path):
     """A second run on the first one's port is refused; local_multiprocess.sh always takes the same port."""
-    port, long = free_port(), [*LONG, "--config.log.every=1000"]  # nobody reads it meanwhile
+    port, long = free_port(), [*LONG, "--config.log.every=1000"]  # the test does not read the output meanwhile
     both = start_all(tmp_path / "run", *long, port=port)
     try:
         wait_for_step(tmp_path / "run", both[0], 20)

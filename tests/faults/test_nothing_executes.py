@@ -149,5 +149,5 @@ def test_a_picture_is_not_given_to_another_program(trace, tmp_path, monkeypatch)
     picture.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
     with pytest.raises(DataError, match=r"a\.png cannot be used"):
         open_set(str(picture.parent))
-    with pytest.raises(UnidentifiedImageError):  # which `prepare` names the picture for
+    with pytest.raises(UnidentifiedImageError):  # for which `prepare` rejects the picture by name
         open_images(str(tmp_path / "images")).open(0)[0].load()

@@ -40,13 +40,13 @@ def handles(pid, number):
 def test_while_libraries_are_imported(tmp_path, number, status):
     """A signal during the imports, which take seconds, ends the command with a sentence and no traceback."""
     process = start("train", train_arguments(tmp_path / "run"))
-    while not handles(process.pid, signal.SIGTERM):  # before, Python itself is still starting
+    while not handles(process.pid, signal.SIGTERM):  # Python itself may still be starting
         time.sleep(0.001)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (status, "")
     assert "Traceback" not in stderr
-    assert "mpdit_jax.train --config=" in stderr  # the line that starts it again
+    assert "mpdit_jax.train --config=" in stderr  # the command that starts the run again
     assert not (tmp_path / "run").exists()
 
 
@@ -131,7 +131,7 @@ def test_whoever_reads_the_output_goes_away(tmp_path):
     assert f"continuing at step {step}" in stdout
 
 
-# From the first line of the log on.
+# Fills the disk under the output when the first line of the log has been written.
 FILLS = """
 import os, threading, time
 def fill():
@@ -233,7 +233,7 @@ def test_a_second_signal_ends_at_once(fork_server, tmp_path):
     assert f"continuing at step {reached}" in output
 
 
-# Everything of the checkpoint is written, and it has not its name yet.
+# Delays a save when all files of the checkpoint are written, before it gets its name.
 SLOW = """
 import time
 import orbax.checkpoint as ocp
@@ -257,7 +257,7 @@ def test_a_second_signal_in_the_middle_of_a_save(fork_server, tmp_path):
     while not list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*/parameters*/**/d/*")):
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(0.5)  # two at the same moment are one request
+    time.sleep(0.5)  # two signals at the same moment count as one request
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=20)  # of the 30 s that the save still takes
     assert process.returncode == 143
@@ -274,7 +274,7 @@ import os, signal, time
 from mpdit_jax.runtime.signals import PreemptionHandler
 with PreemptionHandler(grace=float({grace}), saved=lambda: "the checkpoint of step 7") as stop:
     print("ready", flush=True)
-    # The main thread is inside a library and hears nothing: without handlers of its own Python would wait for it.
+    # While the main thread is inside a library, Python runs no handler there; the thread of PreemptionHandler does.
     import ctypes
     for _ in range(20):
         ctypes.CDLL(None).usleep(900000)

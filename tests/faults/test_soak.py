@@ -22,7 +22,7 @@ def test_what_is_flat_passes():
 
 def test_what_grows_does_not():
     memory, _, step = measure_drifts(samples(0.2), [0.5, *[0.02] * 20, *[0.0215] * 19])
-    assert memory.share == pytest.approx(0.1 / 1.1, abs=0.001)  # from 1.1 to 1.2 times what it began with
+    assert memory.share == pytest.approx(0.1 / 1.1, abs=0.001)  # memory grows from 1.1 to 1.2 times its first value
     assert not memory.passed
     assert step.share == pytest.approx(0.075)
     assert not step.passed
