@@ -90,7 +90,7 @@ def wait_at_barrier(place: str, milliseconds: int) -> None:
     ocp.multihost.get_barrier_sync_fn()(key=place, timeout_ms=milliseconds)
 
 
-class _LiteralPath(PosixGPath):  # type: ignore[misc]  # etils has no types
+class _LiteralPath(PosixGPath):
     """A path whose own letters are no pattern. Orbax looks for its files by `path.glob`, where `[1]` would mean `1`."""
 
     def glob(self, pattern: str) -> Iterator["_LiteralPath"]:

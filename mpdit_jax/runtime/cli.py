@@ -155,7 +155,7 @@ def _missing_platform(error: BaseException) -> str:
     try:
         jax.devices()
     except (AssertionError, RuntimeError) as cause:
-        platforms, why = jax.config.jax_platforms or "", f" ({first_line(cause)})" if str(cause) else ""
+        platforms, why = jax.config.values.get("jax_platforms") or "", f" ({first_line(cause)})" if str(cause) else ""
         extra = install_extra("tpu" if "tpu" in platforms else "cuda")
         return f"JAX_PLATFORMS={platforms}: JAX cannot use this platform here{why}: {extra}, or set JAX_PLATFORMS=cpu."
     return ""
