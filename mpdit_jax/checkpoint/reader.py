@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from mpdit_jax.checkpoint import digests as integrity
 from mpdit_jax.distributed.collectives import first_sentence
 from mpdit_jax.errors import CheckpointError, UnavailableError
@@ -22,7 +20,6 @@ _DIGESTS_FILE = "metadata"  # Orbax's name for the file of a JSON item
 _PASSING = (
     errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM
 )  # fmt: skip
-_EXTENSIBLE = "progress"  # later versions may add scalars to this item; a checkpoint that lacks them has zeros there
 
 
 def list_steps(workdir: str | Path) -> list[int]:
@@ -108,8 +105,7 @@ def _restore(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any], 
         items = {}
         with ItemReader() as reader:
             for name, target in targets.items():
-                stored = reader.structure(folder / name) if name == _EXTENSIBLE else target
-                items[name] = _filled(target, reader.restore(folder / name, _only(target, stored)))
+                items[name] = reader.restore(folder / name, target)
     except CheckpointError:
         raise
     except Exception as error:  # Orbax and TensorStore raise many classes of errors for damage
@@ -133,35 +129,12 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _only(target: Any, stored: Any) -> Any:
-    """The part of a tree of dicts `target` that is stored."""
-    if not isinstance(target, Mapping):
-        return target
-    return {name: _only(value, stored[name]) for name, value in target.items() if name in stored}
-
-
-def _filled(target: Any, restored: Any) -> Any:
-    """The restored tree of dicts, with zeros for what `target` has and was not stored."""
-    if not isinstance(target, Mapping):
-        return restored
-
-    def zeros(leaf: Any) -> jax.Array:
-        return jax.jit(lambda: jax.numpy.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
-
-    return {
-        name: _filled(value, restored[name]) if name in restored else jax.tree.map(zeros, value)
-        for name, value in target.items()
-    }
-
-
 def _verify(folder: Path, items: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     if record["step"] != int(folder.name):
         raise CheckpointError(f"the checkpoint {folder} is of step {record['step']}, not of the one it is named after")
     for name, tree in items.items():
         saved = record["items"].get(name, {})
         found = integrity.digests(tree)
-        if name == _EXTENSIBLE:
-            found = {path: digest for path, digest in found.items() if path in saved}
         wrong = integrity.differing(saved, found)
         if wrong:
             more = f" and {len(wrong) - 1} more arrays" if len(wrong) > 1 else ""

@@ -101,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"Inception's weights in {options.save_inception}")
         return 0
     _check(options)
-    reject_unused_flags(options, arguments)
+    _reject_unfit_flags(options, arguments)
     join(options, {f"--{name}": str(value) for name, value in vars(options).items() if name != "process_id"})
 
     import jax
@@ -171,7 +171,7 @@ def _check(options: argparse.Namespace) -> None:
         check_image_size(options.image_size, "--image_size")
 
 
-def reject_unused_flags(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+def _reject_unfit_flags(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Raise InputError for a sampler's flag beside --samples, or for --image_size without a folder to cut."""
     from mpdit_jax.sample.options import add_sampler_options
 

@@ -67,18 +67,14 @@ class ItemReader:
         alone = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="alone"
         )
-        self._handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-        self._checkpointer = ocp.Checkpointer(self._handler, multiprocessing_options=alone)
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+        self._checkpointer = ocp.Checkpointer(handler, multiprocessing_options=alone)
 
     def __enter__(self) -> "ItemReader":
         return self
 
     def __exit__(self, *error: object) -> None:
         self._checkpointer.close()
-
-    def structure(self, item: Path) -> Any:
-        """The tree of an item, with what is known of each array in place of the array."""
-        return self._handler.metadata(_LiteralPath(item)).tree
 
     def restore(self, item: Path, target: Any) -> Any:
         """The arrays of an item, of the shapes, dtypes and shardings in `target`."""

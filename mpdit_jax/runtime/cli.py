@@ -17,9 +17,11 @@ import jax
 
 from mpdit_jax.distributed.collectives import barrier
 from mpdit_jax.distributed.startup import end_failed, may_be_lost
-from mpdit_jax.errors import DamageWarning, DataWarning, MPDiTError, first_line, install_extra
+from mpdit_jax.errors import DamageWarning, DataWarning, DeviceWarning, MPDiTError, first_line, install_extra
 from mpdit_jax.io.paths import REFUSALS, check_local, expand
 from mpdit_jax.runtime.signals import KILLED_BY, LOST, Terminated, ending_by_exception, stopped_status, this_command
+
+_RENAMED = {"--join_timeout": "--initialization_timeout"}  # flags of 0.1.0 by their names of today
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,11 +30,16 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments; `parse_args` calls this. What `--config` says is checked with the config.
 
+        A flag that has another name since 0.1.0 ends the command with status 2.
+
         Raises:
             InputError: an argument is a URL.
         """
         for word in sys.argv[1:] if args is None else args:
-            if not word.startswith("--config"):
+            flag = word.partition("=")[0]
+            if new := _RENAMED.get(flag):
+                self.error(f"{flag} is {new} now")
+            if not flag.startswith("--config"):
                 check_local(word)
         return super().parse_known_args(args, namespace)
 
@@ -193,7 +200,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """Print our own warnings as one sentence, others as Python does."""
-    ours = issubclass(category, DamageWarning | DataWarning)
+    ours = issubclass(category, DamageWarning | DataWarning | DeviceWarning)
     _say(f"warning: {message}" if ours else warnings.formatwarning(message, category, filename, lineno, line).rstrip())
 
 
