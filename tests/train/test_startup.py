@@ -66,7 +66,6 @@ def test_grids_that_cannot_be_drawn_are_announced(tmp_path, capsys, fields, sent
     ("jax_default_matmul_precision", "highest", "no JAX_DEFAULT_MATMUL_PRECISION"),
     ("jax_default_prng_impl", "rbg", "JAX_DEFAULT_PRNG_IMPL=threefry2x32"),
     ("jax_threefry_partitionable", False, "JAX_THREEFRY_PARTITIONABLE=True"),
-    ("jax_numpy_dtype_promotion", "strict", "JAX_NUMPY_DTYPE_PROMOTION=standard"),
 ])  # fmt: skip
 def test_a_run_continues_under_its_own_jax_flags(tmp_path, monkeypatch, flag, value, remedy):
     record_flags(tmp_path, trained=True)  # a run of 0.1.0 has no record
