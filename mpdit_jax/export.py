@@ -40,9 +40,10 @@ def main(arguments: Sequence[str]) -> int:
     if options.guide:
         raise InputError(f"--guide={options.guide}: a file holds one model; export without autoguidance.")
 
-    from mpdit_jax.checkpoint.load import load_checkpoint
+    from mpdit_jax.checkpoint.load import load_checkpoint, load_config
     from mpdit_jax.data.info import read_dataset_info
     from mpdit_jax.io.atomic import atomic_write, check_writable
+    from mpdit_jax.sample.classes import read_classes
     from mpdit_jax.sample.exporting import export_sampler
     from mpdit_jax.sample.options import reject_unused_flags, sampler_from
 
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str]) -> int:
     check_writable(options.out)
     model = load_checkpoint(options.workdir, options.step, ema=not options.no_ema)
     batch = None if options.batch == "any" else int(options.batch)
-    data = export_sampler(sampler, model, platforms, batch, options.negative_labels)
+    classes = read_classes(options.workdir, load_config(options.workdir))
+    negatives = classes.find_pairs(options.negative_labels, "--negative_labels")
+    data = export_sampler(sampler, model, platforms, batch, negatives)
     with atomic_write(options.out) as file:
         file.write(data)
     scale = f", jnp.float32({options.guidance_scale:g})" if options.guidance_scale != 1 else ""

@@ -172,17 +172,18 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def reject_unused_flags(options: argparse.Namespace, arguments: Sequence[str]) -> None:
-    """Raise InputError for a sampler's flag beside --samples, or for --image_size without a folder to cut."""
-    from mpdit_jax.sample.options import add_sampler_options
+    """Raise InputError for a flag of drawing beside --samples, or for --image_size where no folder is cut."""
+    from mpdit_jax.sample.options import add_drawing_options, add_model_options
 
-    sampler = argparse.ArgumentParser(add_help=False)
-    add_sampler_options(sampler)
-    unused = {"--step", "--no_ema", "--labels", *(f"--{name}" for name in vars(sampler.parse_args([])))}
+    parser = argparse.ArgumentParser(add_help=False)
+    add_model_options(parser, required=False)
+    add_drawing_options(parser)
+    drawing = vars(parser.parse_args([])).keys() - {"workdir", "vae", "vae_dtype", "vae_tile"}
     for argument in arguments if options.samples else ():
-        if argument.partition("=")[0] in unused:
+        if argument.partition("=")[0].removeprefix("--") in drawing:
             raise InputError(
-                f"{argument} is of what is drawn from --workdir, and --samples={options.samples} is drawn already: "
-                "leave it out, or give --workdir=FOLDER in place of --samples."
+                f"{argument} is for drawing from --workdir, and --samples={options.samples} is drawn already: leave it "
+                "out, or give --workdir=FOLDER in place of --samples."
             )
     if options.workdir and options.image_size and not _may_be_photographs(options.reference):
         raise InputError(

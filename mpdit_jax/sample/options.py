@@ -23,7 +23,13 @@ def add_model_options(parser: argparse.ArgumentParser, *, required: bool = True)
 
 def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     """Add `--labels`, the VAE's flags and the sampler's."""
-    parser.add_argument("--labels", default="balanced", help="balanced (default) | random | classes, such as 3,5")
+    parser.add_argument(
+        "--labels",
+        default="balanced",
+        metavar="CLASSES",
+        help="balanced (default) | random | classes by index, range or name, such as 3,5 or 0-3 | null, no class",
+    )
+    parser.add_argument("--class_names", default="", metavar="FILE", help="one name a line (default: the data's)")
     parser.add_argument("--vae", default="", help="for latents, drawn or stored: folder or hub name of their VAE")
     parser.add_argument("--vae_dtype", choices=("float32", "bfloat16"), default="float32", help="its compute dtype")
     add_tile_option(parser)
@@ -50,7 +56,7 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
         help="guide at these times only, from 0 (data) to 1 (noise) (default: 0,1)",
     )
     group.add_argument(
-        "--negative_labels", type=_pairs, default={}, metavar="A:B,...", help="guide class A away from B, not no class"
+        "--negative_labels", type=_pairs, default={}, metavar="A:B,...", help="guide class A away from B, not from null"
     )
     group.add_argument("--guide", default="", metavar="WORKDIR", help="guide away from this weaker run's model")
     group.add_argument("--rtol", type=float, help="dopri5, tsit5: relative error a step (default: 1e-5)")
@@ -105,8 +111,8 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected two numbers, such as 0.2,0.8") from error
 
 
-def _pairs(text: str) -> dict[int, int]:
+def _pairs(text: str) -> dict[str, str]:
     try:
-        return {int(first): int(second) for first, second in (part.split(":") for part in text.split(",") if part)}
+        return dict(part.split(":") for part in text.split(",") if part)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: expected pairs of classes, such as 3:8,5:6") from error

@@ -177,7 +177,7 @@ def late(seconds, function):
             time.sleep(seconds)
         return function(*arguments)
     return wait
-command.class_names = late(32, command.class_names)
+command.output_paths = late(32, command.output_paths)
 command.save_npz = late(12, command.save_npz)
 cli.run(sample.main)
 """

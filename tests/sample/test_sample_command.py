@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 import mpdit_jax as mp
-from mpdit_jax.errors import DivergedError, InputError
+from mpdit_jax.errors import DataWarning, DivergedError, InputError
 from mpdit_jax.io import pictures as images
 from mpdit_jax.sample.__main__ import main, make_sample_parser
 from mpdit_jax.sample.blocks import Block
+from mpdit_jax.sample.classes import Classes
 from mpdit_jax.sample.drawing import Drawing
 from mpdit_jax.sample.labels import balanced_labels, parse_labels
 from mpdit_jax.sample.options import reject_unused_flags
@@ -166,18 +167,59 @@ def test_seeds_are_of_one_implementation(workdir, tmp_path):
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
+TEN = Classes(("zero", "one", "two", "three", "four", "five", "six", "7,a", "8-9", "Nine lives"))
+
+
 def test_labels():
-    assert parse_labels("balanced", 12, 10, 0).tolist() == [*range(10), 0, 1]
-    assert parse_labels("balanced", None, 10, 0).tolist() == [*range(10)] * 8
-    assert parse_labels("balanced", 10, 10, 0).tolist() == [*range(10)]
-    spread = parse_labels("balanced", 4, 10, 0)  # not the first four: ImageNet's are all fish
+    assert parse_labels("balanced", 12, TEN, 0).tolist() == [*range(10), 0, 1]
+    assert parse_labels("balanced", None, TEN, 0).tolist() == [*range(10)] * 8
+    assert parse_labels("balanced", 10, TEN, 0).tolist() == [*range(10)]
+    spread = parse_labels("balanced", 4, TEN, 0)  # not the first four: ImageNet's are all fish
     assert (spread.dtype, spread.tolist()) == (np.int64, [0, 2, 5, 7])
-    assert spread.tolist() == balanced_labels(10, 4).tolist()  # as evaluations in training draw
-    assert parse_labels("7,2", 3, 10, 0).tolist() == [7, 2, 7]
-    random = parse_labels("random", 1000, 10, 5)
+    assert spread.tolist() == balanced_labels(np.arange(10), 4).tolist()  # evaluations in training draw the same
+    assert parse_labels("7,2", 3, TEN, 0).tolist() == [7, 2, 7]
+    random = parse_labels("random", 1000, TEN, 5)
     assert set(random) == set(range(10))
-    assert np.array_equal(random[:300], parse_labels("random", 300, 10, 5))
-    assert not np.array_equal(random, parse_labels("random", 1000, 10, 6))
+    assert np.array_equal(random[:300], parse_labels("random", 300, TEN, 5))
+    assert not np.array_equal(random, parse_labels("random", 1000, TEN, 6))
+
+
+@pytest.mark.parametrize(("labels", "expected"), [
+    ("3", [3]), ("0-3", [0, 1, 2, 3]), ("three", [3]), ("THREE, 1,two", [3, 1, 2]), ("5-5,null", [5, 10]),
+    ("7,a", [7]), ("8-9", [8, 9]), ("nine lives", [9]), (3, [3]), ([3, "null", "one"], [3, 10, 1]),
+    (jnp.array([0, 9]), [0, 9]),
+])  # fmt: skip
+def test_labels_by_index_range_and_name(labels, expected):
+    assert TEN.find(labels, "labels").tolist() == expected
+
+
+@pytest.mark.parametrize(("labels", "sentence"), [
+    ("10", "labels: label 10 is out of range: this model has classes 0 to 9, and the null class is written null"),
+    (10, "labels: label 10 is out of range: .* null class is written null"),
+    ("-1", "label -1 is out of range"),
+    ([-1], "label -1 is out of range"),
+    ("1-10", "label 10 is out of range"),
+    ("3-1", "no class is called '3-1'"),
+    ("thre", r"labels=thre: no class is called 'thre' \(did you mean 'three'\?\); expected null, or indices, ranges"),
+    ("1,,2", "no class is called ''"),
+    ([1.5], "labels of shape .*expected whole numbers"),
+    ([], "labels of shape"),
+])  # fmt: skip
+def test_labels_that_no_class_has(labels, sentence):
+    with pytest.raises(InputError, match=sentence):
+        TEN.find(labels, "labels")
+
+
+def test_classes_without_training_examples_are_drawn_by_name_alone(capsys):
+    classes = Classes(("cat", "dog", "eel"), untrained=(1,))
+    assert parse_labels("balanced", 4, classes, 0).tolist() == [0, 2, 0, 2]
+    assert set(parse_labels("random", 50, classes, 0)) == {0, 2}
+    assert "leaves out classes without training examples: 1 (dog)\n" in capsys.readouterr().out
+    with pytest.warns(DataWarning, match=r"1 \(dog\): without training examples"):
+        assert parse_labels("dog,cat", 2, classes, 0).tolist() == [1, 0]
+    assert classes.find_pairs({"cat": "null", "2": "0"}, "--negative_labels") == {0: 3, 2: 0}
+    with pytest.raises(InputError, match="--negative_labels: 0,2 is more than one class"):
+        classes.find_pairs({"0": "0,2"}, "--negative_labels")
 
 
 def test_nan_images_are_told_and_the_rest_kept(workdir, tmp_path, capsys, monkeypatch):
@@ -212,8 +254,8 @@ def test_a_diverged_model(workdir, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["--out=a.jpg"], "--out=a.jpg: expected a name that ends in .png or .npz"),
-    (["--labels=11"], "label 11 is out of range"),
-    (["--labels=three"], "--labels=three: expected balanced, random, or whole numbers"),
+    (["--labels=10"], "--labels: label 10 is out of range: .* the null class is written null"),
+    (["--labels=three"], "--labels=three: no class is called 'three'; expected balanced, random, null, or indices"),
     (["--num_samples=0"], "--num_samples=0"),
     (["--batch_size=0"], "--batch_size=0"),
     (["--seed=-1"], "--seed=-1"),
@@ -225,7 +267,7 @@ def test_a_diverged_model(workdir, tmp_path, monkeypatch):
     (["--solver=dopri5"], "--steps=2: dopri5 chooses its own; set --rtol and --atol"),
     (["--rtol=1e-3"], "rtol=0.001 is not an option of solver 'euler'"),
     (["--time_shift=2"], "only --time_grid=shifted"),
-    (["--negative_labels=3:99", "--guidance_scale=2"], "negative label 99"),
+    (["--negative_labels=3:99", "--guidance_scale=2"], "--negative_labels: label 99 is out of range"),
     (["--guide=nowhere", "--guidance_scale=2"], "nowhere holds no run"),
     (["--guide=nowhere"], "--guide is given and nothing is guided at --guidance_scale=1"),
     (["--negative_labels=3:8"], "--negative_labels is given and nothing is guided"),
@@ -286,6 +328,9 @@ def test_generate(workdir):
     negatives, each = [2, 3, 4], {"steps": 4, "guidance_scale": [2.0, 2, 2], "batch_size": 2}
     first, second = (mp.generate(model, [3, 1, 5], negative_labels=of(negatives), **each) for of in (list, jnp.array))
     assert np.array_equal(first, second)
+    assert len(mp.generate(model, "0-1,null", steps=1)) == 3
+    with pytest.raises(InputError, match="2 negative labels for 3 labels"):
+        mp.generate(model, [3, 1, 5], negative_labels=[2, 3])
 
 
 def test_generate_decodes_what_a_run_was_trained_on(tmp_path):
