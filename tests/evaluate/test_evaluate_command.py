@@ -367,9 +367,10 @@ def test_bad_arguments_are_one_sentence(files, classifier_file, tmp_path, monkey
 
 
 @pytest.mark.parametrize("flag", [
-    "--step=5", "--no_ema", "--labels=random", "--class_names=a.txt", "--solver=euler,heun", "--steps=50", "--time_grid=shifted",
-    "--time_shift=3.0", "--guidance_scale=1.5,2.0", "--guidance_interval=0.2,0.8", "--negative_labels=3:8,5:6",
-    "--guide=weak", "--rtol=0.1", "--atol=0.1", "--diffusion=sigma", "--diffusion_norm=2.0", "--precision=bfloat16",
+    "--step=5", "--no_ema", "--labels=random", "--class_names=a.txt", "--solver=euler,heun", "--steps=50",
+    "--time_grid=shifted", "--time_shift=3.0", "--guidance_scale=1.5,2.0", "--guidance_interval=0.2,0.8",
+    "--negative_labels=3:8,5:6", "--guide=weak", "--rtol=0.1", "--atol=0.1", "--diffusion=sigma",
+    "--diffusion_norm=2.0", "--precision=bfloat16",
 ])  # fmt: skip
 def test_flags_of_drawing_are_refused_where_nothing_is_drawn(flag, tmp_path, monkeypatch, capsys):
     samples = tmp_path / "samples.npz"
