@@ -1,5 +1,6 @@
 """Loading of a trained model, and of its run's config, from a workdir."""
 
+import shlex
 import warnings
 from functools import partial
 from pathlib import Path
@@ -31,9 +32,15 @@ def load_config(workdir: str | Path) -> FrozenConfigDict:
             "--out=FOLDER` makes one of an MPDiT's weights; docs/weights.md shows how to sample a DiT or SiT."
         )
     if not path.is_file():
+        for folder in path.absolute().parents[1:]:
+            if (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir():
+                raise CheckpointError(
+                    f"{workdir} is inside the run {folder}: give that folder as the workdir, and the step for another "
+                    "checkpoint than the newest."
+                )
         raise CheckpointError(
             f"{workdir} holds no run ({CONFIG} is missing): train one with "
-            f"`python -m mpdit_jax.train --config=digits --workdir={workdir}`."
+            f"`python -m mpdit_jax.train --config=digits --workdir={shlex.quote(str(workdir))}`."
         )
     try:
         return from_json(path.read_text())

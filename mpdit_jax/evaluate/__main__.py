@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -162,7 +163,10 @@ def _check(options: argparse.Namespace) -> None:
     if options.save_features and not options.save_stats:
         raise InputError("--save_features goes with --save_stats=FILE.npz, which keeps the features.")
     if options.workdir and options.save_stats:
-        raise InputError("--save_stats needs --samples: draw them first with `python -m mpdit_jax.sample`.")
+        raise InputError(
+            "--save_stats needs --samples: draw them first by `python -m mpdit_jax.sample "
+            f"--workdir={shlex.quote(options.workdir)} --num_samples=50000 --out=samples.npz`."
+        )
     for name in ("batch_size", "k", "splits"):
         if vars(options)[name] < 1:
             raise InputError(f"--{name}={vars(options)[name]}: expected 1 or more.")

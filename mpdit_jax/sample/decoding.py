@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from mpdit_jax.checkpoint.load import load_config
-from mpdit_jax.data.info import read_dataset_info
+from mpdit_jax.data.info import INFO_FILE, read_dataset_info
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import InputError
 from mpdit_jax.sample.drawing import Decode
@@ -32,13 +32,17 @@ def make_decode(
     vae = "" if vae is None or vae == NO_VAE else vae
     info = read_dataset_info(workdir)
     space = info.latents if info is not None else None
+    if space is None and load_config(workdir).data.name == "latents":
+        raise InputError(
+            f"{workdir} is for latents and does not say how they are normalized ({INFO_FILE} is missing): copy that "
+            "file from the run that was trained."
+        )
+    in_pixels = space is None or space.vae_fingerprint == PIXELS
+    if vae and in_pixels:
+        raise InputError(f"{argument}={vae}: {workdir} is a run on pixels, which needs no VAE: leave it out.")
     if space is None:
-        if vae:
-            raise InputError(
-                f"{argument}={vae}: {workdir} is a run on {load_config(workdir).data.name}, which has no latents."
-            )
         return None
-    if not vae and space.vae_fingerprint != PIXELS:
+    if not vae and not in_pixels:
         raise InputError(
             f"{workdir} was trained on latents: give {argument}=FOLDER, the VAE they come from (fingerprint "
             f"{space.vae_fingerprint[:12]}…)."

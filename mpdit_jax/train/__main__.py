@@ -56,6 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     from mpdit_jax.train.loop import train
     from mpdit_jax.train.replay import replay
     from mpdit_jax.train.startup import parameter_table
+    from mpdit_jax.vae import PIXELS
 
     if options.replay_step is not None:
         found = replay(config, workdir, options.replay_step)
@@ -73,7 +74,8 @@ def main(arguments: Sequence[str]) -> int:
         print(stopped_line("train", arguments, step, config.steps))
     elif jax.process_index() == 0:
         info = read_dataset_info(workdir)
-        vae = " --vae=FOLDER" if info is not None and info.latents is not None else ""
+        latents = None if info is None else info.latents
+        vae = "" if latents is None or latents.vae_fingerprint == PIXELS else " --vae=FOLDER"
         print(
             f"done: checkpoints in {workdir / 'checkpoints'}, logs in {workdir / 'tensorboard'}; draw with:\n"
             f"  python -m mpdit_jax.sample --workdir={shlex.quote(options.workdir)}{vae} --out=samples.png"
