@@ -101,8 +101,7 @@ def main(arguments: Sequence[str]) -> int:
         convert_inception(source, options.save_inception)
         print(f"Inception's weights in {options.save_inception}")
         return 0
-    _check(options)
-    reject_unused_flags(options, arguments)
+    check_flags(options, arguments)
     join(options, {f"--{name}": str(value) for name, value in vars(options).items() if name != "process_id"})
 
     import jax
@@ -154,7 +153,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _check(options: argparse.Namespace) -> None:
+def check_flags(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Raise InputError for flags that do not fit together or have no effect."""
     if bool(options.samples) == bool(options.workdir):
         raise InputError("give either --samples=SET or --workdir=FOLDER, the images to evaluate.")
     asked = set(metric_names(options.metrics))
@@ -173,9 +173,10 @@ def _check(options: argparse.Namespace) -> None:
     check_seed(options.seed, "--seed")
     if options.image_size:
         check_image_size(options.image_size, "--image_size")
+    _reject_unused_flags(options, arguments)
 
 
-def reject_unused_flags(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+def _reject_unused_flags(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Raise InputError for a flag of drawing beside --samples, or for --image_size where no folder is cut."""
     from mpdit_jax.sample.options import add_drawing_options, add_model_options
 

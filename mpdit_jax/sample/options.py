@@ -73,8 +73,6 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
 def sampler_from(options: argparse.Namespace) -> Sampler:
     """Build the sampler of the flags; raises ConfigError or InputError for a bad value or a flag without use."""
     given = {name: vars(options)[flag] for flag, name in _SOLVER_OPTIONS.items() if vars(options)[flag] is not None}
-    if options.solver in METHODS and options.steps is not None:
-        raise InputError(f"--steps={options.steps}: {options.solver} chooses its own; set --rtol and --atol instead.")
     if options.time_shift is not None and options.time_grid != "shifted":
         raise InputError(f"--time_shift={options.time_shift}: only --time_grid=shifted has a shift.")
     grid: Any = options.time_grid if options.time_shift is None else ShiftedGrid(options.time_shift)
@@ -100,8 +98,11 @@ def reject_unused_flags(options: argparse.Namespace) -> None:
     for name, is_given in given.items():
         if is_given and (scales == 1).all():
             raise InputError(f"--{name} is given and nothing is guided at --guidance_scale=1: give another scale.")
-    if options.time_grid != "uniform" and np.isin(solvers, [*METHODS]).all():
-        raise InputError(f"--time_grid={options.time_grid}: {solvers[0]} chooses its own times; leave it out.")
+    if np.isin(solvers, [*METHODS]).all():
+        if options.steps is not None:
+            raise InputError(f"--steps={options.steps}: {solvers[0]} chooses its own; set --rtol and --atol instead.")
+        if options.time_grid != "uniform":
+            raise InputError(f"--time_grid={options.time_grid}: {solvers[0]} chooses its own times; leave it out.")
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -299,6 +299,9 @@ def test_of_several_settings_one_has_to_heed_a_flag():
     options.guidance_scale = [1.0, 1.0]
     with pytest.raises(InputError, match="--negative_labels is given"):
         reject_unused_flags(options)
+    options.negative_labels, options.time_grid, options.steps, options.solver = {}, "uniform", [50], ["dopri5", "tsit5"]
+    with pytest.raises(InputError, match=r"--steps=\[50\]: dopri5 chooses its own"):
+        reject_unused_flags(options)
 
 
 @pytest.mark.parametrize("place", ["checkpoints/1", "checkpoints"])
