@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several processes of one command on this machine, as a cluster would run them: to try it, and in the tests.
+# Runs one command as several processes on this machine, as a cluster would.
 #
 #   bash launch/local_multiprocess.sh N COMMAND [ARGUMENTS]
 #
@@ -7,7 +7,7 @@
 #
 #   bash launch/local_multiprocess.sh 2 train --config=configs/digits.py --workdir=runs/two
 #
-# Process 0 speaks, the others only if they fail. Ctrl-C and SIGTERM reach all of them; when one fails the others are
+# Process 0 prints progress; the others print only errors. Ctrl-C and SIGTERM reach all of them; when one fails the others are
 # ended. On CPU every process has one device, or as many as DEVICES=... says; on a machine with accelerators give each
 # its own, by CUDA_VISIBLE_DEVICES or TPU_VISIBLE_DEVICES in a wrapper. PYTHON=... picks the Python, PORT=... the first
 # of the two ports that are used (12355); a second run needs others.
@@ -17,7 +17,7 @@ case ${1:-} in
   '' | -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "${BASH_SOURCE[0]}" && exit ;;
   *[!0-9]* | 0*) echo "Error: N=$1: expected a number of processes, 1 or more." >&2 && exit 2 ;;
 esac
-[ $# -ge 2 ] || { echo "Error: which command? Such as: $0 $1 train --config=... --workdir=..." >&2 && exit 2; }
+[ $# -ge 2 ] || { echo "Error: no command was given. For example: $0 $1 train --config=... --workdir=..." >&2 && exit 2; }
 count=$1 command=$2
 shift 2
 

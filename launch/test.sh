@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything a change must pass: ruff, the type checker, and the tests, which with --parity are all there are.
+# Runs what every change must pass: ruff, the type checker and the tests (all of them with --parity).
 #
 #   bash launch/test.sh [--parity] [pytest arguments]
 #
@@ -20,8 +20,8 @@ if [ "${1:-}" = --parity ]; then
   pytest_arguments=("${@:2}")
   prepare_environment test,parity
 else
-  # Deselected by name, not by what is installed: after an earlier --parity this must still do the same. pytest heeds
-  # its last -m alone, so a caller's own goes into one expression with ours.
+  # Deselected by name, not by what is installed, so that an earlier --parity changes nothing. pytest uses only the last
+  # -m, so that a caller's expression is joined with ours.
   marks='not parity'
   while [ $# -gt 0 ]; do
     if [ "$1" = -m ] && [ $# -ge 2 ]; then
@@ -48,7 +48,7 @@ run ruff check
 run ruff format --check
 run mypy
 status=0
-# Each process begins with a part of its own, for the tests of a file share what they compile.
+# Each process begins with its own part, since the tests of a file share what they compile.
 # (bash 3.2 calls an empty array unset)
 run pytest -n 3 --dist=worksteal ${pytest_arguments[@]+"${pytest_arguments[@]}"} || status=$?
 if [ -n "$left_out" ]; then echo "$left_out"; fi

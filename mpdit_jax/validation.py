@@ -2,12 +2,13 @@
 
 import difflib
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from mpdit_jax.errors import InputError
 
 LARGEST_SIDE = 4096  # pixels of a square image
+_LARGEST_LATENT = 50.0  # beyond what any VAE's normalized latents reach, and below an image's 255
 
 
 def suggest(name: str, known: Collection[str]) -> str:
@@ -36,3 +37,29 @@ def check_image_size(pixels: Any, name: str, least: int = 1) -> None:
 def is_real(value: Any) -> bool:
     """Whether a value is a real number, NumPy's included; True and False are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def layout_remedy(shape: Sequence[int], name: str) -> str:
+    """How to bring images of this shape to (N, H, W, C), with `: ` in front; "" if they may have that layout."""
+    if len(shape) == 3:
+        return f": add the axis of channels by {name}[..., None] for grey images, or [None] for a single one"
+    if len(shape) != 4:
+        return ""
+    _, height, width, channels = shape
+    # Channels-last images that are not square have few channels: 8 x 32 pixels of 32 channels are none.
+    first = height != width and channels > 4 and (width == channels or height <= 4)
+    return f": the channels are first, give {name}.transpose(0, 2, 3, 1)" if first else ""
+
+
+def range_remedy(least: float, most: float, channels: int) -> str:
+    """How to bring floats between `least` and `most` to [-1, 1]; "" if images of so many channels may have them.
+
+    Arrays with other than 1 or 3 channels may be latents, whose range is larger.
+    """
+    if channels not in (1, 3):
+        return "divide by the standard deviation" if max(-least, most) > _LARGEST_LATENT else ""
+    if most > 2 and least >= 0:
+        return "give uint8 from 0 to 255, or images / 127.5 - 1"
+    if least >= 0 and 0 < most <= 1.01:
+        return "give images * 2 - 1"
+    return "rescale them" if least < -1.01 or most > 1.01 else ""

@@ -46,7 +46,8 @@ class Records:
                     file.write(json.dumps(record) + "\n")
                 bar.say(json.dumps(record))
                 bar.advance(1)
-        return [record for settings in runs if (record := self.find(settings)) is not None]
+        found = [self.find(settings) for settings in runs]
+        return [record for record in found if record is not None]
 
 
 def pyplot() -> Any:

@@ -10,12 +10,12 @@ import dataclasses
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import linear_regression, median
 
 from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.config.flags import split_config_words
@@ -177,15 +177,14 @@ def measure_drifts(samples: Sequence[Sample], times: Sequence[float]) -> list[Dr
         raise SoakError("the training was over too soon: give more --steps, fewer between checkpoints, or --interval.")
 
     seconds = [sample.seconds for sample in last]
-    slope, start = statistics.linear_regression(seconds, [sample.resident / 2**20 for sample in last])
+    slope, start = linear_regression(seconds, [sample.resident / 2**20 for sample in last])
     memory = (start + slope * seconds[0], start + slope * seconds[-1])
-    quarters = last[: len(last) // 2], last[len(last) // 2 :]
-    files = (statistics.median(sample.files for sample in quarter) for quarter in quarters)
-    halves = times[int(_WARM_UP * len(times)) : middle], times[middle:]
+    files = [sample.files for sample in last]
+    warm, quarter = int(_WARM_UP * len(times)), len(files) // 2
     return [
         Drift("resident memory", "MiB", *memory, _MAX_GROWTH),
-        Drift("open files", "", *files, _MAX_GROWTH),
-        Drift("time of a step", "ms", *(1e3 * statistics.median(half) for half in halves), _MAX_SLOWDOWN),
+        Drift("open files", "", median(files[:quarter]), median(files[quarter:]), _MAX_GROWTH),
+        Drift("time of a step", "ms", 1e3 * median(times[warm:middle]), 1e3 * median(times[middle:]), _MAX_SLOWDOWN),
     ]
 
 

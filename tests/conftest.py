@@ -42,7 +42,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_compiled_is_kept():
-    """Hundreds of programs would fill the memory of a laptop; what is large is kept on disk."""
+    """Free each module's compiled programs, hundreds of which would fill a laptop's memory."""
     yield
     import jax
 

@@ -39,14 +39,14 @@ def imported(path: Path, known: Mapping[str, Path], *, lazy: bool = True) -> set
 
 
 def room(module: str) -> str:
-    """The folder a module lies in; a module at the root is a room of its own."""
+    """Return the folder of a module; a module at the root counts as a folder of its own."""
     return module.removeprefix(f"{PACKAGE}.").partition(".")[0]
 
 
 def room_imports() -> dict[str, dict[str, set[str]]]:
-    """For each room, which others it imports, and by which imports ("a.b -> c.d"); lazy imports count.
+    """Return the folders that each folder imports, with the imports ("a.b -> c.d"); lazy imports count.
 
-    The package's `__init__.py` offers names of every room and is none itself.
+    The package's `__init__.py`, which imports names of every folder, is left out.
     """
     known = modules()
     found: dict[str, dict[str, set[str]]] = {room(module): {} for module in known if module != PACKAGE}
@@ -60,7 +60,7 @@ def room_imports() -> dict[str, dict[str, set[str]]]:
 
 
 def room_cycles() -> list[list[str]]:
-    """Groups of rooms that import each other in a circle (strongly connected components of two or more)."""
+    """Return the groups of folders that import each other in a circle (strongly connected components)."""
     graph = {name: set(others) for name, others in room_imports().items()}
     reach = {name: _reachable(graph, name) for name in graph}
     groups = {frozenset({name, *(other for other in reach[name] if name in reach[other])}) for name in graph}
@@ -68,7 +68,7 @@ def room_cycles() -> list[list[str]]:
 
 
 def closure(module: str) -> set[str]:
-    """Every module of the package that importing one loads at once, itself included, packages' `__init__` left out."""
+    """Return the modules of the package that importing one loads, itself included, without `__init__` files."""
     known = modules()
     found, waiting = set(), [module]
     while waiting:

@@ -1,4 +1,4 @@
-"""The site of docs/: every page is in its navigation, links lead somewhere, and what it says of the code holds."""
+"""The site of docs/ has every page in its navigation, working links, and true statements about the code."""
 
 import importlib
 import re
@@ -84,7 +84,7 @@ def test_the_commands_of_a_page_are_accepted(page, monkeypatch):
 
 
 def named(nav):
-    """The pages in a navigation."""
+    """Return the pages in a navigation."""
     if isinstance(nav, str):
         return [nav]
     return [page for item in (nav.values() if isinstance(nav, dict) else nav) for page in named(item)]
@@ -103,7 +103,7 @@ def test_a_page_begins_with_what_it_is_for(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_of_a_page_lead_to_pages_headings_and_pictures(page):
-    """mkdocs finds the same, where it is installed; and names of the Python reference are found by mkdocstrings."""
+    """mkdocs, where it is installed, finds no broken link, and mkdocstrings finds the names of the Python reference."""
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", (DOCS / page).read_text()):
         path, _, heading = link.partition("#")
         target = (DOCS / page).parent / path if path else DOCS / page
@@ -132,7 +132,7 @@ def test_the_python_reference_has_every_public_name_and_no_other():
 
 
 def test_the_picture_of_the_house_is_that_of_the_imports():
-    """Every folder is in it, and none imports from a row above its own."""
+    """The picture has every folder, and none imports from a row above its own."""
     rows = {name: row for row, (_, rooms) in enumerate(PICTURES["HOUSE"]) for name in rooms}
     imports = room_imports()
     assert rows.keys() == imports.keys()

@@ -18,7 +18,7 @@ def test_limits():
 
 
 def test_a_cycle_would_be_found(tmp_path, monkeypatch):
-    """Two folders that import each other, one of them inside a function, are named."""
+    """A cycle of two folders, one of whose imports is inside a function, is found."""
     from tests import house
 
     for name, text in (

@@ -1,4 +1,4 @@
-"""Does the quickstart's model draw what it is asked for? Judged by a classifier that knows other real digits."""
+"""The quickstart's model draws the digits it is asked for, according to a classifier trained on other real digits."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from tests.tiny import OPTIMIZED, ROOT, optimized, run
 
 
 def features(images):
-    """uint8 in [0, 255] to vectors in [0, 1]."""
+    """Convert uint8 images in [0, 255] to vectors in [0, 1]."""
     return images.reshape(len(images), -1) / 255
 
 
@@ -24,7 +24,7 @@ def real(split):
 
 @pytest.mark.slow
 def test_guided_samples_show_the_digit_asked_for(tmp_path):
-    """Trained as the quickstart trains, but on one half of the digits, so that the judge's half stays unseen."""
+    """Train as the quickstart does, on one half of the digits; the classifier is trained on the other."""
     config = f"--config={ROOT / 'configs/digits.py'}"
     arguments = [config, f"--workdir={tmp_path / 'run'}", "--config.data.split=train", "--config.sample.every=0"]
     arguments.append("--config.eval.every=0")

@@ -1,4 +1,4 @@
-"""The code in README, docs/sampling.md and docs/training.md runs, and their numbers are the code's."""
+"""The code in README, docs/sampling.md and docs/training.md runs, and their numbers come from it."""
 
 import re
 
@@ -45,7 +45,7 @@ def python_block(text, containing):
 
 
 def test_python_example(monkeypatch, tmp_path):
-    """The block as it stands, in a folder that holds the two files it mentions; only depth and steps are cut."""
+    """README's Python runs in a folder with the two files that it mentions; only depth and steps are reduced."""
     import safetensors.numpy
 
     code = python_block(README, "create_model")
@@ -64,7 +64,7 @@ def test_python_example(monkeypatch, tmp_path):
 
 
 def test_export_example(monkeypatch, tmp_path):
-    """What the command above it writes, though with fewer steps and for CPUs alone; README has the same command."""
+    """The Python that runs an exported sampler works on a file with fewer steps, written for CPUs."""
     (command,) = re.findall(r"^python -m mpdit_jax\.export (.*)$", SAMPLING, re.M)
     assert re.findall(r"^python -m mpdit_jax\.export (.*)$", README, re.M) == [command]
     monkeypatch.chdir(tmp_path)

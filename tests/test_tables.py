@@ -1,4 +1,4 @@
-"""The tables of the paper: figures reproduced to the last printed digit, or the difference said."""
+"""`tables` reproduces the paper's figures to the last printed digit, or prints the difference."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A run small enough to be done many times in a test, and a way to start it as a user would."""
+"""A run small enough for many repetitions in tests, and functions that start commands as a user would."""
 
 import atexit
 import importlib.util
@@ -40,7 +40,7 @@ TWO_LEVELS = ["--config.model.patch_sizes=2,1", "--config.model.depths=2,1"]
 
 @cache
 def digits_file():
-    """scikit-learn's digits as an .npz: to read them there takes a process a tenth of a tiny run."""
+    """Write scikit-learn's digits as an .npz, since reading them from scikit-learn takes a tenth of a tiny run."""
     from mpdit_jax.data.sources import load_digits
 
     folder = tempfile.mkdtemp(prefix="mpdit_jax_tests_")
@@ -52,7 +52,7 @@ def digits_file():
 
 
 def train_arguments(workdir, *more):
-    """Arguments of `mpdit_jax.train` for the tiny run; later ones win."""
+    """Return the arguments of `mpdit_jax.train` for the tiny run; later ones win."""
     data = ["--config.data.name=arrays", f"--config.data.path={digits_file()}"]
     return [f"--config={ROOT / 'configs/digits.py'}", f"--workdir={workdir}", *data, *OVERRIDES, *more]
 
@@ -66,7 +66,7 @@ COMPARABLE = "--config.optimizer.eps=1e-4"
 
 
 def environment(devices=1):
-    """That of a process with so many virtual CPU devices."""
+    """Return the environment of a process with `devices` virtual CPU devices."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -81,7 +81,7 @@ OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
 
 @contextmanager
 def optimized():
-    """What is compiled meanwhile in this process is optimized, by the emitters it has."""
+    """Compile with optimizations in this process, though with its emitters."""
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
@@ -117,7 +117,7 @@ def run(command, arguments, devices=1, **options):
 
 
 def refusal(main, arguments, monkeypatch, capsys):
-    """The one line that a command which refuses its input leaves by, as the process would: status 1, no output."""
+    """Run a command that refuses its input with status 1 and no output, and return its one line of error."""
     monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as done:
@@ -129,7 +129,7 @@ def refusal(main, arguments, monkeypatch, capsys):
 
 
 def free_port(count=2):
-    """The first of `count` free ports in a row."""
+    """Return the first of `count` free ports in a row."""
     while True:
         with ExitStack() as held:
             first = held.enter_context(socket.socket())
@@ -144,7 +144,7 @@ def free_port(count=2):
 
 
 def join_flags(port, count, index):
-    """By which process `index` of `count` finds the others."""
+    """Return the flags by which process `index` of `count` finds the others."""
     return [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}"]
 
 
@@ -170,7 +170,7 @@ cli.run(main)
 
 
 def start_joined(body, count=2):
-    """Processes of one job: each runs `body`, where `options` are its arguments, and then waits for the others."""
+    """Start the processes of one job; each runs `body`, where `options` are its arguments, and waits for the others."""
     script, port = _JOINED.replace("BODY", textwrap.indent(body.strip(), "    ")), free_port()
     return [
         subprocess.Popen(
@@ -182,7 +182,7 @@ def start_joined(body, count=2):
 
 
 def saved_arrays(workdir, step):
-    """Every array of a checkpoint, by path, read without our own code."""
+    """Read every array of a checkpoint, by path, without our own code."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -200,12 +200,12 @@ def saved_arrays(workdir, step):
 
 
 def losses(workdir):
-    """The loss of every line of a run's log."""
+    """Read the loss of every line of a run's log."""
     return [json.loads(line)["loss"] for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_near(found, expected):
-    """Every parameter within 1e-4 of its array's largest entry."""
+    """Assert that every parameter is within 1e-4 of its array's largest entry."""
     for path, array in expected.items():
         if path.startswith("parameters"):
             np.testing.assert_allclose(found[path], array, rtol=0, atol=1e-4 * np.abs(array).max(), err_msg=path)
@@ -219,6 +219,6 @@ def assert_same_bits(first, second):
 
 
 def command_main(command):
-    """The `main` of `python -m mpdit_jax.COMMAND`, a package with `__main__.py` or one file."""
+    """Return the `main` of `python -m mpdit_jax.COMMAND`, a package with `__main__.py` or one file."""
     package = importlib.util.find_spec(f"mpdit_jax.{command}").submodule_search_locations
     return importlib.import_module(f"mpdit_jax.{command}" + ".__main__" * bool(package)).main

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mpdit_jax.data.latents import LatentSpace
-from mpdit_jax.data.sources import Source
+from mpdit_jax.data.latents import LatentSpace, check_normalization
+from mpdit_jax.data.sources import Source, unseen_classes
 from mpdit_jax.errors import CheckpointError
 from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.io.json_files import parse_json
 
 INFO_FILE = "data.json"
-INFO_FIELDS = ("class_names", "latents")  # of every version's file
+INFO_FIELDS = ("class_names", "latents", "labels")  # of every version's file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,13 @@ class DatasetInfo:
 
     class_names: tuple[str, ...]  # in label order
     latents: LatentSpace | None  # None for a model of images
-    labels: str | None = None  # number of examples and a digest of their labels in order; None in older files
+    labels: str | None = None  # number of examples and a digest of their labels in order; None if nothing is bound
+    unseen: tuple[int, ...] = ()  # classes among `class_names` without examples; runs of 0.1.0 do not record them
+
+
+def unseen_by(info: DatasetInfo, num_classes: int) -> tuple[int, ...]:
+    """The classes of a model with `num_classes` that had no examples in a run's data; () where no class has a name."""
+    return (*info.unseen, *range(len(info.class_names), num_classes)) if info.class_names else ()
 
 
 def record_dataset(workdir: Path, source: Source, *, trained: bool) -> None:
@@ -31,8 +37,12 @@ def record_dataset(workdir: Path, source: Source, *, trained: bool) -> None:
 
     Raises:
         CheckpointError: the run was trained on latents of another VAE or normalization, or on other examples.
+        DataError: a new run's constants do not normalize its latents, see `check_normalization`.
     """
-    info = DatasetInfo(tuple(source.class_names), source.latents, _identify(source.labels))
+    if not trained and source.latents is not None and source.measured is not None:
+        check_normalization(source.latents, *source.measured)
+    unseen = unseen_classes(source.labels, len(source.class_names))
+    info = DatasetInfo(tuple(source.class_names), source.latents, _identify(source.labels), unseen)
     stored = read_dataset_info(workdir) if trained else None
     if stored is not None and stored.latents != info.latents:
         raise CheckpointError(
@@ -65,7 +75,8 @@ def read_dataset_info(workdir: str | Path) -> DatasetInfo | None:
             latents = LatentSpace(
                 tuple(map(float, latents["mean"])), tuple(map(float, latents["std"])), str(latents["vae_fingerprint"])
             )
-        return DatasetInfo(tuple(map(str, stored["class_names"])), latents, stored.get("labels"))
+        unseen = tuple(int(one) for one in stored.get("unseen", ()))
+        return DatasetInfo(tuple(map(str, stored["class_names"])), latents, stored["labels"], unseen)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}); delete it and repeat the training command, which writes it anew."

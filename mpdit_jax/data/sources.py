@@ -1,19 +1,21 @@
 """The protocol of training data, and the labelled data sets that implement it."""
 
 import dataclasses
+import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from mpdit_jax.data.latents import LatentSpace, load_latents
-from mpdit_jax.errors import DataError
+from mpdit_jax.errors import DataError, DataWarning
 from mpdit_jax.io.idx import read_idx_pair
 from mpdit_jax.io.json_files import digest_of
 from mpdit_jax.io.npz import npz_checksums, read_npz
 from mpdit_jax.io.paths import expand
+from mpdit_jax.validation import layout_remedy, range_remedy
 
 Batch = dict[str, np.ndarray]
 """`y` int32 (n,), and `x` float32 (n, H, W, C) or, of latents, `mean` and `std` float16 (n, views, H, W, C)."""
@@ -22,6 +24,7 @@ FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 _MOST_CLASSES = 2**20  # beyond any data set, and few enough to give each a name
+_MOST_SHOWN = 5  # classes without examples
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -45,6 +48,7 @@ class Source:
     contents: str = ""  # a digest that differs where the files hold other examples under the same labels
     latents: LatentSpace | None = None  # how the examples relate to a VAE's latents; None for images
     rows: np.ndarray | None = None  # int (N,), those of the whole set that a part of it has; None for the whole
+    measured: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean and std of each channel of latents
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -121,10 +125,11 @@ def load_arrays(path: str = "", split: str = "train") -> Source:
         checksums = npz_checksums(path)  # those in the file: it may hold more than one wants to digest at every start
     except ValueError as error:
         raise DataError(f"{path}: expected an .npz with arrays `images` and `labels` ({error}).") from error
-    if images.ndim != 4 or images.dtype not in (np.uint8, np.float32) or labels.shape != images.shape[:1]:
+    remedy = layout_remedy(images.shape, "images")
+    if remedy or images.ndim != 4 or images.dtype not in (np.uint8, np.float32) or labels.shape != images.shape[:1]:
         raise DataError(
             f"{path}: images {images.dtype} {images.shape}, labels {labels.shape}; "
-            "expected images uint8 or float32 (N, H, W, C) and labels (N,)."
+            f"expected images uint8 or float32 (N, H, W, C) and labels (N,){remedy}."
         )
     if labels.dtype.kind not in "iu":
         raise DataError(f"{path}: labels are {labels.dtype}; expected whole numbers.")
@@ -135,7 +140,7 @@ def load_arrays(path: str = "", split: str = "train") -> Source:
     return _checked(images, labels, names, contents, path)
 
 
-def limited(source: Source, count: int) -> Source:
+def take_evenly(source: Source, count: int) -> Source:
     """`count` examples evenly spread over a source, which often lies class by class; all if it has no more."""
     return source if count >= len(source) else source.take(np.arange(count) * len(source) // count)
 
@@ -160,7 +165,10 @@ def _load_latents(path: str, normalization: str) -> Source:
         return {"mean": mean, "std": std}
 
     manifest = store.manifest
-    return Source(store.labels, manifest.class_names, manifest.latent_shape, read, manifest.contents, space)
+    measured = manifest.latent_mean, manifest.latent_std
+    return Source(
+        store.labels, manifest.class_names, manifest.latent_shape, read, manifest.contents, space, measured=measured
+    )
 
 
 # Each raises DataError for an unknown split, missing or damaged files, or arrays of another form.
@@ -193,12 +201,12 @@ def load_source(
     path = str(expand(path)) if path else ""  # a config file may say "~/mine.npz"
     source = _load_latents(path, normalization) if name == "latents" else SOURCES[name](path, split)
     if max_examples:
-        source = limited(source, max_examples)
+        source = take_evenly(source, max_examples)
     return balanced(source) if class_balance else source
 
 
 def check_fits(source: Source, input_shape: tuple[int, int, int], num_classes: int) -> None:
-    """Raise DataError unless the source's examples and classes fit the model."""
+    """Raise DataError unless the source's examples and classes fit the model; warn of classes without examples."""
     if source.shape != input_shape:
         raise DataError(
             f"the data's examples are {source.shape} and the model takes {input_shape} (height, width, channels): "
@@ -207,8 +215,32 @@ def check_fits(source: Source, input_shape: tuple[int, int, int], num_classes: i
     if len(source.class_names) > num_classes:
         raise DataError(
             f"the data has {len(source.class_names)} classes and the model {num_classes}: "
-            f"set model.num_classes={len(source.class_names)}."
+            f"set model.num_classes={len(source.class_names)}{_from_one(source.labels)}."
         )
+    warn_of_unseen(source.labels, source.class_names, num_classes)
+
+
+def unseen_classes(labels: np.ndarray, num_classes: int) -> tuple[int, ...]:
+    """The classes from 0 to `num_classes` - 1 that are not among `labels` (n,)."""
+    return tuple(np.flatnonzero(np.bincount(labels, minlength=num_classes)[:num_classes] == 0).tolist())
+
+
+def warn_of_unseen(labels: np.ndarray, class_names: Sequence[str], num_classes: int, origin: str = "the data") -> None:
+    """Name the classes without examples in a DataWarning."""
+    if unseen := unseen_classes(labels, num_classes):
+        names = [class_names[one] if one < len(class_names) else f"class {one}" for one in unseen]
+        shown = ", ".join(names[:_MOST_SHOWN]) + ", …" * (len(names) > _MOST_SHOWN)
+        warnings.warn(
+            f"{origin}: {len(unseen)} of {num_classes} classes have no examples and are not trained "
+            f"({shown}){_from_one(labels)}.",
+            DataWarning,
+            stacklevel=2,
+        )
+
+
+def _from_one(labels: np.ndarray) -> str:
+    least, most = int(labels.min(initial=_MOST_CLASSES)), int(labels.max(initial=0))
+    return f"; labels run from 1 to {most} and seem to start at 1: store labels - 1" if least == 1 else ""
 
 
 def _checksum(images: np.ndarray) -> str:
@@ -224,11 +256,16 @@ def _checked(
         if not 0 <= bad < len(class_names):
             raise DataError(f"{origin}: label {bad} is outside 0 to {len(class_names) - 1}.")
     if images.dtype.kind == "f":
+        least, most = np.inf, -np.inf
         for start in range(0, len(images), 1024):  # a part at a time: the set may fill half of the memory
-            finite = np.isfinite(images[start : start + 1024]).reshape(-1, images[0].size).all(axis=1)
+            part = images[start : start + 1024]
+            finite = np.isfinite(part).reshape(len(part), -1).all(axis=1)
             if not finite.all():
                 bad = start + int(np.argmin(finite))
                 raise DataError(f"{origin}: example {bad} of the data holds NaN or Inf; remove or repair it.")
+            least, most = min(least, part.min()), max(most, part.max())
+        if remedy := range_remedy(least, most, images.shape[-1]):
+            raise DataError(f"{origin}: images range from {least:.3g} to {most:.3g}; expected [-1, 1]: {remedy}.")
     return array_source(images, labels, class_names, contents=contents)
 
 

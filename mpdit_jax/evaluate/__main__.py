@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -40,7 +41,7 @@ def make_evaluate_parser() -> Parser:
         _EXAMPLES,
     )
     parser.add_argument(
-        "--samples", default="", metavar="SET", help="an .npz with arr_0, a folder, or data:NAME[:SPLIT]"
+        "--samples", default="", metavar="SET", help="an .npz with arr_0, a folder, or {data|idx|tfds}:NAME[:SPLIT]"
     )
     parser.add_argument(
         "--reference",
@@ -228,7 +229,8 @@ def _place(options: argparse.Namespace) -> Path:
         return Path(options.out)
     if options.workdir:
         return Path(options.workdir) / "evaluation" / "results.json"
-    beside = options.samples.replace(":", "_") if options.samples.startswith("data:") else options.samples.rstrip("/")
+    named = options.samples.startswith(("data:", "idx:", "tfds:"))
+    beside = re.sub("[:/]+", "_", options.samples) if named else options.samples.rstrip("/")
     return Path(f"{beside}.metrics.json")
 
 

@@ -31,9 +31,10 @@ def make_prepare_parser() -> Parser:
     parser.add_argument(
         "--images",
         metavar="IMAGES",
-        help="a folder with a subfolder for each class | idx:FOLDER of IDX files, as MNIST's | tfds:NAME",
+        help="a folder with a subfolder for each class | an .npz with images and labels | idx:FOLDER of IDX files, as "
+        "MNIST's | tfds:NAME | data:NAME, as data:digits",
     )
-    parser.add_argument("--split", default="train", help="of idx: and tfds: (default: %(default)s)")
+    parser.add_argument("--split", default="", help="of idx:, tfds: and data:, also given as idx:FOLDER:SPLIT (train)")
     parser.add_argument("--vae", help="a folder as diffusers writes it, a name on the hub, or none: store pixels")
     parser.add_argument("--image_size", type=int, help="pixels along each side of the square")
     parser.add_argument(
@@ -69,9 +70,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def _prepare(options: argparse.Namespace, out: Path) -> int:
     from mpdit_jax.data.image_sets import open_images
+    from mpdit_jax.data.sources import warn_of_unseen
+    from mpdit_jax.prepare.store import prepare, read_rejected
 
-    images = open_images(options.images, options.split)
+    images = open_images(options.images, options.split, rejected=read_rejected(out))
     names = _names(options.class_names, images.class_names)
+    if images.labels is not None:
+        warn_of_unseen(images.labels, names, len(names), images.place)
     own = ("process_id", "initialization_timeout", "heartbeat_timeout", "images", "vae", "threads")
     shared = {f"--{name}": str(value) for name, value in vars(options).items() if name not in own}
     join(options, shared | {"the images": images.identity})
@@ -80,14 +85,13 @@ def _prepare(options: argparse.Namespace, out: Path) -> int:
 
     from mpdit_jax.distributed.mesh import make_mesh
     from mpdit_jax.prepare.plan import Plan
-    from mpdit_jax.prepare.store import prepare
     from mpdit_jax.vae import load_vae, tiles
 
     mesh = make_mesh(devices=jax.local_devices())
     vae = load_vae(options.vae, dtype=options.dtype, mesh=mesh, tiling=tiles(options.vae_tile))
     plan = Plan(
         images=replace(images, image_size=options.image_size, channels=vae.config.in_channels),
-        source=f"{options.images} ({options.split})" if ":" in options.images else options.images,
+        source=images.place,
         class_names=names,
         vae=vae,
         image_size=options.image_size,

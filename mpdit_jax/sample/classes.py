@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from mpdit_jax.data.info import read_dataset_info
+from mpdit_jax.data.info import read_dataset_info, unseen_by
 from mpdit_jax.data.sources import FASHION_MNIST_CLASSES
 from mpdit_jax.errors import DataWarning, InputError
 from mpdit_jax.flow.inputs import check_labels
@@ -26,20 +26,20 @@ class Classes:
     """Classes that a model draws."""
 
     names: tuple[str, ...]  # one a class, in label order
-    untrained: tuple[int, ...] = ()  # classes without training examples
+    unseen: tuple[int, ...] = ()  # classes without training examples
 
     def name(self, label: int) -> str:
         """Return a label's name; the null class is called "no class"."""
         return self.names[label] if label < len(self.names) else "no class"
 
-    def describe(self, labels: Iterable[int]) -> str:
-        """Return labels with their names, such as "3 (cat), 5 (dog)"."""
-        return ", ".join(f"{label} ({self.name(label)})" for label in labels)
+    def describe(self, labels: Sequence[int]) -> str:
+        """Return labels with their names, such as "3 (cat), 5 (dog)", ten at most."""
+        return ", ".join(f"{label} ({self.name(label)})" for label in labels[:10]) + ", …" * (len(labels) > 10)
 
-    def trained(self) -> np.ndarray:
+    def seen(self) -> np.ndarray:
         """Return the classes with training examples, int64 (n,); all classes if no class is known to have any."""
         labels = np.arange(len(self.names))
-        return found if len(found := np.setdiff1d(labels, self.untrained)) else labels
+        return found if len(found := np.setdiff1d(labels, self.unseen)) else labels
 
     def find(self, labels: Any, argument: str, others: Sequence[str] = ()) -> np.ndarray:
         """Return labels int64 (n,) from whole numbers, or from text; warn of classes without training examples.
@@ -56,9 +56,9 @@ class Classes:
             if len(outside):
                 raise self._out_of_range(str(outside[0]), argument)
             check_labels(values, len(self.names))
-        if jax.process_index() == 0 and (untrained := np.intersect1d(values, self.untrained).tolist()):
+        if jax.process_index() == 0 and (unseen := np.intersect1d(values, self.unseen).tolist()):
             warnings.warn(
-                f"{self.describe(untrained)}: without training examples, so the pictures show no such class.",
+                f"{self.describe(unseen)}: without training examples, so the pictures show no such class.",
                 DataWarning,
                 stacklevel=2,
             )
@@ -114,7 +114,8 @@ def read_classes(workdir: str | Path, config: FrozenConfigDict, path: str = "") 
     names = _read_names(path) if path else stored
     if path and len(names) < count:
         raise InputError(f"--class_names={path} has {len(names)} names: this model has {count} classes, one line each.")
-    return Classes(tuple(names[label] if label < len(names) else f"class {label}" for label in range(count)))
+    unseen = unseen_by(info, count) if info is not None else ()
+    return Classes(tuple(names[label] if label < len(names) else f"class {label}" for label in range(count)), unseen)
 
 
 def _read_names(path: str) -> tuple[str, ...]:

@@ -24,9 +24,9 @@ def parse_labels(text: str, count: int | None, classes: Classes, seed: int) -> n
     fewer than one image.
     """
     drawn = text in _DRAWN
-    chosen = classes.trained() if drawn else classes.find(text, "--labels", _DRAWN)
+    chosen = classes.seen() if drawn else classes.find(text, "--labels", _DRAWN)
     if drawn and len(chosen) < len(classes.names) and jax.process_index() == 0:
-        print(f"--labels={text} leaves out classes without training examples: {classes.describe(classes.untrained)}")
+        print(f"--labels={text} leaves out classes without training examples: {classes.describe(classes.unseen)}")
     count = 8 * len(chosen) if count is None else count
     if count < 1:
         raise InputError(f"--num_samples={count}: expected 1 or more.")

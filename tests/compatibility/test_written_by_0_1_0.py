@@ -1,4 +1,4 @@
-"""What 0.1.0 wrote on jax 0.10.2 is read by this version, on whichever jax the tests run with."""
+"""This version reads what 0.1.0 wrote on jax 0.10.2, with whichever JAX the tests use."""
 
 import shutil
 import warnings
@@ -67,7 +67,7 @@ def test_a_checkpoint_gives_the_bits_that_were_saved(ema, item):
 
 
 def read_by_orbax_v1(workdir, step):
-    """As `saved_arrays`, through the interface that Orbax 1.0 will have."""
+    """Read what `saved_arrays` reads, through the interface that Orbax 1.0 will have."""
     here, found = jax.sharding.SingleDeviceSharding(jax.devices()[0]), {}
     for item in ("parameters", "ema_parameters", "optimizer", "progress"):
         folder = (workdir / "checkpoints" / str(step)).resolve()

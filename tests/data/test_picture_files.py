@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from mpdit_jax.data.image_sets import open_images
+from mpdit_jax.data.image_sets import open_images, open_set
 from mpdit_jax.data.picture_files import find_pictures
 from mpdit_jax.errors import DataError, DataWarning
-from mpdit_jax.evaluate.sets import open_set
 from tests.tiny import run
 
 PICTURES = ["cat/0.png", "cat/deep/er/1.jfif", "dog/2.JPG", "dog/3.gif"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mpdit_jax.data.image_sets import open_npz, open_set
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate import __main__ as evaluate
 from mpdit_jax.evaluate import command, inception_weights
@@ -16,7 +17,6 @@ from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, save_cla
 from mpdit_jax.evaluate.compute import compute_statistics
 from mpdit_jax.evaluate.report import make_result
 from mpdit_jax.evaluate.scratch import lock_scratch
-from mpdit_jax.evaluate.sets import open_npz, open_set
 from mpdit_jax.evaluate.statistics import compare
 from mpdit_jax.evaluate.stored_statistics import load_statistics, save_statistics
 from mpdit_jax.sample.__main__ import main as sample

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mpdit_jax.data.image_sets import ArrayImages, open_npz, open_set
 from mpdit_jax.errors import DataError, InputError
 from mpdit_jax.evaluate import compute
 from mpdit_jax.evaluate.compute import compute_statistics
 from mpdit_jax.evaluate.extractors import _build
 from mpdit_jax.evaluate.moments import Moments
-from mpdit_jax.evaluate.sets import ArrayImages, open_npz, open_set
 from mpdit_jax.evaluate.shared_values import portable
-from mpdit_jax.evaluate.subsets import limited
+from mpdit_jax.evaluate.subsets import random_subset
 from tests.evaluate.conftest import _Means, collect
 
 
@@ -53,7 +53,7 @@ def test_a_copy_elsewhere_is_the_same_set_to_several_processes(folder, tmp_path)
     first, second = open_set(str(folder)).about, open_set(str(copy)).about
     assert first["files"] != second["files"]
     assert portable(first) == portable(second)
-    some = [limited(open_set(str(root)), 2).about for root in (folder, copy)]
+    some = [random_subset(open_set(str(root)), 2).about for root in (folder, copy)]
     assert portable(some[0]) == portable(some[1]) != portable(first)
     (copy / "b/c.png").rename(copy / "c.png")
     assert portable(open_set(str(copy)).about) != portable(first)
@@ -78,7 +78,7 @@ def test_some_images_are_of_all_classes(tmp_path, order):
     labels = np.sort(np.arange(1000) % 10) if order == "sorted" else np.arange(1000) % 10
     images = np.zeros((1000, 2, 2, 1), np.uint8) + labels[:, None, None, None].astype(np.uint8)
     np.savez(tmp_path / "set.npz", arr_0=images, labels=labels)
-    some = limited(open_npz(tmp_path / "set.npz"), 100)
+    some = random_subset(open_npz(tmp_path / "set.npz"), 100)
     seen = some.read(np.arange(100))[:, 0, 0, 0]
     assert set(seen) == set(range(10))
     assert np.bincount(seen).max() < 25

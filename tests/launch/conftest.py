@@ -1,4 +1,4 @@
-"""A checkout in a folder with spaces whose Python is a script that notes what it is asked to do."""
+"""Fixtures: a checkout in a folder with spaces, whose Python is a stub that records its arguments."""
 
 import os
 import shlex
@@ -83,7 +83,7 @@ class Checkout:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def modules(self) -> list[list[str]]:
-        """What the last run asked of `python -m`: lists of words, the module first."""
+        """Return the `python -m` calls of the last run as lists of words, the module first."""
         calls = [shlex.split(line) for line in self.log.read_text().splitlines()]
         return [call[1:] for call in calls if call[0] == "-m"]
 

@@ -1,4 +1,4 @@
-"""The cluster scripts, as far as a machine without the service allows: what they would run, and with what set."""
+"""The cluster scripts run the right commands with the right environment, tested without the services."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ def stub(folder, name, text):
 
 @pytest.mark.parametrize("command", ["", "prepare"])
 def test_slurm_starts_the_command_on_every_node(command, tmp_path):
-    """`srun` notes what it is asked to run; the flags it hands on are ones that this XLA knows."""
+    """A stub of `srun` records its command; this XLA knows every flag that the script sets."""
     stub(tmp_path / "bin", "srun", 'printf "%s\\n" "$@"; printf "%s\\n" "$XLA_FLAGS"')
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[1-2]", "SLURM_JOB_NUM_NODES": "2", "COMMAND": command}
@@ -123,5 +123,5 @@ def test_what_is_missing_is_said(tmp_path):
     assert "expected NAME ZONE ARGUMENTS" in run("tpu_pod.sh", "my-pod").stderr
     for number in ("two", "0", "00"):
         assert f"N={number}: expected a number of processes" in run("local_multiprocess.sh", number, "train").stderr
-    assert "which command?" in run("local_multiprocess.sh", "2").stderr
+    assert "no command was given" in run("local_multiprocess.sh", "2").stderr
     assert "does not run" in run("local_multiprocess.sh", "2", "train", PYTHON=str(tmp_path / "none")).stderr

@@ -1,4 +1,4 @@
-"""What quickstart.sh, test.sh and .ci/run call, in which order, and what they do when a step fails or is stopped."""
+"""quickstart.sh, test.sh and .ci/run call the right commands and end properly when one fails or is stopped."""
 
 import os
 import shutil
@@ -52,7 +52,7 @@ def test_test_sh_passes_the_failure_on_and_still_says_what_it_left_out(checkout)
 
 
 def python(version):
-    """The stub, as a Python of this version."""
+    """Return the stub as a Python of this version."""
     return STUB.replace("3.12", version)
 
 

@@ -1,4 +1,4 @@
-"""A real SLURM of three nodes, all of them this machine: what `launch/slurm.sbatch` asks of it, and what it does then.
+"""`launch/slurm.sbatch` on a real SLURM whose three nodes are all this machine.
 
 apt-get install slurm-wlm munge procps
 """
@@ -57,7 +57,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 
 class Slurm:
-    """Commands of the cluster in `folder`."""
+    """Return the commands of the cluster in `folder`."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -69,13 +69,13 @@ class Slurm:
         return done.stdout
 
     def run(self, *command, **variables):
-        """A command that may fail."""
+        """Run a command that may fail."""
         return subprocess.run(
             command, env=self.environment | variables, cwd=ROOT, capture_output=True, text=True, check=False
         )
 
     def submit(self, *arguments):
-        """Submit the script from the repository's root; the job's number."""
+        """Submit the script from the repository's root and return the job's number."""
         out = self.folder / "job-%j.log"
         said = self(
             "sbatch", f"--output={out}", "--nodes=2", "launch/slurm.sbatch", *arguments,
@@ -84,7 +84,7 @@ class Slurm:
         return re.search(r"Submitted batch job (\d+)", said)[1]
 
     def job(self, number):
-        """What SLURM knows of a job."""
+        """Return what SLURM knows about a job."""
         return dict(re.findall(r"(\S+?)=(\S+)", self("scontrol", "show", "job", number)))
 
     def log(self, number):
@@ -92,7 +92,7 @@ class Slurm:
         return path.read_text() if path.exists() else ""
 
     def wait(self, number, what, seconds=180):
-        """Until `what(job, log)` is true of the job."""
+        """Wait until `what(job, log)` holds."""
         end = time.monotonic() + seconds
         while not what(self.job(number), self.log(number)):
             assert time.monotonic() < end, self.log(number)
@@ -149,7 +149,7 @@ def test_what_the_script_asks_for(slurm):
 
 
 def test_a_job_of_two_nodes_that_is_put_back_continues(slurm, tmp_path):
-    """As on preemption: it is saved, waits in the queue, and goes on in the same log; cancelled, it is saved too."""
+    """A requeued job is saved, waits and continues in the same log; a cancelled one is saved too."""
     arguments = train_arguments(tmp_path / "run", "--config.steps=1000000", "--config.checkpoint.every=1000000")
     number = slurm.submit(*arguments, "--config.log.every=20")
     slurm.wait(number, lambda job, log: "step 40/" in log)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mpdit_jax.config import base_config, resolve
+from mpdit_jax.data.image_sets import open_set
 from mpdit_jax.data.latent_store import MANIFEST, LatentStore
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.data.sources import load_source
@@ -15,7 +16,6 @@ from mpdit_jax.evaluate import __main__ as evaluate
 from mpdit_jax.evaluate import command
 from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, save_classifier
 from mpdit_jax.evaluate.decoding import find_decode
-from mpdit_jax.evaluate.sets import open_set
 from mpdit_jax.evaluate.shared_values import portable
 from mpdit_jax.io import pictures as images
 from mpdit_jax.prepare.__main__ import main as prepare

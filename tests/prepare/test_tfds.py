@@ -89,7 +89,7 @@ def test_a_tfds_data_set(tfds_data, vae_folder, tmp_path):
 def test_a_tfds_data_set_that_is_not_there(name, vae_folder, tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_datasets")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    with pytest.raises(DataError, match=rf"--images=tfds:{name} .*cannot be opened .*--file_format=array_record"):
+    with pytest.raises(DataError, match=rf"tfds:{name}:train cannot be opened .*--file_format=array_record"):
         main(arguments(f"tfds:{name}", vae_folder, tmp_path / "out"))
 
 

@@ -214,7 +214,7 @@ def test_labels_that_no_class_has(labels, sentence):
 
 
 def test_classes_without_training_examples_are_drawn_by_name_alone(capsys):
-    classes = Classes(("cat", "dog", "eel"), untrained=(1,))
+    classes = Classes(("cat", "dog", "eel"), unseen=(1,))
     assert parse_labels("balanced", 4, classes, 0).tolist() == [0, 2, 0, 2]
     assert set(parse_labels("random", 50, classes, 0)) == {0, 2}
     assert "leaves out classes without training examples: 1 (dog)\n" in capsys.readouterr().out

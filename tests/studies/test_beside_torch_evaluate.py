@@ -27,7 +27,7 @@ print(before, peak_memory())
 
 
 def test_no_more_than_blocks_of_the_distances_are_in_memory():
-    """In a process of its own, whose peak is that of precision and recall alone."""
+    """The measurement runs in a process of its own, so that its peak memory is that of precision and recall alone."""
     told = subprocess.run([sys.executable, "-c", _GROWTH], env=environment(), stdout=subprocess.PIPE, check=True)
     before, after = map(int, told.stdout.split())
     assert before > 50 * 2**20  # bytes, of Python with its libraries

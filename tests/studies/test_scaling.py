@@ -1,4 +1,4 @@
-"""studies.scaling: it resumes, its cost model fits exact data, and docs/scaling.md agrees with docs/scaling.json."""
+"""studies.scaling resumes, its cost model fits exact data, and docs/scaling.md agrees with docs/scaling.json."""
 
 import dataclasses
 import json

@@ -65,7 +65,7 @@ def test_a_short_run_is_measured():
 
 @pytest.fixture(scope="module")
 def reckless():
-    """A trainer of ten steps whose first update is not finite."""
+    """Train ten steps, of which the first update is not finite."""
     config = fno_width.training_config("scaled", 8, 10)
     config.model.depths, config.model.hidden_size = (1, 1), 16
     config.optimizer.learning_rate = 1e30

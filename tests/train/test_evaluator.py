@@ -18,6 +18,7 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.checkpoint.load import load_checkpoint
 from mpdit_jax.data import sources
+from mpdit_jax.data.image_sets import ArrayImages, open_npz
 from mpdit_jax.data.sources import array_source, load_arrays
 from mpdit_jax.distributed.mesh import make_mesh, replicated
 from mpdit_jax.errors import ConfigError, InputError, WeightsError
@@ -27,7 +28,6 @@ from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, save_cla
 from mpdit_jax.evaluate.compute import compute_statistics
 from mpdit_jax.evaluate.extractors import build_classifier
 from mpdit_jax.evaluate.reference import Reference, own_images
-from mpdit_jax.evaluate.sets import ArrayImages, open_npz
 from mpdit_jax.evaluate.shared_values import portable
 from mpdit_jax.evaluate.statistics import Gaussian
 from mpdit_jax.evaluate.stored_statistics import load_statistics
