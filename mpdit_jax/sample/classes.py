@@ -1,4 +1,4 @@
-"""Classes of a run, and the ways to write labels: by index, range or name."""
+"""The classes of a run, and labels given by index, range or name."""
 
 import dataclasses
 import re
@@ -54,7 +54,7 @@ class Classes:
         else:
             outside = values[(values < 0) | (values >= len(self.names))] if values.dtype.kind in "iu" else []
             if len(outside):
-                raise self._out_of_range(str(outside[0]), argument)
+                raise self._out_of_range(outside[0], argument)
             check_labels(values, len(self.names))
         if jax.process_index() == 0 and (unseen := np.intersect1d(values, self.unseen).tolist()):
             warnings.warn(
@@ -78,16 +78,16 @@ class Classes:
         by_name = {name.casefold(): label for label, name in reversed([*enumerate(self.names)])}
         words, found = [text] if text.casefold() in by_name else text.split(","), list[int]()
         for word in map(str.strip, words):
-            bounds = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
+            bounds = re.fullmatch(r"(-?\d+)(?:-(\d+))?", word)
             first, last = (int(bounds[1]), int(bounds[2] or bounds[1])) if bounds else (1, 0)
-            if first <= last < len(self.names):
+            if 0 <= first <= last < len(self.names):
                 found += range(first, last + 1)
             elif word.casefold() in by_name:
                 found.append(by_name[word.casefold()])
             elif word == NULL:
                 found.append(len(self.names))
-            elif re.fullmatch(r"-?\d+", word) or first <= last:
-                raise self._out_of_range(word if first > last else str(last), argument)
+            elif first <= last:
+                raise self._out_of_range(first if first < 0 else last, argument)
             else:
                 raise InputError(
                     f"{argument}={text}: no class is called {word!r}{suggest(word, [*self.names, NULL, *others])}; "
@@ -96,7 +96,7 @@ class Classes:
                 )
         return found
 
-    def _out_of_range(self, label: str, argument: str) -> InputError:
+    def _out_of_range(self, label: int, argument: str) -> InputError:
         return InputError(
             f"{argument}: label {label} is out of range: this model has classes 0 to {len(self.names) - 1}, and the "
             "null class is written null."

@@ -350,6 +350,11 @@ def test_a_model_of_latents_is_refused():
         mp.generate(GaussianModel(), [0, 1], steps=2)
     pictures = mp.generate(GaussianModel(), [0, 1], steps=2, decode=lambda z: jax.numpy.tanh(z[..., :3]))
     assert [picture.mode for picture in pictures] == ["RGB", "RGB"]
+    for wrong in (lambda z: z[..., :2], lambda z: jax.numpy.zeros((2, 1, 1, 3), np.uint8)):
+        with pytest.raises(InputError, match=r"decoded pictures are .*: expected floats in \[-1, 1\] of shape"):
+            mp.generate(GaussianModel(), [0, 1], steps=2, decode=wrong)
+    with pytest.raises(InputError, match="guide=str: expected an MPDiT"):
+        mp.generate(GaussianModel(), [0, 1], steps=2, decode=jnp.tanh, guidance_scale=2.0, guide="runs/weak")
 
 
 def test_generate(workdir):
