@@ -57,6 +57,10 @@ class DataWarning(UserWarning):
     """Some files of a data set are left out; the message counts them."""
 
 
+class DeviceWarning(UserWarning):
+    """A setting for another kind of device is replaced here; the message names both."""
+
+
 def install_extra(extra: str) -> str:
     """How to install an extra of setup.py, in words: no package index has mpdit_jax, so no one command fits all."""
     return f"install mpdit_jax with its extra [{extra}] (in a clone: pip install -e '.[{extra}]')"

@@ -5,11 +5,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from mpdit_jax.config.ablation import ROWS, list_rows
 from mpdit_jax.runtime.cli import make_parser, run
 
 _EXAMPLES = """\
   python -m mpdit_jax.tables
   python -m mpdit_jax.tables --format=json > tables.json
+  python -m mpdit_jax.tables --format=list
 """
 _COLUMNS = (
     "model", "parameters (M)", "printed", "GMACs, paper's count", "printed", "GMACs, true", "training", "FID, paper",
@@ -30,8 +32,12 @@ def main(arguments: Sequence[str]) -> int:
     """Print the tables; exit status."""
     description = "Print parameters and multiply-adds of every model of the paper's tables, beside the paper's figures."
     parser = make_parser("tables", description, _EXAMPLES)
-    parser.add_argument("--format", choices=("markdown", "json"), default="markdown", help="(default: %(default)s)")
+    formats = "list: the rows of --config=ablation:NAME and what each changes (default: %(default)s)"
+    parser.add_argument("--format", choices=("markdown", "json", "list"), default="markdown", help=formats)
     options = parser.parse_args(arguments)
+    if options.format == "list":
+        print(list_rows())
+        return 0
     found = rows()
     print(json.dumps(found, indent=2) if options.format == "json" else as_markdown(found), end="\n")
     return 0
@@ -39,7 +45,6 @@ def main(arguments: Sequence[str]) -> int:
 
 def rows() -> list[dict[str, Any]]:
     """Every row as plain numbers and strings: our counts, the paper's figures, and the differences."""
-    from mpdit_jax.config.ablation import ROWS
     from mpdit_jax.model.accounting import count, masked_macs, paper_macs
 
     found = []

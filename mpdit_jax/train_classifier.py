@@ -1,5 +1,6 @@
 """`python -m mpdit_jax.train_classifier`: train a small classifier, whose features compare images of one data set."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,12 @@ def main(arguments: Sequence[str]) -> int:
     )
     save_classifier(Path(options.out), model)
     print(f"{options.out}: accuracy {accuracy:.1%} on held-out images; compare images with")
-    print(f"  python -m mpdit_jax.evaluate --features=classifier:{options.out} --samples=… --reference=…")
+    words = [f"--features=classifier:{options.out}", "--samples=SAMPLES.npz"]
+    if options.images and ":" not in options.images:
+        words += [f"--reference={options.images}", f"--image_size={options.image_size}"]
+    else:
+        words.append(f"--reference={'SET' if options.data in ('', 'arrays') else f'data:{options.data}'}")
+    print(f"  python -m mpdit_jax.evaluate {shlex.join(words)}")
     return 0
 
 

@@ -109,6 +109,7 @@ def training_config(init: str, width: int, steps: int) -> ConfigDict:
     """Build the config of a run on the digits of configs/digits.py."""
     config = base_config()
     config.batch_size, config.steps, config.ema_decay = 64, steps, 0.995
+    config.ema.warmup = False
     config.model.patch_sizes, config.model.depths = (2, 1), (3, 1)
     config.model.hidden_size, config.model.num_heads = 64, 2
     config.model.input_size, config.model.in_channels, config.model.num_classes = (8, 8), 1, 10

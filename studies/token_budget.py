@@ -115,7 +115,7 @@ def training_config(name: str, budget: int, path: str) -> ConfigDict:
     """Build the config of a model's run of `budget` GMACs."""
     config = base_config()
     # The EMA spans about 20 steps, few enough that no measurement includes initial weights.
-    config.batch_size, config.ema_decay = BATCH_SIZE, 0.95
+    config.batch_size, config.ema_decay, config.ema.warmup = BATCH_SIZE, 0.95, False
     config.steps = max(len(FRACTIONS), round(budget * 1e9 / training_macs(name) / BATCH_SIZE))
     config.model.update(dataclasses.asdict(matched_config(name)))
     config.mask_ratio = MASK_RATIOS.get(name, 0.0)

@@ -19,6 +19,13 @@ from mpdit_jax.model.parameters import abstract, merge
 CONFIG = "config.json"
 
 
+def run_around(folder: str | Path) -> Path | None:
+    """The run among whose checkpoints a folder lies; None if it lies elsewhere or is the workdir of a run itself."""
+    path = Path(folder).absolute()
+    runs = [at.parent for at in (path, *path.parents) if at.name == CHECKPOINTS and not (path / CONFIG).is_file()]
+    return next((run for run in runs if (run / CONFIG).is_file() and numbered_folders(run)), None)
+
+
 def load_config(workdir: str | Path) -> FrozenConfigDict:
     """Load the resolved config stored in a workdir.
 
@@ -31,13 +38,12 @@ def load_config(workdir: str | Path) -> FrozenConfigDict:
             f"{workdir} is a file, and a workdir is a folder: `python -m mpdit_jax.convert --source={workdir} "
             "--out=FOLDER` makes one of an MPDiT's weights; docs/weights.md shows how to sample a DiT or SiT."
         )
+    if run := run_around(workdir):
+        raise CheckpointError(
+            f"{workdir} lies among the checkpoints of the run {run}: give that folder as workdir; step=N chooses a "
+            "checkpoint."
+        )
     if not path.is_file():
-        for folder in path.absolute().parents[1:]:
-            if (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir():
-                raise CheckpointError(
-                    f"{workdir} is inside the run {folder}: give that folder as the workdir, and the step for another "
-                    "checkpoint than the newest."
-                )
         raise CheckpointError(
             f"{workdir} holds no run ({CONFIG} is missing): train one with "
             f"`python -m mpdit_jax.train --config=digits --workdir={shlex.quote(str(workdir))}`."

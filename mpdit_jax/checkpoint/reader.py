@@ -22,7 +22,6 @@ _DIGESTS_FILE = "metadata"  # that Orbax keeps an item of JSON in
 _PASSING = (
     errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM
 )  # fmt: skip
-_EXTENSIBLE = "progress"  # the item that later versions may add scalars to; those that a checkpoint lacks are zero
 
 
 def list_steps(workdir: str | Path) -> list[int]:
@@ -113,9 +112,7 @@ def _restore(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any], 
         handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             for name, target in targets.items():
-                stored = handler.metadata(folder / name).tree if name == _EXTENSIBLE else target
-                wanted = ocp.args.StandardRestore(_only(target, stored))
-                items[name] = _filled(target, checkpointer.restore(folder / name, args=wanted))
+                items[name] = checkpointer.restore(folder / name, args=ocp.args.StandardRestore(target))
     except CheckpointError:
         raise
     except Exception as error:  # what damage looks like is up to the storage layer
@@ -139,35 +136,12 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _only(target: Any, stored: Any) -> Any:
-    """The part of a tree of dicts `target` that is stored."""
-    if not isinstance(target, Mapping):
-        return target
-    return {name: _only(value, stored[name]) for name, value in target.items() if name in stored}
-
-
-def _filled(target: Any, restored: Any) -> Any:
-    """The restored tree of dicts, with zeros for what `target` has and was not stored."""
-    if not isinstance(target, Mapping):
-        return restored
-
-    def zeros(leaf: Any) -> jax.Array:
-        return jax.jit(lambda: jax.numpy.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
-
-    return {
-        name: _filled(value, restored[name]) if name in restored else jax.tree.map(zeros, value)
-        for name, value in target.items()
-    }
-
-
 def _verify(folder: Path, items: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     if record["step"] != int(folder.name):
         raise CheckpointError(f"the checkpoint {folder} is of step {record['step']}, not of the one it is named after")
     for name, tree in items.items():
         saved = record["items"].get(name, {})
         found = integrity.digests(tree)
-        if name == _EXTENSIBLE:
-            found = {path: digest for path, digest in found.items() if path in saved}
         wrong = integrity.differing(saved, found)
         if wrong:
             more = f" and {len(wrong) - 1} more arrays" if len(wrong) > 1 else ""

@@ -1,6 +1,7 @@
 """The lock of a run on its workdir, and the check that its config continues what is stored there."""
 
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -10,10 +11,10 @@ from typing import Any, TypeAlias
 import jax
 from ml_collections import FrozenConfigDict
 
-from mpdit_jax.checkpoint.load import CONFIG, load_config
+from mpdit_jax.checkpoint.load import CONFIG, load_config, run_around
 from mpdit_jax.checkpoint.manager import DAMAGED, SAVED
 from mpdit_jax.checkpoint.reader import CHECKPOINTS, list_steps, numbered_folders
-from mpdit_jax.config.base import differences, to_json
+from mpdit_jax.config.base import ADAPTABLE, differences, to_json
 from mpdit_jax.data.info import INFO_FIELDS, INFO_FILE
 from mpdit_jax.distributed.collectives import first_sentence, run_on_process_0
 from mpdit_jax.errors import CheckpointError, MPDiTError, ProcessError
@@ -25,7 +26,8 @@ from mpdit_jax.io.paths import check_place
 _METRICS, _SAMPLES, _TENSORBOARD, _EVALUATION = "metrics.jsonl", "samples", "tensorboard", "evaluation"
 _CONFIG_FIELDS = ("model", "data")  # of every version's config, a VAE's included
 _FOLDERS = (CHECKPOINTS, DAMAGED, _SAMPLES, _TENSORBOARD)
-_STALE = (CONFIG, _METRICS, INFO_FILE, f"{_SAMPLES}/*", "vae/*", "reconstructions.png")  # not those of other commands
+# Files whose half-written copies a training clears away; those of other commands are not among them.
+_STALE = (CONFIG, _METRICS, INFO_FILE, "jax_flags.json", f"{_SAMPLES}/*", "vae/*", "reconstructions.png")
 _TRAINING = Job("training", "writing to", "use another --workdir", CheckpointError, stale=_STALE)
 Compare: TypeAlias = Callable[[Path, FrozenConfigDict], Mapping[str, tuple[Any, Any]]]
 """From a workdir and a config to the fields in which it contradicts the stored one, by path: (stored, new)."""
@@ -97,6 +99,11 @@ def _check_shared(workdir: Path) -> None:
 
 
 def _lock(workdir: Path, config: FrozenConfigDict, compare: Compare) -> tuple[LockedFolder, str]:
+    if run := run_around(workdir):
+        raise CheckpointError(
+            f"{workdir} lies among the checkpoints of the run {run}: give --workdir={run} to continue it, or another "
+            "folder for a new run."
+        )
     check_writable(workdir / CONFIG)
     for name in (*_FOLDERS, _METRICS):
         check_place(workdir / name, folder=name in _FOLDERS)
@@ -130,10 +137,13 @@ def _check_config(workdir: Path, config: FrozenConfigDict, compare: Compare) -> 
         raise CheckpointError(f"{workdir} has checkpoints but no {CONFIG}; restore that file or use another workdir.")
     if changed := compare(workdir, config):
         lines = [f"  config.{path}: {old!r} in the run, {new!r} now" for path, (old, new) in changed.items()]
+        fits = all(path.removeprefix("model.") in ADAPTABLE for path in changed if path.startswith("model."))
+        start = f" (with --config.init_from={shlex.quote(str(workdir))} it starts from this run's weights)"
         raise CheckpointError(
             f"{workdir} holds a run of another config:\n"
             + "\n".join(lines)
-            + "\nUse another --workdir for a new run, or leave these fields as they were to continue this one."
+            + f"\nUse another --workdir for a new run{start if fits and compare is compare_configs else ''}, or leave "
+            "these fields as they were to continue this one."
         )
 
 

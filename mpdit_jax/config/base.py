@@ -21,6 +21,12 @@ CONTINUABLE = (
 )  # fmt: skip
 
 
+# Fields of `config.model` that may be others than those of the weights which `config.init_from` names.
+ADAPTABLE = ("num_classes", "input_size", "dtype", "flow_map")
+# Values of fields that a stored config may lack, where a run did without the field what is not today's default.
+_BEFORE = {"ema": {"warmup": False}}
+
+
 def base_config() -> ConfigDict:
     """Every field there is, with the paper's recipe as the default. A file in `configs/` starts from this.
 
@@ -32,6 +38,7 @@ def base_config() -> ConfigDict:
     config.steps = 300_000  # parameter updates
     config.gradient_accumulation = 1  # parts of a batch that are computed one after the other, to save memory
     config.ema_decay = 0.9999  # of the moving average of the parameters
+    config.ema = ConfigDict({"warmup": True})  # whether the decay is at most (1 + step) / (10 + step)
     config.label_dropout = 0.1  # fraction of labels replaced by the null class, for classifier-free guidance
 
     config.objective = "flow_matching"  # flow_matching | flow_map: one evaluation jumps from t to r (docs/flow_map.md)
@@ -177,10 +184,7 @@ def to_json(config: FrozenConfigDict | ConfigDict) -> str:
 
 
 def from_json(text: str) -> FrozenConfigDict:
-    """Inverse of `to_json`, checked again; a field that the text lacks gets its default.
-
-    Older runs stay readable as long as the default of a new field is the behaviour before it. Switches of parts that
-    the model does not have are cleared: older versions accepted them.
+    """Inverse of `to_json`, checked again; a field that the text lacks gets what runs did before it, see `_BEFORE`.
 
     Raises:
         ConfigError: not JSON, or not a config of this version.
@@ -191,9 +195,7 @@ def from_json(text: str) -> FrozenConfigDict:
         raise ConfigError(f"not a JSON config ({error}).") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"expected a JSON object of config fields, got {type(stored).__name__}.")
-    config = ConfigDict(_lists_to_tuples(_complete(stored, base_config().to_dict())))
-    check_fields(config, base_config(), "config")
-    clear_unused(config.model)
+    config = ConfigDict(_lists_to_tuples(_complete(_complete(stored, _BEFORE), base_config().to_dict())))
     return resolve(config)
 
 

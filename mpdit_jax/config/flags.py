@@ -69,7 +69,7 @@ def parse_with_config(parser: Parser, arguments: Sequence[str]) -> tuple[argpars
     file, overrides = split_config_words(parser, words)
     if file is None:
         parser.error("--config=FILE is needed, such as --config=digits")
-    config = load_config(file)
+    config = load_config_file(file)
     for path, text in overrides.items():
         _override(config, path, text)
     _let_preset_win(config, overrides)
@@ -94,7 +94,7 @@ def split_config_words(parser: Parser, words: Sequence[str]) -> tuple[str | None
     return given.pop("--config", None), {name.removeprefix("--config."): value for name, value in given.items()}
 
 
-def load_config(value: str) -> ConfigDict:
+def load_config_file(value: str) -> ConfigDict:
     """The config of `--config=VALUE`: what `get_config()` returns, or `get_config("TEXT")` of a value `FILE:TEXT`.
 
     Args:
@@ -123,7 +123,7 @@ def load_config(value: str) -> ConfigDict:
 
 
 def shipped_configs() -> dict[str, str]:
-    """The files of the configs that come with mpdit_jax, by name: of a wheel inside the package, else beside it."""
+    """The files of the configs that mpdit_jax ships, by name; a wheel has them in the package, a clone beside it."""
     package = Path(__file__).parents[1]
     folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
     return {path.stem: str(path) for path in sorted(folder.glob("*.py"))}
@@ -171,9 +171,9 @@ def _override(config: ConfigDict, path: str, text: str) -> None:
 
 
 def _let_preset_win(config: ConfigDict, overrides: Mapping[str, str]) -> None:
-    """A preset named on the command line replaces its fields in the file, but for those named there too.
+    """Let a preset of the command line replace the file's model, except for fields that the command line sets too.
 
-    The data decide `input_size`, and fields of parts that the preset's model does not have are left out.
+    `input_size` stays the file's, since the data decide it. Fields that the preset's model does not use are cleared.
     """
     preset = PRESETS.get(overrides.get("model.preset", ""))
     if preset is not None:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from mpdit_jax.checkpoint.load import load_step
 from mpdit_jax.checkpoint.manager import Checkpoints
 from mpdit_jax.checkpoint.workdir import lock_workdir
-from mpdit_jax.config.base import base_config, model_config, resolve
+from mpdit_jax.config.base import ADAPTABLE, base_config, model_config, resolve
 from mpdit_jax.convert.checksum import Checksum, checksum
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import CheckpointError, ConfigError, InputError, MissingExtraError, WeightsError, install_extra
@@ -137,13 +137,18 @@ def _write_torch(out: Path, found: Found) -> None:
 def _write_workdir(out: Path, found: Found, config: ConfigDict | None) -> None:
     resolved = resolve(_run_config(found.model.config, config))
     model, theirs = model_config(resolved), vars(found.model.config)
-    differing = [
-        f"config.model.{name}={ours!r} (the file: {theirs[name]!r})"
+    differing = {
+        name: f"config.model.{name}={ours!r} (the file: {theirs[name]!r})"
         for name, ours in vars(model).items()
         if name not in _RUNTIME_FIELDS and ours != theirs[name]
-    ]
+    }
     if differing:
-        raise ConfigError(f"--config is of another model: {', '.join(differing)}.")
+        start = (
+            "; to train it from these weights, write --out=weights.safetensors without --config, and train with "
+            "--config.init_from=weights.safetensors"
+        )
+        start = start if {*differing} <= {*ADAPTABLE} else ""
+        raise ConfigError(f"--config is of another model: {', '.join(differing.values())}{start}.")
     mesh, optimizer = make_mesh(devices=jax.local_devices()[:1]), make_optimizer(resolved.optimizer)
     state = create_state(model, optimizer, abstract_state(model, optimizer, mesh), resolved.seed)
     parameters = jax.device_put(split(found.model)[1], jax.tree.map(lambda leaf: leaf.sharding, state.parameters))

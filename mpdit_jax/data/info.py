@@ -52,7 +52,8 @@ def record_dataset(workdir: Path, source: Source, *, trained: bool) -> None:
     if stored is not None and stored.labels not in (None, info.labels):
         raise CheckpointError(
             f"{workdir} was trained on other examples (number and digest of the labels: {stored.labels}) than those of "
-            f"config.data.path ({info.labels}): give the data it was trained on, or use another --workdir."
+            f"config.data.path ({info.labels}): give the data it was trained on, or use another --workdir (with "
+            f"--config.init_from={workdir} it starts from this run's weights)."
         )
     with atomic_write(workdir / INFO_FILE) as file:
         file.write((json.dumps(dataclasses.asdict(info), indent=1) + "\n").encode())

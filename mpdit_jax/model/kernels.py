@@ -5,12 +5,14 @@ GPUs and TPUs run the plain formulas, compiled by XLA. CPUs run variants that ar
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from mpdit_jax.errors import DeviceWarning
 from mpdit_jax.model.config import ModelConfig
 
 Attend: TypeAlias = Callable[[jax.Array], jax.Array]
@@ -18,10 +20,18 @@ Attend: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
 def attention_kernel(config: ModelConfig) -> Attend:
-    """Return the softmax attention for the config's platform."""
-    if config.attention == "xla" and _platform(config.platform) == "cpu":
-        return HeadByHead(config.dtype)
-    return AllHeads(config.attention)
+    """Return the softmax attention for the config's platform; XLA's, with a DeviceWarning, where cuDNN's cannot run."""
+    platform = _platform(config.platform)
+    if config.attention == "cudnn":
+        if platform == jax.default_backend() == "gpu" and config.dtype == "bfloat16":
+            return AllHeads("cudnn")
+        warnings.warn(
+            f"model.attention='cudnn' needs an NVIDIA GPU and bfloat16, and this is {config.dtype} on "
+            f"{jax.default_backend()}: 'xla' is used, which agrees up to rounding.",
+            DeviceWarning,
+            stacklevel=2,
+        )
+    return HeadByHead(config.dtype) if platform == "cpu" else AllHeads("xla")
 
 
 def product_dtype(platform: str) -> jax.typing.DTypeLike | None:

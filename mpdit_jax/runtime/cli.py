@@ -10,19 +10,28 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import jax
 
 from mpdit_jax.distributed.collectives import barrier
 from mpdit_jax.distributed.startup import end_failed, may_be_lost
-from mpdit_jax.errors import DamageWarning, DataWarning, MPDiTError, first_line
+from mpdit_jax.errors import DamageWarning, DataWarning, DeviceWarning, MPDiTError, first_line
 from mpdit_jax.io.paths import REFUSALS, expand
 from mpdit_jax.runtime.signals import KILLED_BY, LOST, Terminated, ending_by_exception, stopped_status, this_command
+
+_RENAMED = {"--join_timeout": "--initialization_timeout"}  # flags of 0.1.0 by their names of today
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with our way of saying what is wrong."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; exit with status 2 for a flag that has another name since 0.1.0."""
+        for word in args or ():
+            if new := _RENAMED.get(word.partition("=")[0]):
+                self.error(f"{word.partition('=')[0]} is {new} now")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print one sentence and where to look, and exit with status 2."""
@@ -161,7 +170,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """Our own warnings are sentences."""
-    ours = issubclass(category, DamageWarning | DataWarning)
+    ours = issubclass(category, DamageWarning | DataWarning | DeviceWarning)
     _say(f"warning: {message}" if ours else warnings.formatwarning(message, category, filename, lineno, line).rstrip())
 
 

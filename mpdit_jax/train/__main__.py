@@ -51,12 +51,10 @@ def main(arguments: Sequence[str]) -> int:
 
     import jax
 
-    from mpdit_jax.data.info import read_dataset_info
     from mpdit_jax.train.evaluator import is_missing
     from mpdit_jax.train.loop import train
     from mpdit_jax.train.replay import replay
     from mpdit_jax.train.startup import parameter_table
-    from mpdit_jax.vae import PIXELS
 
     if options.replay_step is not None:
         found = replay(config, workdir, options.replay_step)
@@ -73,14 +71,28 @@ def main(arguments: Sequence[str]) -> int:
     if jax.process_index() == 0 and stopped:
         print(stopped_line("train", arguments, step, config.steps))
     elif jax.process_index() == 0:
-        info = read_dataset_info(workdir)
-        latents = None if info is None else info.latents
-        vae = "" if latents is None or latents.vae_fingerprint == PIXELS else " --vae=FOLDER"
         print(
-            f"done: checkpoints in {workdir / 'checkpoints'}, logs in {workdir / 'tensorboard'}; draw with:\n"
-            f"  python -m mpdit_jax.sample --workdir={shlex.quote(options.workdir)}{vae} --out=samples.png"
+            f"done: checkpoints in {workdir / 'checkpoints'}, logs in {workdir / 'tensorboard'}{how_to_draw(workdir)}"
         )
     return stopped_status() if stopped else 0
+
+
+def how_to_draw(workdir: Path) -> str:
+    """The command that draws from a run, which needs the VAE of latents and shows few of many classes."""
+    from mpdit_jax.checkpoint.load import load_config
+    from mpdit_jax.data.info import read_dataset_info
+    from mpdit_jax.sample.outputs import ROWS
+    from mpdit_jax.vae import PIXELS
+
+    config, info = load_config(workdir), read_dataset_info(workdir)
+    words = [f"--workdir={workdir}"]
+    if info is not None and info.latents is not None and info.latents.vae_fingerprint != PIXELS:
+        words.append(f"--vae={config.sample.vae or 'FOLDER'}")
+    elif config.data.name != "latents" and config.model.in_channels not in (1, 3):
+        return ""
+    words += ["--solver=flow_map", "--steps=4"] if config.model.flow_map else []
+    words += ["--labels=0,1,2,3,4,5,6,7"] if config.model.num_classes > ROWS else []
+    return f"; draw with:\n  python -m mpdit_jax.sample {shlex.join(words)} --out=samples.png"
 
 
 if __name__ == "__main__":

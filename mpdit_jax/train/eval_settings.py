@@ -1,4 +1,4 @@
-"""The settings of a run's evaluations: where they change, points of one curve do not compare.
+"""The history of a run's evaluation settings, since points of a curve do not compare if a setting changed in between.
 
 WORKDIR/evaluation/settings.json    [{"from_step": 1000, "settings": {…}}, …], the later ones where they changed
 """
@@ -14,9 +14,9 @@ from mpdit_jax.io.json_files import parse_json
 
 
 def note_settings(path: Path, step: int, settings: Mapping[str, str | int]) -> str:
-    """Store the settings of a step's evaluation; a sentence where they differ from those before it, else "".
+    """Store the settings of a step's evaluation; return a sentence if they differ from the settings before, else "".
 
-    Entries of that step and later ones are dropped: their evaluations were undone, as their log lines are.
+    Entries of this step and of later steps are dropped, because their evaluations are made again.
 
     Raises:
         InputError: it cannot be written.

@@ -1,7 +1,7 @@
 """Evaluations while a run trains: the moving average's samples, compared with real images (`config.eval`).
 
-An evaluation has a line of its own in `metrics.jsonl`, so that one that was cut off is made up for when the run
-continues. Like everything that a run computes, its numbers are the same after a restart.
+Every evaluation writes a line to `metrics.jsonl`. An evaluation that was cut off has none, and is repeated when the run
+continues. Its numbers are the same after a restart.
 """
 
 import dataclasses
@@ -153,7 +153,7 @@ class Evaluator:
             return merge(self._structure, parameters)
 
     def _deciding_settings(self, extractor: Extractor, real: Statistics) -> dict[str, str | int]:
-        """What the numbers depend on beside the parameters and what their names say."""
+        """The settings that change the metrics and are not part of their names."""
         settings = self._config.eval
         return {
             "extractor": f"{extractor.name} {extractor.fingerprint[:12]}",

@@ -1,4 +1,4 @@
-"""The grid of samples that a run draws now and then."""
+"""The grid of samples that a run draws every `config.sample.every` steps."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +25,23 @@ def choose_decode(config: FrozenConfigDict, workdir: Path, source: Source) -> De
     return make_decode(str(workdir), config.sample.vae) if config.sample.vae or pixels else None
 
 
+def why_no_grid(config: FrozenConfigDict, decode: Decode | None) -> str:
+    """The reason why a run that asks for grids draws none, "" if it draws them or does not ask."""
+    if not config.sample.every or decode is not None:
+        return ""
+    if config.data.name == "latents":
+        return (
+            f"config.sample.every={config.sample.every} draws no grids of latents without their VAE: give "
+            "--config.sample.vae=FOLDER, now or when the run continues, or --config.sample.every=0"
+        )
+    if config.model.in_channels not in (1, 3):
+        return (
+            f"config.sample.every={config.sample.every} draws no grids: these images have {config.model.in_channels} "
+            "channels, and a picture has 1 or 3"
+        )
+    return ""
+
+
 def draw_grid(
     config: FrozenConfigDict,
     structure: Structure,
@@ -37,7 +54,7 @@ def draw_grid(
     Collective. None for latents that nothing decodes, if `stopped` while they are decoded, and on every process but
     process 0.
     """
-    if decode is None and (config.data.name == "latents" or config.model.in_channels not in (1, 3)):
+    if why_no_grid(config, decode):
         return None
     mesh = jax.sharding.get_mesh()
     if jax.process_count() > 1:

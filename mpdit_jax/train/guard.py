@@ -1,7 +1,7 @@
-"""Which steps are applied: one whose loss or gradient is not finite, or spikes, changes nothing and is counted.
+"""The guard decides which steps are applied: a step whose loss or gradient is not finite, or spikes, changes nothing.
 
-Finite gradients give finite updates, unless a setting is out of all proportion (a learning rate of 1e38, an eps of
-1e-40, a b1 that is 1 in float32). Such an update can't be undone: the run ends before it is saved.
+Finite gradients give finite updates unless a setting is extreme (a learning rate of 1e38, an eps of 1e-40, a b1 that
+is 1 in float32). An update that is not finite cannot be undone: the run then ends, and the state is not saved.
 """
 
 from typing import TypeAlias

@@ -9,17 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpdit_jax.checkpoint.load import load_together
+from mpdit_jax.config.base import ADAPTABLE
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.interop.files import read_state_dict
 from mpdit_jax.io.paths import expand
 from mpdit_jax.model.parameters import split
 from mpdit_jax.train.state import TrainState
 
+_TABLE = "class_embedding.table"  # (classes + 1, width), with the null class last
+
 
 def initialize_from(state: TrainState, origin: str) -> TrainState:
     """Return the initial state with parameters and moving average taken from a run's moving average or a file.
 
-    The optimizer starts afresh. Collective.
+    If the number of classes is another, the rows of the class table stay as they were drawn, except that of the null
+    class. The optimizer starts afresh. Collective.
 
     Args:
         state: the state before the first step.
@@ -29,19 +33,31 @@ def initialize_from(state: TrainState, origin: str) -> TrainState:
         ConfigError: nothing is there, or its parameters have other names or shapes.
         CheckpointError, WeightsError: a run or a file that cannot be read.
     """
-    arrays = _read(origin)
-    wrong = [name for name, leaf in state.parameters.items() if name not in arrays or arrays[name].shape != leaf.shape]
-    wrong += [name for name in arrays if name not in state.parameters]
+    arrays, ours = _read(origin), state.parameters
+    other_classes = _TABLE in arrays and _TABLE in ours and len(arrays[_TABLE]) != len(ours[_TABLE])
+    shapes = {name: np.shape(array) for name, array in arrays.items()}
+    if other_classes:
+        shapes[_TABLE] = (len(ours[_TABLE]), *shapes[_TABLE][1:])
+    wrong = [name for name, leaf in ours.items() if shapes.get(name) != leaf.shape]
+    wrong += [name for name in arrays if name not in ours]
     if wrong:
         name = wrong[0]
-        ours = state.parameters[name].shape if name in state.parameters else "no such parameter"
-        theirs = np.shape(arrays[name]) if name in arrays else "no such parameter"
+        here = ours[name].shape if name in ours else "no such parameter"
+        there = shapes.get(name, "no such parameter")
         more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
         raise ConfigError(
-            f"config.init_from={origin} has another model than config.model: {name} is {theirs} there and {ours} "
-            f"here{more}. Give the config.model of that run."
+            f"config.init_from={origin} has another model than config.model: {name} is {there} there and {here} "
+            f"here{more}. Give the config.model of that run ({', '.join(ADAPTABLE)} may differ)."
         )
-    parameters = {name: _placed(arrays[name], leaf) for name, leaf in state.parameters.items()}
+    parameters = {
+        name: _with_null_row(leaf, arrays[name]) if name == _TABLE and other_classes else _placed(arrays[name], leaf)
+        for name, leaf in ours.items()
+    }
+    if other_classes and jax.process_index() == 0:
+        print(
+            f"config.init_from={origin} has {len(arrays[_TABLE]) - 1} classes, and this run {len(ours[_TABLE]) - 1}: "
+            "their embeddings start anew, the other parameters are taken"
+        )
     average = jax.tree.map(jnp.copy, parameters)  # donated buffers may not be shared
     return dataclasses.replace(state, parameters=parameters, ema_parameters=average)
 
@@ -53,6 +69,12 @@ def _read(origin: str) -> Mapping[str, Any]:
     if path.suffix != ".safetensors" or not path.is_file():
         raise ConfigError(f"config.init_from={origin}: expected the workdir of a run, or a .safetensors file.")
     return read_state_dict(path)
+
+
+def _with_null_row(table: jax.Array, theirs: Any) -> jax.Array:
+    """A class table whose last row, that of the null class, is the last row of another."""
+    row = np.asarray(theirs[-1], table.dtype)
+    return jax.jit(lambda table: table.at[-1].set(row), out_shardings=table.sharding)(table)
 
 
 def _placed(array: Any, leaf: jax.Array) -> jax.Array:

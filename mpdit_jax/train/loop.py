@@ -17,7 +17,7 @@ from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.policy import make_policy
 from mpdit_jax.train.prefetcher import Prefetcher
 from mpdit_jax.train.run import Run
-from mpdit_jax.train.startup import first_state, load_data, log_startup, make_stopwatch, record_data
+from mpdit_jax.train.startup import continued, first_state, load_data, log_startup, make_stopwatch, record_inputs
 from mpdit_jax.train.state import TrainState, abstract_state
 from mpdit_jax.train.step import build_train_step, jit_step
 
@@ -39,7 +39,8 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
     SIGTERM and SIGINT end the run after the step in hand, saved; the process ends if that takes longer than
     `config.checkpoint.grace`, or at once if no step was done yet, or on a second signal (see `PreemptionHandler`).
     """
-    workdir, config = Path(workdir), resolve(config)
+    workdir = Path(workdir)
+    config = continued(resolve(config), workdir)
     mesh = make_mesh(**config.mesh)
     source = load_data(config, mesh)
     model, optimizer = model_config(config), make_optimizer(config.optimizer)
@@ -49,12 +50,12 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
     with jax.set_mesh(mesh), Run(config, workdir, lock, policy) as run:
         target = abstract_state(model, optimizer, mesh)
         step, state = run.restore(target) or (0, first_state(config, model, optimizer, target))
-        record_data(workdir, source, step)
+        record_inputs(workdir, source, step)
         decode = choose_decode(config, workdir, source)
         evaluator = Evaluator(config, workdir, source, structure, decode, run.stopped)
         unevaluated = evaluator.pending(step)  # an earlier start ended in the middle of its evaluation
         done = step >= config.steps and not unevaluated
-        log_startup(config, workdir, step, len(source), mesh, done)
+        log_startup(config, workdir, step, len(source), mesh, decode, done)
         if done:
             return state
         train_step = jit_step(build_train_step(config, structure, optimizer, source.latents), target, mesh)

@@ -25,7 +25,7 @@ def empty_window(more: Sequence[str] = ()) -> Window:
     names = (*METRICS, *more, "steps", "skipped", "largest_loss")
     scalars = {name: jnp.zeros((), jnp.float32) for name in names}
     buckets = {name: jnp.zeros(TIME_BUCKETS, jnp.float32) for name in ("time_loss", "time_examples")}
-    # Zero stands for no step: steps are numbered from 1, and fields that an older checkpoint lacks are read as zeros.
+    # Zero stands for no step: steps are numbered from 1.
     steps = {name: jnp.zeros((), jnp.int32) for name in ("most_skipped_in_a_row", "largest_loss_step")}
     return scalars | buckets | steps | {"skipped_steps": jnp.zeros(NAMED_SKIPS, jnp.int32)}
 

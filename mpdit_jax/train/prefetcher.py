@@ -11,7 +11,7 @@ PlacedBatch = dict[str, jax.Array]
 
 
 class Prefetcher:
-    """Batches, one read and placed ahead: call `prefetch` after a step was dispatched, before waiting for its result.
+    """An iterator that keeps one batch ahead: call `prefetch` after dispatching a step, before waiting for its result.
 
     Args:
         batches: on the host, endless.

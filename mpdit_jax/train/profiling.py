@@ -26,7 +26,7 @@ class Profiler:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around the dispatch of the step that follows `step`."""
+        """Surround the dispatch of the step after `step`; start the recording if it is due."""
         if not self._recording and self._start <= step < self._end:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # recording every Python call would slow down what is measured
@@ -39,7 +39,7 @@ class Profiler:
             yield
 
     def ends_at(self, step: int) -> bool:
-        """Whether the last of the first `step` steps is the last to record: `finish` when the devices are done."""
+        """Whether step number `step` is the last to record; call `finish` when the devices are done with it."""
         return self._recording and step >= self._end
 
     def finish(self) -> None:

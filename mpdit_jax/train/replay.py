@@ -1,7 +1,7 @@
-"""Replay of one step of a run, which names everything in it that is not finite: why was it skipped?
+"""Replay of one step of a run, to find out why it was skipped: everything in it that is not finite is named.
 
-Every step is a function of the state before it and of its batch, which is a function of (seed, step). So the state is
-computed again from the checkpoint before, and the step is taken apart. Nothing is written.
+The state before the step is computed again from the newest checkpoint before it, which gives the same bits. Nothing is
+written.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from mpdit_jax.model.parameters import abstract
 from mpdit_jax.train import step as steps
 from mpdit_jax.train.guard import NONFINITE_UPDATE
 from mpdit_jax.train.optimizer import make_optimizer
-from mpdit_jax.train.startup import first_state, load_data
+from mpdit_jax.train.startup import continued, first_state, load_data
 from mpdit_jax.train.state import TrainState, abstract_state, from_items, to_items
 
 _NAMED = 8  # rows and arrays that are named; more are counted
@@ -50,8 +50,8 @@ def replay(config: ConfigDict | FrozenConfigDict, workdir: str | Path, number: i
         ConfigError: a step that the run does not have, or several processes.
         DataError: see `load_source`.
     """
-    workdir, config = Path(workdir), resolve(config)
-    stored = load_config(workdir)
+    workdir = Path(workdir)
+    stored, config = load_config(workdir), continued(resolve(config), workdir)
     last = max(stored.steps, config.steps)
     if not 1 <= number <= last:
         raise ConfigError(f"replay_step={number}: expected the number of a step of the run, 1 to {last}.")

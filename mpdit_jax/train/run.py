@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,15 @@ from mpdit_jax.distributed.collectives import StopVote, any_process, barrier
 from mpdit_jax.errors import DataError
 from mpdit_jax.runtime.memory import return_freed
 from mpdit_jax.runtime.signals import PreemptionHandler
-from mpdit_jax.train.evaluator import Evaluator
 from mpdit_jax.train.logger import RunLogger
 from mpdit_jax.train.prefetcher import Prefetcher
 from mpdit_jax.train.profiling import Profiler
-from mpdit_jax.train.state import TrainState
 from mpdit_jax.train.stopwatch import Stopwatch
 from mpdit_jax.train.writers import check_wandb
+
+if TYPE_CHECKING:
+    from mpdit_jax.train.evaluator import Evaluator
+    from mpdit_jax.train.state import TrainState
 
 S = TypeVar("S")
 
@@ -39,16 +41,16 @@ class Policy(Generic[S]):
     metrics: Callable[[int, S], tuple[dict[str, float], list[int]]]  # values to log, first steps skipped since
     reset_metrics: Callable[[S], S]  # the state to continue with after they were logged
     check: Callable[[int, S, Callable[[], str]], int]
-    """From (step, state, newest) to the number of steps skipped in a row up to this one. Raises a DivergedError that
-    tells `newest()`, the newest checkpoint, to end the run."""
+    """Called as check(step, state, newest); returns how many steps in a row, up to this one, were skipped. Ends the run
+    by a DivergedError, whose message has `newest()`, the newest checkpoint in words."""
 
 
 class Run(Generic[S]):
     """One training run; a context manager that holds the workdir, handles signals and opens the checkpoints.
 
-    The methods are called in the order of a loop, by every process; each does what is due at a step, if anything.
-    Before something is written, they check that the workdir is still the run's own and ask the policy about the state.
-    Everywhere `step` is the number of steps done.
+    Every process calls the methods in the loop's order, and each does what is due after a step, if anything. Before
+    they write, they check that the workdir still belongs to the run and that the policy accepts the state. `step` is
+    always the number of finished steps.
 
     Args:
         config: resolved, with `steps`, `batch_size` and the groups `checkpoint`, `log` and `profile`.
@@ -115,7 +117,7 @@ class Run(Generic[S]):
 
     @contextmanager
     def dispatch(self, step: int) -> Iterator[None]:
-        """Around the train step after `step`, which is profiled and may copy nothing to the devices by itself."""
+        """Surround the call of the train step after `step`: it is profiled if asked, and implicit copies are errors."""
         with self._profiler.step(step), jax.transfer_guard("disallow"):
             yield
         self._stop.nothing_to_save = False
@@ -145,9 +147,10 @@ class Run(Generic[S]):
         return self._policy.reset_metrics(state)
 
     def save(self, step: int, state: S) -> None:
-        """Save a checkpoint every `config.checkpoint.every` steps, but none while steps are skipped except the last.
+        """Save a checkpoint every `config.checkpoint.every` steps, and after the last.
 
-        The cause may be in the parameters, and older checkpoints are good.
+        Before the last, nothing is saved while steps are skipped: the cause may lie in the parameters, and older
+        checkpoints are good.
         """
         if self._is_due(self._config.checkpoint.every, step):
             skipped = self.check(step, state)
@@ -155,7 +158,7 @@ class Run(Generic[S]):
                 with self._watch.of("other"):
                     self._checkpoints.save(step, self._policy.to_items(state))
 
-    def show(self: "Run[TrainState]", step: int, state: TrainState, draw: Callable[..., np.ndarray | None]) -> None:
+    def show(self: "Run[TrainState]", step: int, state: "TrainState", draw: Callable[..., np.ndarray | None]) -> None:
         """Write a grid of samples every `config.sample.every` steps; see `grid.draw_grid`."""
         last = step == self._config.steps
         if not self._is_due(self._config.sample.every, step):
@@ -169,8 +172,11 @@ class Run(Generic[S]):
                 self._logger.picture(step, picture)
             barrier("the grid is drawn")  # by process 0 alone
 
-    def record(self: "Run[TrainState]", step: int, state: TrainState, evaluator: Evaluator) -> None:
-        """Evaluate samples if that is due; after `save`, as one that is cut off is repeated from the checkpoint."""
+    def record(self: "Run[TrainState]", step: int, state: "TrainState", evaluator: "Evaluator") -> None:
+        """Evaluate samples if an evaluation is due.
+
+        Call it after `save`, since an evaluation that is cut off is repeated from that checkpoint.
+        """
         if not evaluator.due(step):
             return
         self.check(step, state)
@@ -199,7 +205,7 @@ class Run(Generic[S]):
         return self._policy.check(step, state, self._newest)
 
     def _save_now(self, step: int, state: S) -> None:
-        """Save where no checkpoint is due; while steps are skipped too, but then older checkpoints are all kept."""
+        """Save although no checkpoint is due; while steps are skipped, without deleting an older checkpoint."""
         skipped = self.check(step, state)
         self._checkpoints.save(step, self._policy.to_items(state), keep_older=bool(skipped))
 

@@ -9,20 +9,49 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from mpdit_jax.checkpoint.load import CONFIG
+from mpdit_jax.checkpoint.reader import numbered_folders
 from mpdit_jax.config.base import model_config, resolve
 from mpdit_jax.data.info import identity, record_dataset
 from mpdit_jax.data.sources import Source, check_fits, load_source
-from mpdit_jax.distributed.collectives import assert_equal_across_processes, count_machines, run_on_process_0
+from mpdit_jax.distributed.collectives import (
+    any_process,
+    assert_equal_across_processes,
+    count_machines,
+    run_on_process_0,
+)
 from mpdit_jax.distributed.mesh import check_batch
 from mpdit_jax.errors import ConfigError
+from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.model.accounting import count, training_flops
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.parameters import abstract
 from mpdit_jax.runtime.hardware import peak_flops
+from mpdit_jax.sample.drawing import Decode
+from mpdit_jax.train.grid import why_no_grid
 from mpdit_jax.train.init_from import initialize_from
+from mpdit_jax.train.jax_flags import number_flags, record_flags
 from mpdit_jax.train.state import TrainState, create_state
 from mpdit_jax.train.stopwatch import Stopwatch
 from mpdit_jax.train.writers import METRICS_FILE
+
+
+def continued(config: FrozenConfigDict, workdir: Path) -> FrozenConfigDict:
+    """The config to train with: a run that was started before `ema.warmup` goes on without a warm-up. Collective."""
+    if not any_process(jax.process_index() == 0 and config.ema.warmup and _is_older_than_warmup(workdir)):
+        return config
+    if jax.process_index() == 0:
+        print(f"{workdir} was started without config.ema.warmup, and goes on without it")
+    older = ConfigDict(config)
+    older.ema.warmup = False
+    return FrozenConfigDict(older)
+
+
+def _is_older_than_warmup(workdir: Path) -> bool:
+    try:
+        return bool(numbered_folders(workdir)) and "ema" not in parse_json((workdir / CONFIG).read_text())
+    except (OSError, ValueError, TypeError):
+        return False  # the check of the stored config says what is wrong
 
 
 def load_data(config: FrozenConfigDict, mesh: Mesh) -> Source:
@@ -36,15 +65,16 @@ def load_data(config: FrozenConfigDict, mesh: Mesh) -> Source:
     check_batch(config.batch_size, mesh, config.gradient_accumulation)
     model, platform = model_config(config), mesh.devices.flat[0].platform
     if model.attention == "cudnn" and platform != "gpu":
-        raise ConfigError(f"config.model.attention='cudnn' needs an NVIDIA GPU and this is {platform}: use 'xla'.")
+        raise ConfigError(f"config.model.attention='cudnn' needs an NVIDIA GPU and this is {platform}: give 'xla'.")
     source = load_source(**config.data)
     check_fits(source, (*model.input_size, model.in_channels), model.num_classes)
-    assert_equal_across_processes(identity(source))
+    assert_equal_across_processes(identity(source) | {name: str(value) for name, value in number_flags().items()})
     return source
 
 
-def record_data(workdir: Path, source: Source, step: int) -> None:
-    """Write what samplers need to know of the data, or check that a run at `step` continues with the same data."""
+def record_inputs(workdir: Path, source: Source, step: int) -> None:
+    """Store the run's data set and JAX flags, or check that a run at `step` continues with the same. Collective."""
+    run_on_process_0(partial(record_flags, workdir, trained=step > 0))
     run_on_process_0(partial(record_dataset, workdir, source, trained=step > 0))
 
 
@@ -64,8 +94,10 @@ def make_stopwatch(config: FrozenConfigDict, mesh: Mesh) -> Stopwatch:
     return Stopwatch(config.batch_size, training_flops(model, config.mask_ratio), peak)
 
 
-def log_startup(config: FrozenConfigDict, workdir: Path, step: int, images: int, mesh: Mesh, done: bool) -> None:
-    """Print on process 0 what a run begins or continues with, or that it is done."""
+def log_startup(
+    config: FrozenConfigDict, workdir: Path, step: int, images: int, mesh: Mesh, decode: Decode | None, done: bool
+) -> None:
+    """Print on process 0 what a run begins or continues with and which settings have no effect, or that it is done."""
     if jax.process_index() > 0:
         return
     if done:
@@ -80,6 +112,21 @@ def log_startup(config: FrozenConfigDict, workdir: Path, step: int, images: int,
         f"{parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} GMACs a forward pass, "
         f"{mesh.size} {mesh.devices.flat[0].platform} device(s){several}",
         flush=True,
+    )
+    for note in (describe_average(config), why_no_grid(config, decode)):
+        if note:
+            print(note, flush=True)
+
+
+def describe_average(config: FrozenConfigDict) -> str:
+    """A sentence where the moving average will hold more than 5 % of the initial weights at the end, else ""."""
+    share = config.ema_decay**config.steps
+    if config.ema.warmup or share <= 0.05:
+        return ""
+    return (
+        f"at step {config.steps} the moving average, from which samples are drawn, will still hold {share:.0%} of the "
+        f"initial weights (config.ema_decay={config.ema_decay:g}, config.ema.warmup=False): draw with --no_ema, or "
+        "start with a smaller decay or with --config.ema.warmup=True"
     )
 
 

@@ -140,6 +140,7 @@ def build_train_step(
         config_loss(config, structure),
         optimizer,
         config.ema_decay,
+        ema_warmup=config.ema.warmup,
         accumulation=config.gradient_accumulation,
         spike_factor=config.guard.spike_factor,
     )
@@ -151,6 +152,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     *,
+    ema_warmup: bool = False,
     accumulation: int = 1,
     spike_factor: float = 0.0,
 ) -> Step:
@@ -158,6 +160,7 @@ def make_step(
 
     Args:
         noising, loss, optimizer, ema_decay: the parts of the step.
+        ema_warmup: whether the decay is min(ema_decay, (1 + step) / (10 + step)), with the number of steps done before.
         accumulation: parts the batch is cut into; their gradients are averaged, at the memory of one part.
         spike_factor: skip a step whose gradient norm is this many times the running mean; 0 for never (`train.guard`).
     """
@@ -170,7 +173,8 @@ def make_step(
         applied = guards.should_apply(state.guard, value, gradient_norm, spike_factor)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
-        ema_parameters = moving_average(state.ema_parameters, parameters, ema_decay)
+        decay = warmed_up(ema_decay, state.step) if ema_warmup else ema_decay
+        ema_parameters = moving_average(state.ema_parameters, parameters, decay)
         metrics = {
             "loss": value,
             "gradient_norm": gradient_norm,
@@ -228,7 +232,13 @@ def accumulated(
     return value / parts, (restored(per_example), {name: scalar.mean() for name, scalar in more.items()}), mean
 
 
-def moving_average(average: Parameters, parameters: Parameters, decay: float) -> Parameters:
+def warmed_up(decay: float, step: jax.Array) -> jax.Array:
+    """min(decay, (1 + step) / (10 + step)): the average soon forgets the initial parameters; float32 scalar."""
+    number = step.astype(jnp.float32)
+    return jnp.minimum(jnp.float32(decay), (1 + number) / (10 + number))
+
+
+def moving_average(average: Parameters, parameters: Parameters, decay: float | jax.Array) -> Parameters:
     """decay * average + (1 - decay) * parameters."""
     return jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, average, parameters)
 

@@ -15,7 +15,7 @@ from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.vae.config import AutoencoderConfig
 from mpdit_jax.validation import LARGEST_SIDE
 
-_CONTINUABLE = ("checkpoint.", "log.", "profile.")  # groups that a continued training may change, and older ones lack
+_CONTINUABLE = ("checkpoint.", "log.", "profile.")  # groups that may change; 0.1.0 stored some of their fields only
 
 
 def base_vae_config() -> ConfigDict:

@@ -1,16 +1,18 @@
 """configs/ablation.py: every row of the paper's tables has a config with the row's model, and its step traces."""
 
 import re
-import subprocess
+import runpy
+import shutil
 import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from mpdit_jax.config import model_config, resolve
+from mpdit_jax import tables
+from mpdit_jax.config import flags, model_config, resolve
 from mpdit_jax.config.ablation import ROWS, list_rows
-from mpdit_jax.config.flags import load_config, shipped_configs
+from mpdit_jax.config.flags import load_config_file, shipped_configs
 from mpdit_jax.data.latents import PAPER_MEAN, PAPER_STD, LatentSpace
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import ConfigError
@@ -25,7 +27,7 @@ TRACED = set()  # several rows are the base
 
 
 def line_of(name):
-    """What the list says of a row."""
+    """Return the list's line on a row."""
     (line,) = re.findall(rf"^  {name} +(.*)$", list_rows(), re.MULTILINE)
     return line
 
@@ -38,7 +40,7 @@ def test_every_row_has_a_config():
 
 @pytest.mark.parametrize("name", sorted(set(ROWS) - ELSEWHERE))
 def test_model_and_step(name):
-    config, row = resolve(load_config(f"{ROOT / 'configs/ablation.py'}:{name}")), ROWS[name]
+    config, row = resolve(load_config_file(f"{ROOT / 'configs/ablation.py'}:{name}")), ROWS[name]
     model = model_config(config)
     assert model == row.model.replace(dtype="bfloat16")
     assert config.mask_ratio == row.mask_ratio
@@ -63,19 +65,33 @@ def test_model_and_step(name):
 def test_a_name_is_needed_and_the_nearest_is_named():
     for value in ("ablation", "configs/ablation.py", "ablation:"):
         with pytest.raises(ConfigError, match=r"one of dit_b_2, .* dit_xl_2_masked_75; `python") as refused:
-            load_config(value)
+            load_config_file(value)
         assert "\n" not in str(refused.value)
     with pytest.raises(ConfigError, match=r"no row 'time_liner_2' \(did you mean 'time_linear_2'\?\)"):
-        load_config("ablation:time_liner_2")
+        load_config_file("ablation:time_liner_2")
 
 
 @pytest.mark.parametrize("old", ["configs/ablations/time_linear_2.py", "/clone/configs/ablations/time_linear_2.py"])
 def test_a_file_of_before_is_found_under_its_new_name(old, capsys):
-    assert load_config(old) == load_config("ablation:time_linear_2")
+    assert load_config_file(old) == load_config_file("ablation:time_linear_2")
     assert capsys.readouterr().err == f"--config={old} is written --config=ablation:time_linear_2 now\n"
 
 
-def test_the_file_lists_its_rows():
-    command = [sys.executable, str(ROOT / "configs/ablation.py"), "--list"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == f"{list_rows()}\n"
+def test_the_file_and_the_tables_list_the_rows(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--list"])
+    runpy.run_path(str(ROOT / "configs/ablation.py"), run_name="__main__")
+    assert tables.main(["--format=list"]) == 0
+    assert capsys.readouterr().out == f"{list_rows()}\n" * 2
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--lst"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(ROOT / "configs/ablation.py"), run_name="__main__")
+    assert done.value.code == 2
+
+
+def test_a_wheel_has_the_rows(tmp_path, monkeypatch):
+    """A wheel holds the configs inside the package, and there is no checkout around it."""
+    shutil.copytree(ROOT / "configs", tmp_path / "mpdit_jax/configs")
+    monkeypatch.setattr(flags, "__file__", str(tmp_path / "mpdit_jax/config/flags.py"))
+    monkeypatch.chdir(tmp_path)
+    assert shipped_configs()["ablation"] == str(tmp_path / "mpdit_jax/configs/ablation.py")
+    assert load_config_file("ablation:mpdit_b_k4").model.depths == (8, 4)

@@ -1,11 +1,11 @@
-"""The configs that no test machine can run: their state has the model's size and their step traces."""
+"""Configs that are too large to run in tests: their state has the model's size, and their step traces."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from mpdit_jax.config import model_config, resolve
-from mpdit_jax.config.flags import load_config
+from mpdit_jax.config.flags import load_config_file
 from mpdit_jax.data.latents import PAPER_MEAN, PAPER_STD, LatentSpace
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.model.parameters import abstract
@@ -25,7 +25,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_state_and_step(name):
-    config = resolve(load_config(name))
+    config = resolve(load_config_file(name))
     epochs, millions = EXPECTED[name]
     # The paper's recipe, of 256 pixels and of 512.
     batch_and_rate = (1024, 2e-4) if name.endswith("_256") else (256, 1e-4)

@@ -117,7 +117,9 @@ def test_a_run_starts_from_a_converted_workdir(tmp_path, capsys):
     assert "continuing at step 5" in stdout
     assert "progress['step']" in saved_arrays(tmp_path / "run", 6)
     message = refusal_of(source, f"--out={tmp_path / 'other'}", config, *tiny, "--config.model.class_tokens=3")
-    assert "--config is of another model: config.model.class_tokens=3 (the file: 2)" in message
+    assert "--config is of another model: config.model.class_tokens=3 (the file: 2)." in message
+    message = refusal_of(source, f"--out={tmp_path / 'other'}", config, *tiny, "--config.model.num_classes=7")
+    assert "write --out=weights.safetensors without --config, and train with --config.init_from=weights" in message
     assert not (tmp_path / "other").exists()
 
 

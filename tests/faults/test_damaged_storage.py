@@ -270,14 +270,6 @@ def test_a_folder_made_by_hand_is_no_checkpoint(finished, tmp_path):
         assert (copy / "damaged_checkpoints" / name / "notes.txt").read_text() == "mine"
 
 
-def test_a_scalar_that_a_checkpoint_does_not_have_yet_is_zero(finished, tmp_path):
-    copy, _ = copy_of(finished, tmp_path)
-    target = target_of(copy)
-    target["progress"]["window"]["of_the_future"] = target["progress"]["step"]
-    with Checkpoints(copy, keep=3) as checkpoints:
-        assert int(checkpoints.restore_newest(target).items["progress"]["window"]["of_the_future"]) == 0
-
-
 def test_digests_notice_every_bit():
     draw = np.random.default_rng(0)
     tree = {"a": draw.normal(size=(7, 5)).astype(np.float32), "b": np.arange(6, dtype=np.int32), "c": np.float32(2)}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mpdit_jax.config.flags import load_config
+from mpdit_jax.config.flags import load_config_file
 from mpdit_jax.distributed.startup import add_flags
 from tests.tiny import command_main
 
@@ -97,7 +97,7 @@ def test_jobsets_describe_the_cluster_that_the_command_finds(monkeypatch):
         [container] = job["template"]["spec"]["containers"]
         assert container["command"] == ["python", "-u", "-m", "mpdit_jax.train"]
         config = container["args"][0].removeprefix("--config=")
-        assert load_config(config).model
+        assert load_config_file(config).model
     job = gpu["spec"]["replicatedJobs"][0]["template"]["spec"]
     [container] = job["template"]["spec"]["containers"]
     values = {entry["name"]: entry.get("value", "1") for entry in container["env"]}  # the second pod's index

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import mpdit_jax as mp
-from mpdit_jax.errors import ConfigError
+from mpdit_jax.errors import ConfigError, DeviceWarning
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.kernels import AllHeads, HeadByHead, attention_kernel, product_dtype
 from tests.conftest import relative_error
@@ -44,16 +44,29 @@ def test_large_logits_do_not_overflow():
     assert relative_error(found, expected) < 1e-5
 
 
-def test_kernels_are_chosen_by_platform():
+def test_kernels_are_chosen_by_platform(monkeypatch):
     assert attention_kernel(ModelConfig(platform="cpu", dtype="bfloat16")) == HeadByHead("bfloat16")
     assert attention_kernel(ModelConfig(platform="gpu")) == attention_kernel(ModelConfig(platform="tpu"))
     assert attention_kernel(ModelConfig(platform="tpu")) == AllHeads("xla")
-    assert attention_kernel(ModelConfig(platform="gpu", attention="cudnn")) == AllHeads("cudnn")
     assert (product_dtype("cpu"), product_dtype("gpu"), product_dtype("tpu")) == (jnp.float32, None, None)
     here = attention_kernel(ModelConfig())
     assert here == attention_kernel(ModelConfig(platform=jax.default_backend()))
     with pytest.raises(ConfigError, match=r"model\.platform='cuda'.*auto, cpu, gpu, tpu"):
         ModelConfig(platform="cuda")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert attention_kernel(ModelConfig(attention="cudnn", dtype="bfloat16")) == AllHeads("cudnn")
+    with pytest.warns(DeviceWarning, match="this is float32 on gpu: 'xla' is used"):
+        assert attention_kernel(ModelConfig(attention="cudnn")) == AllHeads("xla")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of a machine without a GPU")
+@pytest.mark.parametrize("platform", ["auto", "gpu"])
+def test_a_model_made_for_cudnn_computes_on_a_cpu(platform):
+    model = tiny_model(dtype="bfloat16")
+    x, t, y = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.array([0.2, 0.7]), jnp.array([1, 4])
+    with pytest.warns(DeviceWarning, match="'cudnn' needs an NVIDIA GPU and bfloat16, and this is bfloat16 on cpu"):
+        same = tiny_model(dtype="bfloat16", attention="cudnn", platform=platform)
+    assert relative_error(same(x, t, y), model(x, t, y)) < 2e-2
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2)])

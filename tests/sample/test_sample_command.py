@@ -2,9 +2,7 @@
 
 import json
 import re
-import shlex
 import sys
-from argparse import Namespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,7 @@ import pytest
 from PIL import Image
 
 import mpdit_jax as mp
-from mpdit_jax.errors import CheckpointError, DataWarning, DivergedError, InputError
+from mpdit_jax.errors import DataWarning, DivergedError, InputError
 from mpdit_jax.io import pictures as images
 from mpdit_jax.sample.__main__ import main, make_sample_parser
 from mpdit_jax.sample.blocks import Block
@@ -23,9 +21,8 @@ from mpdit_jax.sample.labels import balanced_labels, parse_labels
 from mpdit_jax.sample.options import reject_unused_flags
 from mpdit_jax.sample.outputs import first_of_each
 from mpdit_jax.sample.trajectory import save_trajectory
-from mpdit_jax.train.__main__ import main as train
 from tests.sample.conftest import FEW, make_workdir, read_npz, run
-from tests.tiny import refusal, train_arguments
+from tests.tiny import refusal
 
 
 def test_npz(workdir, tmp_path, capsys):
@@ -304,12 +301,6 @@ def test_of_several_settings_one_has_to_heed_a_flag():
         reject_unused_flags(options)
 
 
-@pytest.mark.parametrize("place", ["checkpoints/1", "checkpoints"])
-def test_a_folder_inside_a_run_is_refused_by_the_runs_name(workdir, tmp_path, place):
-    with pytest.raises(CheckpointError, match=f"{place} is inside the run {workdir}: give that folder as the workdir"):
-        run(workdir / place, f"--out={tmp_path}/a.npz")
-
-
 def test_a_run_on_latents_without_a_record_of_its_data(tmp_path):
     workdir = make_workdir(tmp_path / "run", in_channels=4)
     config = json.loads((workdir / "config.json").read_text())
@@ -318,22 +309,6 @@ def test_a_run_on_latents_without_a_record_of_its_data(tmp_path):
     for vae in ([], ["--vae=sd-vae"]):
         with pytest.raises(InputError, match=r"does not say how they are normalized \(data.json is missing\): copy"):
             run(workdir, f"--out={tmp_path}/a.npz", *vae)
-
-
-@pytest.mark.parametrize("fingerprint", ["", "pixels", "ab" * 32])
-def test_the_command_that_a_training_ends_with_works(tmp_path, monkeypatch, capsys, fingerprint):
-    workdir = make_workdir(tmp_path / "a run", in_channels=3)
-    space = {"mean": [0.0] * 3, "std": [1.0] * 3, "vae_fingerprint": fingerprint}
-    record = {"class_names": list("0123456789"), "latents": space if fingerprint else None}
-    (workdir / "data.json").write_text(json.dumps(record))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("mpdit_jax.train.loop.train", lambda config, workdir: Namespace(step=config.steps))
-    assert train([*train_arguments(workdir)]) == 0
-    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert words[:3] == ["python", "-m", "mpdit_jax.sample"]
-    assert ("--vae=FOLDER" in words) == (len(fingerprint) > 6)
-    if len(fingerprint) <= 6:
-        assert main([*words[3:], "--steps=1", "--num_samples=1", f"--out={tmp_path}/a.png"]) == 0
 
 
 def test_a_missing_extra_is_told_before_anything_is_written(workdir, tmp_path, monkeypatch, capsys):

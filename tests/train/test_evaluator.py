@@ -1,4 +1,4 @@
-"""Metrics of a run on its way: their lines, and the same bits after an interruption."""
+"""Evaluations while a run trains: their lines in the log, and the same bits after an interruption."""
 
 import dataclasses
 import json
@@ -99,7 +99,7 @@ def test_a_run_stopped_within_an_evaluation_makes_up_for_it(undisturbed, tmp_pat
 
 
 def test_a_run_stopped_within_its_last_evaluation_is_not_done(undisturbed, tmp_path, monkeypatch, capsys):
-    """Schedulers must start it again."""
+    """The exit status says that the run was stopped, so that schedulers start it again."""
     workdir, calls, evaluate = tmp_path / "run", [], evaluator.Evaluator._evaluate
 
     def stopped(self, *arguments):
@@ -148,7 +148,7 @@ def test_another_classifier_looks_at_the_real_images_again(undisturbed, tmp_path
 
 
 def test_one_curve_of_two_kinds_is_told_and_noted(undisturbed, tmp_path, capsys):
-    """From which step on, and what changed; an evaluation that is only made up for is of one kind."""
+    """The note has the step and the changed settings; an evaluation that is only repeated gives no note."""
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
     settings, whole = workdir / "evaluation/settings.json", lines(workdir)
     (first,) = json.loads(settings.read_text())
@@ -172,7 +172,7 @@ def test_one_curve_of_two_kinds_is_told_and_noted(undisturbed, tmp_path, capsys)
 
 
 def test_other_images_under_the_same_labels_are_looked_at_anew(undisturbed, tmp_path, monkeypatch, capsys):
-    """A run may go on with them, but neither what was seen of the old ones nor a classifier of them is used."""
+    """A run may continue with them, but statistics and a classifier of the old images are not used."""
     workdir, digits = shutil.copytree(undisturbed, tmp_path / "run"), load_arrays(str(digits_file()))
     inverse = lambda rows: {"x": -digits.read(rows)["x"]}  # noqa: E731
     repaired = dataclasses.replace(digits, read=inverse, contents="of others")
@@ -202,7 +202,7 @@ def test_settings_are_noted_where_they_change(tmp_path):
 
 
 def test_samples_that_are_not_finite_are_counted(undisturbed, tmp_path, monkeypatch):
-    """With too few left for precision and recall there is no number for these, and the run goes on."""
+    """If too few are left for precision and recall, these are missing from the line, and the run goes on."""
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
     whole = lines(workdir)
     (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in whole[:-1]))
@@ -292,7 +292,7 @@ def test_data_that_cannot_be_looked_at_are_refused_before_training(tmp_path, cou
 
 
 def test_an_adm_batch_brings_single_images_to_a_run_as_well(tmp_path, tiny_inception):
-    """Its moments are what FID compares, its images what precision and recall do; and `~` is the home folder."""
+    """FID uses the batch's moments, precision and recall its images; `~` stands for the home folder."""
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
     moments = {"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
     np.savez(tmp_path / "adm.npz", arr_0=images, **moments)
@@ -323,7 +323,7 @@ def test_statistics_of_real_images_are_kept_for_later_starts(tmp_path, tiny_ince
 
 
 def test_inception_sees_images_as_the_config_says(tmp_path, monkeypatch):
-    """And a reference that it cannot be compared with is refused by the name of that field."""
+    """A reference with another preprocessing is refused, and the message names the field."""
     made, moments = [], {"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
     np.savez(tmp_path / "adm.npz", **moments)
     outputs = {"pool": 4, "spatial": 3}
@@ -349,7 +349,7 @@ def test_inception_sees_images_as_the_config_says(tmp_path, monkeypatch):
     ("OTHER", "is torchvision's Inception v3 of 1,000 classes"),
 ])  # fmt: skip
 def test_missing_weights_are_remedied_by_fields_of_the_config(tmp_path, monkeypatch, given, sentence):
-    """`train` has no flag --inception, nor --features."""
+    """The messages name fields of the config, since `train` has neither --inception nor --features."""
     monkeypatch.setattr(inception_weights, "CACHE", tmp_path / "nothing")
     monkeypatch.delenv(inception_weights.VARIABLE, raising=False)
     other = tmp_path / "OTHER.safetensors"
@@ -372,7 +372,7 @@ def test_statistics_of_another_extractor_are_remedied_by_a_field_of_the_config(t
 
 
 def test_what_is_looked_at_is_compared_with_the_other_processes(tmp_path, digits, monkeypatch):
-    """Before the first step, and again before the images are shared out; the first process names what is kept."""
+    """Processes compare the reference before the first step and before they share its images."""
     np.savez(tmp_path / "real.npz", arr_0=digits[0][:40])
     compared = []
     for module in (evaluator, reference, compute):
@@ -410,7 +410,7 @@ def test_the_inception_score_looks_at_no_real_images():
 
 
 def test_images_are_read_as_many_at_a_time_as_the_config_says(tmp_path, tiny_inception, monkeypatch):
-    """However few the network looks at: their moments are summed up once for all."""
+    """The network's own batch size does not matter: the moments are summed over the whole block."""
     sizes, images = [], np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
     few, found = dataclasses.replace(tiny_inception, batch_size=4), ArrayImages(images, {"shape": [8, 8, 1]})
     read = ArrayImages.read
@@ -423,7 +423,7 @@ def test_images_are_read_as_many_at_a_time_as_the_config_says(tmp_path, tiny_inc
 
 
 def test_a_runs_own_images_are_of_all_classes(monkeypatch):
-    """Not every n-th, which may all be of one class."""
+    """Taking every n-th image could give images of one class only."""
     monkeypatch.setattr(reference, "MOST_REAL", 100)
     images = np.zeros((1000, 8, 8, 1), np.uint8) + (np.arange(1000) % 10).astype(np.uint8)[:, None, None, None]
     source = array_source(images, np.arange(1000) % 10, tuple("0123456789"))
@@ -433,7 +433,7 @@ def test_a_runs_own_images_are_of_all_classes(monkeypatch):
 
 
 def test_what_was_seen_of_other_images_under_the_same_labels_is_not_used(tmp_path, tiny_inception):
-    """By the same network: the first repair of a data set leaves the curve of the old one."""
+    """Statistics of a data set that was repaired are computed anew, though the network is the same."""
     means, kept = [], []
     for value in (10, 20):
         np.savez(tmp_path / "data.npz", images=np.full((9, 8, 8, 1), value, np.uint8), labels=np.zeros(9, int))
@@ -448,7 +448,7 @@ def test_what_was_seen_of_other_images_under_the_same_labels_is_not_used(tmp_pat
 
 
 def test_too_few_samples_are_warned_of():
-    """A perfect model's FD of so few is far from zero."""
+    """The warnings give the FD that a perfect model would have with so few samples."""
     (note,) = few_images(("fd",), "inception", {"pool": 2048, "spatial": 2023}, 100, "config.eval.num_samples=100")
     assert "num_samples=100 are fewer than the 2048 features of inception: FID comes out too high" in note
     real = SimpleNamespace(extractor="inception", count=150, gaussians={"pool": Gaussian(np.zeros(200), np.eye(200))})
@@ -459,7 +459,7 @@ def test_too_few_samples_are_warned_of():
 
 
 def test_the_moving_average_is_what_is_evaluated(undisturbed, tmp_path, monkeypatch):
-    """After a step, and where one is made up for."""
+    """This holds after a step and for an evaluation that is repeated at a start."""
     seen, evaluate = [], evaluator.Evaluator.__call__
 
     def noting(self, step, parameters, say):
@@ -480,7 +480,7 @@ def test_the_moving_average_is_what_is_evaluated(undisturbed, tmp_path, monkeypa
 
 
 def test_gathered_parameters_lie_on_the_devices_for_all_batches(monkeypatch):
-    """As several processes gather them, they are NumPy arrays."""
+    """Several processes gather NumPy arrays, which would be copied to the devices for every batch."""
     seen = []
     one = evaluator.Evaluator.__new__(evaluator.Evaluator)
     one._config = FrozenConfigDict({"eval": {"guidance_scales": (1.0, 2.0), "solver": "euler", "steps": 2}})
@@ -500,7 +500,7 @@ def test_gathered_parameters_lie_on_the_devices_for_all_batches(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices", "fsdp"), [(1, 4, 2), (2, 2, 4)])
 def test_many_devices_evaluate_as_one_does(undisturbed, tmp_path, processes, devices, fsdp):
-    """Each draws its share: moments and features are merged, and the metrics are those of one device."""
+    """Each device draws its share, moments and features are merged, and the metrics equal those of one device."""
     workdir = tmp_path / "run"
     process = launch(processes, devices, "train", *train_arguments(workdir, *EVAL, f"--config.mesh.fsdp={fsdp}"))
     stdout, _ = process.communicate(timeout=600)

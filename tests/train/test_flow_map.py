@@ -11,12 +11,16 @@ from flax import nnx
 
 from mpdit_jax.checkpoint.load import load_checkpoint
 from mpdit_jax.config import base_config, model_config, resolve
+from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.flow.flow_map import FlowMapLoss, draw_jumps
 from mpdit_jax.flow.objective import flow_matching_loss
 from mpdit_jax.model.parameters import abstract, split
 from mpdit_jax.train.__main__ import main
+from mpdit_jax.train.init_from import initialize_from
 from mpdit_jax.train.metric_window import window_means
+from mpdit_jax.train.optimizer import make_optimizer
+from mpdit_jax.train.state import abstract_state, create_state
 from mpdit_jax.train.step import config_loss, make_noising
 from tests.flow.toys import tiny_model
 from tests.tiny import TWO_LEVELS, saved_arrays, train_arguments
@@ -62,7 +66,7 @@ class QuadraticMap(nnx.Module):
 @pytest.mark.parametrize("p", [0.0, 1.0])
 @pytest.mark.parametrize("guidance", [0.0, 0.6])
 def test_the_loss_is_the_equation(p, guidance):
-    """Against NumPy: rows 0, 2, … are jumps, rows 1, 3, … the velocity; guided up to t = 0.7."""
+    """The loss equals a NumPy version: even rows are jumps, odd rows velocities, guided up to t = 0.7."""
     random = np.random.default_rng(0)
     x, noise = random.standard_normal((2, 6, 2, 2, 1)).astype(np.float32)
     t = np.array([0.9, 0.9, 0.5, 0.5, 0.3, 0.2], np.float32)
@@ -118,7 +122,7 @@ def test_at_r_equal_t_the_loss_is_flow_matching():
 
 
 def test_half_of_the_batch_jumps_and_the_rest_is_the_flow_models():
-    """What is drawn for flow matching is drawn for the other half of a flow map, bit for bit."""
+    """The odd rows of a flow map's batch are the same bits as in flow matching."""
     batch = {"x": jnp.zeros((8, 4, 4, 1)), "y": jnp.arange(8, dtype=jnp.int32) % 3}
     mapped, plain = (make_noising(config)(batch, jax.random.key(0)) for config in (map_config(), small_config()))
     assert plain.r is None
@@ -179,7 +183,7 @@ for count, shape in ((1, {}), (8, {"data": 2, "fsdp": 4})):
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-4), ("bfloat16", 3e-2)])
 def test_one_device_and_eight_give_the_same_steps(dtype, allowed):
-    """Forward derivative, scan, remat, FFT and FSDP together."""
+    """The step combines forward derivative, scan, remat, FFT and FSDP."""
     one, eight = map(json.loads, run_script(EIGHT.replace("DTYPE", repr(dtype))).splitlines())
     assert eight == pytest.approx(one, rel=allowed)
 
@@ -231,6 +235,21 @@ def test_bad_configs(tmp_path, arguments, sentence):
     with pytest.raises(ConfigError, match=sentence.replace("(", r"\(")):
         main(train_arguments(tmp_path / "run", *MAP, *arguments))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_other_classes_have_new_embeddings_and_the_rest_is_taken(flow_run, capsys):
+    source = load_checkpoint(flow_run)
+    model = dataclasses.replace(source.config, num_classes=4)
+    optimizer, mesh = make_optimizer(resolve(base_config()).optimizer), make_mesh(devices=jax.devices()[:1])
+    drawn = create_state(model, optimizer, abstract_state(model, optimizer, mesh), 0)
+    state = initialize_from(drawn, str(flow_run))
+    table = "class_embedding.table"
+    for name, array in split(source)[1].items():
+        if name == table:
+            array = np.concatenate([drawn.parameters[table][:-1], array[-1:]])
+        np.testing.assert_array_equal(state.parameters[name], array, err_msg=name)
+        np.testing.assert_array_equal(state.ema_parameters[name], array, err_msg=name)
+    assert "has 10 classes, and this run 4: their embeddings start anew" in capsys.readouterr().out
 
 
 def test_weights_of_another_model_are_refused(flow_run, tmp_path):

@@ -18,7 +18,7 @@ from tests.conftest import Golden, relative_error
 
 @pytest.fixture(scope="module")
 def run():
-    """Our own step function, with the golden noise and times in place of drawn ones."""
+    """Run our own step function with the golden noise and times."""
     golden = Golden("training_four_adamw_steps")
     structure, parameters = split(mp.load_torch(golden.group("state/"), num_heads=4))
     config = base_config()

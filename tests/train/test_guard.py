@@ -1,4 +1,4 @@
-"""What the loop itself guards: the last good checkpoint when steps stop counting, and transfers nobody asked for."""
+"""The loop keeps the last good checkpoint when steps are skipped, and refuses implicit transfers."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ def tiny_config(workdir, *more):
 
 
 def test_the_last_good_checkpoint_outlives_a_run_that_breaks(tmp_path, monkeypatch):
-    """From the sixth batch on the data are not finite: steps 6 to 8 are left out, and step 4 is what is kept."""
+    """From the sixth batch on the data are not finite: steps 6 to 8 are skipped, and step 4 is kept."""
     workdir, batches = tmp_path / "run", loop.batches
 
     def broken(*arguments, **options):
@@ -40,7 +40,7 @@ def test_the_last_good_checkpoint_outlives_a_run_that_breaks(tmp_path, monkeypat
     (3, ["--config.steps=9", "--config.checkpoint.every=9", "--config.log.every=9", "--config.eval.every=3"]),
 ])  # fmt: skip
 def test_an_update_that_overflows_is_never_saved(tmp_path, seen_at, fields):
-    """By a learning rate out of all proportion; not even where any number of steps may be skipped."""
+    """A learning rate of 1e30 makes it overflow; the run ends although 100 steps may be skipped."""
     workdir = tmp_path / "run"
     more = [*fields, "--config.checkpoint.keep=1", "--config.guard.abort_after=100"]
     more += ["--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_steps=8"]  # of 0 in the first step
@@ -55,7 +55,7 @@ def test_an_update_that_overflows_is_never_saved(tmp_path, seen_at, fields):
 
 @pytest.mark.parametrize("log_every", [20, 6])  # the run of steps 5 to 7 is seen in one window, or cut by its end
 def test_skips_in_a_row_count_though_later_steps_are_good(tmp_path, monkeypatch, log_every):
-    """Nobody looks between the lines of the log, but what went wrong there ends the run all the same."""
+    """Steps skipped between two lines of the log end the run at the next line."""
     batches = loop.batches
 
     def broken(*arguments, **options):
@@ -73,7 +73,7 @@ def test_skips_in_a_row_count_though_later_steps_are_good(tmp_path, monkeypatch,
 
 
 def test_a_grid_of_a_model_that_diverges_does_not_end_the_run(tmp_path, monkeypatch):
-    """It would end it at the same step after every restart."""
+    """An error here would end the run at the same step after every restart."""
 
     def diverged(*settings):
         return lambda model, labels, key: jax.numpy.full((len(labels), 8, 8, 1), np.nan)
@@ -85,7 +85,7 @@ def test_a_grid_of_a_model_that_diverges_does_not_end_the_run(tmp_path, monkeypa
 
 
 def test_a_batch_that_was_not_placed_is_refused(tmp_path, monkeypatch):
-    """jax.transfer_guard is on around the step: what is still on the host may not slip onto the devices."""
+    """jax.transfer_guard is on around the step, so that arrays on the host are not copied to the devices unnoticed."""
     monkeypatch.setattr(loop, "place_batch", lambda batch, *_: dict(batch))
     with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
         loop.train(tiny_config(tmp_path / "run"), tmp_path / "run")

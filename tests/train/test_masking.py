@@ -1,4 +1,4 @@
-"""Masked training of an isotropic model: what the trunk sees, that it is repeatable, what it costs, what is refused."""
+"""Masked training of an isotropic model: the trunk's tokens, repeatability, cost and refusals."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def test_hidden_tokens_change_nothing_and_kept_ones_do(model, inputs):
 
 
 def test_the_trunk_gathers(model, inputs):
-    """It is compiled for fewer tokens: not for all of them with some masked away."""
+    """The trunk is compiled for the kept tokens alone, and does not mask hidden ones."""
     kept = draw_kept(jax.random.key(0), MODEL, 0.75, 2)
     program = jax.jit(lambda *a: masked_velocity(model, *a)).lower(*inputs, kept).as_text()
     assert f"2x{2 + 4}x16xf32" in program  # the trunk: class tokens and a quarter of 16
@@ -106,7 +106,7 @@ def test_a_masked_step_is_repeatable_and_reaches_the_mask_token():
 
 
 def test_its_cost_is_what_xla_counts():
-    """One block before and one after, since XLA counts a scan's body once; of DiT-B's width for the 1 %."""
+    """XLA counts a scan's body once: one block before and one after. At DiT-B's width both counts agree to 1 %."""
     config = preset_config("dit_b_2", depths=(2,), decoder_depth=1, num_classes=10, platform="gpu")
     structure, shapes = abstract(config)
     kept = jax.ShapeDtypeStruct((2, kept_tokens(config, 0.75)), jnp.int32)
@@ -135,7 +135,7 @@ def test_what_cannot_be_is_refused(changes, fields, message):
 
 
 def test_what_is_drawn_does_not_depend_on_masking():
-    """The same noise and times with and without, so that runs can be compared."""
+    """Noise and times are the same with and without masking, so that runs can be compared."""
     batch = {"x": jnp.zeros((8, 8, 8, 1)), "y": jnp.zeros(8, jnp.int32)}
     plain = config_of(mask_ratio=0.0)
     plain.model.decoder_depth = 0

@@ -1,4 +1,4 @@
-"""What a run tells of itself: where its time went, a profile, Weights & Biases."""
+"""What a run reports: where its time went, a profile, Weights & Biases."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ PARTS = ("seconds_data_wait", "seconds_other", "seconds_device")
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    """The tiny run with everything switched on, Weights & Biases offline, stopped once and continued."""
+    """Run the tiny training with everything switched on and Weights & Biases offline, in two parts."""
     workdir = tmp_path_factory.mktemp("told") / "run"
     options = ["--config.profile.start=3", "--config.profile.steps=2", "--config.sample.every=4"]
     options += ["--config.sample.steps=2", "--config.log.wandb_project=tiny"]
@@ -102,7 +102,7 @@ def test_a_lap_adds_up(monkeypatch):
     watch = Stopwatch(batch_size=8, flops_per_image=10.0, peak_flops=100.0)
 
     def step():
-        """One that the device has done at once."""
+        """Count a step that the device finishes at once."""
         watch.step(None)
         if watch._idle_since is not None:
             assert watch._idle_since.result() == now[0]
@@ -128,7 +128,7 @@ def test_a_lap_adds_up(monkeypatch):
 
 
 def test_the_fullest_device_is_told_of(monkeypatch):
-    """CPUs keep no account of it."""
+    """CPUs do not report memory, so that the devices are stand-ins."""
 
     class Device:
         def __init__(self, most):
@@ -146,7 +146,7 @@ def test_the_fullest_device_is_told_of(monkeypatch):
 
 
 class Slow:
-    """The result of a step that takes so many seconds."""
+    """The result of a step, ready after `seconds`."""
 
     def __init__(self, seconds):
         self._end = time.perf_counter() + seconds
@@ -157,7 +157,7 @@ class Slow:
 
 
 def test_only_a_device_that_is_done_waits_for_data():
-    """Steps of 0.4 s: batches that take 0.2 s cost nothing, and for those that take 0.6 s it waits for 0.2 s."""
+    """With steps of 0.4 s, batches that take 0.2 s cost nothing, and batches that take 0.6 s cost 0.2 s."""
     watch = Stopwatch(batch_size=8)
     watch.step(None)
     for loading, waited in ((0.2, 0.0), (0.6, 0.2)):
@@ -171,7 +171,7 @@ def test_only_a_device_that_is_done_waits_for_data():
 
 
 def test_the_next_batch_is_waited_for_beside_the_step(tmp_path, monkeypatch):
-    """Else a device at work would count as one that waits."""
+    """Otherwise the time of a working device would count as waiting."""
     calls = []
     for kind, name in ((Stopwatch, "step"), (Prefetcher, "prefetch"), (RunLogger, "advance")):
         method = vars(kind)[name]
@@ -196,7 +196,7 @@ def test_published_peaks_by_the_names_jax_gives():
 
 
 def test_a_cpus_peak_counts_once_a_machine(monkeypatch):
-    """However many devices or processes share it; by a clock that ticks once a second."""
+    """The peak of a machine is divided among its devices and processes; the clock of the test ticks once a second."""
     clock = itertools.count()
     monkeypatch.setattr("mpdit_jax.runtime.hardware.matrix_product", lambda *_: (lambda: None, 10.0))
     monkeypatch.setattr("mpdit_jax.runtime.hardware.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))

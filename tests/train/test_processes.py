@@ -1,4 +1,4 @@
-"""The same run by one process and by several, started as a user starts them; and processes that do not fit together."""
+"""Several processes, started as a user starts them, give the run of one; processes that differ are refused."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ LONG = [f"--config.steps={STEPS}", "--config.checkpoint.every=10", "--config.log
 
 
 def launch(count, devices, *arguments, **options):
-    """`launch/local_multiprocess.sh`, its output and errors together."""
+    """Start `launch/local_multiprocess.sh`, with stdout and stderr in one stream."""
     settings = {"PYTHON": sys.executable, "DEVICES": str(devices), "PORT": str(free_port())}
     script = ROOT / "launch/local_multiprocess.sh"
     return subprocess.Popen(
@@ -38,7 +38,7 @@ def launch(count, devices, *arguments, **options):
 
 
 def all_refuse(processes, sentence):
-    """Each ends with status 1 and says so."""
+    """Check that each process ends with status 1 and the sentence."""
     for process in processes:
         _, stderr = process.communicate(timeout=120)
         assert process.returncode == 1
@@ -57,7 +57,7 @@ def one_process(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "fsdp"), [(2, 1), (2, 2), (4, 1), (4, 8)])
 def test_several_processes_give_the_same_run(one_process, tmp_path, processes, fsdp):
-    """On eight devices: with whole copies of the state, four copies split in two, and one copy split over all."""
+    """Eight devices hold eight whole states, four states split in two, or one split over all."""
     workdir, mesh = tmp_path / "run", f"--config.mesh.fsdp={fsdp}"
     process = launch(processes, 8 // processes, "train", *train_arguments(workdir, *LONG, mesh))
     output, _ = process.communicate(timeout=600)
@@ -71,7 +71,7 @@ def test_several_processes_give_the_same_run(one_process, tmp_path, processes, f
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, count):
-    """Also with another status than 0, which the others do not take for a failure."""
+    """A status other than 0 for stopped runs is not taken for a failure by the other processes."""
     workdir, port = tmp_path / "run", free_port()
     more = ["--config.steps=4000", "--config.checkpoint.every=100000", "--config.log.every=10"]
     processes = [
@@ -94,7 +94,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, count):
 
 @pytest.mark.slow
 def test_ctrl_c_in_the_terminal_of_several_processes(tmp_path):
-    """It goes to the script and to what it has started."""
+    """Ctrl-C reaches the script and the processes that it has started."""
     workdir, more = tmp_path / "run", ["--config.steps=4000", "--config.checkpoint.every=100000"]
     process = launch(2, 1, "train", *train_arguments(workdir, *more, "--config.log.every=10"), process_group=0)
     for line in process.stdout:
@@ -109,7 +109,7 @@ def test_ctrl_c_in_the_terminal_of_several_processes(tmp_path):
 
 @pytest.mark.slow
 def test_processes_with_other_data_are_told_apart(tmp_path):
-    """A stale copy on one of the machines, by the same path."""
+    """One machine has a stale copy of the data under the same path."""
     port, pair = free_port(), []
     for index in range(2):
         np.savez(

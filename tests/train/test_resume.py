@@ -16,7 +16,7 @@ from tests.tiny import TWO_LEVELS, assert_same_bits, environment, run, saved_arr
 
 
 def train_arguments(workdir, *more):
-    """Those of the tiny run, of a model that is MPDiT's."""
+    """Return the tiny run's arguments with a model of two levels."""
     return tiny.train_arguments(workdir, *TWO_LEVELS, *more)
 
 
@@ -113,7 +113,7 @@ def test_a_run_killed_before_its_first_checkpoint_says_that_it_begins_again(undi
 
 
 def test_a_run_whose_checkpoints_are_gone_keeps_its_record(undisturbed, tmp_path):
-    """They cannot be made again, and neither can what the log says of them."""
+    """The log of lost checkpoints cannot be made again, so that it is renamed and not overwritten."""
     workdir = shutil.copytree(undisturbed[0], tmp_path / "run", ignore=shutil.ignore_patterns("4", "8"))
     (workdir / "metrics.jsonl").write_text((undisturbed[0] / "metrics.jsonl").read_text() + " \n")
     status, stdout, stderr = run("train", train_arguments(workdir))
@@ -162,7 +162,7 @@ def test_something_else_in_the_place_of_an_output(tmp_path, name, folder):
 
 @pytest.mark.parametrize("text", ['{"_class_name": "AutoencoderKL"}', "mine", "[]"])
 def test_somebody_elses_config_is_not_overwritten(tmp_path, text):
-    """As that of a VAE's folder given as --workdir."""
+    """A VAE's folder, given as --workdir, has such a config.json."""
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json is not of a run of this project.*use another --workdir"):
         main(train_arguments(tmp_path))
@@ -217,7 +217,7 @@ def test_keeps_the_newest_and_every_nth(tmp_path):
 
 
 def test_two_trainings_do_not_share_a_workdir(tmp_path):
-    """The second is refused while the first lives, and the first is none the worse."""
+    """The second is refused while the first runs, and the first goes on."""
     workdir, long = tmp_path / "run", ["--config.steps=3000", "--config.log.every=50", "--config.checkpoint.every=1000"]
     first = start("train", train_arguments(workdir, *long))
     for line in first.stdout:

@@ -38,7 +38,7 @@ def test_eight_devices_give_the_same_run(one_device, tmp_path, monkeypatch, data
 
 
 def test_muon_in_parts_on_eight_devices_gives_the_run_of_one(tmp_path):
-    """Its products of whole matrices, of which each device holds a part, and clipping by a norm over all of them."""
+    """Muon multiplies whole matrices, of which each device holds a part, and clips by their common norm."""
     muon = [*LONG, "--config.steps=10", "--config.batch_size=16", "--config.optimizer.name=muon"]
     muon.append("--config.optimizer.clip_norm=0.1")
     alone, apart = tmp_path / "alone", tmp_path / "apart"
@@ -96,7 +96,7 @@ print(share / whole)
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_state_on_eight_devices_is_updated_in_place(optimizer):
-    """As on one (tests/train/test_step.py), with clipping and accumulation: no device copies any buffer of it."""
+    """No device copies a buffer of the state, with clipping and accumulation (one device: tests/train/test_step.py)."""
     script = f"""
 import jax, numpy as np
 from mpdit_jax.config import base_config, model_config, resolve
@@ -152,7 +152,7 @@ def test_impossible_meshes_are_refused():
 
 
 def devices_of(platform, slices, each):
-    """Of so many hosts or slices, as JAX describes them, in a row."""
+    """Return stand-ins for devices of several hosts or slices, in JAX's order."""
     return [
         SimpleNamespace(
             id=number, platform=platform, device_kind="any", slice_index=number // each, process_index=number // each,
@@ -163,7 +163,7 @@ def devices_of(platform, slices, each):
 
 
 def test_gpus_of_several_nodes():
-    """Each node is a slice to JAX, whose own `make_mesh` refuses them; a state that is split stays within a node."""
+    """JAX takes each node for a slice, and its own `make_mesh` refuses them; a split state stays within a node."""
     arranged = _device_grid(4, 4, devices_of("gpu", 2, 8))
     assert [[device.id for device in row] for row in arranged] == np.arange(16).reshape(4, 4).tolist()
     assert _device_grid(1, 16, devices_of("gpu", 2, 8)).shape == (1, 16)

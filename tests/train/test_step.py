@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from mpdit_jax.config import base_config, model_config, resolve
 from mpdit_jax.distributed.mesh import make_mesh, replicated
@@ -16,7 +17,7 @@ from mpdit_jax.train.guard import NONFINITE_UPDATE
 from mpdit_jax.train.metric_window import window_means
 from mpdit_jax.train.optimizer import OPTIMIZERS, make_optimizer, make_schedule
 from mpdit_jax.train.state import abstract_state, create_state
-from mpdit_jax.train.step import jit_step, make_loss, make_noising, make_step
+from mpdit_jax.train.step import build_train_step, jit_step, make_loss, make_noising, make_step
 from tests.tiny import train_arguments
 
 
@@ -77,10 +78,33 @@ def test_a_step_that_is_not_finite_changes_nothing(value):
     assert state.window["skipped"] == 1
 
 
+def test_the_average_warms_up():
+    """At step s the decay is (1 + s) / (10 + s), and 0.9 once that is larger; a skipped step averages nothing."""
+    state, step, batch = prepare(small_config(), ema_warmup=True)
+    name, broken = "final.bias", {**batch, "x": batch["x"] * np.nan}
+    for number, decay in ((0, 0.1), (1, 2 / 11), (2, None), (3, 4 / 13), (80, 0.9), (10_000_000, 0.9)):
+        state = dataclasses.replace(state, step=jnp.int32(number))
+        before = np.asarray(state.ema_parameters[name], np.float64)
+        state = step(state, broken if decay is None else batch)
+        expected = before if decay is None else decay * before + (1 - decay) * np.asarray(state.parameters[name])
+        np.testing.assert_allclose(state.ema_parameters[name], expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_a_config_decides_whether_the_average_warms_up(warmup):
+    config = ConfigDict(small_config())
+    config.ema.warmup = warmup
+    state, _, batch = prepare(config)
+    step = build_train_step(config, abstract(model_config(config))[0], make_optimizer(config.optimizer))
+    after = jax.jit(step)(state, batch)
+    moved = np.abs(after.ema_parameters["final.bias"]).max() / np.abs(after.parameters["final.bias"]).max()
+    assert moved == pytest.approx(0.9 if warmup else 1e-4, rel=1e-2)
+
+
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_finite_gradient_gives_a_finite_update(name, clip_norm):
-    """What lets the step be judged before its update, with the usual eps and decays."""
+    """This is why a step can be judged before its update, with the usual eps and decays."""
     optimizer = make_optimizer(small_config(name=name, clip_norm=clip_norm).optimizer)
     parameters = {"levels.0.blocks.layers.mlp.inner.kernel": jnp.ones((2, 8, 8)), "final.bias": jnp.ones(8)}
     for scale in (0.0, 1e-45, 1e-30, 1e-19, 1.0, 1e18):  # the squares of the last still add up in float32
@@ -93,7 +117,7 @@ def test_a_finite_gradient_gives_a_finite_update(name, clip_norm):
 
 @pytest.mark.parametrize("optimizer", [{"learning_rate": 1e38}, {"eps": 1e-45}])
 def test_an_update_that_is_not_finite_is_the_end(optimizer):
-    """Whatever comes after it: the window remembers."""
+    """The window remembers the update, whatever steps follow."""
     state, step, batch = prepare(small_config(**optimizer))
     for _ in range(3):
         state = step(state, batch)
@@ -151,7 +175,7 @@ def test_clipping_bounds_what_the_optimizer_sees():
 
 
 def test_muon_heeds_eps():
-    """On what is no matrix of a block, Adam's: with a large one, updates are in proportion to their gradients."""
+    """Adam's eps applies to parameters that are no block's matrix: a large eps makes their updates tiny."""
     change = []
     for eps in (1e-8, 1e6):
         state, step, batch = prepare(small_config(name="muon", learning_rate=1e-2, weight_decay=0.0, eps=eps))
@@ -161,7 +185,7 @@ def test_muon_heeds_eps():
 
 
 def test_muon_turns_the_blocks_matrices():
-    """Its updates have nearly equal singular values, which AdamW's have not."""
+    """Muon's updates have nearly equal singular values, and AdamW's do not."""
     spread = {}
     for name in ("muon", "adamw"):
         state, step, batch = prepare(small_config(name=name, learning_rate=1e-2, weight_decay=0.0))
@@ -175,7 +199,7 @@ def test_muon_turns_the_blocks_matrices():
 
 
 def test_no_second_state_lies_beside_the_first():
-    """Of a model that is nearly all parameters, a step takes three times their memory: gradient, update and squares."""
+    """A step takes three times the memory of the parameters: gradient, update and squares."""
     config, mesh, width = small_config(), make_mesh(devices=jax.devices()[:1]), 1024
     optimizer = make_optimizer(config.optimizer)
 
@@ -205,7 +229,7 @@ def test_no_second_state_lies_beside_the_first():
 
 
 def test_the_state_is_updated_in_place():
-    """Donated: every buffer of the state is reused, none is copied."""
+    """The state is donated: every buffer is reused and none is copied."""
     config = small_config()
     state, step, batch = prepare(config)
     analysis = step.lower(state, batch).compile().memory_analysis()

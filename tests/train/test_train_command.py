@@ -1,4 +1,4 @@
-"""What a person sees who types the command, right and wrong."""
+"""The output of right and wrong command lines."""
 
 import re
 import sys
@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from mpdit_jax.config.flags import load_config
+from mpdit_jax.config.flags import load_config_file
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.train import __main__ as train
 from tests.tiny import ROOT, refusal, run, train_arguments
@@ -27,6 +27,7 @@ def test_help_says_how(capsys):
     (["--config=configs/digits.py"], "--workdir"),
     (["--config=configs/digits.py", "--workdir=x", "--wrokdir=y"], "unknown argument '--wrokdir=y'"),
     (["--config=configs/digits.py", "--workdir=x", "--steps", "3"], "unknown argument '--steps'"),
+    (["--config=digits", "--workdir=x", "--join_timeout=9"], "error: --join_timeout is --initialization_timeout now"),
 ])  # fmt: skip
 def test_wrong_arguments(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as done:
@@ -113,7 +114,7 @@ def test_a_config_file_imports_its_neighbour_and_takes_a_word(tmp_path):
         "from neighbour_of_mine import base_config\n"
         "def get_config(steps):\n config = base_config()\n config.steps = int(steps)\n return config\n"
     )
-    assert load_config(f"{tmp_path / 'mine.py'}:7").steps == 7
+    assert load_config_file(f"{tmp_path / 'mine.py'}:7").steps == 7
     assert str(tmp_path) not in sys.path
 
 
@@ -158,7 +159,7 @@ def test_a_diverged_run_ends_with_a_sentence(tmp_path):
 
 
 def parsed(*arguments):
-    """The config a command line makes, as `train` reads it."""
+    """Return the config that `train` reads from a command line."""
     from mpdit_jax.config.flags import parse_with_config
     from mpdit_jax.runtime.cli import make_parser
 
@@ -183,7 +184,7 @@ def test_a_preset_on_the_command_line_wins_over_the_file():
 
 
 def test_what_the_preset_has_no_use_for_is_left_out_of_the_file():
-    """configs/digits.py says class_tokens=2, which a DiT has not; who asks for it is told so."""
+    """A DiT has no class tokens: the file's class_tokens is left out, the command line's is refused."""
     from mpdit_jax.config import resolve
     from mpdit_jax.errors import ConfigError
 

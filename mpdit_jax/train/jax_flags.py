@@ -1,0 +1,53 @@
+"""JAX's flags that change numbers: a run stores them, and continues under the same flags only."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mpdit_jax.errors import CheckpointError
+from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.io.json_files import parse_json
+
+FLAGS_FILE = "jax_flags.json"
+
+
+def number_flags() -> dict[str, Any]:
+    """The present values of the flags, by name."""
+    config: Any = jax.config  # has these attributes at run time only
+    return {
+        "jax_enable_x64": config.jax_enable_x64,
+        "jax_default_matmul_precision": config.jax_default_matmul_precision,
+        "jax_default_prng_impl": config.jax_default_prng_impl,
+        "jax_threefry_partitionable": config.jax_threefry_partitionable,
+        "jax_random_seed_offset": config.jax_random_seed_offset,
+        "jax_numpy_dtype_promotion": config.jax_numpy_dtype_promotion,
+    }
+
+
+def record_flags(workdir: Path, *, trained: bool) -> None:
+    """Store the flags in a run's workdir; check first, if it has `trained` steps, that they are those stored there.
+
+    A run without the record, of an older version, is accepted.
+
+    Raises:
+        CheckpointError: a flag has another value than in the run, or the record is damaged.
+    """
+    path, now = workdir / FLAGS_FILE, number_flags()
+    try:
+        stored = dict(parse_json(path.read_text())) if trained and path.is_file() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete it and repeat the training command.") from error
+    changed = [name for name in now if stored.get(name, now[name]) != now[name]]
+    if changed:
+        values = ", ".join(f"{name}={stored[name]} and not {now[name]}" for name in changed)
+        how = ", ".join(
+            f"{name.upper()}={stored[name]}" if stored[name] is not None else f"no {name.upper()}" for name in changed
+        )
+        raise CheckpointError(
+            f"{workdir} was trained with {values}, which changes its numbers: continue it with {how} in the "
+            "environment, or use another --workdir."
+        )
+    with atomic_write(path) as file:
+        file.write((json.dumps(stored | now, indent=1) + "\n").encode())
