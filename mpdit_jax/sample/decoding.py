@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from mpdit_jax.checkpoint.load import load_config
-from mpdit_jax.data.info import INFO_FILE, read_dataset_info
+from mpdit_jax.data.info import read_dataset_info
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import InputError
 from mpdit_jax.sample.drawing import Decode
@@ -34,8 +34,8 @@ def make_decode(
     space = info.latents if info is not None else None
     if space is None and load_config(workdir).data.name == "latents":
         raise InputError(
-            f"{workdir} is for latents and does not say how they are normalized ({INFO_FILE} is missing): copy that "
-            "file from the run that was trained."
+            f"{workdir} does not record how its latents are normalized, so that they cannot be decoded; convert its "
+            "weights again with --config.data.path=FOLDER, the latents it was trained on."
         )
     in_pixels = space is None or space.vae_fingerprint == PIXELS
     if vae and in_pixels:
@@ -43,10 +43,8 @@ def make_decode(
     if space is None:
         return None
     if not vae and not in_pixels:
-        raise InputError(
-            f"{workdir} was trained on latents: give {argument}=FOLDER, the VAE they come from (fingerprint "
-            f"{space.vae_fingerprint[:12]}…)."
-        )
+        known = f" (fingerprint {space.vae_fingerprint[:12]}…)" if space.vae_fingerprint else ""
+        raise InputError(f"{workdir} was trained on latents: give {argument}=FOLDER, the VAE they come from{known}.")
     loaded = load_vae(vae or None, dtype=dtype, mesh=make_mesh(devices=jax.local_devices()), tiling=tiles(tile))
     check_fingerprint(loaded, space.vae_fingerprint, f"{argument}={vae}", f"{workdir} was trained on latents of")
     mean, std = jnp.asarray(space.mean, jnp.float32), jnp.asarray(space.std, jnp.float32)

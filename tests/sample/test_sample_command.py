@@ -307,7 +307,9 @@ def test_a_run_on_latents_without_a_record_of_its_data(tmp_path):
     config["data"]["name"] = "latents"
     (workdir / "config.json").write_text(json.dumps(config))
     for vae in ([], ["--vae=sd-vae"]):
-        with pytest.raises(InputError, match=r"does not say how they are normalized \(data.json is missing\): copy"):
+        with pytest.raises(
+            InputError, match="does not record how its latents are normalized.*convert its weights again"
+        ):
             run(workdir, f"--out={tmp_path}/a.npz", *vae)
 
 
