@@ -51,15 +51,16 @@ def layout_remedy(shape: Sequence[int], name: str) -> str:
     return f": the channels are first, give {name}.transpose(0, 2, 3, 1)" if first else ""
 
 
-def range_remedy(least: float, most: float, channels: int) -> str:
-    """How to bring floats between `least` and `most` to [-1, 1]; "" if images of so many channels may have them.
+def range_remedy(least: float, most: float, channels: int = 0) -> str:
+    """How to bring floats between `least` and `most` to the range of images or latents; "" if they may be in it.
 
-    Arrays with other than 1 or 3 channels may be latents, whose range is larger.
+    Whole sets with 1 or 3 channels are images in [-1, 1]. Others may be latents, or a few bright images.
     """
-    if channels not in (1, 3):
-        return "divide by the standard deviation" if max(-least, most) > _LARGEST_LATENT else ""
-    if most > 2 and least >= 0:
-        return "give uint8 from 0 to 255, or images / 127.5 - 1"
-    if least >= 0 and 0 < most <= 1.01:
+    images = channels in (1, 3)
+    if least >= 0 and (2 if images else _LARGEST_LATENT) < most <= 255:
+        return "give images / 127.5 - 1"
+    if images and least >= 0 and 0 < most <= 1.01:
         return "give images * 2 - 1"
-    return "rescale them" if least < -1.01 or most > 1.01 else ""
+    if max(-least, most) > (1.01 if images else _LARGEST_LATENT):
+        return "rescale them"
+    return ""

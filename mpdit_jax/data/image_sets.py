@@ -93,6 +93,11 @@ class SourceImages:
         """(H, W, C) of each image."""
         return self.source.shape
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Whole numbers (N,)."""
+        return self.source.labels
+
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Read examples as uint8."""
         return pictures.to_uint8(self.source.batch(indices)["x"])
@@ -112,13 +117,10 @@ def open_set(place: str, *, image_size: int = 0, channels: int = 3, find: FindDe
         MissingExtraError: tfds without the extra [tfds].
     """
     kind, name, split = _parse(place)
-    if kind == "data":
-        source = load_source(name, "", split)
-        return SourceImages(source, about_source(place, source))
-    if kind == "npz":
-        return open_npz(Path(name))
     if kind == "store":
         return _open_store(Path(name), find)
+    if kind in ("npz", "data"):
+        return _open_arrays(kind, name, split)
     images = dataclasses.replace(_open_pictures(kind, name, split), image_size=image_size, channels=channels)
     images.read(np.arange(1))  # a damaged picture is found early
     return images
@@ -142,22 +144,12 @@ def open_images(
     kind, name, split = _parse(place, split)
     if kind == "store":
         raise DataError(f"{place} is a store of latents: give the images it was made of, {_FORMS}.")
-    if kind == "data":
-        source = load_source(name, "", split)
-        found = from_arrays(
-            f"data:{name}:{split}",
-            split,
-            source.labels,
-            lambda index: pictures.to_uint8(source.batch(np.array([index]))["x"])[0],
-            about_source(place, source)["contents"],
-        )
-        found = dataclasses.replace(found, class_names=source.class_names)
-    elif kind == "npz":
-        array = open_npz(Path(name))
+    if kind in ("npz", "data"):
+        array = _open_arrays(kind, name, split)
         if array.labels is None and classes:
             raise DataError(f"{place}: no labels; expected an array `labels` of whole numbers from 0 on, one an image.")
         labels = np.zeros(len(array), np.int32) if array.labels is None else array.labels
-        found = from_arrays(name, "image", labels, lambda index: array.images[index], array.about["contents"])
+        found = from_arrays(array.about, "image", labels, lambda index: array.read(np.array([index]))[0])
     else:
         found = _open_pictures(kind, name, split, classes=classes, rejected=rejected)
     if not len(found):
@@ -180,6 +172,13 @@ def _parse(place: str, split: str = "") -> tuple[str, str, str]:
     if not path.is_dir():
         raise DataError(f"{place}: no such file or folder; expected {_FORMS}.")
     return "store" if (path / MANIFEST).is_file() else "folder", str(path), ""
+
+
+def _open_arrays(kind: str, name: str, split: str) -> ArrayImages | SourceImages:
+    if kind == "npz":
+        return open_npz(Path(name))
+    source = load_source(name, "", split)
+    return SourceImages(source, about_source(f"data:{name}:{split}", source))
 
 
 def _open_pictures(kind: str, name: str, split: str, **folder: Any) -> Pictures:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mpdit_jax.data.crop import to_mode, to_square
 from mpdit_jax.data.picture_files import find_labelled_pictures, find_pictures
+from mpdit_jax.data.sources import number_names
 from mpdit_jax.errors import DataError, MissingExtraError, first_line, install_extra
 from mpdit_jax.io.idx import read_idx_pair
 from mpdit_jax.io.pictures import SUFFIXES, open_picture, to_pil
@@ -129,19 +130,19 @@ def file_sizes(root: Path, keys: Iterable[str]) -> dict[str, int]:
     return {key: _size_and_time(root / key)[0] for key in keys}
 
 
-def from_arrays(
-    place: str, stem: str, labels: np.ndarray, read: Callable[[int], np.ndarray], contents: str
-) -> Pictures:
-    """Make pictures of arrays: `read` gives one as uint8 (H, W, 1 or 3), `contents` is a digest of all; see `Pictures`.
+def from_arrays(about: Mapping[str, Any], stem: str, labels: np.ndarray, read: Callable[[int], np.ndarray]) -> Pictures:
+    """Make pictures STEM/NUMBER of arrays: `read` gives one as uint8 (H, W, 1 or 3).
 
-    Classes are called by their numbers, and pictures STEM/NUMBER.
+    `about` has the "path" of the set and a digest of its "contents". Classes are called by their numbers.
     """
+    names = number_names(labels, about["path"])
     numbers, keys = labels.astype(np.int32), [f"{stem}/{index}" for index in range(len(labels))]
-    names = tuple(str(label) for label in range(int(numbers.max(initial=-1)) + 1))
-    about = {"contents": f"{_digest(keys, numbers)} {contents}"}
-    return Pictures(
-        place, keys, names, numbers, lambda index: (to_pil(read(index)), int(numbers[index])), lambda: about
-    )
+    known = {"contents": f"{_digest(keys, numbers)} {about['contents']}"}
+
+    def open_one(index: int) -> tuple[Image.Image, int]:
+        return to_pil(read(index)), int(numbers[index])
+
+    return Pictures(about["path"], keys, names, numbers, open_one, lambda: known)
 
 
 def open_idx(folder: Path, split: str) -> Pictures:
@@ -151,8 +152,8 @@ def open_idx(folder: Path, split: str) -> Pictures:
         images, labels, name = read_idx_pair(folder, split)
     except FileNotFoundError as error:
         raise DataError(f"{place}: expected {error} in {folder}.") from error
-    contents = hashlib.sha256(images.tobytes()).hexdigest()[:16]
-    return from_arrays(place, name, labels, lambda index: images[index, :, :, None], contents)
+    about = {"path": place, "contents": hashlib.sha256(images.tobytes()).hexdigest()[:16]}
+    return from_arrays(about, name, labels, lambda index: images[index, :, :, None])
 
 
 def open_tfds(name: str, split: str) -> Pictures:

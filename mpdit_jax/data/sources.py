@@ -133,11 +133,21 @@ def load_arrays(path: str = "", split: str = "train") -> Source:
         )
     if labels.dtype.kind not in "iu":
         raise DataError(f"{path}: labels are {labels.dtype}; expected whole numbers.")
-    if labels.max(initial=0) >= _MOST_CLASSES:
-        raise DataError(f"{path}: label {labels.max()} is too large; expected classes numbered from 0 without gaps.")
-    names = tuple(str(label) for label in range(int(labels.max(initial=0)) + 1))
     contents = digest_of([checksums[f"{array}.npy"] for array in ("images", "labels")])
-    return _checked(images, labels, names, contents, path)
+    return _checked(images, labels, number_names(labels, path), contents, path)
+
+
+def number_names(labels: np.ndarray, origin: str) -> tuple[str, ...]:
+    """Call the classes from 0 to the largest of `labels` (n,) by their numbers.
+
+    Raises:
+        DataError: a label below 0, or larger than any data set has.
+    """
+    least, most = int(labels.min(initial=0)), int(labels.max(initial=0))
+    if least < 0 or most >= _MOST_CLASSES:
+        bad = f"{least} is too small" if least < 0 else f"{most} is too large"
+        raise DataError(f"{origin}: label {bad}; expected classes numbered from 0 without gaps.")
+    return tuple(map(str, range(most + 1)))
 
 
 def take_evenly(source: Source, count: int) -> Source:
@@ -265,7 +275,7 @@ def _checked(
                 raise DataError(f"{origin}: example {bad} of the data holds NaN or Inf; remove or repair it.")
             least, most = min(least, part.min()), max(most, part.max())
         if remedy := range_remedy(least, most, images.shape[-1]):
-            raise DataError(f"{origin}: images range from {least:.3g} to {most:.3g}; expected [-1, 1]: {remedy}.")
+            raise DataError(f"{origin}: images range from {least:.3g} to {most:.3g}; expected -1 to 1: {remedy}.")
     return array_source(images, labels, class_names, contents=contents)
 
 

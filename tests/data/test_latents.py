@@ -1,4 +1,4 @@
-"""Training on a store of latents: what is drawn from it, in which order, and what a run keeps of it."""
+"""Training draws latents from a store in a known order and records what sampling needs."""
 
 import json
 import resource
@@ -247,9 +247,7 @@ def test_latents_of_another_shape_are_refused(store, tmp_path):
 
 
 def test_memory_does_not_grow_over_an_epoch(tmp_path):
-    """From the first batches on: within the epoch that opens every shard and reads every record for the first time,
-    and over so many more that one record kept in a hundred would show.
-    """
+    """The first epoch opens every shard and reads every record; 19 more show whether one record in 100 is kept."""
     store = make_store(tmp_path / "store", count=4096, shape=(32, 32, 4), views=1, shard_size=32)
     program = """
 import sys

@@ -110,7 +110,7 @@ def test_own_arrays(tmp_path):
     ({"images": np.full((2, 4, 4, 3), 200, np.float32), "labels": np.zeros(2, int)}, "from 200 to 200;.*127.5 - 1"),
     ({"images": np.full((2, 4, 4, 1), 0.5, np.float32), "labels": np.zeros(2, int)}, r"give images \* 2 - 1"),
     ({"images": np.full((2, 4, 4, 1), -1.5, np.float32), "labels": np.zeros(2, int)}, "rescale them"),
-    ({"images": np.full((2, 4, 4, 8), 99, np.float32), "labels": np.zeros(2, int)}, "divide by the standard deviation"),
+    ({"images": np.full((2, 4, 4, 8), 99, np.float32), "labels": np.zeros(2, int)}, "give images / 127.5 - 1"),
     ({"pictures": np.zeros((2, 4, 4, 1), np.uint8)}, "`images` and `labels`"),
     ({"images": np.array([[object()]]), "labels": np.zeros(1, int)}, "`images` and `labels`"),  # needs a pickle
 ])  # fmt: skip

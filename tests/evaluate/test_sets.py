@@ -1,4 +1,4 @@
-"""Which images a set consists of, what tells it from another, and which of them are looked at."""
+"""Image sets are read whole or in part, and their `about` tells one from another."""
 
 import io
 import os
@@ -23,7 +23,7 @@ from tests.evaluate.conftest import _Means, collect
 
 @pytest.fixture
 def folder(tmp_path):
-    """A grey file first, then coloured ones, one of them in a subfolder."""
+    """The first file is grey; the others have colours, and one lies in a subfolder."""
     random, root = np.random.default_rng(0), tmp_path / "images"
     (root / "b").mkdir(parents=True)
     Image.fromarray(random.integers(0, 256, (8, 8), np.uint8)).save(root / "a.png")
@@ -48,7 +48,7 @@ def test_another_file_in_a_subfolder_makes_another_set(folder):
 
 
 def test_a_copy_elsewhere_is_the_same_set_to_several_processes(folder, tmp_path):
-    """Other places and times of change, which decide what one process looks at again, and nothing else."""
+    """Places and times of change differ between copies; only a single process compares them."""
     copy = shutil.copytree(folder, tmp_path / "elsewhere", copy_function=shutil.copy)
     first, second = open_set(str(folder)).about, open_set(str(copy)).about
     assert first["files"] != second["files"]
@@ -125,7 +125,7 @@ def test_an_image_without_features_is_named_by_its_place_in_the_set():
 
 
 def test_a_damaged_picture_is_named_whatever_its_decoder_raises(tmp_path):
-    """Every byte of a TIFF in turn; some make Pillow raise a TypeError."""
+    """Every byte of a TIFF is damaged in turn; some make Pillow raise a TypeError."""
     buffer = io.BytesIO()
     Image.fromarray(np.arange(108, dtype=np.uint8).reshape(12, 9)).save(buffer, "TIFF")
     path, refused = tmp_path / "a.tiff", 0

@@ -1,4 +1,4 @@
-"""From images to a store: what is in it, resuming, and what is refused."""
+"""`prepare` makes a store of images, continues an unfinished one, and refuses what does not belong to it."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def copy(finished, tmp_path):
 
 
 def contents(out):
-    """Of every file but the lock, which says who held it last."""
+    """Return the bytes of every file but the lock, which says who held it last."""
     return {path.name: path.read_bytes() for path in out.iterdir() if path.name != ".lock"}
 
 
@@ -96,7 +96,6 @@ def test_an_interrupted_store_is_finished_with_the_same_bytes(finished, folder, 
 
 
 def test_a_finished_store_that_lost_files_is_repaired(finished, copy, folder, vae_folder, capsys):
-    """What is there is kept, what is lost is made again, and all ends with the same bytes."""
     kept = copy / "shard-00000-of-00003.array_record"
     before = kept.stat().st_mtime_ns
     (copy / "shard-00001-of-00003.array_record").unlink()
@@ -130,11 +129,11 @@ def test_other_class_names_are_another_setting(copy, folder, vae_folder, tmp_pat
 
 
 def test_an_image_of_another_size_is_another_set(folder, vae_folder, tmp_path):
-    """Under the same name, as a repaired file is; a store that is finished would say that it is done."""
+    """A finished store would otherwise say that it is done although an image was replaced under its name."""
     root = shutil.copytree(folder, tmp_path / "images")
     assert main(arguments(root, vae_folder, tmp_path / "out")) == 0
     touched = next((root / "two").iterdir())
-    os.utime(touched, (0, 0))  # as copies on other machines have other times
+    os.utime(touched, (0, 0))  # copies on other machines have other times
     assert main(arguments(root, vae_folder, tmp_path / "out")) == 0
     Image.new("L", (16, 16), 9).save(touched)
     with pytest.raises(InputError, match=r"images: .* there, .* now"):
@@ -142,7 +141,7 @@ def test_an_image_of_another_size_is_another_set(folder, vae_folder, tmp_path):
 
 
 def test_processes_with_different_vaes_write_nothing(folder, vae_folder, other_vae, tmp_path):
-    """Each may have a path of its own, under which lies another VAE."""
+    """The same path may lead to different VAEs on two machines."""
     port, out = free_port(), tmp_path / "out"
     processes = [
         start(
@@ -325,12 +324,14 @@ def test_other_forms_of_labelled_images(form, vae_folder, tmp_path):
 
 def test_what_is_no_set_of_images_is_refused_by_name(finished, folder, tmp_path):
     np.savez(tmp_path / "samples.npz", arr_0=np.zeros((2, 8, 8, 1), np.uint8))
+    np.savez(tmp_path / "odd.npz", arr_0=np.zeros((2, 8, 8, 1), np.uint8), labels=np.array([0, 2**40]))
     np.savez(tmp_path / "first.npz", arr_0=np.zeros((2, 1, 8, 8), np.uint8))
     forms = r"a FOLDER of images, a FILE\.npz, idx:FOLDER\[:SPLIT\], tfds:NAME\[:SPLIT\] or data:NAME\[:SPLIT\]"
     for place, message in (
         (finished, f"is a store of latents: give the images it was made of, {forms}"),
         ("idy:/mnist", f"idy:/mnist: no such file or folder; expected {forms}"),
         (tmp_path / "samples.npz", "no labels; expected an array `labels`"),
+        (tmp_path / "odd.npz", "label 1099511627776 is too large"),
         (tmp_path / "first.npz", r"channels are first, give arr_0\.transpose\(0, 2, 3, 1\)"),
         ("data:arrays", r"expected data:NAME\[:SPLIT\] with a name of digits, fashion_mnist"),
     ):
@@ -385,7 +386,6 @@ def test_the_vaes_own_factors(finished, vae_folder):
 
 
 def test_without_a_vae_the_store_holds_pixels(folder, vae_folder, tmp_path):
-    """And a run on it is decoded without one."""
     from mpdit_jax.data.info import record_dataset
     from mpdit_jax.sample.decoding import make_decode
 
