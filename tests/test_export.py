@@ -139,7 +139,8 @@ def test_the_printed_lines_run(tmp_path, capsys, fingerprint, what):
     """They also undo the normalization of a run on a store."""
     workdir, file = make_workdir(tmp_path / "run"), tmp_path / "it's a sampler.bin"
     space = {"mean": [0.5], "std": [0.25], "vae_fingerprint": fingerprint} if fingerprint else None
-    (workdir / "data.json").write_text(json.dumps({"class_names": list("0123456789"), "latents": space}))
+    record = {"class_names": list("0123456789"), "latents": space, "labels": None}
+    (workdir / "data.json").write_text(json.dumps(record))
     export(workdir, file, "--platforms=cpu,cpu", "--batch=1", "--guidance_scale=2", steps=["--steps=1"])
     assert jax.export.deserialize(bytearray(file.read_bytes())).platforms == ("cpu",)
     printed = [line[2:] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]

@@ -123,7 +123,7 @@ def test_a_run_on_latents_is_decoded_by_its_vae(tmp_path, capsys, monkeypatch, t
     workdir = make_workdir(tmp_path / "run", in_channels=2)
     fingerprint = load_vae(str(vae)).fingerprint
     space = {"mean": [0.0, 0.0], "std": [1.0, 1.0], "vae_fingerprint": fingerprint}
-    facts = {"class_names": [str(label) for label in range(10)], "latents": space}
+    facts = {"class_names": [str(label) for label in range(10)], "latents": space, "labels": None}
     (workdir / "data.json").write_text(json.dumps(facts))
     np.savez(tmp_path / "real.npz", arr_0=np.random.default_rng(0).integers(0, 256, (70, 16, 16, 1), np.uint8))
     arguments = (f"--workdir={workdir}", f"--vae={vae}", f"--reference={tmp_path / 'real.npz'}", "--metrics=fid")

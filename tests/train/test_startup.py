@@ -144,7 +144,7 @@ def test_a_folder_among_the_checkpoints_is_no_workdir(workdir, place):
 def test_the_printed_command_draws_from_the_run(workdir, fields, fingerprint, words):
     (workdir / "config.json").write_text(to_json(config_with(**fields)))
     latents = fingerprint and {"mean": [0.0], "std": [1.0], "vae_fingerprint": fingerprint}
-    (workdir / "data.json").write_text(json.dumps({"class_names": [], "latents": latents}))
+    (workdir / "data.json").write_text(json.dumps({"class_names": [], "latents": latents, "labels": None}))
     line = how_to_draw(workdir)
     assert f" --workdir={workdir}{words}" in line
     assert ("--vae" in line) == ("--vae" in words)
