@@ -34,6 +34,11 @@ np.save(out, sampler.call(labels, jnp.uint32(7), *map(jnp.float32, map(float, sc
 
 
 @pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return make_workdir(tmp_path_factory.mktemp("runs") / "digits")
+
+
+@pytest.fixture(scope="module")
 def jax_alone(tmp_path_factory):
     """The Python of a virtual environment that holds what `pip install jax flatbuffers` brings, and nothing else.
 
