@@ -1,4 +1,4 @@
-"""An exported sampler runs where this package is not."""
+"""An exported sampler runs without this package."""
 
 import importlib.metadata
 import json
@@ -90,7 +90,7 @@ def test_any_batch(workdir, tmp_path, capsys, jax_alone):
 
 
 def test_an_adaptive_solver(workdir, tmp_path, jax_alone):
-    """diffrax is in the program, not needed to run it."""
+    """The program runs without diffrax."""
     solver = ["--solver=tsit5", "--rtol=1e-3", "--atol=1e-3", "--platforms=cpu,tpu"]
     file = export(workdir, tmp_path / "sampler.bin", *solver, steps=())
     sampler = mp.make_sampler("tsit5", rtol=1e-3, atol=1e-3)

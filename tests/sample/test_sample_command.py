@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.sample`: what it writes and what it refuses."""
+"""`python -m mpdit_jax.sample` writes its outputs and refuses bad input; `mpdit_jax.generate` does the same."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def test_npz(workdir, tmp_path, capsys):
     )
     assert np.abs(images.to_uint8(np.asarray(latents)).astype(int) - found["arr_0"]).max() <= 1  # rounding
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
-    # In a log the first block and the last have a line; before the second one there is no rate to tell.
+    # In a log the first and the last block have a line, and the first has no rate yet.
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sampling")]
     assert lines[0] == "sampling 4/10 images"
     assert re.fullmatch(r"sampling 10/10 images  [\d.e+]+/s  0:00:00 left", lines[-1])
@@ -85,14 +85,14 @@ def test_class_names(workdir, tmp_path):
 
 
 def test_a_contact_sheet_keeps_classes_of_one_name(workdir, tmp_path):
-    """ImageNet has two called crane."""
+    """ImageNet has two classes called crane."""
     (tmp_path / "names.txt").write_text("crane\n" * 10)
     arguments = [f"--out={tmp_path}/a.npz", "--labels=1,2,3", "--num_samples=3", "--grid"]
     run(workdir, *arguments, f"--class_names={tmp_path}/names.txt")
     assert Image.open(tmp_path / "a.png").height == 3 * 42 + 2
 
 
-def test_a_contact_sheet_holds_what_it_shows_alone():
+def test_a_contact_sheet_keeps_no_image_that_it_does_not_show():
     labels = np.tile(np.arange(120), 10)
     blocks = [
         Block(
@@ -107,7 +107,7 @@ def test_a_contact_sheet_holds_what_it_shows_alone():
     assert all(image.base is None for row in rows.values() for image in row)  # no view that keeps a block
 
 
-def test_a_picture_has_room_for_so_many_classes(workdir, tmp_path, monkeypatch, capsys):
+def test_a_picture_has_room_for_a_limited_number_of_classes(workdir, tmp_path, monkeypatch, capsys):
     for module in ("command", "outputs"):
         monkeypatch.setattr(f"mpdit_jax.sample.{module}.ROWS", 3)
     with pytest.raises(InputError, match=r"a\.png: a picture has a row for each of up to 3 classes, and there are 4"):
@@ -122,7 +122,7 @@ def test_a_picture_has_room_for_so_many_classes(workdir, tmp_path, monkeypatch, 
     ["--out=q.npz", "--grid", "--trajectory=q.gif"],
     ["--out=000001_2.png", "--png_folder=."],
 ])  # fmt: skip
-def test_no_output_takes_the_place_of_another(workdir, tmp_path, monkeypatch, arguments):
+def test_no_output_overwrites_another(workdir, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"where another output goes|has the name of a single image"):
         run(workdir, "--labels=1", *arguments)
@@ -145,7 +145,7 @@ def test_single_images_of_two_runs_do_not_mix(workdir, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "single"]
 
 
-def test_a_film_decodes_what_it_shows(workdir, tmp_path):
+def test_a_film_decodes_only_the_frames_it_shows(workdir, tmp_path):
     decoded = []
 
     def decode(latents):
@@ -160,7 +160,7 @@ def test_a_film_decodes_what_it_shows(workdir, tmp_path):
     assert Image.open(tmp_path / "a.gif").n_frames == 60
 
 
-def test_seeds_are_of_one_implementation(workdir, tmp_path):
+def test_images_do_not_depend_on_the_default_key_implementation(workdir, tmp_path):
     run(workdir, f"--out={tmp_path}/a.npz", "--num_samples=4")
     with jax.default_prng_impl("rbg"):
         run(workdir, f"--out={tmp_path}/b.npz", "--num_samples=4")
@@ -222,7 +222,7 @@ def test_classes_without_training_examples_are_drawn_by_name_alone(capsys):
         classes.find_pairs({"0": "0,2"}, "--negative_labels")
 
 
-def test_nan_images_are_told_and_the_rest_kept(workdir, tmp_path, capsys, monkeypatch):
+def test_nan_images_are_named_and_the_rest_kept(workdir, tmp_path, capsys, monkeypatch):
     from mpdit_jax.flow import sampler
 
     original = sampler.draw_noise
@@ -283,12 +283,12 @@ def test_bad_input_is_refused(workdir, tmp_path, monkeypatch, capsys, arguments,
     assert not list(tmp_path.iterdir())  # no output, and no folder of unfinished blocks
 
 
-def test_a_time_grid_is_of_fixed_steps(workdir, tmp_path, monkeypatch, capsys):
+def test_a_time_grid_needs_a_solver_of_fixed_steps(workdir, tmp_path, monkeypatch, capsys):
     arguments = [f"--workdir={workdir}", f"--out={tmp_path}/a.npz", "--solver=dopri5", "--time_grid=shifted"]
     assert "--time_grid=shifted: dopri5 chooses its own times" in refusal(main, arguments, monkeypatch, capsys)
 
 
-def test_of_several_settings_one_has_to_heed_a_flag():
+def test_a_flag_must_have_an_effect_on_one_of_several_settings():
     options = make_sample_parser().parse_args(["--workdir=a", "--out=a.npz", "--negative_labels=1:2"])
     options.time_grid = "shifted"
     options.guidance_scale, options.solver = [1.0, 1.5], ["dopri5", "euler"]  # as `evaluate` has them
@@ -311,7 +311,7 @@ def test_a_run_on_latents_without_a_record_of_its_data(tmp_path):
             run(workdir, f"--out={tmp_path}/a.npz", *vae)
 
 
-def test_a_missing_extra_is_told_before_anything_is_written(workdir, tmp_path, monkeypatch, capsys):
+def test_a_missing_extra_is_refused_before_anything_is_written(workdir, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "diffrax", None)
     arguments = [f"--workdir={workdir}", f"--out={tmp_path}/a.npz", "--solver=tsit5", "--rtol=3e-3"]
     assert "extra [adaptive]" in refusal(main, arguments, monkeypatch, capsys)
@@ -352,7 +352,7 @@ def test_generate(workdir):
 
 
 def test_generate_decodes_what_a_run_was_trained_on(tmp_path):
-    """`data.json` says so: pixels of a store by itself, a VAE's latents by that VAE alone."""
+    """A store's pixels need no VAE, and latents need the VAE that data.json names."""
     workdir = make_workdir(tmp_path / "run", in_channels=3)
     space = {"mean": [-0.5, 0.0, 0.5], "std": [0.2, 0.2, 0.2], "vae_fingerprint": "pixels"}
     facts = {"class_names": [str(label) for label in range(10)], "latents": space, "labels": None}
