@@ -12,7 +12,7 @@ _EXAMPLES = """\
 
 
 def make_export_parser() -> Parser:
-    """The parser of the command."""
+    """Return the command's parser."""
     from mpdit_jax.sample.options import add_model_options, add_sampler_options
 
     parser = make_parser(
@@ -30,7 +30,7 @@ def make_export_parser() -> Parser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Export as the arguments say; exit status."""
+    """Export as the arguments say and return the exit status."""
     options = make_export_parser().parse_args(arguments)
     platforms = list(dict.fromkeys(platform for platform in options.platforms.split(",") if platform))
     if not platforms or not set(platforms) <= {"cpu", "cuda", "rocm", "tpu"}:

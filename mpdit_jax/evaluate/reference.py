@@ -50,7 +50,7 @@ class Reference:
     mesh: Mesh | None = None  # this process's devices while a store is decoded; None for the ambient mesh
 
     def check(self, extractor: Extractor | None, shape: tuple[int, int, int]) -> None:
-        """Check the reference before hours of sampling; no image is evaluated. Collective.
+        """Check the reference without evaluating an image, before hours of sampling. Collective.
 
         `shape` is the samples' (H, W, C). Without an extractor, a classifier is trained later on images like them.
 
