@@ -71,15 +71,12 @@ def generate(
         model: nnx.Module = load_checkpoint(workdir_or_model, step, ema)
         if decode is None:
             decode = make_decode(str(workdir_or_model), None if vae is None else str(vae), argument="vae")
-    else:
-        model = workdir_or_model
-    target = check_model(model)
-    if isinstance(workdir_or_model, str | Path):
         classes = read_classes(workdir_or_model, load_config(workdir_or_model))
     else:
-        classes = Classes(tuple(f"class {label}" for label in range(target.num_classes)))
+        model = workdir_or_model
+        classes = Classes(tuple(f"class {label}" for label in range(check_model(model).num_classes)))
     values = classes.find(labels, "labels")
-    check_drawable(target.input_shape, decode)
+    check_drawable(check_model(model).input_shape, decode)
     if not is_whole(batch_size) or batch_size < 1:
         raise InputError(f"batch_size={batch_size!r}: expected a whole number of images, 1 or more.")
     check_seed(seed, "seed")
