@@ -60,7 +60,7 @@ def record_dataset(workdir: Path, source: Source, *, trained: bool) -> None:
 
 
 def identity(source: Source) -> dict[str, str]:
-    """What every process must read alike of a source, in words."""
+    """Values of a source that must match on every process, in words."""
     return {"data": _identify(source.labels), "latents": _say(source.latents)}
 
 

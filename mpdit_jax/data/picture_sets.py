@@ -100,7 +100,9 @@ def open_folder(root: Path, *, classes: bool = False, rejected: Mapping[str, int
     """
     known = rejected or {}
     keys, labels, names = find_labelled_pictures(root, known) if classes else (find_pictures(root, known), [], [])
-    if not keys:
+    now = file_sizes(root, known)
+    removed = frozenset(key for key, size in now.items() if size < 0)
+    if len(keys) == len(removed):
         raise DataError(f"{root}: there are no images; expected names that end in {', '.join(SUFFIXES)}.")
     numbers = np.array(labels or [0] * len(keys), np.int32)
 
@@ -118,8 +120,6 @@ def open_folder(root: Path, *, classes: bool = False, rejected: Mapping[str, int
         # `files` differs for a copy elsewhere: whole paths, sizes and times of change.
         return {"bytes": sum(sizes), "files": files.hexdigest()[:16], "contents": contents}
 
-    now = file_sizes(root, known)
-    removed = frozenset(key for key, size in now.items() if size < 0)
     repaired = frozenset(key for key, size in now.items() if size != known[key]) - removed
     numbered = numbers if classes else None
     return Pictures(str(root), keys, tuple(names), numbered, read, identify, removed=removed, repaired=repaired)

@@ -47,7 +47,7 @@ class Source:
     read: Callable[[np.ndarray], Batch]  # from rows (n,) of the whole set to a batch without `y`
     contents: str = ""  # a digest that differs where the files hold other examples under the same labels
     latents: LatentSpace | None = None  # how the examples relate to a VAE's latents; None for images
-    rows: np.ndarray | None = None  # int (N,), those of the whole set that a part of it has; None for the whole
+    rows: np.ndarray | None = None  # int (N,): rows of the whole set; None for all
     measured: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean and std of each channel of latents
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ def load_arrays(path: str = "", split: str = "train") -> Source:
         raise DataError(f"config.data.path={path!r}: no such file; the source 'arrays' reads an .npz.")
     try:
         images, labels = read_npz(path, ("images", "labels"))
-        checksums = npz_checksums(path)  # those in the file: it may hold more than one wants to digest at every start
+        checksums = npz_checksums(path)  # of the file's directory: reading all of it takes long
     except ValueError as error:
         raise DataError(f"{path}: expected an .npz with arrays `images` and `labels` ({error}).") from error
     remedy = layout_remedy(images.shape, "images")
@@ -200,7 +200,7 @@ def load_source(
     class_balance: bool = False,
     threads: int = 1,
 ) -> Source:
-    """Load the data set that `config.data` describes; its field `threads` is for the pipeline.
+    """Load the data set that `config.data` describes. Its field `threads` is taken and not used: the pipeline reads.
 
     Raises:
         DataError: unknown name, missing or damaged files.
@@ -224,8 +224,8 @@ def check_fits(source: Source, input_shape: tuple[int, int, int], num_classes: i
         )
     if len(source.class_names) > num_classes:
         raise DataError(
-            f"the data has {len(source.class_names)} classes and the model {num_classes}: "
-            f"set model.num_classes={len(source.class_names)}{_from_one(source.labels)}."
+            f"the data has {len(source.class_names)} classes and the model {num_classes}{_from_one(source.labels)}: "
+            f"set model.num_classes={len(source.class_names)}."
         )
     warn_of_unseen(source.labels, source.class_names, num_classes)
 
@@ -249,8 +249,8 @@ def warn_of_unseen(labels: np.ndarray, class_names: Sequence[str], num_classes: 
 
 
 def _from_one(labels: np.ndarray) -> str:
-    least, most = int(labels.min(initial=_MOST_CLASSES)), int(labels.max(initial=0))
-    return f"; labels run from 1 to {most} and seem to start at 1: store labels - 1" if least == 1 else ""
+    from_one = len(labels) and labels.min() == 1
+    return f" (labels run from 1 to {labels.max()} and seem to start at 1: store labels - 1)" if from_one else ""
 
 
 def _checksum(images: np.ndarray) -> str:

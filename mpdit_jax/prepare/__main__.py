@@ -43,8 +43,13 @@ def make_prepare_parser() -> Parser:
     parser.add_argument("--class_names", default="", metavar="FILE", help="one name a line, in label order")
     parser.add_argument("--batch_size", type=int, default=32, help="images encoded at a time (default: %(default)s)")
     parser.add_argument("--shard_size", type=int, default=4096, help="images a shard (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=8, help="that read images (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="the VAE computes in")
+    parser.add_argument("--threads", type=int, default=8, help="reading threads (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="in which the VAE computes (default: %(default)s)",
+    )
     add_tile_option(parser)
     parser.add_argument("--verify", action="store_true", help="read --out again and compare all of it to its manifest")
     add_flags(parser)
@@ -102,7 +107,8 @@ def _prepare(options: argparse.Namespace, out: Path) -> int:
     )
     is_primary = jax.process_index() == 0
     if is_primary:
-        print(f"{len(images):,} images of {len(names)} classes; interrupt at any time: the same command continues")
+        count = len(images) - len(images.removed)
+        print(f"{count:,} images of {len(names)} classes; interrupt at any time: the same command continues")
     manifest = prepare(plan, out)
     if manifest is None:
         if is_primary:

@@ -91,7 +91,7 @@ def write_shard(path: Path, rows: range, plan: Plan, pool: Executor, advance: Ad
 
 @contextmanager
 def _system_errors() -> Iterator[None]:
-    """Raise what the system refuses as the OSError of which ArrayRecord makes a RuntimeError."""
+    """Raise refusals of the system as OSError, where ArrayRecord raises RuntimeError."""
     try:
         yield
     except RuntimeError as error:

@@ -86,7 +86,8 @@ def _encode_all(plan: Plan, out: Path, stop: PreemptionHandler) -> bool:
             if len(rejected) + len(of_shard) > _JUDGED_EARLY:
                 _check_rejected(plan, out, [*rejected, *of_shard])
 
-        advance(0, [])
+        if len(rejected) > _JUDGED_EARLY:
+            _check_rejected(plan, out, rejected)
         for number in (number for number in mine if number not in kept):
             try:
                 report = write_shard(out / names[number], plan.rows(number), plan, pool, advance)

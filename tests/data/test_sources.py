@@ -134,10 +134,10 @@ def test_classes_without_examples_and_labels_from_1_are_named():
         labels = np.array(labels)
         return array_source(np.zeros((len(labels), 8, 8, 1), np.uint8), labels, tuple(map(str, range(max(labels) + 1))))
 
-    from_1 = r"labels run from 1 to 3 and seem to start at 1: store labels - 1"
-    with pytest.raises(DataError, match=rf"set model\.num_classes=4; {from_1}"):
+    from_1 = r"\(labels run from 1 to 3 and seem to start at 1: store labels - 1\)"
+    with pytest.raises(DataError, match=rf"4 classes and the model 3 {from_1}: set model\.num_classes=4"):
         check_fits(source([1, 2, 3]), (8, 8, 1), 3)
-    with pytest.warns(DataWarning, match=rf"1 of 4 classes have no examples and are not trained \(0\); {from_1}"):
+    with pytest.warns(DataWarning, match=rf"1 of 4 classes have no examples and are not trained \(0\) {from_1}"):
         check_fits(source([1, 2, 3]), (8, 8, 1), 4)
     with pytest.warns(DataWarning, match=r"7 of 10 .* \(1, class 4, class 5, class 6, class 7, …\)\.$"):
         check_fits(source([0, 2, 3]), (8, 8, 1), 10)
