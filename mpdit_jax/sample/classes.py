@@ -52,9 +52,9 @@ class Classes:
         if values.dtype.kind in "US":
             values = np.concatenate([self._read(str(text), argument, others) for text in values.ravel()])
         else:
-            outside = values[(values < 0) | (values >= len(self.names))] if values.dtype.kind in "iu" else []
-            if len(outside):
-                raise self._out_of_range(outside[0], argument)
+            outside = (values < 0) | (values >= len(self.names)) if values.dtype.kind in "iu" else np.array(False)
+            if outside.any():
+                raise self._out_of_range(values[outside][0], argument)
             check_labels(values, len(self.names))
         if jax.process_index() == 0 and (unseen := np.intersect1d(values, self.unseen).tolist()):
             warnings.warn(
@@ -66,7 +66,7 @@ class Classes:
 
     def find_pairs(self, pairs: Mapping[Any, Any], argument: str) -> dict[int, int]:
         """Return {label: other label} of pairs written as in `find`, with one label at the right."""
-        found = {}
+        found = dict[int, int]()
         for first, second in pairs.items():
             others = self.find(second, argument)
             if len(others) > 1:
