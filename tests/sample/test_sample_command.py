@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from mpdit_jax.errors import DataWarning, DivergedError, InputError
 from mpdit_jax.io import pictures as images
 from mpdit_jax.sample.__main__ import main, make_sample_parser
 from mpdit_jax.sample.blocks import Block
-from mpdit_jax.sample.classes import Classes
+from mpdit_jax.sample.classes import Classes, read_classes
 from mpdit_jax.sample.drawing import Drawing
 from mpdit_jax.sample.labels import balanced_labels, parse_labels
 from mpdit_jax.sample.options import reject_unused_flags
@@ -220,6 +221,14 @@ def test_classes_without_training_examples_are_drawn_by_name_alone(capsys):
     assert classes.find_pairs({"cat": "null", "2": "0"}, "--negative_labels") == {0: 3, 2: 0}
     with pytest.raises(InputError, match="--negative_labels: 0,2 is more than one class"):
         classes.find_pairs({"0": "0,2"}, "--negative_labels")
+
+
+def test_classes_without_examples_come_from_the_record_of_the_runs_data(tmp_path):
+    record = {"class_names": ["cat", "dog", "eel"], "latents": None, "labels": None, "unseen": [1]}
+    (tmp_path / "data.json").write_text(json.dumps(record))
+    classes = read_classes(tmp_path, SimpleNamespace(model=SimpleNamespace(num_classes=4)))
+    assert classes == Classes(("cat", "dog", "eel", "class 3"), unseen=(1, 3))
+    assert balanced_labels(classes.seen(), 3).tolist() == [0, 2, 0]
 
 
 def test_nan_images_are_named_and_the_rest_kept(workdir, tmp_path, capsys, monkeypatch):
