@@ -40,7 +40,7 @@ def load_config(workdir: str | Path) -> FrozenConfigDict:
         )
     if run := run_around(workdir):
         raise CheckpointError(
-            f"{workdir} lies among the checkpoints of the run {run}: give that folder as workdir; step=N chooses a "
+            f"{workdir} lies among the checkpoints of the run {run}: give that folder as workdir; --step=N chooses a "
             "checkpoint."
         )
     if not path.is_file():

@@ -17,7 +17,7 @@ from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.policy import make_policy
 from mpdit_jax.train.prefetcher import Prefetcher
 from mpdit_jax.train.run import Run
-from mpdit_jax.train.startup import continued, first_state, load_data, log_startup, make_stopwatch, record_inputs
+from mpdit_jax.train.startup import continued, first_state, load_data, log_startup, make_stopwatch, record_data
 from mpdit_jax.train.state import TrainState, abstract_state
 from mpdit_jax.train.step import build_train_step, jit_step
 
@@ -50,7 +50,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
     with jax.set_mesh(mesh), Run(config, workdir, lock, policy) as run:
         target = abstract_state(model, optimizer, mesh)
         step, state = run.restore(target) or (0, first_state(config, model, optimizer, target))
-        record_inputs(workdir, source, step)
+        record_data(workdir, source, step)
         decode = choose_decode(config, workdir, source)
         evaluator = Evaluator(config, workdir, source, structure, decode, run.stopped)
         unevaluated = evaluator.pending(step)  # an earlier start ended in the middle of its evaluation

@@ -15,10 +15,11 @@ from ml_collections import FrozenConfigDict
 from mpdit_jax.checkpoint.manager import Checkpoints
 from mpdit_jax.checkpoint.reader import newest_in_words
 from mpdit_jax.checkpoint.workdir import LockedWorkdir
-from mpdit_jax.distributed.collectives import StopVote, any_process, barrier
+from mpdit_jax.distributed.collectives import StopVote, any_process, barrier, run_on_process_0
 from mpdit_jax.errors import DataError
 from mpdit_jax.runtime.memory import return_freed
 from mpdit_jax.runtime.signals import PreemptionHandler
+from mpdit_jax.train.jax_flags import record_flags
 from mpdit_jax.train.logger import RunLogger
 from mpdit_jax.train.prefetcher import Prefetcher
 from mpdit_jax.train.profiling import Profiler
@@ -90,7 +91,12 @@ class Run(Generic[S]):
         return None if restored is None else (restored.step, self._policy.from_items(restored.items))
 
     def start(self, step: int, watch: Stopwatch) -> None:
-        """Open the logs of a run that continues at `step`."""
+        """Open the logs of a run that continues at `step`, under the JAX flags that it was started with.
+
+        Raises:
+            CheckpointError: a flag has another value.
+        """
+        run_on_process_0(partial(record_flags, self._workdir, trained=step > 0))
         config, is_primary, folder = self._config, jax.process_index() == 0, self._workdir / "tensorboard"
         profiler = Profiler(folder, config.profile.start, config.profile.steps if is_primary else 0)
         self._logger = self._open.enter_context(RunLogger(self._workdir, config, step, is_primary=is_primary))

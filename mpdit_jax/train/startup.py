@@ -30,7 +30,7 @@ from mpdit_jax.runtime.hardware import peak_flops
 from mpdit_jax.sample.drawing import Decode
 from mpdit_jax.train.grid import why_no_grid
 from mpdit_jax.train.init_from import initialize_from
-from mpdit_jax.train.jax_flags import number_flags, record_flags
+from mpdit_jax.train.jax_flags import number_flags
 from mpdit_jax.train.state import TrainState, create_state
 from mpdit_jax.train.stopwatch import Stopwatch
 from mpdit_jax.train.writers import METRICS_FILE
@@ -72,9 +72,8 @@ def load_data(config: FrozenConfigDict, mesh: Mesh) -> Source:
     return source
 
 
-def record_inputs(workdir: Path, source: Source, step: int) -> None:
-    """Store the run's data set and JAX flags, or check that a run at `step` continues with the same. Collective."""
-    run_on_process_0(partial(record_flags, workdir, trained=step > 0))
+def record_data(workdir: Path, source: Source, step: int) -> None:
+    """Write what samplers need to know of the data, or check that a run at `step` continues with the same data."""
     run_on_process_0(partial(record_dataset, workdir, source, trained=step > 0))
 
 
