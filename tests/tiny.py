@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from mpdit_jax.runtime import cli
+from tests.forked import Forked
 
 ROOT = Path(__file__).parent.parent
 OVERRIDES = [  # one level: a start takes a fifth less; TWO_LEVELS where the model matters
@@ -95,8 +96,11 @@ def optimized():
 def start(command, arguments, devices=1, extra=None, before="", **options):
     """Start `python -m mpdit_jax.COMMAND` as its own process, with `devices` virtual CPU devices, `extra` variables.
 
-    `before` is Python that the process runs first.
+    `before` is Python that the process runs first. Without it, and without options of Popen, the process is forked from
+    one that has imported JAX (tests/forked.py).
     """
+    if sys.platform == "linux" and command != "-c" and not (before or options or extra):
+        return Forked(command, arguments, environment(devices))
     module = f"mpdit_jax.{command}"
     command_itself = f"import runpy\nrunpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     return subprocess.Popen(
