@@ -158,6 +158,8 @@ def check_flags(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Raise InputError for flags that do not fit together or have no effect."""
     if bool(options.samples) == bool(options.workdir):
         raise InputError("give either --samples=SET or --workdir=FOLDER, the images to evaluate.")
+    if options.samples and (expand(options.samples) / "checkpoints").is_dir():
+        raise InputError(f"--samples={options.samples} is a run: give --workdir={options.samples} to draw from it.")
     asked = set(metric_names(options.metrics))
     if options.samples and not options.reference and asked != {"is"} and (asked or not options.save_stats):
         raise InputError("--reference is missing: expected a set to compare with (or --save_stats=FILE.npz alone).")

@@ -378,6 +378,12 @@ def test_flags_of_drawing_are_refused_where_nothing_is_drawn(flag, tmp_path, mon
     assert said.startswith(f"{flag} is for drawing from --workdir, and --samples={samples} is drawn already: ")
 
 
+def test_a_run_given_as_samples_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    said = refusal(evaluate.main, [f"--samples={tmp_path}", "--reference=data:digits"], monkeypatch, capsys)
+    assert said == f"--samples={tmp_path} is a run: give --workdir={tmp_path} to draw from it.\n"
+
+
 def test_an_image_size_is_refused_where_no_folder_is_cut(files, classifier_file, tmp_path, monkeypatch, capsys):
     (tmp_path / "store").mkdir()
     (tmp_path / "store/manifest.json").write_text("{}")
