@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from functools import cache
+from pathlib import Path
 
 from mpdit_jax.runtime.hugepages import TUNABLE
 
@@ -24,6 +25,13 @@ MODULES = (
     "mpdit_jax.train.loop", "mpdit_jax.train.replay", "mpdit_jax.sample.command", "mpdit_jax.prepare.store",
     "mpdit_jax.evaluate.command", "mpdit_jax.evaluate.runs", "mpdit_jax.train.vae",
 )  # fmt: skip
+ROOT = Path(__file__).parent.parent
+# Of the server, as it is before any test changes a variable.
+ENVIRONMENT = os.environ | {
+    "GLIBC_TUNABLES": TUNABLE,
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+}
 _LARGEST = 1 << 17  # bytes of a request
 
 
@@ -38,7 +46,7 @@ class Forked:
         self._pidfd = os.pidfd_open(self.pid)
         os.close(out_end)
         os.close(err_end)
-        self.stdout, self.stderr = open(out), open(err)
+        self.stdout, self.stderr = os.fdopen(out), os.fdopen(err)
 
     def poll(self):
         """Return the exit status, or None while the process runs."""
@@ -81,13 +89,23 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def can_fork(environment):
+    """Return whether a forked process is what a new one would be: libraries read their variables when imported."""
+    return sys.platform == "linux" and _read_early(environment) == _read_early(ENVIRONMENT)
+
+
+def _read_early(environment):
+    late = ("XLA_FLAGS", "PYTEST_CURRENT_TEST", "MPDIT_JAX_", "GLIBC_TUNABLES")
+    return {name: value for name, value in environment.items() if not name.startswith(late)}
+
+
 @cache
 def _server():
     """Start the server, which ends when this process does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     subprocess.Popen(
         [sys.executable, "-m", "tests.forked", str(theirs.fileno())],
-        pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=os.environ | {"GLIBC_TUNABLES": TUNABLE},
+        pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, cwd=ROOT, env=ENVIRONMENT,
     )  # fmt: skip
     theirs.close()
     return ours

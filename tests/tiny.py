@@ -19,9 +19,8 @@ import numpy as np
 import pytest
 
 from mpdit_jax.runtime import cli
-from tests.forked import Forked
+from tests.forked import ROOT, Forked, can_fork
 
-ROOT = Path(__file__).parent.parent
 OVERRIDES = [  # one level: a start takes a fifth less; TWO_LEVELS where the model matters
     "--config.steps=8",
     "--config.batch_size=8",
@@ -97,10 +96,11 @@ def start(command, arguments, devices=1, extra=None, before="", **options):
     """Start `python -m mpdit_jax.COMMAND` as its own process, with `devices` virtual CPU devices, `extra` variables.
 
     `before` is Python that the process runs first. Without it, and without options of Popen, the process is forked from
-    one that has imported JAX (tests/forked.py).
+    one that has imported JAX where that makes no difference (tests/forked.py).
     """
-    if sys.platform == "linux" and command != "-c" and not (before or options or extra):
-        return Forked(command, arguments, environment(devices))
+    variables = environment(devices) | (extra or {})
+    if not before and not options and can_fork(variables):
+        return Forked(command, arguments, variables)
     module = f"mpdit_jax.{command}"
     command_itself = f"import runpy\nrunpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     return subprocess.Popen(
@@ -108,7 +108,7 @@ def start(command, arguments, devices=1, extra=None, before="", **options):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(devices) | (extra or {}),
+        env=variables,
         **options,
     )
 

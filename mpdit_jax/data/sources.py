@@ -232,7 +232,9 @@ def check_fits(source: Source, input_shape: tuple[int, int, int], num_classes: i
 
 def unseen_classes(labels: np.ndarray, num_classes: int) -> tuple[int, ...]:
     """The classes from 0 to `num_classes` - 1 that are not among `labels` (n,)."""
-    return tuple(np.flatnonzero(np.bincount(labels, minlength=num_classes)[:num_classes] == 0).tolist())
+    return tuple(
+        np.flatnonzero(np.bincount(labels.astype(np.int64), minlength=num_classes)[:num_classes] == 0).tolist()
+    )
 
 
 def warn_of_unseen(labels: np.ndarray, class_names: Sequence[str], num_classes: int, origin: str = "the data") -> None:

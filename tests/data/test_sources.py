@@ -131,7 +131,7 @@ def test_possible_layouts_are_accepted(tmp_path, shape):
 
 def test_classes_without_examples_and_labels_from_1_are_named():
     def source(labels):
-        labels = np.array(labels)
+        labels = np.array(labels, np.uint64)  # not the type that counting takes
         return array_source(np.zeros((len(labels), 8, 8, 1), np.uint8), labels, tuple(map(str, range(max(labels) + 1))))
 
     from_1 = r"\(labels run from 1 to 3 and seem to start at 1: store labels - 1\)"

@@ -3,7 +3,9 @@
 import io
 import os
 import shutil
+from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 from mpdit_jax.data.image_sets import ArrayImages, open_npz, open_set
 from mpdit_jax.errors import DataError, InputError
 from mpdit_jax.evaluate import compute
+from mpdit_jax.evaluate.__main__ import _place
 from mpdit_jax.evaluate.compute import compute_statistics
 from mpdit_jax.evaluate.extractors import _build
 from mpdit_jax.evaluate.moments import Moments
@@ -113,6 +116,13 @@ def test_only_what_metrics_need_is_kept_and_each_process_sums_its_share(tmp_path
         look(["pool"], "features")
     kept = np.stack([gathered[row] for row in range(300)])
     np.testing.assert_array_equal(kept, collect(extractor, [extractor(images.images)], {}).features)
+
+
+@pytest.mark.parametrize(("samples", "place"), [
+    ("data:digits:test", "data_digits_test"), ("idx:/mnist:test", "idx_mnist_test"), ("some/photos/", "some/photos"),
+])  # fmt: skip
+def test_numbers_go_beside_a_set_that_has_a_place_and_else_here(samples, place):
+    assert _place(Namespace(out="", workdir="", samples=samples)) == Path(f"{place}.metrics.json")
 
 
 def test_an_image_without_features_is_named_by_its_place_in_the_set():
