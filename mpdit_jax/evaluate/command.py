@@ -138,13 +138,13 @@ def _check_size(samples: ImageSet, options: argparse.Namespace, *, compared: boo
     height, width = samples.shape[:2]
     if options.image_size in (0, height) and options.image_size in (0, width):
         return
-    if not compared:
-        raise InputError(
-            f"--samples={options.samples} holds images of {height}x{width} pixels and --image_size is "
-            f"{options.image_size}, which cuts the images of a folder alone: leave it out, or give a folder of images."
+    remedy = ", which cuts the images of a folder alone: leave it out, or give a folder of images."
+    if compared:
+        remedy = (
+            ": samples are compared as they were drawn and never resized; draw them at that size, or give their size "
+            "and a reference of that size (photographs are cut with --save_stats alone)."
         )
     raise InputError(
-        f"--samples={options.samples} holds images of {height}x{width} pixels and --image_size is "
-        f"{options.image_size}: samples are compared as they were drawn and never resized; draw them at that size, "
-        "or give their size and a reference of that size (photographs are cut with --save_stats alone)."
+        f"--samples={options.samples} holds images of {height}x{width} pixels and --image_size is {options.image_size}"
+        f"{remedy}"
     )

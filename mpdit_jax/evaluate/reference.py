@@ -25,7 +25,6 @@ from mpdit_jax.evaluate.statistics import (
     check_count,
     check_reference,
     check_same_size,
-    no_images,
 )
 from mpdit_jax.evaluate.stored_statistics import holds_statistics, load_statistics
 from mpdit_jax.evaluate.subsets import SomeImages, random_subset
@@ -50,7 +49,7 @@ class Reference:
     mesh: Mesh | None = None  # this process's devices while a store is decoded; None for the ambient mesh
 
     def check(self, extractor: Extractor | None, shape: tuple[int, int, int]) -> None:
-        """Check the reference before hours of sampling; no image is evaluated. Collective.
+        """Check the reference without evaluating an image, before hours of sampling. Collective.
 
         `shape` is the samples' (H, W, C). Without an extractor, a classifier is trained later on images like them.
 
@@ -65,7 +64,7 @@ class Reference:
     def statistics(self, extractor: Extractor, shape: tuple[int, int, int], compute: Compute) -> Statistics:
         """Return the statistics after the checks of `check`; the Inception Score alone reads no images."""
         if not self._metrics:
-            return no_images(extractor)
+            return Statistics(extractor.name, extractor.fingerprint, 0, {})
         stored, images = self._open(extractor, shape)
         assert_equal_across_processes(_identity(stored))
         verb = "features of the reference:"

@@ -1,4 +1,4 @@
-"""The small classifier: what it learns, its file, its command."""
+"""The small classifier learns, its file is checked, and its command reports."""
 
 import json
 import os
