@@ -61,6 +61,10 @@ class DeviceWarning(UserWarning):
     """A setting for another kind of device is replaced here; the message names both."""
 
 
+class WeightsWarning(UserWarning):
+    """Part of a weights file was taken, and the rest left out."""
+
+
 def install_extra(extra: str) -> str:
     """How to install an extra of setup.py, in words: no package index has mpdit_jax, so no one command fits all."""
     return f"install mpdit_jax with its extra [{extra}] (in a clone: pip install -e '.[{extra}]')"

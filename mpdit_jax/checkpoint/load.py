@@ -1,5 +1,6 @@
 """Loading of a trained model, and of its run's config, from a workdir."""
 
+import shlex
 import warnings
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ def load_config(workdir: str | Path) -> FrozenConfigDict:
     if not path.is_file():
         raise CheckpointError(
             f"{workdir} holds no run ({CONFIG} is missing): train one with "
-            f"`python -m mpdit_jax.train --config=digits --workdir={workdir}`."
+            f"`python -m mpdit_jax.train --config=digits --workdir={shlex.quote(str(workdir))}`."
         )
     try:
         return from_json(path.read_text())

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -152,20 +152,20 @@ def resolve(config: ConfigDict) -> FrozenConfigDict:
     fields = {key: value for key, value in resolved.model.items() if key != "preset" and value is not None}
     model = preset_config(resolved.model.preset, **fields) if resolved.model.preset else ModelConfig().replace(**fields)
     with resolved.model.ignore_type():  # a size given as one number is a tuple now
-        resolved.model.update(dataclasses.asdict(model.replace(flow_map=_is_flow_map(resolved))))
+        decided = {"flow_map": resolved.objective == "flow_map", "null_class": resolved.label_dropout > 0}
+        _check_decided(resolved, decided)
+        resolved.model.update(dataclasses.asdict(model.replace(**decided)))
     check_values(resolved)
     return FrozenConfigDict(resolved)
 
 
-def _is_flow_map(config: ConfigDict) -> bool:
-    """Whether the run trains a flow map; raise ConfigError where config.model.flow_map says otherwise."""
-    trained, said = config.objective == "flow_map", config.model.flow_map
-    if said is not None and bool(said) != trained:
-        raise ConfigError(
-            f"config.model.flow_map={said!r} with config.objective={config.objective!r}: leave it out, the objective "
-            "decides it."
-        )
-    return trained
+def _check_decided(config: ConfigDict, decided: Mapping[str, bool]) -> None:
+    """Raise ConfigError where a field of config.model contradicts what the objective and label_dropout decide."""
+    for name, value in decided.items():
+        said = config.model[name]
+        if said is not None and bool(said) != value:
+            by = "config.objective" if name == "flow_map" else "config.label_dropout"
+            raise ConfigError(f"config.model.{name}={said!r}: leave it out, {by} decides it and gives {value}.")
 
 
 def model_config(config: FrozenConfigDict) -> ModelConfig:

@@ -115,6 +115,8 @@ def check_values(config: ConfigDict) -> None:
 def _check_flow_map(config: ConfigDict) -> None:
     expect(config, "flow_map.p", 0 <= config.flow_map.p <= 2, "0 to 2")
     expect(config, "flow_map.guidance", 0 <= config.flow_map.guidance < 1, "at least 0 and below 1 (0.6 acts as 2.5)")
+    if not config.label_dropout:
+        expect(config, "flow_map.guidance", not config.flow_map.guidance, "0 without label_dropout: no null class")
     expect(config, "flow_map.guidance_until", 0 <= config.flow_map.guidance_until <= 1, "a time from 0 to 1")
     pairs = config.batch_size // config.gradient_accumulation
     expect(config, "batch_size", pairs % 2 == 0, "an even number a part: a flow map trains on pairs of examples")

@@ -1,1 +1,1 @@
-"""One model between the forms it is kept in: a workdir, a PyTorch file, a safetensors file."""
+"""Conversion of a model between a workdir, a PyTorch file and a safetensors file."""

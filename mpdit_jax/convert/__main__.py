@@ -15,7 +15,7 @@ _EXAMPLES = """\
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Convert as the arguments say; exit status."""
+    """Convert as the arguments say and return the exit status."""
     parser = make_config_parser(
         "convert",
         "Read a model from a workdir (its moving average), a PyTorch file or a safetensors file and write it as "
@@ -26,9 +26,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.usage = f"{parser.prog} --source=FILE|FOLDER --out=FILE|FOLDER [--config=FILE]"
     parser.add_argument("--source", required=True, help="workdir, .pt, .pth or .safetensors")
     parser.add_argument("--out", required=True, help=".safetensors, .pt or .pth, or a new workdir")
-    parser.add_argument("--step", type=int, help="of a workdir's checkpoints (default: the newest)")
-    parser.add_argument("--num_heads", type=int, help="of a PyTorch file, where no preset has its width")
-    parser.add_argument("--convention", help="velocity, dit or sit: of a file with a DiT's names that does not say")
+    parser.add_argument("--step", type=int, help="checkpoint of a workdir (default: the newest)")
+    parser.add_argument("--num_heads", type=int, help="attention heads of a PyTorch file, if no preset has its width")
+    parser.add_argument("--num_classes", type=int, help="classes of a PyTorch file whose table may lack the null class")
+    parser.add_argument("--key", help="selects one of several state dicts in a file (default: the moving average)")
+    parser.add_argument("--convention", help="velocity, dit or sit, for a DiT's file that does not record it")
     if any(argument.startswith("--config") for argument in arguments):
         options, config = parse_with_config(parser, arguments)
     else:
@@ -39,7 +41,8 @@ def main(arguments: Sequence[str]) -> int:
 
     source, out = Path(options.source), Path(options.out)
     check_target(out, config)
-    found = read(source, num_heads=options.num_heads, convention=options.convention, step=options.step)
+    given = {name: vars(options)[name] for name in ("num_heads", "convention", "num_classes", "key", "step")}
+    found = read(source, **given)
     before = checksum(found.model)
     print(f"read {found.description}\n  {_describe(found.model)}\n  {before}", flush=True)
     written, after = write(out, found, config, before)

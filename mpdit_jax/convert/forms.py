@@ -6,19 +6,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from mpdit_jax.checkpoint.load import load_step
 from mpdit_jax.checkpoint.manager import Checkpoints
 from mpdit_jax.checkpoint.workdir import lock_workdir
 from mpdit_jax.config.base import ADAPTABLE, base_config, model_config, resolve
 from mpdit_jax.convert.checksum import Checksum, checksum
+from mpdit_jax.data.info import DatasetInfo, from_json, read_dataset_info, to_json, write_dataset_info
+from mpdit_jax.data.latents import PAPER_MEAN, PAPER_STD, LatentSpace, load_latents
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import CheckpointError, ConfigError, InputError, MissingExtraError, WeightsError, install_extra
 from mpdit_jax.interop.native_files import PUBLISHED, build_metadata, save_native, stored_step
 from mpdit_jax.interop.torch_weights import check_agreement, load_with_metadata, to_torch
 from mpdit_jax.io.atomic import atomic_dir, atomic_write, check_writable
-from mpdit_jax.model.config import ModelConfig
+from mpdit_jax.io.paths import expand
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import split
 from mpdit_jax.train.optimizer import make_optimizer
@@ -30,37 +32,52 @@ _RUNTIME_FIELDS = ("dtype", "remat", "attention", "platform")  # fields of a mod
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A model, its training step (1 if the file does not say) and a description of its source."""
+    """A model and what its source says of it."""
 
     model: MPDiT
-    step: int
-    description: str
+    step: int  # of training; 1 if the source does not say
+    description: str  # of the source
+    data: DatasetInfo | None  # class names, and what decoding needs; None if the source does not say
 
 
 def read(
-    source: Path, *, num_heads: int | None = None, convention: str | None = None, step: int | None = None
+    source: Path,
+    *,
+    num_heads: int | None = None,
+    convention: str | None = None,
+    num_classes: int | None = None,
+    key: str | None = None,
+    step: int | None = None,
 ) -> Found:
-    """The model of a workdir (its moving average), a PyTorch file or a `.safetensors`.
+    """Read the model of a workdir (its moving average), a PyTorch file or a `.safetensors`.
 
     Args:
         source: the folder or file.
-        num_heads, convention: as `load_torch`; they must agree with a workdir or a file that names its own.
+        num_heads, convention, num_classes, key: see `load_torch`; they must agree with what the source records.
         step: checkpoint of a workdir; default the newest undamaged one.
 
     Raises:
         CheckpointError, WeightsError: nothing readable there.
-        InputError: a step of a file.
+        InputError: a step of a file, or a key of a workdir.
     """
     if source.is_dir():
+        if key is not None:
+            raise InputError(f"--key={key}: {source} is a workdir, of which the moving average is converted.")
         at, model = load_step(source, step, ema=True)
-        check_agreement(model.config, num_heads, convention, str(source))
-        return Found(model, at, f"{source}: moving average of step {at}")
+        check_agreement(model.config, num_heads, convention, str(source), num_classes)
+        data = read_dataset_info(source)
+        data = data and dataclasses.replace(data, labels=None)  # a new run may have other examples
+        return Found(model, at, f"{source}: moving average of step {at}", data)
     if step is not None:
         raise InputError(f"--step={step}: {source} is no workdir and has no steps.")
-    model, metadata = load_with_metadata(source, num_heads, convention)
+    model, metadata = load_with_metadata(source, num_heads, convention, num_classes, key)
     kept = stored_step(metadata)
     kind = f"mpdit_jax, step {'unknown' if kept is None else kept}" if metadata else "published names"
-    return Found(model, kept or 1, f"{source}: {kind}")
+    try:
+        data = from_json(metadata["data"]) if "data" in metadata else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{source}: the record of its data in its metadata is damaged ({error}).") from error
+    return Found(model, kept or 1, f"{source}: {kind}", data)
 
 
 def check_target(out: Path, config: ConfigDict | None) -> None:
@@ -87,25 +104,25 @@ def check_target(out: Path, config: ConfigDict | None) -> None:
 
 
 def write(out: Path, found: Found, config: ConfigDict | None, expected: Checksum) -> tuple[str, Checksum]:
-    """Write the model in the form that `out` names, read it back and compare; a description, and its checksum.
+    """Write the model in the form that `out` names and read it back; return a description and the checksum.
 
     Args:
         out: as `check_target` allows.
         found: the model.
-        config: of a workdir: the config of its run.
+        config: config of the run, for a workdir.
         expected: the checksum of the model.
 
     Raises:
-        ConfigError: a model that this form cannot hold.
+        ConfigError: this form cannot hold the model.
         WeightsError: the model that was read back differs; nothing is left at `out`.
     """
     workdir = out.is_dir() or out.suffix not in (".safetensors", *TORCH_SUFFIXES)
     with atomic_dir(out) as place:
         if workdir:
-            _write_workdir(place, found, config)
-            kind = f"workdir of step {found.step}, parameters and moving average the same, optimizer new"
+            latents = _write_workdir(place, found, config)
+            kind = f"workdir of step {found.step}, parameters and moving average the same, optimizer new{latents}"
         elif out.suffix == ".safetensors":
-            save_native(place, found.model, found.step)
+            save_native(place, found.model, found.step, _data_entry(found))
             kind = f"{_size(place)}, this project's names, the model's config in the metadata"
         else:
             _write_torch(place, found)
@@ -123,7 +140,7 @@ def _write_torch(out: Path, found: Found) -> None:
     except ImportError as error:
         problem = f"{out.name} is a PyTorch file: {install_extra('torch')}, or write .safetensors."
         raise MissingExtraError(problem) from error
-    metadata = build_metadata(found.model, found.step) | {"names": PUBLISHED}
+    metadata = build_metadata(found.model, found.step) | _data_entry(found) | {"names": PUBLISHED}
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
     with atomic_write(out) as file:
         try:
@@ -134,8 +151,14 @@ def _write_torch(out: Path, found: Found) -> None:
             raise
 
 
-def _write_workdir(out: Path, found: Found, config: ConfigDict | None) -> None:
-    resolved = resolve(_run_config(found.model.config, config))
+def _data_entry(found: Found) -> dict[str, str]:
+    return {} if found.data is None else {"data": to_json(found.data)}
+
+
+def _write_workdir(out: Path, found: Found, config: ConfigDict | None) -> str:
+    """Write a workdir; return a note on the normalization of latents where the source does not record it."""
+    resolved = resolve(_run_config(found, config))
+    data, note = _dataset_info(found, resolved)
     model, theirs = model_config(resolved), vars(found.model.config)
     differing = {
         name: f"config.model.{name}={ours!r} (the file: {theirs[name]!r})"
@@ -148,7 +171,8 @@ def _write_workdir(out: Path, found: Found, config: ConfigDict | None) -> None:
             "--config.init_from=weights.safetensors"
         )
         start = start if {*differing} <= {*ADAPTABLE} else ""
-        raise ConfigError(f"--config is of another model: {', '.join(differing.values())}{start}.")
+        hint = "" if model.null_class == theirs["null_class"] else " (config.label_dropout decides null_class)"
+        raise ConfigError(f"--config is of another model: {', '.join(differing.values())}{hint}{start}.")
     mesh, optimizer = make_mesh(devices=jax.local_devices()[:1]), make_optimizer(resolved.optimizer)
     state = create_state(model, optimizer, abstract_state(model, optimizer, mesh), resolved.seed)
     parameters = jax.device_put(split(found.model)[1], jax.tree.map(lambda leaf: leaf.sharding, state.parameters))
@@ -160,21 +184,43 @@ def _write_workdir(out: Path, found: Found, config: ConfigDict | None) -> None:
     )
     with lock_workdir(out, resolved), Checkpoints(out, keep=1) as checkpoints:
         checkpoints.save(found.step, to_items(state))
+        if data is not None:
+            write_dataset_info(out, data)
+    return note
 
 
-def _run_config(model: ModelConfig, config: ConfigDict | None) -> ConfigDict:
-    """The given config, or the default recipe with the fields of the model."""
+def _dataset_info(found: Found, config: FrozenConfigDict) -> tuple[DatasetInfo | None, str]:
+    """Return what to record of the data, and a note if the latents' normalization is assumed or not known."""
+    data = config.data
+    if found.data is not None or data.name != "latents":
+        return found.data, ""
+    if data.path and expand(data.path).is_dir():
+        store, space = load_latents(data.path, data.normalization)
+        return DatasetInfo(tuple(store.manifest.class_names), space), f"; latents normalized as in {data.path}"
+    if data.normalization in ("manifest", "vae") or config.model.in_channels != len(PAPER_MEAN):
+        return None, "; its latents cannot be decoded: their normalization needs the --config.data.path of the latents"
+    note = "; latents normalized by the paper's constants, of a VAE that is not recorded"
+    return DatasetInfo((), LatentSpace(PAPER_MEAN, PAPER_STD, "")), note
+
+
+def _run_config(found: Found, config: ConfigDict | None) -> ConfigDict:
+    """Return the given config, or the default recipe for the model."""
+    model = found.model.config
     if config is not None:
         return config
     if model.convention != "velocity":
         raise ConfigError(
-            f"a model that predicts by the convention {model.convention!r} cannot be trained here, and a workdir is of "
-            "a run: write .safetensors or .pt, and sample from Python as docs/weights.md shows."
+            f"a model with the convention {model.convention!r} cannot be trained here, so it has no workdir: write "
+            ".safetensors or .pt, and sample from Python as docs/weights.md shows."
         )
     if model.decoder_depth:
         raise ConfigError(f"model.decoder_depth={model.decoder_depth}: give the --config of its masked training.")
     run = base_config()
     run.model.update(dataclasses.asdict(model))
+    if not model.null_class:
+        run.label_dropout = 0.0
+    if model.in_channels not in (1, 3) or (found.data is not None and found.data.latents is not None):
+        run.data.name = "latents"
     return run
 
 

@@ -45,6 +45,11 @@ class Converted(nnx.Module):
         return self.model.num_classes
 
     @property
+    def null_class(self) -> bool:
+        """Whether the null class was trained."""
+        return bool(self.model.config.null_class)
+
+    @property
     def convention(self) -> str:
         """Convention of the output, "velocity"; `config.convention` is that of the wrapped model."""
         return "velocity"

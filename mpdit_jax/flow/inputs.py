@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from mpdit_jax.errors import InputError
-from mpdit_jax.flow.protocols import ClassConditional, DeclaresConvention
+from mpdit_jax.flow.protocols import ClassConditional, DeclaresConvention, DeclaresNullClass
 from mpdit_jax.flow.randomness import NO_IMAGE
 
 Negatives: TypeAlias = jax.typing.ArrayLike | Mapping[int, int] | None
@@ -75,6 +75,22 @@ def check_labels(labels: jax.typing.ArrayLike, num_classes: int, name: str = "la
                 f"(and {num_classes}, the null class)."
             )
     return jnp.asarray(labels, jnp.int32)
+
+
+def check_null_class(model: ClassConditional, labels: jax.Array, negatives: jax.Array | None, by_default: bool) -> None:
+    """Raise InputError if labels (B,) need the null class of a model that declares it untrained.
+
+    `negatives` are None if nothing is guided; `by_default` says that no negatives were given, so that the null class is
+    guided away from, which traced values do not show.
+    """
+    if not isinstance(model, DeclaresNullClass) or model.null_class:
+        return
+    values = [value for value in (labels, negatives) if value is not None and not is_traced(value)]
+    if by_default or any((np.asarray(value) == model.num_classes).any() for value in values):
+        raise InputError(
+            f"this model's null class, label {model.num_classes}, was not trained (there was no label dropout), and "
+            "guidance needs it: use guidance_scale=1, or guide by negative labels or by a weaker model."
+        )
 
 
 def check_indices(indices: jax.typing.ArrayLike | None, count: int) -> jax.Array:

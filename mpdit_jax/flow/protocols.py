@@ -87,6 +87,15 @@ class DeclaresConvention(Protocol):
 
 
 @runtime_checkable
+class DeclaresNullClass(Protocol):
+    """A model that declares whether its null class was trained. A model without it is taken to have one."""
+
+    @property
+    def null_class(self) -> bool:
+        """Whether label `num_classes` was trained, so that guidance by it makes sense."""
+
+
+@runtime_checkable
 class Convertible(Factored, Castable, Portable, DeclaresConvention, Protocol):
     """A model that `as_velocity` can convert."""
 

@@ -24,6 +24,7 @@ from mpdit_jax.flow.inputs import (
     check_labels,
     check_model,
     check_negatives,
+    check_null_class,
     check_scale,
     check_shape,
     is_traced,
@@ -126,6 +127,8 @@ class Sampler:
     ) -> Solution:
         """Draw latents as `__call__` does; return also the evaluation count and, with `record`, the whole path."""
         check_model(model)
+        if guide is not None:
+            check_model(guide, "guide")
         check_key(key)
         given, table = (negative_labels, None) if not isinstance(negative_labels, Mapping) else (None, negative_labels)
 
@@ -168,6 +171,9 @@ class Sampler:
             increments = check_shape(increments, expected, "increments", "one for each step but the last")
         # If the scale is known to be 1 everywhere, the program has no second pass.
         guided = is_traced(scale) or bool(np.any(np.asarray(scale) != 1))
+        given = bool(negative_labels) if isinstance(negative_labels, Mapping) else negative_labels is not None
+        by_default = guided and guide is None and not given
+        check_null_class(target, labels, negatives if guided else None, by_default)
         _warn_of_maps(model, self.settings, guided)
         structure, state = nnx.split(model)
         guide_parts = nnx.split(guide) if guide is not None and guided else (None, None)

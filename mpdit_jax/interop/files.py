@@ -3,7 +3,7 @@
 import argparse
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +11,12 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from mpdit_jax.errors import MissingExtraError, WeightsError, install_extra
+from mpdit_jax.errors import MissingExtraError, WeightsError, WeightsWarning, install_extra
 from mpdit_jax.interop.pickles import explain_refusal
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+# What DataParallel, torch.compile, FSDP and activation checkpointing insert into names.
+_WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 class Weights(NamedTuple):
@@ -23,6 +24,7 @@ class Weights(NamedTuple):
 
     arrays: dict[str, np.ndarray]  # float32 arrays by name
     metadata: Mapping[str, str]  # see native_files.py; other projects' files may have other entries or none
+    key: str | None = None  # the requested key, unless it was used to select the state dict
 
 
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
@@ -30,13 +32,14 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     return read_weights(path).arrays
 
 
-def read_weights(path: str | Path) -> Weights:
+def read_weights(path: str | Path, key: str | None = None) -> Weights:
     """Read a `.safetensors` file, or a PyTorch file with weights_only=True, as float32 numpy arrays.
 
-    A PyTorch file may be a state dict or have one under "ema" (preferred), "model" or "state_dict".
+    A PyTorch file may be a state dict or hold several; see `normalize_weights` for the choice and `key`.
 
     Raises:
-        WeightsError: the file is missing, damaged or of unknown type, or its pickle holds more than tensors.
+        WeightsError: the file is missing, damaged or of unknown type, its pickle holds more than tensors, or it has
+            several state dicts and none of them is clearly the one to use.
         MissingExtraError: PyTorch is needed and not installed.
     """
     path = Path(path)
@@ -46,30 +49,71 @@ def read_weights(path: str | Path) -> Weights:
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
-            return Weights(normalize_state_dict(safetensors.numpy.load_file(path), str(path)), metadata)
+            return Weights(normalize_state_dict(safetensors.numpy.load_file(path), str(path)), metadata, key)
         except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise WeightsError(f"{path} is not a readable safetensors file ({error}); download it again.") from error
     if path.suffix in _TORCH_SUFFIXES:
-        state, metadata = _read_torch(path)
-        return Weights(normalize_state_dict(state, str(path)), metadata)
+        return normalize_weights(_read_torch(path), str(path), key)
     raise WeightsError(f"{path}: unknown type {path.suffix!r}; expected .safetensors or {', '.join(_TORCH_SUFFIXES)}.")
 
 
-def normalize_state_dict(mapping: Mapping[str, Any], source: str) -> dict[str, np.ndarray]:
-    """Convert arrays or tensors by name to float32 numpy arrays.
+def normalize_weights(content: Mapping[str, Any], source: str, key: str | None = None) -> Weights:
+    """Convert a state dict, or the one to use of a checkpoint with several, to float32 numpy arrays.
 
-    The prefixes `module.` (DataParallel) and `_orig_mod.` (torch.compile) are removed from the names.
+    Of several, `key` selects one; without it, the moving average (a key such as "ema" or "model_ema") is taken, and
+    otherwise "model" or "state_dict". A WeightsWarning names a choice that is not obvious.
     """
+    held = [
+        name
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Mapping) and any(map(_is_array, value.values()))
+    ]
+    if not held:
+        return Weights(normalize_state_dict(content, source), {}, key)
+    metadata = content["metadata"] if isinstance(content.get("metadata"), Mapping) else {}
+    rest = None if key in held else key  # not the name of a state dict, so a prefix of the names in one
+    having = [name for name in held if rest and any(str(entry).startswith(f"{rest}.") for entry in content[name])]
+    chosen = choose(having or held, None if having else key, source)
+    for name, value in content.items():
+        empty = name not in held and (value is None or isinstance(value, Mapping | list))
+        if key is None and empty and _is_average(name) and not _is_average(chosen):
+            text = f"{source}: {name!r} holds no state dict; {chosen!r} is taken, which is no moving average."
+            warnings.warn(text, WeightsWarning, stacklevel=2)
+    return Weights(normalize_state_dict(content[chosen], source), metadata, rest)
+
+
+def choose(names: Sequence[str], key: str | None, source: str) -> str:
+    """Return the name of the state dict to use: `key` if given, else the moving average, else the raw weights.
+
+    Raise WeightsError if there is none of that name, or if the names do not decide.
+    """
+    if key is not None:
+        if key not in names:
+            known = ", ".join(filter(None, names)) or "one, without a name"
+            raise WeightsError(f"key={key!r}: {source} has no such state dict; it has {known}.")
+        return key
+    averages = [name for name in names if _is_average(name)]
+    usual = [name for name in ("", "model", "state_dict") if name in names][:1]
+    found = averages or usual or names
+    if len(found) > 1:
+        kind = "moving averages" if averages else "state dicts"
+        raise WeightsError(
+            f"{source} has several {kind} ({', '.join(found)}): choose one by key, such as key={found[0]!r}."
+        )
+    if averages and found != ["ema"]:
+        others = ", ".join(repr(name) for name in names if name != found[0])
+        instead = f"; key= selects another ({others})" if others else ""
+        warnings.warn(f"{source}: the moving average {found[0]!r} is taken{instead}.", WeightsWarning, stacklevel=2)
+    return found[0]
+
+
+def normalize_state_dict(mapping: Mapping[str, Any], source: str) -> dict[str, np.ndarray]:
+    """Convert arrays or tensors by name to float32 numpy arrays; parts of names from PyTorch's wrappers are removed."""
     arrays: dict[str, np.ndarray] = {}
     for name, value in mapping.items():
         if not isinstance(name, str):
             raise WeightsError(f"{source}: key {name!r} is not a name; expected a mapping from names to arrays.")
-        try:
-            array = np.asarray(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise WeightsError(
-                f"{source}: entry {name!r} is {type(value).__name__}, not an array ({error})."
-            ) from error
+        array = _to_array(name, value, source)
         # To numpy, bfloat16 is not of a floating kind.
         if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
             raise WeightsError(f"{source}: entry {name!r} has dtype {array.dtype}; expected numbers.")
@@ -90,7 +134,18 @@ def compare_shapes(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[
     }
 
 
-def _read_torch(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+def describe_misfit(
+    arrays: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    more: Mapping[str, list[str]] | None = None,
+) -> str:
+    """List in words what is missing, extra, misshapen, not finite or, by kind, in `more`; "" if everything fits."""
+    problems = compare_shapes(arrays, shapes)
+    problems["not finite"] = [name for name in shapes if name in arrays and not np.isfinite(arrays[name]).all()]
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in (problems | dict(more or {})).items() if names)
+
+
+def _read_torch(path: Path) -> Mapping[str, Any]:
     try:
         import torch
     except ImportError as error:
@@ -104,23 +159,27 @@ def _read_torch(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # arbitrary bytes can raise any exception
         raise explain_refusal(path, error) from error
-    metadata: Mapping[str, str] = {}
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            if isinstance(content.get("metadata"), Mapping):
-                metadata = content["metadata"]
-            content = content[key]
-            break
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds a {type(content).__name__}; expected a state dict (names to tensors).")
-    return {name: _to_float32(name, value, path) for name, value in content.items()}, metadata
+    return content
 
 
-def _to_float32(name: object, tensor: Any, path: Path) -> Any:
-    if not (hasattr(tensor, "is_floating_point") and tensor.is_floating_point()):
-        return tensor
+def _is_average(name: object) -> bool:
+    return re.search(r"(?<![a-z])ema(?![a-z])|averag", str(name), re.IGNORECASE) is not None
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _to_array(name: str, value: Any, source: str) -> np.ndarray:
+    if _is_array(value) and hasattr(value, "is_floating_point") and value.is_floating_point():
+        try:
+            value = value.detach().float().numpy()  # float() first, because numpy has no bfloat16
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = "a meta tensor" if value.is_meta else f"a tensor of layout {value.layout}"
+            raise WeightsError(f"{source}: entry {name!r} is {kind}; expected a dense tensor with values.") from error
     try:
-        return tensor.detach().float().numpy()  # float() first, because numpy has no bfloat16
+        return np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        kind = "a meta tensor" if tensor.is_meta else f"a tensor of layout {tensor.layout}"
-        raise WeightsError(f"{path}: entry {name!r} is {kind}; expected a dense tensor with values.") from error
+        raise WeightsError(f"{source}: entry {name!r} is {type(value).__name__}, not an array ({error}).") from error

@@ -12,7 +12,7 @@ import numpy as np
 
 from mpdit_jax.errors import ConfigError, WeightsError
 from mpdit_jax.interop.files import compare_shapes
-from mpdit_jax.interop.published_names import DIT_NAMES, LevelNames, expected_shapes, is_dit, level_names
+from mpdit_jax.interop.published_names import CLASS_TABLE, DIT_NAMES, LevelNames, expected_shapes, is_dit, level_names
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.embeddings import sincos_positions
 
@@ -24,8 +24,10 @@ MAX_CANDIDATES = 500  # an intact state dict has one, a damaged entry adds a few
 State = Mapping[str, np.ndarray]
 
 
-def infer_config(state: State, origin: str) -> ModelConfig:
+def infer_config(state: State, origin: str, *, null_class: bool = True) -> ModelConfig:
     """Infer the config of a state dict, with num_heads=1 because the shapes do not show the heads.
+
+    `null_class` says whether the last row of the class table is that of the null class.
 
     Most sizes appear in several entries. If entries disagree, the config that the fewest entries contradict is chosen,
     so that error messages compare a damaged state dict with the intended model. Raise WeightsError if no combination of
@@ -33,9 +35,9 @@ def infer_config(state: State, origin: str) -> ModelConfig:
     """
     first_error: ConfigError | None = None
     best: tuple[int, ModelConfig] | None = None
-    for fields in itertools.islice(_candidates(state), MAX_CANDIDATES):
+    for fields in itertools.islice(_candidates(state, null_class), MAX_CANDIDATES):
         try:
-            config = ModelConfig(num_heads=1, **fields)
+            config = ModelConfig(num_heads=1, null_class=null_class, **fields)
         except ConfigError as error:
             first_error = first_error or error
             continue
@@ -55,7 +57,7 @@ def is_table(array: np.ndarray, table: np.ndarray) -> bool:
     return np.allclose(array, table, rtol=0, atol=HALF_PRECISION_ATOL if is_half else TABLE_ATOL)
 
 
-def _candidates(state: State) -> Iterator[dict[str, Any]]:
+def _candidates(state: State, null_class: bool) -> Iterator[dict[str, Any]]:
     """Yield all combinations of the sizes that the entries show: exactly one if all entries agree."""
     dit = is_dit(state)
     names = [DIT_NAMES] if dit else level_names(_count_levels(state))
@@ -72,14 +74,14 @@ def _candidates(state: State) -> Iterator[dict[str, Any]]:
         (rf"{blocks}\.mlp\.fc2\.weight", 1, 2),
         default=4 * width,
     )
-    table = re.escape("y_embedder.embedding_table.weight")
+    table = re.escape(CLASS_TABLE)
     fno = any(name.startswith(("t_embedder.fc", "t_embedder.conv", "t_embedder.w")) for name in state)
     skips = tuple(f"{part}." for name in names[1:] for part in (name.skip, name.patches))
     fields: dict[str, Any] = {
         "depths": tuple(_count(state, rf"{re.escape(name.blocks)}\.(\d+)\..*") for name in names),
         "hidden_size": width,
         "mlp_ratio": mlp / width,
-        "num_classes": max(1, sizes.first((table, 0, 2), default=1001) - 1),
+        "num_classes": max(1, sizes.first((table, 0, 2), default=1001) - null_class),
         "condition": "vector" if dit else "tokens",
         "modulation": "per_block" if dit else "shared",
         "time_embedding": "fno" if fno else "sinusoidal",

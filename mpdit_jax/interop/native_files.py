@@ -1,7 +1,8 @@
 """This project's weights files: parameters under our own names, and metadata.
 
-The metadata are strings: "format", "model" (the config as JSON), "step" (of training), and "names" if the file has the
-published names. A `.safetensors` has them in its header, a PyTorch file beside its weights.
+The metadata are strings: "format", "model" (the config as JSON), "step" (of training), "data" (the run's data.json with
+what decoding needs, if known) and "names" if the file has the published names. A `.safetensors` has them in its header,
+a PyTorch file beside its weights.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import numpy as np
 import safetensors.numpy
 
 from mpdit_jax.errors import ConfigError, WeightsError
+from mpdit_jax.interop.files import describe_misfit
 from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.model.config import ModelConfig, drop_unused
@@ -49,18 +51,16 @@ def stored_step(metadata: Mapping[str, str]) -> int | None:
     return int(step) if isinstance(step, str) and re.fullmatch(r"[0-9]{1,9}", step) else None
 
 
-def save_native(path: str | Path, model: MPDiT, step: int) -> None:
-    """Write the model's parameters and metadata atomically to a `.safetensors`."""
+def save_native(path: str | Path, model: MPDiT, step: int, more: Mapping[str, str] | None = None) -> None:
+    """Write the model's parameters and metadata, and `more` metadata, atomically to a `.safetensors`."""
     arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in split(model)[1].items()}
     with atomic_write(path) as file:
-        file.write(safetensors.numpy.save(arrays, build_metadata(model, step)))
+        file.write(safetensors.numpy.save(arrays, build_metadata(model, step) | dict(more or {})))
 
 
 def from_native(arrays: Mapping[str, np.ndarray], config: ModelConfig, origin: str) -> MPDiT:
     """Build the model of a config from parameters under our own names. Raise WeightsError if they do not fit it."""
     structure, shapes = abstract(config)
-    wrong = [name for name, leaf in shapes.items() if name not in arrays or arrays[name].shape != leaf.shape]
-    wrong += [name for name in arrays if name not in shapes or not np.isfinite(arrays[name]).all()]
-    if wrong:
-        raise WeightsError(f"{origin}: missing, extra, misshapen or not finite: {', '.join(dict.fromkeys(wrong))}.")
+    if listed := describe_misfit(arrays, {name: leaf.shape for name, leaf in shapes.items()}):
+        raise WeightsError(f"{origin} does not fit the model in its metadata: {listed}.")
     return merge(structure, {name: jnp.asarray(arrays[name]) for name in shapes})

@@ -71,6 +71,7 @@ class LevelNames:
     blocks: str
 
 
+CLASS_TABLE = "y_embedder.embedding_table.weight"
 DIT_NAMES = LevelNames("pos_embed", "x_embedder", "", "", "blocks")
 
 
@@ -132,8 +133,7 @@ def _mpdit_entries(config: ModelConfig) -> Iterator[Entry]:
         for layer in range(config.depths[level]):
             yield from _block_entries(f"{names.blocks}.{layer}", level, layer, config)
     yield from _time_entries(config)
-    table = _unchanged(config.num_classes + 1, config.class_tokens * width)
-    yield Entry("y_embedder.embedding_table.weight", "class_embedding.table", table)
+    yield _class_table(config, config.class_tokens * width)
     yield from _pair("time_modulation.1", "time_modulation.linear", _linear(width, 6 * width))
     yield from _pair("final_layer.linear", "final", _linear(width, config.patch_sizes[-1] ** 2 * channels))
 
@@ -142,7 +142,7 @@ def _dit_entries(config: ModelConfig) -> Iterator[Entry]:
     width, channels, patch = config.hidden_size, config.in_channels, config.patch_sizes[0]
     yield from _pair("x_embedder.proj", "levels.0.patch_embed", _patch(patch, channels, width))
     yield from _time_entries(config)
-    yield Entry("y_embedder.embedding_table.weight", "class_embedding.table", _unchanged(config.num_classes + 1, width))
+    yield _class_table(config, width)
     for layer in range(config.depths[0]):
         yield from _block_entries(f"blocks.{layer}", 0, layer, config)
         name = f"blocks.{layer}.adaLN_modulation.1"
@@ -157,6 +157,10 @@ def _block_entries(name: str, level: int, layer: int, config: ModelConfig) -> It
     yield from _pair(f"{name}.attn.proj", f"{path}.attention.out", _linear(width, width), layer)
     yield from _pair(f"{name}.mlp.fc1", f"{path}.mlp.inner", _linear(width, mlp), layer)
     yield from _pair(f"{name}.mlp.fc2", f"{path}.mlp.outer", _linear(mlp, width), layer)
+
+
+def _class_table(config: ModelConfig, width: int) -> Entry:
+    return Entry(CLASS_TABLE, "class_embedding.table", _unchanged(config.num_classes + config.null_class, width))
 
 
 def _time_entries(config: ModelConfig) -> Iterator[Entry]:

@@ -1,5 +1,7 @@
 """Conversion of models from and to published PyTorch weights: `load_torch` and `to_torch`."""
 
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,11 +9,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mpdit_jax.errors import ConfigError, InputError, WeightsError
-from mpdit_jax.interop.files import Weights, compare_shapes, normalize_state_dict, read_weights
+from mpdit_jax.errors import ConfigError, InputError, WeightsError, WeightsWarning
+from mpdit_jax.interop.files import choose, describe_misfit, normalize_weights, read_weights
 from mpdit_jax.interop.infer import infer_config, is_table
 from mpdit_jax.interop.native_files import PUBLISHED, from_native, stored_config
-from mpdit_jax.interop.published_names import expected_shapes, is_dit, is_mpdit, position_tables, trained_entries
+from mpdit_jax.interop.published_names import (
+    CLASS_TABLE,
+    expected_shapes,
+    is_dit,
+    is_mpdit,
+    position_tables,
+    trained_entries,
+)
 from mpdit_jax.model.config import CONVENTIONS, ModelConfig
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import Parameters, abstract, merge, split
@@ -19,54 +28,81 @@ from mpdit_jax.model.presets import PRESETS, preset_config
 
 StateDict = dict[str, np.ndarray]
 
+# Entries of every DiT and MPDiT, which show the prefix that a wrapping module puts in front of its network's names.
+_EVERY_MODEL = re.compile(r"(?:(.+)\.)?(?:x_embedder\.proj|final_layer\.linear)\.weight")
+# REPA's projectors, and the counters of AveragedModel and ema-pytorch.
+_AUXILIARY = re.compile(r"projectors\..+|n_averaged|initted|step")
+# Numbers of classes that data sets have: a table with so many rows may lack the row of the null class.
+_USUAL_CLASSES = (10, 100, 1000)
+
 
 def load_torch(
-    source: str | Path | Mapping[str, Any], num_heads: int | None = None, convention: str | None = None
+    source: str | Path | Mapping[str, Any],
+    num_heads: int | None = None,
+    convention: str | None = None,
+    *,
+    num_classes: int | None = None,
+    key: str | None = None,
 ) -> MPDiT:
     """Load a model from published PyTorch weights of an MPDiT, DiT or SiT, or from a file of `mpdit_jax.convert`.
 
     The learned variance of a DiT or SiT is dropped.
 
     Args:
-        source: path of a `.safetensors`, `.pt` or `.pth` (read weights-only; the key "ema" is preferred), or a mapping
-            from the published names to arrays.
+        source: path of a `.safetensors`, `.pt` or `.pth` (read weights-only), or a mapping from the published names to
+            arrays.
         num_heads: number of attention heads, which the shapes do not show. Default: that of the presets of the same
             kind and width. A wrong number is not detected.
         convention: convention of the output: "velocity", "dit" or "sit", recorded as `model.config.convention`. For an
             MPDiT it is "velocity". For a DiT or SiT it must be given, because their files look alike; convert the model
             with `as_velocity` to sample from it. A file of `mpdit_jax.convert` records heads and convention itself.
+        num_classes: number of classes. Default: one less than the rows of the class table, the last of which is that of
+            the null class. With as many classes as rows, the model has no null class (`model.config.null_class`) and
+            guidance by it is refused.
+        key: selects one of several state dicts, by their name in a PyTorch file or by the part before a dot in the
+            entries' names. Default: the moving average, such as "ema" or "model_ema", else the raw weights.
 
     Raises:
         WeightsError: the file cannot be read; entries are missing, extra or misshapen (the message names all of them);
-            the convention is unknown or missing; or heads or convention contradict the file.
+            the convention is unknown or missing; several state dicts may be meant; or an argument contradicts the file.
         MissingExtraError: a PyTorch file, and PyTorch is not installed.
+
+    A WeightsWarning says which of several state dicts is taken, and which entries are left out.
     """
-    return load_with_metadata(source, num_heads, convention)[0]
+    return load_with_metadata(source, num_heads, convention, num_classes, key)[0]
 
 
 def load_with_metadata(
-    source: str | Path | Mapping[str, Any], num_heads: int | None = None, convention: str | None = None
+    source: str | Path | Mapping[str, Any],
+    num_heads: int | None = None,
+    convention: str | None = None,
+    num_classes: int | None = None,
+    key: str | None = None,
 ) -> tuple[MPDiT, Mapping[str, str]]:
     """Load a model as `load_torch` does; return also the metadata of our own file (see `native_files`), else {}."""
     if convention not in (None, *CONVENTIONS):
         raise WeightsError(f"convention={convention!r}: expected one of {', '.join(CONVENTIONS)}.")
     if isinstance(source, Mapping):
-        origin, weights = "state dict", Weights(normalize_state_dict(source, "state dict"), {})
+        origin, weights = "state dict", normalize_weights(source, "state dict", key)
     else:
-        origin, weights = str(source), read_weights(source)
+        origin, weights = str(source), read_weights(source, key)
     config = stored_config(weights.metadata, origin)
     if config is None:
-        return _from_published(*_infer(weights.arrays, num_heads, convention, origin)), {}
-    check_agreement(config, num_heads, convention, origin)
+        state = _network(weights.arrays, weights.key, origin)
+        return _from_published(*_infer(state, num_heads, convention, num_classes, origin)), {}
+    choose([""], weights.key, origin)  # our own files have one state dict
+    check_agreement(config, num_heads, convention, origin, num_classes)
     if weights.metadata.get("names") != PUBLISHED:
         return from_native(weights.arrays, config, origin), weights.metadata
     _check_entries(weights.arrays, config, origin)
     return _from_published(weights.arrays, config), weights.metadata
 
 
-def check_agreement(config: ModelConfig, num_heads: int | None, convention: str | None, origin: str) -> None:
-    """Raise WeightsError if the requested heads or convention differ from those recorded in a file or run."""
-    for name, requested in (("num_heads", num_heads), ("convention", convention)):
+def check_agreement(
+    config: ModelConfig, num_heads: int | None, convention: str | None, origin: str, num_classes: int | None = None
+) -> None:
+    """Raise WeightsError if requested heads, convention or classes differ from those recorded in a file or run."""
+    for name, requested in (("num_heads", num_heads), ("convention", convention), ("num_classes", num_classes)):
         recorded = vars(config)[name]
         if requested is not None and requested != recorded:
             raise WeightsError(f"{name}={requested!r}: {origin} records {recorded!r}; leave {name} out.")
@@ -75,7 +111,8 @@ def check_agreement(config: ModelConfig, num_heads: int | None, convention: str 
 def to_torch(model: MPDiT) -> StateDict:
     """Convert the model's weights to the published PyTorch names, as float32 numpy arrays.
 
-    `load_torch` restores the model; it needs `num_heads` unless a preset has them, and `convention` for a DiT or SiT.
+    `load_torch` restores the model; it needs `num_heads` unless a preset has them, `convention` for a DiT or SiT, and
+    `num_classes` for a model without a null class, whose class table has no row for it.
     The weights of a loaded state dict are returned bit for bit. Its position tables are recomputed, which may change
     their rounding. The learned variance of a DiT or SiT is lost, so PyTorch code must set `learn_sigma=False`.
 
@@ -89,17 +126,34 @@ def to_torch(model: MPDiT) -> StateDict:
     state: StateDict = dict(position_tables(model.config))
     for entry in trained_entries(model.config):
         array = parameters[entry.path]
+        if entry.name == CLASS_TABLE:
+            array = array[: entry.layout.torch_shape[0]]  # without the untrained row of a model without a null class
         state[entry.name] = entry.layout.to_torch(array if entry.layer is None else array[entry.layer])
     return state
 
 
+def _network(state: StateDict, key: str | None, origin: str) -> StateDict:
+    """Return the entries of one network: without a prefix of its owner, and without what is known to be beside it."""
+    prefixes = dict.fromkeys(match[1] or "" for name in state if (match := _EVERY_MODEL.fullmatch(name)))
+    prefix = choose([*prefixes] or [""], key, origin)
+    start = f"{prefix}." if prefix else ""
+    network = {name.removeprefix(start): array for name, array in state.items() if name.startswith(start)}
+    network = {name: array for name, array in network.items() if not _AUXILIARY.fullmatch(name)}
+    left_out = [name for name in state if not name.startswith(start) or name.removeprefix(start) not in network]
+    if left_out:
+        more = f" and {len(left_out) - 1} more entries" if len(left_out) > 1 else ""
+        text = f"{origin}: {left_out[0]}{more} left out, because the model has no such entry."
+        warnings.warn(text, WeightsWarning, stacklevel=3)
+    return network
+
+
 def _infer(
-    state: StateDict, num_heads: int | None, convention: str | None, origin: str
+    state: StateDict, num_heads: int | None, convention: str | None, num_classes: int | None, origin: str
 ) -> tuple[StateDict, ModelConfig]:
     """Return the entries without a learned variance, and the config that entries and arguments imply."""
     convention = _check_convention(state, convention, origin)
     state = _without_variance(state)
-    config = infer_config(state, origin)
+    config = infer_config(state, origin, null_class=_check_classes(state, num_classes, origin))
     _check_entries(state, config, origin)
     return state, _with_heads(config.replace(convention=convention), num_heads, origin)
 
@@ -110,6 +164,8 @@ def _from_published(state: StateDict, config: ModelConfig) -> MPDiT:
     layers: dict[str, list[np.ndarray]] = {}
     for entry in trained_entries(config):
         array = entry.layout.to_jax(state[entry.name])
+        if entry.name == CLASS_TABLE:
+            array = np.pad(array, ((0, int(not config.null_class)), (0, 0)))  # a row that nothing may use
         if entry.layer is None:
             parameters[entry.path] = jnp.asarray(array)
         else:
@@ -120,21 +176,34 @@ def _from_published(state: StateDict, config: ModelConfig) -> MPDiT:
 
 def _check_entries(state: StateDict, config: ModelConfig, origin: str) -> None:
     """Raise WeightsError unless the entries are exactly the config's, finite, with its position tables."""
-    shapes = expected_shapes(config)
-    problems = compare_shapes(state, shapes)
-    fitting = [name for name, shape in shapes.items() if name in state and state[name].shape == shape]
-    tables = dict(position_tables(config))
-    problems["not finite"] = [name for name in fitting if not np.isfinite(state[name]).all()]
-    problems["not the fixed sin-cos position table"] = [
-        name for name in fitting if name in tables and not is_table(state[name], tables[name])
-    ]
-    listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+    found = [(name, state[name], table) for name, table in position_tables(config) if name in state]
+    wrong = [name for name, array, table in found if array.shape == table.shape and not is_table(array, table)]
+    listed = describe_misfit(state, expected_shapes(config), {"not the fixed sin-cos position table": wrong})
     if listed:
+        fits = "fits no MPDiT and no DiT"
+        if is_dit(state) or is_mpdit(state):
+            fits = f"does not fit the model it describes (depths {config.depths}, width {config.hidden_size})"
         raise WeightsError(
-            f"{origin} does not fit the model it describes (depths {config.depths}, width {config.hidden_size}): "
-            f"{listed}. Expected the published {'DiT' if is_dit(state) else 'MPDiT'} names; this has "
+            f"{origin} {fits}: {listed}. Expected the published {'DiT' if is_dit(state) else 'MPDiT'} names; this has "
             f"{_summarize(state)}."
         )
+
+
+def _check_classes(state: StateDict, num_classes: int | None, origin: str) -> bool:
+    """Return whether the class table has a row for the null class. Raise WeightsError if that has to be said."""
+    table = state.get(CLASS_TABLE, np.zeros(0))
+    rows = len(table) if table.ndim == 2 else 0
+    if num_classes is None and rows in _USUAL_CLASSES:
+        raise WeightsError(
+            f"{origin} has {rows} rows in its class table, perhaps without a null class: give num_classes={rows} if it "
+            f"was trained without label dropout, or num_classes={rows - 1} if the last row is the null class."
+        )
+    if num_classes is not None and rows and num_classes not in (rows, rows - 1):
+        raise WeightsError(
+            f"num_classes={num_classes}: {origin} has {rows} rows in its class table; expected {rows - 1}, or {rows} "
+            "if there is no null class."
+        )
+    return num_classes is None or num_classes != rows
 
 
 def _check_convention(state: StateDict, convention: str | None, origin: str) -> str:

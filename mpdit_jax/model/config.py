@@ -45,6 +45,8 @@ class ModelConfig:
         input_size: latent height and width (one number for a square).
         in_channels: number of latent channels.
         num_classes: number of classes; label `num_classes` is the null class of classifier-free guidance.
+        null_class: whether the null class was trained (config.label_dropout > 0). Otherwise its row of the class table
+            means nothing, and guidance by it is refused.
         mlp_ratio: hidden width of the MLP, divided by D.
         condition: class conditioning: "tokens" in front of the image tokens (paper), or a "vector" added to the time
             vector (DiT).
@@ -79,6 +81,7 @@ class ModelConfig:
     input_size: tuple[int, int] = (32, 32)
     in_channels: int = 4
     num_classes: int = 1000
+    null_class: bool = True
     mlp_ratio: float = 4.0
     condition: str = "tokens"
     class_tokens: int = 16
@@ -107,7 +110,7 @@ class ModelConfig:
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
         for name in ("fno_width", "fno_modes", "fno_layers", "sinusoidal_layers"):
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
-        for name in ("skip", "flow_map"):
+        for name in ("null_class", "skip", "flow_map"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"model.{name}={getattr(self, name)!r}: expected True or False.")
         _choice("time_embedding", self.time_embedding, TIME_EMBEDDINGS)

@@ -119,6 +119,11 @@ class MPDiT(nnx.Module):
         """Number of classes; also the label of the null class."""
         return self.config.num_classes
 
+    @property
+    def null_class(self) -> bool:
+        """Whether the null class was trained."""
+        return self.config.null_class
+
     def __call__(
         self,
         x: jax.typing.ArrayLike,

@@ -17,7 +17,15 @@ import jax
 
 from mpdit_jax.distributed.collectives import barrier
 from mpdit_jax.distributed.startup import end_failed, may_be_lost
-from mpdit_jax.errors import DamageWarning, DataWarning, DeviceWarning, MPDiTError, first_line, install_extra
+from mpdit_jax.errors import (
+    DamageWarning,
+    DataWarning,
+    DeviceWarning,
+    MPDiTError,
+    WeightsWarning,
+    first_line,
+    install_extra,
+)
 from mpdit_jax.io.paths import REFUSALS, check_local, expand
 from mpdit_jax.runtime.signals import KILLED_BY, LOST, Terminated, ending_by_exception, stopped_status, this_command
 
@@ -200,7 +208,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """Print our own warnings as one sentence, others as Python does."""
-    ours = issubclass(category, DamageWarning | DataWarning | DeviceWarning)
+    ours = issubclass(category, DamageWarning | DataWarning | DeviceWarning | WeightsWarning)
     _say(f"warning: {message}" if ours else warnings.formatwarning(message, category, filename, lineno, line).rstrip())
 
 

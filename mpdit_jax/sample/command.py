@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,15 @@ from mpdit_jax.checkpoint.load import load_config, load_together
 from mpdit_jax.distributed.collectives import run_on_process_0
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import DivergedError, InputError
-from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import Sampler
 from mpdit_jax.io import pictures as images
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import split
 from mpdit_jax.sample.blocks import Block, BlockFolder
+from mpdit_jax.sample.classes import Classes, read_classes
 from mpdit_jax.sample.decoding import make_decode
 from mpdit_jax.sample.drawing import Drawing, check_drawable, draw_blocks
 from mpdit_jax.sample.labels import parse_labels
-from mpdit_jax.sample.names import class_names
 from mpdit_jax.sample.output_paths import OutputPaths, output_paths
 from mpdit_jax.sample.outputs import ROWS, first_of_each, save_npz, save_pngs
 from mpdit_jax.sample.trajectory import save_trajectory
@@ -38,9 +36,11 @@ def load_drawing(options: argparse.Namespace, sampler: Sampler) -> Drawing:
     decode = make_decode(options.workdir, options.vae, options.vae_dtype, options.vae_tile)
     options.step, model = load_together(options.workdir, options.step, ema=not options.no_ema)
     guide = load_together(options.guide)[1] if options.guide else None
-    labels = parse_labels(options.labels, options.num_samples, model.num_classes, options.seed)
+    classes = read_classes(options.workdir, load_config(options.workdir), options.class_names)
+    labels = parse_labels(options.labels, options.num_samples, classes, options.seed)
+    negatives = classes.find_pairs(options.negative_labels, "--negative_labels")
     check_drawable(model.input_shape, decode)
-    call = {"negative_labels": options.negative_labels, "guide": guide}
+    call = {"negative_labels": negatives, "guide": guide}
     mesh = make_mesh(devices=jax.local_devices())
     return Drawing(sampler, model, labels, options.seed, options.batch_size, decode, call, mesh)
 
@@ -57,9 +57,8 @@ def draw(options: argparse.Namespace, drawing: Drawing, out: Path) -> np.ndarray
     paths = output_paths(options, out)
     paths.check()
     _check_rows(out, drawing.labels)
-    names = class_names(options.workdir, load_config(options.workdir), options.class_names)
-    # Tracing one image raises the first block's errors before there is a folder or a progress bar.
-    jax.eval_shape(lambda: drawing.sampler(drawing.model, drawing.labels[:1], seed_key(0), **drawing.call))
+    classes = read_classes(options.workdir, load_config(options.workdir), options.class_names)
+    drawing.check()
     blocks = out.with_name(f"{out.name}.unfinished")
     run_on_process_0(lambda: None if BlockFolder.is_begun(blocks) else paths.check_fresh())
 
@@ -70,11 +69,11 @@ def draw(options: argparse.Namespace, drawing: Drawing, out: Path) -> np.ndarray
     with BlockFolder(blocks, run_settings(options, drawing)) as folder:
         run_on_process_0(paths.remove_stale_tmp)  # before any process writes single images
         count = draw_blocks(drawing, folder, each)
-        missing = run_on_process_0(partial(_write, drawing, paths, names, folder, count))
+        missing = run_on_process_0(partial(_write, drawing, paths, classes, folder, count))
     return np.array([], np.int64) if missing is None else missing
 
 
-def _write(drawing: Drawing, paths: OutputPaths, names: Sequence[str], folder: BlockFolder, count: int) -> np.ndarray:
+def _write(drawing: Drawing, paths: OutputPaths, classes: Classes, folder: BlockFolder, count: int) -> np.ndarray:
     """Write every output except single images from the finished blocks, then delete the blocks; see `draw`."""
     out, sheet, labels = paths.out, paths.sheet, drawing.labels
     missing = np.concatenate([block.indices[~block.finite] for block in folder.read_all(count)])
@@ -89,11 +88,11 @@ def _write(drawing: Drawing, paths: OutputPaths, names: Sequence[str], folder: B
         images.save_png(out, _plain_grid(list(rows.values())))
     if sheet is not None:
         rows = first_of_each(folder.read_all(count), labels)
-        images.save_png(sheet, images.contact_sheet([(names[label], row) for label, row in rows.items()]))
+        images.save_png(sheet, images.contact_sheet([(classes.name(label), row) for label, row in rows.items()]))
         written.append(str(sheet))
-        shown, classes = sum(map(len, rows.values())), len(np.unique(labels))
+        shown = sum(map(len, rows.values()))
         if shown < len(labels):
-            print(f"{sheet} shows {shown} of {len(labels)} images, of {len(rows)} of {classes} classes")
+            print(f"{sheet} shows {shown} of {len(labels)} images, of {len(rows)} of {len(np.unique(labels))} classes")
     if paths.gif is not None and paths.strip is not None:
         save_trajectory(drawing, paths.gif, paths.strip)
         written.extend([str(paths.gif), str(paths.strip)])
@@ -121,7 +120,7 @@ def _plain_grid(rows: list[list[np.ndarray]]) -> np.ndarray:
 
 def run_settings(options: argparse.Namespace, drawing: Drawing) -> dict[str, Any]:
     """Return every setting that decides the pixels."""
-    sampler, guide = drawing.sampler, drawing.call["guide"]
+    sampler, guide, negatives = drawing.sampler, drawing.call["guide"], drawing.call["negative_labels"]
     return {
         "workdir": str(Path(options.workdir).resolve()),
         "checkpoint": options.step,
@@ -132,7 +131,7 @@ def run_settings(options: argparse.Namespace, drawing: Drawing) -> dict[str, Any
         "time_grid": repr(sampler.settings.time_grid),
         "guidance_scale": float(sampler.guidance_scale),
         "guidance_interval": list(sampler.settings.guidance_interval),
-        "negative_labels": {str(label): negative for label, negative in sorted(options.negative_labels.items())},
+        "negative_labels": {str(label): negative for label, negative in sorted(negatives.items())},
         "vae": options.vae and f"{options.vae_dtype} {options.vae_tile}",
         "precision": sampler.settings.precision,
         "seed": options.seed,

@@ -32,17 +32,19 @@ def make_decode(
     vae = "" if vae is None or vae == NO_VAE else vae
     info = read_dataset_info(workdir)
     space = info.latents if info is not None else None
-    if space is None:
-        if vae:
-            raise InputError(
-                f"{argument}={vae}: {workdir} is a run on {load_config(workdir).data.name}, which has no latents."
-            )
-        return None
-    if not vae and space.vae_fingerprint != PIXELS:
+    if space is None and load_config(workdir).data.name == "latents":
         raise InputError(
-            f"{workdir} was trained on latents: give {argument}=FOLDER, the VAE they come from (fingerprint "
-            f"{space.vae_fingerprint[:12]}…)."
+            f"{workdir} does not record how its latents are normalized, so that they cannot be decoded; convert its "
+            "weights again with --config.data.path=FOLDER, the latents it was trained on."
         )
+    in_pixels = space is None or space.vae_fingerprint == PIXELS
+    if vae and in_pixels:
+        raise InputError(f"{argument}={vae}: {workdir} is a run on pixels, which needs no VAE: leave it out.")
+    if space is None:
+        return None
+    if not vae and not in_pixels:
+        known = f" (fingerprint {space.vae_fingerprint[:12]}…)" if space.vae_fingerprint else ""
+        raise InputError(f"{workdir} was trained on latents: give {argument}=FOLDER, the VAE they come from{known}.")
     loaded = load_vae(vae or None, dtype=dtype, mesh=make_mesh(devices=jax.local_devices()), tiling=tiles(tile))
     check_fingerprint(loaded, space.vae_fingerprint, f"{argument}={vae}", f"{workdir} was trained on latents of")
     mean, std = jnp.asarray(space.mean, jnp.float32), jnp.asarray(space.std, jnp.float32)

@@ -130,7 +130,7 @@ class Evaluator:
     def _evaluate(self, extractor: Extractor, real: Statistics, model: Any, scale: float) -> dict[str, float]:
         """The metrics of fresh samples, as far as enough of them are finite."""
         settings = self._config.eval
-        labels = balanced_labels(self._config.model.num_classes, settings.num_samples)
+        labels = balanced_labels(np.unique(self._source.labels), settings.num_samples)
         sampler = make_sampler(settings.solver, settings.steps, scale)
         drawing = Drawing(sampler, model, labels, self._config.seed, settings.batch_size, self._decode, mesh=self._mesh)
         samples = DrawnImages(drawing, self._shape, {"path": "samples of the run"}, leave_out=True)
@@ -167,6 +167,11 @@ class Evaluator:
     def _check(self) -> None:
         settings, source = self._config.eval, self._source
         trained_here = settings.features == "classifier"
+        if not self._config.model.null_class and set(settings.guidance_scales) != {1}:
+            raise ConfigError(
+                f"config.eval.guidance_scales={settings.guidance_scales}: expected 1.0 with config.label_dropout=0, "
+                "which trains no null class to guide by."
+            )
         if source.latents is not None:
             if self._decode is None:
                 raise ConfigError(

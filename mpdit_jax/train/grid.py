@@ -42,6 +42,11 @@ def why_no_grid(config: FrozenConfigDict, decode: Decode | None) -> str:
     return ""
 
 
+def guidance(config: FrozenConfigDict) -> float:
+    """Return the guidance scale of grids: 1 for a run without label dropout, whose null class is not trained."""
+    return float(config.sample.guidance_scale) if config.model.null_class else 1.0
+
+
 def draw_grid(
     config: FrozenConfigDict,
     structure: Structure,
@@ -49,7 +54,7 @@ def draw_grid(
     ema_parameters: Parameters,
     stopped: Callable[[], bool],
 ) -> np.ndarray | None:
-    """Draw guided samples, one row a class, from the same noise every time; uint8 (H, W, 1 or 3).
+    """Draw samples, one row a class, from the same noise every time; uint8 (H, W, 1 or 3).
 
     Collective. None for latents that nothing decodes, if `stopped` while they are decoded, and on every process but
     process 0.
@@ -63,7 +68,7 @@ def draw_grid(
             return None
         mesh = make_mesh(devices=jax.local_devices()[:1])
     classes, per_class = min(config.model.num_classes, 10), config.sample.per_class
-    sampler = make_sampler(config.sample.solver, config.sample.steps, config.sample.guidance_scale)
+    sampler = make_sampler(config.sample.solver, config.sample.steps, guidance(config))
     with jax.set_mesh(mesh):
         labels = np.repeat(np.arange(classes), per_class)
         pictures = np.asarray(sampler(merge(structure, ema_parameters), labels, seed_key(config.seed)))

@@ -28,7 +28,7 @@ from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.parameters import abstract
 from mpdit_jax.runtime.hardware import peak_flops
 from mpdit_jax.sample.drawing import Decode
-from mpdit_jax.train.grid import why_no_grid
+from mpdit_jax.train.grid import guidance, why_no_grid
 from mpdit_jax.train.init_from import initialize_from
 from mpdit_jax.train.jax_flags import number_flags
 from mpdit_jax.train.state import TrainState, create_state
@@ -104,6 +104,11 @@ def log_startup(
         return
     if step == 0 and (workdir / METRICS_FILE).exists():
         print(f"an earlier start of this run left no checkpoint in {workdir}; it begins again")
+    if config.sample.every and guidance(config) != config.sample.guidance_scale:
+        print(
+            f"grids are drawn without guidance (config.sample.guidance_scale={config.sample.guidance_scale:g}), since "
+            f"config.label_dropout={config.label_dropout:g} trains no null class"
+        )
     parameters, macs = count(model_config(config))
     several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     print(

@@ -2,16 +2,22 @@
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpdit_jax.errors import ConfigError
+from mpdit_jax.errors import ConfigError, WeightsWarning
 from mpdit_jax.io.json_files import parse_json
 
-_DOWN_BLOCK = "DownEncoderBlock2D"
-_UP_BLOCK = "UpDecoderBlock2D"
-_ACTIVATIONS = ("silu", "swish")
+_NAMES = {"_class_name": ("AutoencoderKL",), "act_fn": ("silu", "swish")}
+_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+# Keys that describe a file or how a library runs the network, and change no result.
+_DESCRIPTIVE = (
+    "architectures", "auto_map", "dtype", "gradient_checkpointing", "library_name", "license", "model_type",
+    "tile_latent_min_size", "tile_overlap_factor", "tile_sample_min_size", "torch_dtype", "transformers_version",
+    "use_slicing", "use_tiling", "variant",
+)  # fmt: skip
 _MAX_CHANNELS, _MAX_LAYERS = 2**16, 32  # limits far above any real network
 
 
@@ -22,18 +28,15 @@ class AutoencoderConfig:
     An impossible value raises ConfigError. Fields marked "metadata" do not affect the computation.
 
     Attributes:
-        in_channels: channels of the encoder's images.
-        out_channels: channels of the decoder's images.
+        in_channels, out_channels: channels of the encoder's and of the decoder's images.
         block_out_channels: width of each resolution, finest first; each resolution is half the previous one.
         layers_per_block: residual blocks per resolution of the encoder; the decoder has one more.
         latent_channels: channels of the latents.
         norm_num_groups: groups of every group norm.
-        scaling_factor: metadata; `(latents - shift_factor) * scaling_factor` has approximately unit variance.
-        shift_factor: metadata, see `scaling_factor`; None is 0.
-        latents_mean: metadata; per-channel mean of the latents, in some checkpoints.
-        latents_std: metadata; per-channel standard deviation of the latents, in some checkpoints.
-        use_quant_conv: whether a 1x1 convolution follows the encoder.
-        use_post_quant_conv: whether a 1x1 convolution precedes the decoder.
+        scaling_factor, shift_factor: metadata; `(latents - shift_factor) * scaling_factor` has approximately unit
+            variance. A shift_factor of None is 0.
+        latents_mean, latents_std: metadata; of the latents channel by channel, in some checkpoints.
+        use_quant_conv, use_post_quant_conv: whether 1x1 convolutions follow the encoder and precede the decoder.
         mid_block_add_attention: whether encoder and decoder have attention at the lowest resolution.
         sample_size: metadata; image size in training.
         force_upcast: metadata; whether the checkpoint overflows in float16.
@@ -112,6 +115,9 @@ def _all(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
 def config_from_diffusers(entries: Mapping[str, Any]) -> AutoencoderConfig:
     """Convert the entries of a diffusers `config.json`. Missing keys have diffusers' defaults.
 
+    Unknown keys that are null, begin with "_" or are known to change no result are ignored; a WeightsWarning names the
+    last kind.
+
     Raises:
         ConfigError: another model class, an unsupported block type, activation or key (the message names all of them),
             or an impossible value.
@@ -125,21 +131,20 @@ def config_from_diffusers(entries: Mapping[str, Any]) -> AutoencoderConfig:
                 refused.append(f"{key}=null (expected a value such as {fields[key].default!r})")
             else:
                 values[key] = tuple(value) if isinstance(value, list) else value
-        elif key == "_class_name":
-            if value != "AutoencoderKL":
-                refused.append(f"_class_name={value!r} (expected 'AutoencoderKL')")
-        elif key == "act_fn":
-            if value not in _ACTIVATIONS:
-                refused.append(f"act_fn={value!r} (expected 'silu')")
-        elif key in ("down_block_types", "up_block_types"):
-            expected = _DOWN_BLOCK if key == "down_block_types" else _UP_BLOCK
-            if not isinstance(value, list | tuple) or any(block != expected for block in value):
-                refused.append(f"{key}={value!r} (expected only {expected!r})")
+        elif key in _NAMES:
+            if value not in _NAMES[key]:
+                refused.append(f"{key}={value!r} (expected {_NAMES[key][0]!r})")
+        elif key in _BLOCKS:
+            if not isinstance(value, list | tuple) or any(block != _BLOCKS[key] for block in value):
+                refused.append(f"{key}={value!r} (expected only {_BLOCKS[key]!r})")
+        elif key in _DESCRIPTIVE:
+            text = f"VAE config: {key}={value!r} is ignored: it changes no result."
+            warnings.warn(text, WeightsWarning, stacklevel=2)
         elif not key.startswith("_") and value is not None:
-            refused.append(f"{key}={value!r} (unknown key)")
+            refused.append(f"{key}={value!r} (unknown key; delete it from config.json if the network is without it)")
     widths = values.get("block_out_channels", AutoencoderConfig.block_out_channels)
     if not refused and isinstance(widths, tuple):
-        for key in ("down_block_types", "up_block_types"):
+        for key in _BLOCKS:
             count = len(entries.get(key, widths))
             if count != len(widths):
                 refused.append(f"{key} of length {count} (expected one for each of block_out_channels={widths})")
@@ -154,10 +159,8 @@ def config_to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
     """Return the entries of the `config.json` from which diffusers builds the same architecture."""
     depth = len(config.block_out_channels)
     return {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "down_block_types": [_DOWN_BLOCK] * depth,
-        "up_block_types": [_UP_BLOCK] * depth,
+        **{key: names[0] for key, names in _NAMES.items()},
+        **{key: [block] * depth for key, block in _BLOCKS.items()},
         **dataclasses.asdict(config),
     }
 
@@ -165,7 +168,7 @@ def config_to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
 def read_config(path: Path) -> AutoencoderConfig:
     """Read a diffusers `config.json`. Raise ConfigError if it is not JSON or `config_from_diffusers` refuses it."""
     try:
-        entries = parse_json(path.read_text(encoding="utf-8"))
+        entries = parse_json(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}); copy the VAE's config.json again.") from error
     if not isinstance(entries, dict):

@@ -47,12 +47,17 @@ def _download(name: str) -> Path:
     repo_id, subfolder = f"{owner}/{repository}", "/".join(inside) or None
     try:
         config = hf_hub_download(repo_id, CONFIG_FILE, subfolder=subfolder)
-        try:
-            hf_hub_download(repo_id, WEIGHTS_FILES[0], subfolder=subfolder)
-        except LocalEntryNotFoundError:  # no network, and the file is not in the cache
-            raise
-        except EntryNotFoundError:
-            hf_hub_download(repo_id, WEIGHTS_FILES[1], subfolder=subfolder)
+        *files, last = (file for file in WEIGHTS_FILES if not file.endswith(".json"))
+        for file in files:
+            try:
+                hf_hub_download(repo_id, file, subfolder=subfolder)
+                break
+            except LocalEntryNotFoundError:  # no network, and the file is not in the cache
+                raise
+            except EntryNotFoundError:
+                continue
+        else:
+            hf_hub_download(repo_id, last, subfolder=subfolder)
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise WeightsError(

@@ -11,12 +11,12 @@ from mpdit_jax.vae.vae import PIXELS, VAE
 
 
 def check_fingerprint(vae: VAE, fingerprint: str, argument: str, holder: str) -> None:
-    """Raise InputError unless a VAE has the fingerprint of the VAE that encoded some latents.
+    """Raise InputError unless a VAE has the fingerprint of the VAE that encoded some latents; "" is not known.
 
     For the message, `argument` names the VAE, such as "--vae=FOLDER", and `holder` begins a clause about the latents,
     such as "FOLDER holds latents of".
     """
-    if vae.fingerprint != fingerprint:
+    if fingerprint and vae.fingerprint != fingerprint:
         none = ", which is none" if fingerprint == PIXELS else ""
         raise InputError(
             f"{argument} has fingerprint {vae.fingerprint[:12]}… and {holder} {fingerprint[:12]}…: give the VAE that "

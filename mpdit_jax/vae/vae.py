@@ -19,6 +19,7 @@ from mpdit_jax.vae.config import AutoencoderConfig
 from mpdit_jax.vae.hub import locate
 from mpdit_jax.vae.tiling import Tiling, apply_tiled
 from mpdit_jax.vae.weights import abstract, fingerprint, load_folder
+from mpdit_jax.validation import layout_remedy
 
 DTYPES = ("float32", "bfloat16")
 NO_VAE = "none"
@@ -55,7 +56,7 @@ def load_vae(
 class VAE:
     """A VAE that encodes images in [-1, 1] and decodes latents; created by `load_vae`.
 
-    Latents are unscaled: the caller applies `(latents - shift_factor) * scaling_factor`.
+    Latents are unscaled: the caller applies `(latents - shift_factor) * scaling_factor`, for about unit variance.
 
     Attributes:
         config: the architecture.
@@ -63,6 +64,9 @@ class VAE:
         mesh: the mesh that batches are split over, or None.
         tiling: the tiling of large images, or None.
         parameters: flat dict from dotted path to float32 array.
+        downsample_factor: image pixels per latent pixel, along height and along width.
+        latent_channels: channels of the latents.
+        scaling_factor, shift_factor: see above; a checkpoint without a shift_factor has 0.
     """
 
     def __init__(
@@ -83,7 +87,7 @@ class VAE:
             )
         if tiling is not None:
             tiling.check(config.downsample_factor)
-        self.config, self.dtype, self.mesh, self.tiling = config, dtype, mesh, tiling
+        self._describe(config, dtype, mesh, tiling)
         self.parameters: Parameters = dict(jax.device_put(dict(parameters), replicated(mesh) if mesh else None))
         structure = abstract(config, dtype)[0]
         factor = config.downsample_factor
@@ -96,25 +100,10 @@ class VAE:
 
         self._encode, self._decode = self._compile(encode), self._compile(decode)
 
-    @property
-    def downsample_factor(self) -> int:
-        """Image pixels per latent pixel, along height and along width."""
-        return self.config.downsample_factor
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the latents."""
-        return self.config.latent_channels
-
-    @property
-    def scaling_factor(self) -> float:
-        """Factor that brings latents, after subtracting `shift_factor`, to approximately unit variance."""
-        return self.config.scaling_factor
-
-    @property
-    def shift_factor(self) -> float:
-        """Number to subtract from latents before scaling; 0 if the checkpoint has none."""
-        return 0.0 if self.config.shift_factor is None else self.config.shift_factor
+    def _describe(self, config: AutoencoderConfig, dtype: str, mesh: Mesh | None, tiling: Tiling | None) -> None:
+        self.config, self.dtype, self.mesh, self.tiling = config, dtype, mesh, tiling
+        self.downsample_factor, self.latent_channels = config.downsample_factor, config.latent_channels
+        self.scaling_factor, self.shift_factor = config.scaling_factor, config.shift_factor or 0.0
 
     @cached_property
     def fingerprint(self) -> str:
@@ -195,7 +184,8 @@ class VAE:
             raise InputError(f"{name} have dtype {array.dtype}: expected floating point; convert by {conversion}.")
         if array.ndim != 4 or array.shape[3] != channels or 0 in array.shape:
             raise InputError(
-                f"{name} have shape {array.shape}: expected (batch, height, width, {channels}), channels last."
+                f"{name} have shape {array.shape}: expected (batch, height, width, {channels}), channels last"
+                f"{layout_remedy(array.shape, name)}."
             )
         if self.mesh is not None and array.shape[0] % self.mesh.size:
             raise InputError(
@@ -217,7 +207,7 @@ class PixelSpace(VAE):
     def __init__(self, *, mesh: Mesh | None = None):
         # One resolution makes downsample_factor 1.
         config = AutoencoderConfig(block_out_channels=(1,), norm_num_groups=1, latent_channels=3, scaling_factor=1.0)
-        self.config, self.dtype, self.mesh, self.tiling = config, "float32", mesh, None
+        self._describe(config, "float32", mesh, None)
         self.parameters = {}
         self._encode = self._compile(lambda _, images: (images, jnp.zeros_like(images)))
         self._decode = self._compile(lambda _, latents: latents)

@@ -1,7 +1,7 @@
 """Conversion of AutoencoderKL weights from and to diffusers' folders, names and layouts.
 
-A folder has `config.json` and `diffusion_pytorch_model.safetensors` (or `.bin`, with the extra [torch]). Our parameters
-are a flat dict from dotted path to float32 array, `{"encoder.conv_in.kernel": array, ...}`.
+A folder has `config.json` and one of WEIGHTS_FILES; `.bin` needs the extra [torch]. Our parameters are a flat dict from
+dotted path to float32 array, `{"encoder.conv_in.kernel": array, ...}`.
 """
 
 import hashlib
@@ -18,8 +18,9 @@ import safetensors.numpy
 from flax import nnx
 
 from mpdit_jax.errors import WeightsError
-from mpdit_jax.interop.files import compare_shapes, read_state_dict
+from mpdit_jax.interop.files import describe_misfit, read_state_dict
 from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.model.parameters import Parameters, split
 from mpdit_jax.vae.autoencoder import Autoencoder
 from mpdit_jax.vae.config import AutoencoderConfig, config_to_diffusers, read_config
@@ -27,7 +28,11 @@ from mpdit_jax.vae.config import AutoencoderConfig, config_to_diffusers, read_co
 StateDict: TypeAlias = dict[str, np.ndarray]
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# Names of the weights, the best first. An index lists the files of weights that are split.
+WEIGHTS_FILES = tuple(
+    f"diffusion_pytorch_model{ending}"
+    for ending in (".safetensors", ".bin", ".safetensors.index.json", ".fp16.safetensors", ".fp16.bin")
+)
 
 # Parts of our dotted paths and of diffusers' names that differ, besides the last part.
 _RENAMES = (
@@ -59,13 +64,14 @@ def load_folder(folder: str | Path) -> tuple[AutoencoderConfig, Parameters]:
         MissingExtraError: the weights are a `.bin` and PyTorch is not installed.
     """
     folder = Path(folder)
-    weights = [folder / name for name in WEIGHTS_FILES if (folder / name).is_file()]
+    weights = next(filter(Path.is_file, (folder / name for name in WEIGHTS_FILES)), None)
     missing = [] if (folder / CONFIG_FILE).is_file() else [CONFIG_FILE]
-    missing += [] if weights else [" or ".join(WEIGHTS_FILES)]
-    if missing:
+    missing += [] if weights else [" or ".join(WEIGHTS_FILES[:2])]
+    if weights is None or missing:
         raise WeightsError(f"{folder}: missing {' and '.join(missing)}; {_describe_folder(folder)}.")
     config = read_config(folder / CONFIG_FILE)
-    return config, from_diffusers(read_state_dict(weights[0]), config, str(weights[0]))
+    state = _read_shards(weights) if weights.suffix == ".json" else read_state_dict(weights)
+    return config, from_diffusers(state, config, str(weights))
 
 
 def save_folder(folder: str | Path, config: AutoencoderConfig, parameters: Mapping[str, Any]) -> None:
@@ -113,6 +119,17 @@ def fingerprint(parameters: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def _read_shards(index: Path) -> StateDict:
+    """Read the files that an index lists; those of another folder are refused."""
+    try:
+        names = sorted({str(name) for name in parse_json(index.read_text(encoding="utf-8-sig"))["weight_map"].values()})
+        if not all(Path(name).name == name for name in names):
+            raise ValueError("it lists files of other folders")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise WeightsError(f"{index} is no readable index of weights ({error}); download it again.") from error
+    return {name: array for file in names for name, array in read_state_dict(index.parent / file).items()}
+
+
 def _diffusers_name(path: str) -> str:
     name, kind = path.rsplit(".", 1)
     name += "."
@@ -149,10 +166,7 @@ def _with_new_attention_names(state: Mapping[str, np.ndarray], source: str) -> S
 
 def _check_entries(state: Mapping[str, np.ndarray], config: AutoencoderConfig, source: str) -> None:
     shapes = {_diffusers_name(path): _torch_shape(leaf.shape) for path, leaf in abstract(config)[1].items()}
-    problems = compare_shapes(state, shapes)
-    problems["not finite"] = [name for name in shapes if name in state and not np.isfinite(state[name]).all()]
-    listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
-    if listed:
+    if listed := describe_misfit(state, shapes):
         raise WeightsError(
             f"{source} does not fit the architecture (block_out_channels {config.block_out_channels}, latent_channels "
             f"{config.latent_channels}) of its config.json: {listed}."

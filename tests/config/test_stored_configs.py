@@ -28,6 +28,20 @@ def test_the_average_warms_up_in_new_runs_and_not_in_those_stored_without_the_fi
     assert not from_json(json.dumps(stored)).ema.warmup
 
 
+def test_label_dropout_decides_whether_there_is_a_null_class():
+    """Stored configs without the field are read alike."""
+    config = base_config()
+    assert resolve(config).model.null_class
+    config.label_dropout = 0.0
+    stored = json.loads(to_json(resolve(config)))
+    assert stored["model"].pop("null_class") is False
+    assert from_json(json.dumps(stored)) == resolve(config)
+    assert differences(from_json(json.dumps(stored)), resolve(config)) == {}
+    config.model.null_class = True
+    with pytest.raises(ConfigError, match=r"model\.null_class=True: leave it out, config\.label_dropout decides it"):
+        resolve(config)
+
+
 @pytest.mark.parametrize("field", [{"fno_width": 64}, {"class_tokens": 1}])
 def test_a_switch_without_effect_is_refused(field):
     config = base_config()

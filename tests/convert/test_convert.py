@@ -1,5 +1,6 @@
-"""python -m mpdit_jax.convert: every form to every other and back, and what it refuses."""
+"""`python -m mpdit_jax.convert` converts between all forms and refuses what it cannot convert."""
 
+import dataclasses
 import itertools
 import resource
 import shutil
@@ -11,14 +12,24 @@ import pytest
 
 import mpdit_jax as mp
 from mpdit_jax import export
+from mpdit_jax.checkpoint.load import load_config
 from mpdit_jax.convert import __main__ as convert
+from mpdit_jax.data.info import DatasetInfo, read_dataset_info, record_dataset, write_dataset_info
+from mpdit_jax.data.latents import PAPER_MEAN, PAPER_STD, LatentSpace
+from mpdit_jax.data.sources import array_source
 from mpdit_jax.errors import CheckpointError, DamageWarning
 from mpdit_jax.evaluate import __main__ as evaluate
 from mpdit_jax.model.parameters import abstract, merge, split
 from mpdit_jax.model.presets import preset_config
 from mpdit_jax.sample import __main__ as sample
+from mpdit_jax.sample.decoding import make_decode
+from mpdit_jax.vae import save_folder
 from tests.conftest import Golden
+from tests.sample.conftest import make_workdir
 from tests.tiny import TWO_LEVELS, refusal, run, saved_arrays, start, train_arguments
+from tests.vae.conftest import TINY as TINY_VAE
+from tests.vae.conftest import tiny_parameters as tiny_parameters
+from tests.vae.conftest import tiny_vae as tiny_vae
 
 DIT = {"patch_sizes": (2,), "depths": (1,), "time_embedding": "sinusoidal", "class_tokens": 16}
 DIT |= {"condition": "vector", "modulation": "per_block"}
@@ -51,7 +62,7 @@ def golden(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["own.safetensors", pytest.param("named.pt", marks=pytest.mark.parity)])
 def test_a_disk_without_room(golden, tmp_path, name):
-    """PyTorch tells of it in words of its own."""
+    """PyTorch reports a full disk by an error of its own, which becomes the same sentence."""
 
     def little_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -68,7 +79,7 @@ def test_a_disk_without_room(golden, tmp_path, name):
 
 @pytest.mark.parity
 def test_all_the_way_round(golden, tmp_path, capsys):
-    """Published file, workdir, our file, PyTorch file, and our file again: the same bits in all of them."""
+    """A model keeps its bits through a published file, a workdir, our file, a PyTorch file and our file again."""
     pytest.importorskip("torch")
     path, model = golden
     chain = [path, tmp_path / "run", tmp_path / "own.safetensors", tmp_path / "named.pt", tmp_path / "end.safetensors"]
@@ -87,7 +98,7 @@ def test_all_the_way_round(golden, tmp_path, capsys):
 
 
 def test_variants_keep_their_config(tmp_path, capsys):
-    """What has no published names has our own: also the scaled FNO, whose constants are in the config."""
+    """Models without published names keep weights and config in our own file."""
     from mpdit_jax.interop.native_files import save_native
 
     model = random_model(upsampler="linear_mlp", fno_init="scaled", mlp_ratio=3.0)
@@ -102,7 +113,7 @@ def test_variants_keep_their_config(tmp_path, capsys):
 
 
 def test_a_run_starts_from_a_converted_workdir(tmp_path, capsys):
-    """The step goes on where the file's ended, from its weights, by the config given."""
+    """Training continues from the weights and the step of the file, with the given config."""
     from mpdit_jax.interop.native_files import save_native
 
     config, workdir, *tiny = train_arguments(tmp_path / "run", "--config.steps=6", *TWO_LEVELS)
@@ -121,6 +132,90 @@ def test_a_run_starts_from_a_converted_workdir(tmp_path, capsys):
     message = refusal_of(source, f"--out={tmp_path / 'other'}", config, *tiny, "--config.model.num_classes=7")
     assert "write --out=weights.safetensors without --config, and train with --config.init_from=weights" in message
     assert not (tmp_path / "other").exists()
+
+
+@pytest.fixture
+def no_sums(monkeypatch):
+    """Conversions without check sums, whose forward passes take most of the time."""
+    from mpdit_jax.convert import checksum, forms
+
+    for module in (checksum, forms):
+        monkeypatch.setattr(module, "checksum", lambda model: "")
+
+
+def latents_run(path, fingerprint):
+    """A run on latents of a VAE of that fingerprint."""
+    workdir = make_workdir(path, in_channels=4)
+    space = LatentSpace((1.0, 2.0, 3.0, 4.0), (0.5, 0.5, 0.5, 0.5), fingerprint)
+    write_dataset_info(workdir, DatasetInfo(("owl", "fox"), space, "20 digest"))
+    return workdir, space
+
+
+@pytest.mark.parametrize("ending", ["safetensors", pytest.param("pt", marks=pytest.mark.parity)])
+@pytest.mark.usefixtures("no_sums")
+def test_what_decoding_needs_travels_with_a_model(tmp_path, tiny_vae, tiny_parameters, ending):
+    save_folder(tmp_path / "vae", TINY_VAE, tiny_parameters)
+    run, space = latents_run(tmp_path / "run", tiny_vae.fingerprint)
+    file, back = tmp_path / f"model.{ending}", tmp_path / "back"
+    assert convert.main([f"--source={run}", f"--out={file}"]) == 0
+    assert convert.main([f"--source={file}", f"--out={back}"]) == 0
+    assert read_dataset_info(back) == DatasetInfo(("owl", "fox"), space)
+    decoded = [make_decode(str(folder), str(tmp_path / "vae"))(np.ones((1, 8, 8, 4))) for folder in (run, back)]
+    assert np.array_equal(*decoded)
+
+
+@pytest.mark.usefixtures("no_sums")
+def test_latents_of_published_weights_are_normalized_as_in_the_paper(tmp_path, capsys, tiny_parameters):
+    """The command says so, and any VAE with four channels decodes them. Training continues on latents of that scale."""
+    from mpdit_jax.interop.native_files import save_native
+
+    vae, source, out = tmp_path / "vae", tmp_path / "model.safetensors", tmp_path / "run"
+    save_folder(vae, TINY_VAE, tiny_parameters)
+    save_native(source, random_model(), 1)
+    fields = [f"--config.model.{name}={value}" for name, value in TINY.items() if name not in ("depths", "input_size")]
+    config = ["--config=mpdit_b_256", "--config.model.depths=1,1", "--config.model.input_size=8,8", *fields]
+    assert convert.main([f"--source={source}", f"--out={out}", *config]) == 0
+    assert "normalized by the paper's constants, of a VAE that is not recorded" in capsys.readouterr().out
+    assert mp.generate(out, [1], steps=1, vae=vae)[0].size == (32, 32)
+    space = read_dataset_info(out).latents
+    assert (space.mean, space.std) == (PAPER_MEAN, PAPER_STD)
+    data = array_source(np.zeros((2, 8, 8, 4), np.float32), np.arange(2), ("a", "b"))
+    other = dataclasses.replace(space, std=(1.0,) * 4, vae_fingerprint="ab" * 32)
+    with pytest.raises(CheckpointError, match="was trained on latents of another VAE or normalization"):
+        record_dataset(out, dataclasses.replace(data, latents=other), trained=True)
+    found = dataclasses.replace(space, vae_fingerprint="ab" * 32)
+    record_dataset(out, dataclasses.replace(data, latents=found), trained=True)
+    assert read_dataset_info(out).latents == found
+
+
+@pytest.mark.usefixtures("no_sums")
+def test_nothing_is_assumed_of_other_latents(tmp_path, capsys):
+    from mpdit_jax.interop.native_files import save_native
+
+    save_native(tmp_path / "model.safetensors", random_model(in_channels=2), 1)
+    assert convert.main([f"--source={tmp_path}/model.safetensors", f"--out={tmp_path / 'run'}"]) == 0
+    assert "its latents cannot be decoded" in capsys.readouterr().out
+    with pytest.raises(mp.MPDiTError, match="does not record how its latents are normalized"):
+        make_decode(str(tmp_path / "run"), "some/vae")
+
+
+def test_a_model_without_a_null_class_stays_one(tmp_path):
+    """Its run has no label dropout, and a config with label dropout is refused."""
+    from mpdit_jax.convert.checksum import checksum
+    from mpdit_jax.interop.native_files import save_native
+
+    model, own, run = random_model(null_class=False, in_channels=1), tmp_path / "own.safetensors", tmp_path / "run"
+    save_native(own, model, 1)
+    assert convert.main([f"--source={own}", f"--out={run}"]) == 0
+    assert not mp.load_checkpoint(run).config.null_class
+    assert load_config(run).label_dropout == 0
+    message = refusal_of(f"--source={own}", f"--out={tmp_path / 'other'}", "--config=digits")
+    assert "null_class=True (the file: False)" in message
+    assert "config.label_dropout decides null_class" in message
+    # The published names have no row for the null class, and a check sum compares none.
+    published = mp.to_torch(model)
+    assert len(published["y_embedder.embedding_table.weight"]) == 3
+    assert checksum(mp.load_torch(published, num_heads=2, num_classes=3)) == checksum(model)
 
 
 def refusal_of(*arguments):
@@ -170,7 +265,7 @@ def test_one_of_ours_that_is_damaged(tmp_path):
     arrays["final.bias"] = arrays["final.bias"][:-1]
     arrays["final.kernel"] = np.full_like(arrays["final.kernel"], np.nan)
     safetensors.numpy.save_file(arrays, path, metadata)
-    with pytest.raises(mp.MPDiTError, match=r"not finite: final\.bias, final\.kernel\."):
+    with pytest.raises(mp.MPDiTError, match=r"misshapen: final\.bias is .*; not finite: final\.kernel\."):
         mp.load_torch(path)
     safetensors.numpy.save_file(arrays, path, {**metadata, "model": '{"depth": 3}'})
     with pytest.raises(mp.MPDiTError, match=r"hold no model config of this version .unknown model field 'depth'"):
@@ -198,7 +293,7 @@ def test_a_dit_is_no_run(tmp_path):
     sit = tmp_path / "sit.safetensors"
     save_native(sit, random_model(**DIT, convention="sit"), 1)
     message = refusal_of(f"--source={sit}", f"--out={tmp_path / 'run'}")
-    assert "by the convention 'sit' cannot be trained here" in message
+    assert "with the convention 'sit' cannot be trained here" in message
     assert "docs/weights.md" in message
     refused = pytest.raises(CheckpointError, match=r"sit\.safetensors is a file, and .+docs/weights\.md shows how")
     with refused:
@@ -211,7 +306,7 @@ def test_a_dit_is_no_run(tmp_path):
 
 @pytest.mark.parity
 def test_what_is_predicted_is_never_lost(tmp_path, capsys):
-    """A SiT of heads that no preset has, into a PyTorch file that says both, and on from there without being asked."""
+    """Files record convention and heads, so that they need not be given again and cannot be contradicted."""
     pytest.importorskip("torch")
     import safetensors.numpy
 
@@ -228,13 +323,15 @@ def test_what_is_predicted_is_never_lost(tmp_path, capsys):
         for asked in ("convention='dit'", "num_heads=7"):
             message = refusal_of(f"--source={file}", f"--out={tmp_path / 'no.pt'}", f"--{asked.replace(chr(39), '')}")
             assert f"{asked}: {file} records" in message
+        with pytest.raises(mp.MPDiTError, match=r"key='model': .* has no such state dict"):
+            mp.load_torch(file, key="model")
         with pytest.raises(mp.MPDiTError, match="convention='nonsense': expected one of velocity, sit, dit"):
             mp.load_torch(file, convention="nonsense")
 
 
 @pytest.mark.parity
 def test_a_dit_of_ours_becomes_a_run_of_its_config(tmp_path, capsys):
-    """From a PyTorch file that does not say what it is, by the config that trains it; and the run knows what it is."""
+    """A DiT's file without metadata becomes a run of the given config, which records heads and convention."""
     torch = pytest.importorskip("torch")
     state = {name: torch.tensor(array) for name, array in mp.to_torch(random_model(**DIT)).items()}
     torch.save(state, tmp_path / "dit.pt")
@@ -259,7 +356,7 @@ def test_a_dit_of_ours_becomes_a_run_of_its_config(tmp_path, capsys):
 
 
 def test_a_model_for_another_machine_is_the_same_model(tmp_path, capsys, monkeypatch):
-    """It is verified before it takes its place: nothing stays of what is not the same."""
+    """A model for another platform has the same checksum. A file that reads back differently is not kept."""
     from mpdit_jax.convert import forms
     from mpdit_jax.interop.native_files import save_native
 
@@ -270,20 +367,20 @@ def test_a_model_for_another_machine_is_the_same_model(tmp_path, capsys, monkeyp
     assert convert.main([source, f"--out={out}"]) == 0
     assert mp.load_torch(out).config.platform == "gpu"
     out.unlink()
-    monkeypatch.setattr(forms, "save_native", lambda path, model, step: save_native(path, changed(model), step))
+    monkeypatch.setattr(forms, "save_native", lambda path, model, *more: save_native(path, changed(model), *more))
     assert "would be another model than its source" in refusal_of(source, f"--out={out}")
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.safetensors"]
 
 
 def changed(model, name="class_embedding.table"):
-    """That model with one entry of one parameter another, of a class that no check sum's forward pass sees."""
+    """Return the model with another value of a class that the checksum's forward pass does not read."""
     structure, parameters = split(model)
     place = (1,) + (0,) * (parameters[name].ndim - 1)
     return merge(structure, {**parameters, name: parameters[name].at[place].add(1.0)})
 
 
 def test_a_check_sum_is_of_every_parameter():
-    """Also of the rows of other classes, and of a model that computes nothing yet."""
+    """It covers classes that the forward pass does not read, and models whose output is zero."""
     from mpdit_jax.convert.checksum import checksum
 
     model = random_model()

@@ -22,9 +22,9 @@ import mpdit_jax as mp
 from mpdit_jax.checkpoint.load import load_config
 from mpdit_jax.checkpoint.reader import is_complete
 from mpdit_jax.data.crop import to_mode, to_square
-from mpdit_jax.data.image_sets import open_folder
 from mpdit_jax.data.info import read_dataset_info
 from mpdit_jax.data.latent_store import LatentStore
+from mpdit_jax.data.picture_sets import open_folder
 from mpdit_jax.data.sources import load_arrays
 from mpdit_jax.errors import CheckpointError, DataError, InputError, MPDiTError, WeightsError
 from mpdit_jax.io.idx import read_idx

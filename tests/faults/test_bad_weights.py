@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from mpdit_jax.data.image_sets import ArrayImages, open_npz
 from mpdit_jax.errors import ConfigError, InputError, WeightsError
 from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, load_classifier, save_classifier
 from mpdit_jax.evaluate.extractors import build_classifier
-from mpdit_jax.evaluate.sets import ArrayImages, open_npz
 from mpdit_jax.evaluate.stored_statistics import holds_statistics, load_statistics, save_statistics
 from mpdit_jax.interop.native_files import save_native, stored_step
 from mpdit_jax.interop.torch_weights import load_with_metadata

@@ -11,11 +11,10 @@ import pytest
 from PIL import UnidentifiedImageError
 
 import mpdit_jax as mp
-from mpdit_jax.data.image_sets import open_images
+from mpdit_jax.data.image_sets import open_images, open_set
 from mpdit_jax.data.latent_store import LatentStore, read_manifest
 from mpdit_jax.data.sources import load_arrays
 from mpdit_jax.errors import ConfigError, DataError, MPDiTError, WeightsError
-from mpdit_jax.evaluate.sets import open_set
 from mpdit_jax.interop.files import read_state_dict
 from mpdit_jax.train.__main__ import main
 from tests.tiny import ROOT

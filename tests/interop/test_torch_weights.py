@@ -1,18 +1,32 @@
 import argparse
 import re
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
 import mpdit_jax as mp
-from mpdit_jax.errors import MissingExtraError, WeightsError
+from mpdit_jax.errors import InputError, MissingExtraError, WeightsError, WeightsWarning
 from mpdit_jax.interop import files
+from mpdit_jax.sample.exporting import export_sampler
+
+TABLE = "y_embedder.embedding_table.weight"
 
 
 @pytest.fixture
 def state(golden):
     return golden.group("state/")
+
+
+@pytest.fixture
+def raw(state):
+    """Other weights than `state`, which stand for the parameters beside their moving average."""
+    return {name: array if name.startswith("pos_embed") else array * 0 for name, array in state.items()}
+
+
+def within(prefix, state):
+    return {f"{prefix}.{name}": array for name, array in state.items()}
 
 
 def assert_same(first, second):
@@ -93,7 +107,7 @@ def named(state, kind):
     pytest.param(lambda array: array[:0], id="empty"),
 ])  # fmt: skip
 def test_one_damaged_entry_is_named_whichever_it_is(state, damage):
-    """Also if sizes are inferred from the entry, and beside a stray entry, which is named too."""
+    """The entry is named even if sizes are inferred from it, and so is a stray entry beside it."""
     for name, array in state.items():
         bad = {**state, "scheduler.betas": np.zeros(3, np.float32)}
         if damage is None:
@@ -168,6 +182,89 @@ def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
         files.read_state_dict(path)
 
 
+@pytest.mark.parametrize(("average", "note"), [
+    ("ema", None),
+    ("model_ema1", r"the moving average 'model_ema1' is taken; key= selects another \('model'\)"),
+    ("ema_model", "the moving average 'ema_model' is taken"),
+    ("state_dict_ema", "the moving average 'state_dict_ema' is taken"),
+    ("averaged_model", "the moving average 'averaged_model' is taken"),
+])  # fmt: skip
+def test_the_moving_average_of_a_checkpoint_is_taken(state, raw, average, note, recwarn):
+    """A warning names a key other than "ema"."""
+    content = {"model": raw, average: state, "optimizer": {"state": {0: {"exp_avg": raw}}}, "ema_decay": 0.999}
+    assert_same(state, mp.to_torch(mp.load_torch(content, num_heads=4)))
+    assert [bool(re.search(note, str(one.message))) for one in recwarn] == [True] * bool(note)
+    assert_same(raw, mp.to_torch(mp.load_torch(content, num_heads=4, key="model")))
+
+
+def test_an_average_that_is_not_there_is_named(state):
+    with pytest.warns(WeightsWarning, match="'ema' holds no state dict; 'model' is taken, which is no moving average"):
+        assert_same(state, mp.to_torch(mp.load_torch({"model": state, "ema": None}, num_heads=4)))
+
+
+@pytest.mark.parametrize(("names", "key", "sentence"), [
+    (("ema1", "ema2"), None, r"several moving averages \(ema1, ema2\): choose one by key, such as key='ema1'"),
+    (("first", "second"), None, r"several state dicts \(first, second\): choose one"),
+    (("model", "ema"), "moving", r"key='moving': state dict has no such state dict; it has model, ema"),
+])  # fmt: skip
+def test_a_state_dict_is_not_guessed(state, raw, names, key, sentence):
+    content = dict(zip(names, (raw, state), strict=True))
+    with pytest.raises(WeightsError, match=sentence):
+        mp.load_torch(content, num_heads=4, key=key)
+    assert_same(state, mp.to_torch(mp.load_torch(content, num_heads=4, key=names[1])))
+
+
+@pytest.mark.parametrize("part", ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_wrappers_of_a_model_or_a_block_do_not_matter(state, part):
+    wrapped = {re.sub(r"^|(?<=blocks\.0\.)", f"{part}.", name): array for name, array in state.items()}
+    assert_same(state, mp.to_torch(mp.load_torch(wrapped, num_heads=4)))
+
+
+@pytest.mark.parametrize(("prefix", "beside", "left_out"), [
+    ("", {"projectors.0.0.weight": np.zeros((2, 2))}, r"projectors\.0\.0\.weight left out"),  # REPA
+    ("", {"n_averaged": np.int64(3)}, "n_averaged left out"),  # AveragedModel
+    ("model.", {"vae.x": np.zeros(2), "vae.y": np.zeros(2)}, r"vae\.x and 1 more entries left out"),  # Lightning
+    ("ema_model.module.", {"initted": np.True_, "step": np.int64(3)}, "initted and 1 more entries left out"),
+])  # fmt: skip
+def test_what_lies_beside_a_network_is_left_out(state, prefix, beside, left_out):
+    content = {f"{prefix}{name}": array for name, array in state.items()} | beside
+    with pytest.warns(WeightsWarning, match=left_out):
+        assert_same(state, mp.to_torch(mp.load_torch({"state_dict": content, "epoch": 3}, num_heads=4)))
+
+
+def test_one_of_the_networks_of_a_module_is_chosen_as_one_of_a_checkpoint_is(state, raw):
+    content = within("ema_model", state) | within("online_model", raw)
+    with pytest.warns(WeightsWarning, match="the moving average 'ema_model' is taken"):
+        assert_same(state, mp.to_torch(mp.load_torch(content, num_heads=4)))
+    with pytest.warns(WeightsWarning, match="left out"):
+        assert_same(raw, mp.to_torch(mp.load_torch({"state_dict": content}, num_heads=4, key="online_model")))
+    with pytest.raises(WeightsError, match="key='other': state dict has no such state dict; it has ema_model"):
+        mp.load_torch(content, num_heads=4, key="other")
+
+
+def test_a_class_table_may_have_no_null_class(state):
+    """Ten rows may be ten classes, or nine and the null class, so that the number is asked for."""
+    ten = {**state, TABLE: state[TABLE][:10]}
+    with pytest.raises(WeightsError, match=r"has 10 rows .* give num_classes=10 if .* num_classes=9"):
+        mp.load_torch(ten, num_heads=4)
+    with pytest.raises(
+        WeightsError, match=r"num_classes=12: state dict has 10 rows in its class table; expected 9, or 10"
+    ):
+        mp.load_torch(ten, num_heads=4, num_classes=12)
+    assert mp.load_torch(ten, num_heads=4, num_classes=9).config.null_class
+    model = mp.load_torch(ten, num_heads=4, num_classes=10)
+    assert (model.config.num_classes, model.config.null_class) == (10, False)
+    assert_same(ten, mp.to_torch(model))
+    key = jax.random.key(0)
+    for scale, labels, more in ((2.0, [3], {}), (2.0, [3], {"negative_labels": {4: 5}}), (1.0, [10], {})):
+        with pytest.raises(InputError, match="null class, label 10, was not trained"):
+            mp.make_sampler(steps=1, guidance_scale=scale)(model, labels, key, **more)
+    with pytest.raises(InputError, match="null class, label 10, was not trained"):
+        export_sampler(mp.make_sampler(steps=1, guidance_scale=2.0), model, ("cpu",), 1)
+    mp.make_sampler(steps=1, guidance_scale=2.0)(model, [3], key, negative_labels={3: 5})
+    mp.make_sampler(steps=1, guidance_scale=2.0)(model, [3], key, guide=model)
+
+
 @pytest.mark.parity
 def test_torch_files(golden, state, tmp_path):
     torch = pytest.importorskip("torch")
@@ -176,6 +273,7 @@ def test_torch_files(golden, state, tmp_path):
     for content in (
         tensors,
         {"ema": tensors, "model": zeros, "epoch": 3},
+        {"model_ema": tensors, "model": zeros},
         {"model": {f"module.{name}": tensor for name, tensor in tensors.items()}},
         {"model": zeros, "ema": tensors, "opt": {"lr": 1e-4}, "args": argparse.Namespace(epochs=80)},
     ):

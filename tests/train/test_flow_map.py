@@ -225,10 +225,11 @@ def test_a_map_resumes_to_the_same_bits_and_logs_its_errors(flow_run, tmp_path):
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["--config.batch_size=7"], "config.batch_size=7: expected an even number a part"),
     (["--config.model.patch_sizes=2,", "--config.model.depths=1,"], "a flow map needs two blocks"),
+    (["--config.flow_map.guidance=0.5", "--config.label_dropout=0.0"], "expected 0 without label_dropout"),
     (["--config.flow_map.guidance=1.0"], "config.flow_map.guidance=1.0: expected at least 0 and below 1"),
     (["--config.flow_map.start_times=0.4,0.0"], "expected mean and std of a logit"),
     (["--config.model.attention=cudnn"], "config.model.attention='cudnn': expected 'xla'"),
-    (["--config.model.flow_map=False"], "leave it out, the objective decides it"),
+    (["--config.model.flow_map=False"], "leave it out, config.objective decides it"),
     (["--config.init_from=/nowhere"], "config.init_from=/nowhere: expected the workdir of a run, or a .safetensors"),
 ])  # fmt: skip
 def test_bad_configs(tmp_path, arguments, sentence):

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from mpdit_jax.errors import ConfigError
+from mpdit_jax.errors import ConfigError, WeightsWarning
 from mpdit_jax.vae import AutoencoderConfig
 from mpdit_jax.vae.config import config_from_diffusers, config_to_diffusers, read_config
 
@@ -86,6 +86,13 @@ def test_keys_that_are_null_or_bookkeeping_do_not_matter():
     assert config_from_diffusers(SD_VAE | {"_name_or_path": "x", "some_future_key": None}) == config_from_diffusers(
         SD_VAE
     )
+
+
+def test_keys_that_change_no_result_are_named_and_a_mark_at_the_beginning_is_skipped(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SD_VAE | {"torch_dtype": "float16"}), encoding="utf-8-sig")
+    with pytest.warns(WeightsWarning, match=r"torch_dtype='float16' is ignored: it changes no result"):
+        assert read_config(path) == config_from_diffusers(SD_VAE)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff"])

@@ -54,8 +54,9 @@ def test_fetches_config_and_weights(hub):
     assert {repo for repo, _, _ in hub.asked} == {NAME}
 
 
-def test_takes_the_bin_where_there_is_no_safetensors_and_a_folder_inside(hub):
-    hub.files = {"config.json", "diffusion_pytorch_model.bin"}
+@pytest.mark.parametrize("ending", [".bin", ".fp16.safetensors"])
+def test_takes_other_weights_where_there_is_no_safetensors_and_a_folder_inside(hub, ending):
+    hub.files = {"config.json", f"diffusion_pytorch_model{ending}"}
     folder = locate("owner/pipeline/vae")
     assert sorted(path.name for path in folder.iterdir()) == sorted(hub.files)
     assert {(repo, inside) for repo, _, inside in hub.asked} == {("owner/pipeline", "vae")}

@@ -141,6 +141,30 @@ def test_bin_without_pytorch_names_the_extra(folder, monkeypatch):
         load_vae(folder)
 
 
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.fp16.safetensors", "index"])
+def test_reads_the_files_that_diffusers_writes_otherwise(folder, tiny_parameters, name):
+    """Weights in half precision alone, and weights that are split into several files."""
+    if name == "index":
+        state = to_diffusers(tiny_parameters)
+        shards = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": sorted(state)[i::2] for i in range(2)}
+        for shard, names in shards.items():
+            safetensors.numpy.save_file({entry: np.ascontiguousarray(state[entry]) for entry in names}, folder / shard)
+        index = {"weight_map": {entry: shard for shard, names in shards.items() for entry in names}}
+        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index), encoding="utf-8-sig")
+        (folder / WEIGHTS).unlink()
+    else:
+        (folder / WEIGHTS).rename(folder / name)
+    assert_bitwise_equal(load_folder(folder)[1], tiny_parameters)
+
+
+def test_an_index_lists_files_of_its_own_folder(folder):
+    (folder / WEIGHTS).rename(folder.parent / WEIGHTS)
+    for content in ({"weight_map": {"x": f"../{WEIGHTS}"}}, {"weights": []}, []):
+        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(content))
+        with pytest.raises(WeightsError, match=r"index\.json is no readable index of weights"):
+            load_folder(folder)
+
+
 def test_reads_half_precision_files(folder, tiny_parameters):
     state = {name: jnp.asarray(value, jnp.bfloat16) for name, value in to_diffusers(tiny_parameters).items()}
     safetensors.flax.save_file(state, folder / WEIGHTS)
