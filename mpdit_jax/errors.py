@@ -54,7 +54,7 @@ class DamageWarning(UserWarning):
 
 
 class DataWarning(UserWarning):
-    """Some files of a data set are left out; the message counts them."""
+    """Some files of a data set are left out, or some lines of a log; the message says which."""
 
 
 class DeviceWarning(UserWarning):

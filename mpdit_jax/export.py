@@ -40,35 +40,41 @@ def main(arguments: Sequence[str]) -> int:
     if options.guide:
         raise InputError(f"--guide={options.guide}: a file holds one model; export without autoguidance.")
 
-    from mpdit_jax.checkpoint.load import load_checkpoint
+    from mpdit_jax.checkpoint.load import load_checkpoint, load_config
     from mpdit_jax.data.info import read_dataset_info
     from mpdit_jax.io.atomic import atomic_write, check_writable
+    from mpdit_jax.sample.classes import read_classes
     from mpdit_jax.sample.exporting import export_sampler
     from mpdit_jax.sample.options import reject_unused_flags, sampler_from
+    from mpdit_jax.vae import PIXELS
 
     sampler = sampler_from(options)
     reject_unused_flags(options)
     check_writable(options.out)
     model = load_checkpoint(options.workdir, options.step, ema=not options.no_ema)
     batch = None if options.batch == "any" else int(options.batch)
-    data = export_sampler(sampler, model, platforms, batch, options.negative_labels)
+    classes = read_classes(options.workdir, load_config(options.workdir))
+    negatives = classes.find_pairs(options.negative_labels, "--negative_labels")
+    data = export_sampler(sampler, model, platforms, batch, negatives)
     with atomic_write(options.out) as file:
         file.write(data)
     scale = f", jnp.float32({options.guidance_scale:g})" if options.guidance_scale != 1 else ""
-    labels = "[0, 1, 2]" if batch is None else f"[0] * {batch}"
+    labels = [*range(min(3, model.num_classes))] if batch is None else f"[0] * {batch}"
+    info = read_dataset_info(options.workdir)
+    space = None if info is None else info.latents
+    what = "pictures" if space is None or space.vae_fingerprint == PIXELS else "latents"
     print(
         f"{options.out}: {len(data) / 1e6:.1f} MB for {', '.join(platforms)}, "
         f"{'any number of' if batch is None else batch} labels a call; run it with JAX and flatbuffers alone:\n"
         "  import jax.numpy as jnp; from jax import export\n"
-        f'  sampler = export.deserialize(bytearray(open("{options.out}", "rb").read()))\n'
-        f"  latents = sampler.call(jnp.array({labels}, jnp.int32), jnp.uint32(0){scale})  # labels, seed"
+        f"  sampler = export.deserialize(bytearray(open({options.out!r}, 'rb').read()))\n"
+        f"  {what} = sampler.call(jnp.array({labels}, jnp.int32), jnp.uint32(0){scale})  # labels, seed"
         f"{', guidance scale' if scale else ''}"
     )
-    info = read_dataset_info(options.workdir)
-    if info is not None and info.latents is not None:
+    if space is not None:
         print(
-            "The latents are normalized; before decoding, undo that:\n"
-            f"  latents = latents * jnp.array({list(info.latents.std)}) + jnp.array({list(info.latents.mean)})"
+            f"The {what} are normalized; undo that{' before decoding' if what == 'latents' else ', for [-1, 1]'}:\n"
+            f"  {what} = {what} * jnp.array({list(space.std)}) + jnp.array({list(space.mean)})"
         )
     return 0
 

@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.tables`: the cost of every model of the paper's tables, beside the paper's figures."""
+"""`python -m mpdit_jax.tables`: print the cost of every model of the paper's tables beside the paper's figures."""
 
 import json
 import math
@@ -21,15 +21,15 @@ _LEGEND = """
 Parameters include the frozen position tables, as PyTorch counts them. GMACs are multiply-adds of one forward pass of
 one image. "True" counts every matrix product at the length that each block sees. "Paper's count" reproduces what the
 paper prints as GFLOPs; its rule is inferred from its figures: attention in every block at 256 tokens, and one operation
-for each element that a norm or GELU puts out (without these, mpdit_xl_k4 and dit_xl_2 differ in the last digit). There
-is a remark where our figure, neither rounded nor cut at its last digit, is the printed one: ours minus the paper's.
-"Training" is a forward pass of masked training. FID is the paper's (80 epochs, unguided, unless remarked), not ours.
+for each output element of a norm or GELU (without these, mpdit_xl_k4 and dit_xl_2 differ in the last digit). If our
+figure, rounded or cut to the printed digits, differs from the paper's, a remark has ours minus the paper's. "Training"
+is a forward pass of masked training. FID is the paper's (80 epochs, unguided, unless remarked), not ours.
 Train a row with `python -m mpdit_jax.train --config=ablation:NAME`, or --config=NAME for those of 512x512 pixels.
 """
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the tables; exit status."""
+    """Print the tables and return the exit status."""
     description = "Print parameters and multiply-adds of every model of the paper's tables, beside the paper's figures."
     parser = make_parser("tables", description, _EXAMPLES)
     formats = "list: the rows of --config=ablation:NAME and what each changes (default: %(default)s)"
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def rows() -> list[dict[str, Any]]:
-    """Every row as plain numbers and strings: our counts, the paper's figures, and the differences."""
+    """Return every row as plain numbers and strings: our counts, the paper's figures, and the differences."""
     from mpdit_jax.model.accounting import count, masked_macs, paper_macs
 
     found = []
@@ -75,7 +75,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def difference(value: float, printed: str) -> float | None:
-    """Ours minus the printed figure; None where nothing is printed, or where ours, rounded or cut, prints the same."""
+    """Return ours minus the printed figure; None if nothing is printed, or if ours, rounded or cut, prints the same."""
     if not printed:
         return None
     digits = len(printed.partition(".")[2])
@@ -86,7 +86,7 @@ def difference(value: float, printed: str) -> float | None:
 
 
 def as_markdown(found: list[dict[str, Any]]) -> str:
-    """A Markdown table for each table of the paper, and a legend."""
+    """Return a Markdown table for each table of the paper, and a legend."""
     lines: list[str] = []
     for table in dict.fromkeys(row["table"] for row in found):
         lines += ["", f"### {table[0].upper()}{table[1:]}", ""]

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.usage = f"{parser.prog} --config=FILE --workdir=FOLDER [--config.FIELD=VALUE ...]"
     parser.add_argument("--workdir", required=True, help="folder of the run")
     options, config = parse_with_config(parser, arguments)
-    if not options.workdir or "://" in options.workdir:
+    if not options.workdir:
         raise InputError(f"--workdir={options.workdir}: expected a folder, such as runs/vae.")
 
     from mpdit_jax.train.vae import train_vae

@@ -2,12 +2,13 @@
 
 import difflib
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from mpdit_jax.errors import InputError
 
 LARGEST_SIDE = 4096  # pixels of a square image
+_LARGEST_LATENT = 50.0  # beyond what any VAE's normalized latents reach, and below an image's 255
 
 
 def suggest(name: str, known: Collection[str]) -> str:
@@ -36,3 +37,30 @@ def check_image_size(pixels: Any, name: str, least: int = 1) -> None:
 def is_real(value: Any) -> bool:
     """Whether a value is a real number, NumPy's included; True and False are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def layout_remedy(shape: Sequence[int], name: str) -> str:
+    """How to bring images of this shape to (N, H, W, C), with `: ` in front; "" if they may have that layout."""
+    if len(shape) == 3:
+        return f": add the axis of channels by {name}[..., None] for grey images, or [None] for a single one"
+    if len(shape) != 4:
+        return ""
+    _, height, width, channels = shape
+    # Channels-last images that are not square have few channels: 8 x 32 pixels of 32 channels are none.
+    first = height != width and channels > 4 and (width == channels or height <= 4)
+    return f": the channels are first, give {name}.transpose(0, 2, 3, 1)" if first else ""
+
+
+def range_remedy(least: float, most: float, channels: int = 0) -> str:
+    """How to bring floats between `least` and `most` to the range of images or latents; "" if they may be in it.
+
+    Whole sets with 1 or 3 channels are images in [-1, 1]. Others may be latents, or a few bright images.
+    """
+    images = channels in (1, 3)
+    if least >= 0 and (2 if images else _LARGEST_LATENT) < most <= 255:
+        return "give images / 127.5 - 1"
+    if images and least >= 0 and 0 < most <= 1.01:
+        return "give images * 2 - 1"
+    if max(-least, most) > (1.01 if images else _LARGEST_LATENT):
+        return "rescale them"
+    return ""

@@ -38,6 +38,17 @@ def imported(path: Path, known: Mapping[str, Path], *, lazy: bool = True) -> set
     return found
 
 
+def outside_imports(path: Path) -> set[str]:
+    """The top-level names of all packages that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
 def room(module: str) -> str:
     """Return the folder of a module; a module at the root counts as a folder of its own."""
     return module.removeprefix(f"{PACKAGE}.").partition(".")[0]

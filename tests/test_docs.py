@@ -1,7 +1,9 @@
 """The site of docs/ has every page in its navigation, working links, and true statements about the code."""
 
+import importlib
 import re
 import runpy
+import shlex
 from pkgutil import resolve_name
 
 import pytest
@@ -9,13 +11,76 @@ import yaml
 
 import mpdit_jax as mp
 from mpdit_jax import errors
+from mpdit_jax.config import flags, resolve
+from mpdit_jax.evaluate import __main__ as evaluate
+from mpdit_jax.runtime.cli import Parser
+from mpdit_jax.sample.options import reject_unused_flags, sampler_from
 from tests.house import room_imports
-from tests.tiny import ROOT
+from tests.tiny import ROOT, command_main
 
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 PICTURES = runpy.run_path(str(DOCS / "plots/house.py"))
+
+
+WITH_COMMANDS = [*(f"docs/{page}" for page in PAGES), "README.md", "launch/quickstart.sh"]
+WITH_COMMANDS += [
+    path.relative_to(ROOT).as_posix()
+    for path in (*ROOT.glob("configs/*.py"), *ROOT.glob("mpdit_jax/**/*.py"))
+    if "python -m" in path.read_text() and (path.parts[-2] == "configs" or "_EXAMPLES" in path.read_text())
+]
+FILLED = {"NAME": "mpdit_b_k4", "$batch": "8", "$attention": "xla", "$workdir": "runs/digits"}  # what a reader fills in
+
+
+def commands(text):
+    """(module, arguments) of every command line of this package that a text shows."""
+    for line in re.findall(r'(?:python3?|\$VENV_PYTHON"?) -m (mpdit_jax\.[^`\n]*)', re.sub(r"\\\n\s*", " ", text)):
+        module, *words = shlex.split(line.partition(" > ")[0], comments=True) if "--help" not in line else [""]
+        if words:
+            for placeholder, value in FILLED.items():
+                words = [word.replace(placeholder, value) for word in words]
+            yield module.removeprefix("mpdit_jax."), words
+
+
+def parsed(command, words, monkeypatch):
+    """The options, and the config or None, that the command's own parser returns; the command is not run."""
+
+    class Parsed(Exception):
+        pass
+
+    def stop(*found):
+        raise Parsed(*found)
+
+    main = command_main(command)
+    if command == "benchmark":
+        main, words = importlib.import_module(f"mpdit_jax.benchmark.{words[0]}").main, words[1:]
+    parse_args = Parser.parse_args
+    with monkeypatch.context() as patched:
+        patched.setattr(Parser, "parse_args", lambda *given: stop(parse_args(*given), None))
+        patched.setattr(
+            f"{main.__module__}.parse_with_config", lambda *given: stop(*flags.parse_with_config(*given)), raising=False
+        )
+        with pytest.raises(Parsed) as found:
+            main(words)
+    return found.value.args
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_the_commands_of_a_page_are_accepted(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / page).read_text()
+    if page.startswith("mpdit_jax/"):  # the examples of a command's help
+        text = text.partition('_EXAMPLES = """')[2].partition('"""')[0]
+    for command, words in commands(text):
+        options, config = parsed(command, words, monkeypatch)
+        if command in ("train", "compile"):
+            resolve(config)
+        elif command in ("sample", "export"):
+            sampler_from(options)
+            reject_unused_flags(options)
+        elif command == "evaluate":
+            evaluate.check_flags(options, words)
 
 
 def named(nav):

@@ -1,6 +1,15 @@
 """The layout keeps its limits: few files at the root, imports that run one way, a training loop on one page."""
 
-from tests.house import PACKAGE, closure, function_lines, imported, modules, room_cycles, root_files
+from tests.house import (
+    PACKAGE,
+    closure,
+    function_lines,
+    imported,
+    modules,
+    outside_imports,
+    room_cycles,
+    root_files,
+)
 
 LOOP = f"{PACKAGE}.train.loop"
 
@@ -15,6 +24,11 @@ def test_limits():
     assert function_lines(LOOP, "train") <= 80
     assert len(imported(known[LOOP], known)) <= 14
     assert len(closure(f"{PACKAGE}.model.mpdit")) <= 12
+
+
+def test_one_module_imports_orbax():
+    found = [name for name, path in modules().items() if outside_imports(path) & {"orbax", "etils"}]
+    assert found == [f"{PACKAGE}.io.storage"]
 
 
 def test_a_cycle_would_be_found(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.benchmark`: speed and memory on this machine; `studies.beside_torch` compares with PyTorch."""
+"""`python -m mpdit_jax.benchmark`: measure speed on this machine (`studies.beside_torch` compares with PyTorch)."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ _EXAMPLES = """\
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark that the first argument names with the arguments after it; exit status."""
+    """Run the benchmark named by the first argument with the other arguments; return the exit status."""
     parser = make_parser("benchmark", "Measure one part of the system on this machine.", _EXAMPLES)
     names = ("data", "sample", "train")
     parser.add_argument("what", choices=names, help="what to measure; `WHAT --help` lists its options")

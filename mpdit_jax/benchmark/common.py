@@ -15,7 +15,7 @@ from mpdit_jax.runtime.cli import Parser, make_parser
 def make_benchmark_parser(
     name: str, description: str, examples: str, repeats: int, command: str = "mpdit_jax.benchmark"
 ) -> Parser:
-    """The parser of `python -m COMMAND NAME`, with `--repeats` and `--format`."""
+    """Return the parser of `python -m COMMAND NAME`, with `--repeats` and `--format`."""
     package, _, module = command.rpartition(".")
     parser = make_parser(f"{module} {name}", description, examples, package=package)
     parser.add_argument(
@@ -33,14 +33,14 @@ def check_at_least(options: Namespace, least: int, names: Sequence[str]) -> None
 
 
 def timed(task: Callable[[], object]) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     start = time.perf_counter()
     task()
     return time.perf_counter() - start
 
 
 def take_turns(repeats: int, tasks: Mapping[str, Callable[[], float]]) -> dict[str, float]:
-    """Median of what each task returns; the tasks take turns, so that a noisy machine is noisy for all of them."""
+    """Return the median result of each task; the tasks take turns, so that noise of the machine affects all of them."""
     found: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(repeats):
         for name, task in tasks.items():
@@ -50,11 +50,11 @@ def take_turns(repeats: int, tasks: Mapping[str, Callable[[], float]]) -> dict[s
 
 
 def print_report(options: Namespace, report: Mapping[str, Any], as_text: Callable[[Mapping[str, Any]], str]) -> int:
-    """Print the report in the format of the options; exit status 0."""
+    """Print the report in the format of the options; return exit status 0."""
     print(json.dumps(report) if options.format == "json" else as_text(report))
     return 0
 
 
 def progress(text: str) -> None:
-    """Say on stderr what is being done."""
+    """Print a line on stderr."""
     print(f"  {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.benchmark data`: latents per second from a store, beside a folder of .npy files."""
+"""`python -m mpdit_jax.benchmark data`: measure latents per second from a store and from .npy files."""
 
 import tempfile
 import time
@@ -29,7 +29,7 @@ _WORKERS = 2
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure as the arguments say and print; exit status."""
+    """Measure as the arguments say, print, and return the exit status."""
     parser = make_benchmark_parser(
         "data",
         "Measure the input pipeline: shuffled 32x32x4 latents per second from a store with a warm page cache, beside "
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def measure(options: Namespace) -> dict[str, Any]:
-    """Run the benchmark; the report as plain numbers and strings."""
+    """Run the benchmark and return the report as plain numbers and strings."""
     with tempfile.TemporaryDirectory() as scratch:
         progress("making two data sets of the same latents")
         store, files, many = (Path(scratch) / name for name in ("store", "files", "many"))
@@ -88,7 +88,7 @@ def measure(options: Namespace) -> dict[str, Any]:
 
 
 def make_store(folder: Path, count: int, shape: tuple[int, int, int]) -> None:
-    """A store of `count` random moments; large ones repeat the first few thousand."""
+    """Write a store of `count` random moments; large stores repeat the first few thousand."""
     folder.mkdir()
     random, shards = np.random.default_rng(0), []
     records = np.zeros(min(count, _SHARD), record_dtype(shape, 1, 8))
@@ -127,7 +127,7 @@ def make_store(folder: Path, count: int, shape: tuple[int, int, int]) -> None:
 
 
 def make_files(folder: Path, count: int) -> None:
-    """The same moments as `features/I.npy` float16 (2, 32, 32, 4) and `labels/I.npy`."""
+    """Write random moments as `features/I.npy` float16 (2, 32, 32, 4) and `labels/I.npy`."""
     (folder / "features").mkdir(parents=True)
     (folder / "labels").mkdir()
     random = np.random.default_rng(0)
@@ -153,7 +153,7 @@ class Files:
 
 
 def _reader(folder: Path, count: int, batch_size: int) -> tuple[str, Callable[[], object]]:
-    """A name, and a function that reads one shuffled epoch."""
+    """Return a reader's name, and a function that reads one shuffled epoch."""
     files = Files(folder, count)
     if find_spec("torch"):
         from torch.utils.data import DataLoader

@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.benchmark sample`: the sampler beside a loop that calls the model."""
+"""`python -m mpdit_jax.benchmark sample`: compare the sampler with a loop that calls the model."""
 
 import itertools
 from argparse import Namespace
@@ -15,7 +15,7 @@ _EXAMPLES = """\
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure as the arguments say and print; exit status."""
+    """Measure as the arguments say, print, and return the exit status."""
     parser = make_benchmark_parser(
         "sample",
         "Time the sampler on a model with random weights, beside a loop that calls the jitted float32 model once a "
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def measure(options: Namespace) -> dict[str, Any]:
-    """Run the benchmark; the report as plain numbers and strings.
+    """Run the benchmark and return the report as plain numbers and strings.
 
     Raises:
         ConfigError: an unknown preset.

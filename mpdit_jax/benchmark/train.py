@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.benchmark train`: the train step as a share of the machine's own matrix products."""
+"""`python -m mpdit_jax.benchmark train`: measure the train step as a share of a matrix product's speed."""
 
 import statistics
 from argparse import Namespace
@@ -14,7 +14,7 @@ _EXAMPLES = """\
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure as the arguments say and print; exit status."""
+    """Measure as the arguments say, print, and return the exit status."""
     parser = make_benchmark_parser(
         "train",
         "Time the forward pass and the whole train step (loss, gradients, AdamW, EMA) of a preset, and a large matrix "
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def measure(options: Namespace) -> dict[str, Any]:
-    """Run the benchmark on one device; the report as plain numbers and strings.
+    """Run the benchmark on one device and return the report as plain numbers and strings.
 
     Raises:
         ConfigError: an unknown preset, or an attention that the device does not have.
@@ -82,7 +82,7 @@ def measure(options: Namespace) -> dict[str, Any]:
         tasks = {
             "forward": lambda: timed(forward),
             "step": lambda: timed(step),
-            # Several: a product takes a fraction of a second, in which a busy moment of the machine weighs more.
+            # A product takes a fraction of a second, so that one measurement would be noisy.
             "product": lambda: statistics.median(timed(multiply) for _ in range(6)),
         }
         take_turns(1, tasks)  # compiles

@@ -1,5 +1,6 @@
 """Loading of a trained model, and of its run's config, from a workdir."""
 
+import shlex
 import warnings
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ def load_config(workdir: str | Path) -> FrozenConfigDict:
     if not path.is_file():
         raise CheckpointError(
             f"{workdir} holds no run ({CONFIG} is missing): train one with "
-            f"`python -m mpdit_jax.train --config=digits --workdir={workdir}`."
+            f"`python -m mpdit_jax.train --config=digits --workdir={shlex.quote(str(workdir))}`."
         )
     try:
         return from_json(path.read_text())
@@ -59,9 +60,9 @@ def load_checkpoint(workdir: str | Path, step: int | None = None, ema: bool = Tr
 
 
 def load_together(workdir: str | Path, step: int | None = None, ema: bool = True) -> tuple[int, MPDiT]:
-    """Load a model as `load_step` does, with process 0 choosing the newest checkpoint for all. Collective.
+    """Load a model as `load_step` does, on all processes from the newest checkpoint that process 0 finds. Collective.
 
-    The run may still be training, and its next checkpoint may come between two processes' looks.
+    A run that is still training may write another checkpoint meanwhile.
     """
     loaded = run_on_process_0(partial(load_step, workdir, step, ema))
     found = broadcast(loaded[0] if loaded is not None else 0)

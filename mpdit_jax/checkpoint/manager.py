@@ -6,8 +6,6 @@ workdir/checkpoints/STEP/         parameters, ema_parameters, optimizer and prog
 workdir/damaged_checkpoints/STEP/ checkpoints that could not be read
 """
 
-import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +13,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import orbax.checkpoint as ocp
 
 from mpdit_jax.checkpoint import digests as integrity
 from mpdit_jax.checkpoint.reader import (
@@ -25,17 +22,17 @@ from mpdit_jax.checkpoint.reader import (
     incomplete,
     list_steps,
     numbered_folders,
+    read_step,
     read_together,
 )
 from mpdit_jax.distributed.collectives import broadcast, first_sentence, run_on_process_0
+from mpdit_jax.distributed.mesh import make_mesh, replicated
 from mpdit_jax.errors import CheckpointError, ProcessError, UnavailableError
 from mpdit_jax.io.paths import reason
+from mpdit_jax.io.storage import Storage
 
 SAVED = ".saved"
 DAMAGED = "damaged_checkpoints"
-# Orbax has every replica write its part of an array and compiles a program for each part, which is not worth it below
-# so many bytes a part.
-_SMALLEST_PART = 64 * 1024
 T = TypeVar("T")
 
 
@@ -44,26 +41,24 @@ class Restored(NamedTuple):
 
     step: int
     items: dict[str, Any]
-    notes: list[str]  # a sentence for each checkpoint that was moved aside; on process 0 only
+    notes: list[str]  # a sentence for each checkpoint that was moved aside; empty on other processes than 0
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, written in the background; a context manager that waits for the last one."""
+    """The checkpoints of one workdir, written in the background.
+
+    A context manager, which waits for the last save and reads part of it back.
+    """
 
     def __init__(self, workdir: Path, keep: int, keep_every: int = 0) -> None:
         self._workdir, self._folder = workdir, workdir.resolve() / CHECKPOINTS
-        self._options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            keep_period=keep_every or None,
-            enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
-        )
+        self._keep: int | None = keep
+        self._keep_every = keep_every
+        self._last: tuple[int, str, Any] | None = None  # step, smallest item and its shapes
 
     @cached_property
-    def _manager(self) -> ocp.CheckpointManager:
-        # Made when first needed: it takes every folder with a number for a checkpoint, and deletes old ones.
-        return ocp.CheckpointManager(self._folder, options=self._options, handler_registry=_handlers())
+    def _storage(self) -> Storage:
+        return Storage(self._folder, self._keep, self._keep_every)  # when first needed, as it may delete old ones
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -71,12 +66,14 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if "_manager" in vars(self):
+        if "_storage" in vars(self):
             try:
-                self._guarded(self._manager.wait_until_finished)
+                self._guarded(self._storage.wait)
                 self._guarded(self._mark_saved)
+                if kind is None:
+                    self._read_back()
             finally:
-                self._guarded(self._manager.close)
+                self._guarded(self._storage.close)
 
     def latest_step(self) -> int | None:
         """Step of the newest finished checkpoint."""
@@ -86,44 +83,62 @@ class Checkpoints:
         """Save pytrees with their digests in the background, unless there is a checkpoint of that step already.
 
         Args:
-            step: of the run.
+            step: the run's step.
             items: the pytrees, by name.
-            keep_older: keep all older checkpoints, however many there are.
+            keep_older: delete no older checkpoint from now on.
 
         Raises:
             CheckpointError: this one or the one before it could not be written, as when the disk is full.
         """
-        if keep_older and self._options.max_to_keep is not None:
-            self._guarded(self._manager.wait_until_finished)
-            self._manager.close()
-            del self._manager
-            self._options = dataclasses.replace(self._options, max_to_keep=None)
+        if keep_older and self._keep is not None:
+            self._guarded(self._storage.wait)
+            self._storage.close()
+            del self._storage
+            self._keep = None
         self._guarded(self._mark_saved)
-        if self._guarded(lambda: step in self._manager.all_steps()):
+        if self._guarded(lambda: step in self._storage.steps()):
             return
-        saved: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
-        record = {name: integrity.digests(tree) for name, tree in items.items()}
-        saved[DIGESTS] = ocp.args.JsonSave({"version": DIGESTS_VERSION, "step": step, "items": record})
-        self._guarded(partial(self._manager.save, step, args=ocp.args.Composite(**saved), force=True))
+        digests = {name: integrity.digests(tree) for name, tree in items.items()}
+        record = {"version": DIGESTS_VERSION, "step": step, "items": digests}
+        self._guarded(partial(self._storage.save, step, items, {DIGESTS: record}))
+        name = min(items, key=lambda name: sum(leaf.nbytes for leaf in jax.tree.leaves(items[name])))
+        self._last = step, name, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), items[name])
+
+    def _read_back(self) -> None:
+        """Read the smallest item of the last save on process 0: one that cannot be read again is none. Collective."""
+        if self._last is None:
+            return
+        step, name, shapes = self._last
+        mesh = make_mesh(devices=jax.local_devices())
+        target = jax.tree.map(lambda leaf: leaf.update(sharding=replicated(mesh)), shapes)
+
+        def read() -> None:
+            with jax.set_mesh(mesh):
+                read_step(self._folder / str(step), {name: target})
+
+        try:
+            run_on_process_0(read)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}, though nothing failed when it was written: use another disk.") from error
 
     def _mark_saved(self) -> None:
-        """Leave a file that tells a run that lost its checkpoints from one that never had any."""
+        """Leave a file that tells a run whose checkpoints were lost from one that never had any."""
         if jax.process_index() == 0 and not (self._workdir / SAVED).exists() and list_steps(self._workdir):
             (self._workdir / SAVED).touch()
 
     def wait(self) -> None:
         """Return when everything is on disk; raise CheckpointError if it could not be written."""
-        if "_manager" in vars(self):
-            self._guarded(self._manager.wait_until_finished)
+        if "_storage" in vars(self):
+            self._guarded(self._storage.wait)
 
     def restore_newest(self, targets: Mapping[str, Any]) -> Restored | None:
-        """Restore the newest whole checkpoint; None if there is none of any kind. Collective.
+        """Restore the newest undamaged checkpoint; return None if there are no checkpoints at all. Collective.
 
-        If a whole one is found, damaged ones are moved aside; nothing is deleted.
+        Newer damaged checkpoints are then moved aside; nothing is deleted.
 
         Raises:
-            UnavailableError: the newest one that may be whole cannot be read now.
-            CheckpointError: there are checkpoints, and none is whole.
+            UnavailableError: a checkpoint that may be undamaged cannot be read now.
+            CheckpointError: all checkpoints are damaged.
         """
         problems: dict[int, str] = {}
         for step in self._seen_by_all():
@@ -131,8 +146,8 @@ class Checkpoints:
                 items = read_together(self._folder / str(step), targets)
             except UnavailableError as error:
                 raise UnavailableError(
-                    f"{error}, which need not be damage, and nothing was moved: mend that, or move the folder away to "
-                    "continue from the checkpoint before it."
+                    f"{error}, which need not be damage, and nothing was moved: make it readable, or move the folder "
+                    "away to continue from the checkpoint before it."
                 ) from error
             except CheckpointError as error:
                 problems[step] = str(error)
@@ -147,10 +162,10 @@ class Checkpoints:
         return None
 
     def _seen_by_all(self) -> Iterator[int]:
-        """Steps of the folders that process 0 sees with the name of a checkpoint, from the newest down.
+        """Yield the steps of process 0's checkpoint folders, newest first, once every process has seen the folder.
 
         Raises:
-            ProcessError: another process does not see one of them.
+            ProcessError: a process does not see one of them.
         """
         step = 2**31 - 1
         while True:
@@ -164,8 +179,8 @@ class Checkpoints:
             yield step
 
     def _set_aside(self, used: int, problems: Mapping[int, str]) -> list[str]:
-        """Move aside every folder that has the name of a checkpoint and is none; a sentence each. On process 0."""
-        # Orbax would count older ones, and delete them in their turn.
+        """Move damaged and incomplete checkpoints aside, and return a sentence for each. On process 0."""
+        # Incomplete older ones too: Orbax would count them as checkpoints, and later delete them.
         older = sorted(numbered_folders(self._workdir) - {*list_steps(self._workdir), *problems})
         every = {**problems, **{step: incomplete(self._folder / str(step)) for step in older}}
         return [
@@ -183,39 +198,15 @@ class Checkpoints:
         return (self._folder / str(step)).rename(place)
 
     def _guarded(self, action: Callable[[], T]) -> T:
-        """Run an action of the storage layer; its errors become a sentence."""
+        """Run an action of `Storage`; raise CheckpointError if it fails."""
         try:
             return action()
-        except Exception as error:  # how a disk fails is up to the storage layer
+        except Exception as error:  # Orbax raises many classes of errors when a disk fails
             if jax.process_count() > 1 and not isinstance(error, OSError | ValueError):
-                raise  # a lost process looks like this too
+                raise  # perhaps a process was lost
             kept = self.latest_step()
             newest = "no checkpoint is there yet" if kept is None else f"the newest checkpoint is of step {kept}"
             raise CheckpointError(
                 f"a checkpoint cannot be written to {self._folder} ({reason(error)}), and {newest}: make room "
                 "and repeat the command."
             ) from error
-
-
-def _meet(*, key: str, timeout_ms: int) -> None:
-    """The barrier of the threads that write.
-
-    Orbax lets a thread that failed wait here too, while the others wait elsewhere for what it did not write. It raises
-    its failure instead, which ends its process, and then the others.
-    """
-    if jax.process_count() == 1:
-        return
-    failure = sys.exc_info()[1]
-    if failure is not None:
-        raise failure
-    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
-
-
-def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    """The handlers that write a checkpoint's items."""
-    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SMALLEST_PART)
-    types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    registry.add(None, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(type_handler_registry=types))
-    registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
-    return registry

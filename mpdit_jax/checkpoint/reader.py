@@ -1,4 +1,4 @@
-"""The reader of checkpoints: which folders are one, and what they hold, compared with its digests."""
+"""Reading of checkpoints: listing them, restoring their arrays, and comparing these with their digests."""
 
 import errno
 import os
@@ -6,26 +6,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import orbax.checkpoint as ocp
-
 from mpdit_jax.checkpoint import digests as integrity
 from mpdit_jax.distributed.collectives import first_sentence
 from mpdit_jax.errors import CheckpointError, UnavailableError
 from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.io.paths import reason
+from mpdit_jax.io.storage import ItemReader
 
 CHECKPOINTS = "checkpoints"
-DIGESTS, DIGESTS_VERSION = "integrity", 1  # an item of its own
-_DIGESTS_FILE = "metadata"  # that Orbax keeps an item of JSON in
-# Errors of a system that cannot read now what may be sound: not permitted, gone for now, too many files, no memory.
+DIGESTS, DIGESTS_VERSION = "integrity", 1  # the item of a checkpoint that holds the digests of the others
+_DIGESTS_FILE = "metadata"  # Orbax's name for the file of a JSON item
+# Errors with which the system refuses an undamaged file: no permission, file server away, too many files, no memory.
 _PASSING = (
     errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM
 )  # fmt: skip
 
 
 def list_steps(workdir: str | Path) -> list[int]:
-    """Steps of the finished checkpoints in a workdir, ascending; other folders with a number are not counted."""
+    """Steps of the finished checkpoints in a workdir, ascending."""
     folder = Path(workdir) / CHECKPOINTS
     return sorted(step for step in numbered_folders(workdir) if is_complete(folder / str(step)))
 
@@ -37,14 +35,14 @@ def newest_in_words(workdir: str | Path) -> str:
 
 
 def numbered_folders(workdir: str | Path) -> set[int]:
-    """Steps of everything that has the name of a checkpoint, damaged ones included."""
+    """Steps of all folders named like a checkpoint, damaged or not."""
     folder = Path(workdir) / CHECKPOINTS
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return {int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name))}
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every part is there that Orbax lists, the digests among them."""
+    """Whether a checkpoint has digests, and every part that Orbax lists."""
     try:
         return _has_its_parts(folder)
     except OSError:
@@ -67,7 +65,7 @@ def incomplete(folder: Path) -> str:
 
 
 def read_together(folder: Path, targets: Mapping[str, Any]) -> dict[str, Any]:
-    """Read one checkpoint as `read_step` does; it fails on all processes if it fails on one. Collective."""
+    """Read one checkpoint as `read_step` does; raise on all processes if one fails. Collective."""
     problem = refused = ""
     try:
         items, record = _restore(folder, targets)
@@ -90,8 +88,8 @@ def read_step(folder: Path, targets: Mapping[str, Any]) -> dict[str, Any]:
         targets: shapes with shardings of each item, by name.
 
     Raises:
-        UnavailableError: it cannot be read now, and may be sound.
-        CheckpointError: it cannot be read, or is not what was saved.
+        UnavailableError: it cannot be read now, but may be undamaged.
+        CheckpointError: it is damaged.
     """
     items, record = _restore(folder, targets)
     _verify(folder, items, record)
@@ -104,18 +102,13 @@ def _restore(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any], 
         if not _has_its_parts(folder):
             raise CheckpointError(incomplete(folder))
         record = _read_record(folder)
-        # Each process reads for itself: a barrier would leave the others waiting for one that fails.
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="alone"
-        )
         items = {}
-        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        with ItemReader() as reader:
             for name, target in targets.items():
-                items[name] = checkpointer.restore(folder / name, args=ocp.args.StandardRestore(target))
+                items[name] = reader.restore(folder / name, target)
     except CheckpointError:
         raise
-    except Exception as error:  # what damage looks like is up to the storage layer
+    except Exception as error:  # Orbax and TensorStore raise many classes of errors for damage
         refused = any(os.strerror(code) in str(error) for code in _PASSING)
         raise (UnavailableError if refused else CheckpointError)(
             f"the checkpoint {folder} cannot be read ({reason(error)})"

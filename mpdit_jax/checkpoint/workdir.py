@@ -22,6 +22,7 @@ from mpdit_jax.io.atomic import atomic_write, check_writable
 from mpdit_jax.io.json_files import is_json_with
 from mpdit_jax.io.locked_folder import LOCK, Job, LockedFolder
 from mpdit_jax.io.paths import check_place
+from mpdit_jax.io.storage import check_storable
 
 _METRICS, _SAMPLES, _TENSORBOARD, _EVALUATION = "metrics.jsonl", "samples", "tensorboard", "evaluation"
 _CONFIG_FIELDS = ("model", "data")  # of every version's config, a VAE's included
@@ -37,12 +38,12 @@ class LockedWorkdir:
     """A workdir that a run holds.
 
     Attributes:
-        note: a sentence about an earlier record that was renamed; empty if there was none, and on all processes but
-            the first.
+        note: a sentence about an earlier record that was renamed; empty if there was none, and on other processes
+            than 0.
     """
 
     def __init__(self, folder: LockedFolder | None, note: str = "") -> None:
-        """`folder` is None on every process but the first."""
+        """`folder` is None on other processes than 0."""
         self._folder, self.note = folder, note
 
     def check(self) -> None:
@@ -69,7 +70,7 @@ def lock_workdir(
     Raises:
         CheckpointError: another run is writing here (it is named), the workdir holds a run of another config (the
             differences are shown), or checkpoints without a config.
-        InputError: the workdir cannot be written, or a file is where a folder is to go.
+        InputError: the workdir cannot be written or hold checkpoints, or a file is where a folder is to go.
         ProcessError: another process has another folder under this name.
     """
     folder, note = run_on_process_0(partial(_lock, workdir, config, compare)) or (None, "")
@@ -99,6 +100,7 @@ def _check_shared(workdir: Path) -> None:
 
 
 def _lock(workdir: Path, config: FrozenConfigDict, compare: Compare) -> tuple[LockedFolder, str]:
+    check_storable(workdir)
     if run := run_around(workdir):
         raise CheckpointError(
             f"{workdir} lies among the checkpoints of the run {run}: give --workdir={run} to continue it, or another "
@@ -120,9 +122,9 @@ def _lock(workdir: Path, config: FrozenConfigDict, compare: Compare) -> tuple[Lo
         if numbered_folders(workdir):
             note = ""
             _check_config(workdir, config, compare)
-        else:  # there is nothing to continue that another config could contradict
+        else:  # no checkpoint that another config could contradict
             note = _keep_other_record(workdir, config, compare)
-        # Of a run that is done, the stored config says how far it went.
+        # The stored config of a finished run keeps saying how many steps it made.
         if max(list_steps(workdir), default=0) < config.steps:
             with atomic_write(workdir / CONFIG) as file:
                 file.write(to_json(config).encode())
@@ -148,7 +150,7 @@ def _check_config(workdir: Path, config: FrozenConfigDict, compare: Compare) -> 
 
 
 def _keep_other_record(workdir: Path, config: FrozenConfigDict, compare: Compare) -> str:
-    """Rename what a run without checkpoints left, so that it is not overwritten; the sentence that says so."""
+    """Rename the record of a run without checkpoints, so that it is not overwritten; return a sentence about it."""
     metrics, whose = workdir / _METRICS, "another run"
     if not (metrics.exists() and metrics.stat().st_size):
         for name, fields in ((CONFIG, _CONFIG_FIELDS), (INFO_FILE, INFO_FIELDS)):
@@ -161,11 +163,11 @@ def _keep_other_record(workdir: Path, config: FrozenConfigDict, compare: Compare
     try:
         if (workdir / CONFIG).exists() and not compare(workdir, config):
             if not (workdir / SAVED).exists():
-                return ""  # the same run, killed before its first checkpoint: it writes the same lines
+                return ""  # the same run, killed before its first checkpoint, which writes the same lines again
             whose = "this run"
     except MPDiTError:
         pass  # not a config of this version
-    # The metrics last: as long as they are there, the next start renames what a kill left unrenamed.
+    # The metrics are renamed last: while they are there, the next start goes on after a kill in the middle.
     names = (CONFIG, INFO_FILE, _SAMPLES, _TENSORBOARD, _EVALUATION, _METRICS)
     record = [workdir / name for name in names if (workdir / name).exists()]
     count = 1

@@ -17,7 +17,7 @@ from mpdit_jax.distributed.mesh import check_batch, make_mesh
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.runtime.hardware import Chip, topology_chip
 
-Report: TypeAlias = dict[str, Any]
+Measurement: TypeAlias = dict[str, Any]
 Log: TypeAlias = Callable[[str], object]
 
 
@@ -30,7 +30,7 @@ def measure(
     sampler: bool = True,
     search: bool = True,
     log: Log = print,
-) -> Report:
+) -> Measurement:
     """Compile a config's train step and sampler; return the report as plain numbers and strings.
 
     Args:
@@ -62,14 +62,14 @@ def measure(
     log(f"{where}: {chips} as {shape}, batches of {resolved.batch_size}, remat {resolved.model.remat}")
     if not topology and available[0].platform == "cpu":
         log("memory is what the CPU's compiler needs; on GPUs products and traffic are the same, temporaries differ")
-    report: Report = {"where": where, "chips": mesh.size, "mesh": shape, "batch_size": resolved.batch_size}
+    report: Measurement = {"where": where, "chips": mesh.size, "mesh": shape, "batch_size": resolved.batch_size}
     report |= _step(resolved, mesh, chip, search, log)
     if sampler:
         report |= _sampler(resolved, mesh, chip, sample_batch, search, log)
     return report
 
 
-def _step(config: FrozenConfigDict, mesh: Mesh, chip: Chip | None, search: bool, log: Log) -> Report:
+def _step(config: FrozenConfigDict, mesh: Mesh, chip: Chip | None, search: bool, log: Log) -> Measurement:
     """Report on the train step as `step`; if it does not fit, on the first setting that does as `nearest_fit`."""
     step = describe(compile_step(config, mesh), step_flops(config), mesh.size, chip)
     log(as_text("train step", step))
@@ -92,10 +92,10 @@ def _step(config: FrozenConfigDict, mesh: Mesh, chip: Chip | None, search: bool,
 
 def _sampler(
     config: FrozenConfigDict, mesh: Mesh, chip: Chip | None, batch_size: int, search: bool, log: Log
-) -> Report:
+) -> Measurement:
     """Report on the sampler as `sampler`; if it does not fit, on a smaller batch that does as `nearest_sampler_fit`."""
 
-    def compiled(size: int) -> Report:
+    def compiled(size: int) -> Measurement:
         program = compile_sampler(config, mesh, size)
         return {"batch_size": size, **describe(program, sampler_flops(config, size), mesh.size, chip)}
 

@@ -11,6 +11,7 @@ from mpdit_jax.config.evaluation import check_eval
 from mpdit_jax.data.latents import NORMALIZATIONS
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.flow.objective import TIME_DISTRIBUTIONS
+from mpdit_jax.io.paths import check_local
 from mpdit_jax.validation import suggest
 
 OBJECTIVES = ("flow_matching", "flow_map")
@@ -59,6 +60,8 @@ def _check_type(path: str, value: Any, kind: type) -> None:
     fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{path}={value!r}: expected {_TYPES[kind]}.")
+    if kind is str:
+        check_local(f"{path}={value}", ConfigError)
     if kind is float and not abs(value) <= sys.float_info.max:  # a whole number may be larger than any float
         raise ConfigError(f"{path}={value!r}: expected a finite number.")
 

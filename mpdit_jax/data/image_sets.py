@@ -1,20 +1,42 @@
-"""The protocol of image sets, and the pictures of a folder, of IDX files or of TensorFlow Datasets."""
+"""The protocol of image sets, and the one grammar of the names by which every command opens them.
+
+FOLDER              pictures; for labels, one subfolder makes one class
+FILE.npz            `arr_0` (as samples) or `images` (as training data), and `labels`
+idx:FOLDER[:SPLIT]  IDX files, as MNIST's
+tfds:NAME[:SPLIT]   what TensorFlow Datasets has prepared
+data:NAME[:SPLIT]   a training data set that needs no path, such as data:digits
+STORE               a folder of latents, where something decodes them
+"""
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
-from functools import cache, cached_property
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
-from mpdit_jax.data.crop import to_mode, to_square
-from mpdit_jax.data.picture_files import find_labelled_pictures, find_pictures
-from mpdit_jax.errors import DataError, MissingExtraError, first_line, install_extra
-from mpdit_jax.io.idx import read_idx_pair
-from mpdit_jax.io.pictures import SUFFIXES, open_picture
+from mpdit_jax.data.info import identity
+from mpdit_jax.data.latent_store import LABELS, MANIFEST, LatentStore
+from mpdit_jax.data.picture_sets import Pictures, from_arrays, open_folder, open_idx, open_tfds
+from mpdit_jax.data.sources import SOURCES, Source, load_source
+from mpdit_jax.errors import DataError, InputError
+from mpdit_jax.io import pictures
+from mpdit_jax.io.json_files import digest_of
+from mpdit_jax.io.npz import map_npz, npz_checksums, npz_names, read_npz
+from mpdit_jax.io.paths import expand
+from mpdit_jax.validation import layout_remedy
+
+PREFIXES = ("data:", "idx:", "tfds:")
+_FORMS = "a FOLDER of images, a FILE.npz, idx:FOLDER[:SPLIT], tfds:NAME[:SPLIT] or data:NAME[:SPLIT]"
+_SPLIT = re.compile(r":([A-Za-z]\w*(\[[^]]*\])?)$")  # begins with a letter, unlike a version (tfds:imagenet2012:5.1.0)
+_DATA_SETS = tuple(name for name in SOURCES if name != "arrays")  # those that need no path
+
+DecodeStored = Callable[[np.ndarray], np.ndarray]
+"""Maps a store's unscaled latents float32 (n, h, w, C) to images (n, H, W, 1 or 3) in [-1, 1]."""
+FindDecode = Callable[[Path, str], tuple[DecodeStored, dict[str, Any]]]
+"""Maps a store and its VAE's fingerprint to a decoder and the settings that change images; raises InputError."""
 
 
 class ImageSet(Protocol):
@@ -35,183 +57,201 @@ class ImageSet(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
-    """An image set of encoded pictures, decoded and cropped on reading."""
+class ArrayImages:
+    """An image set in memory, or mapped from a file."""
 
-    place: str  # the name a user gave
-    keys: Sequence[str]  # names of the pictures at their source
-    class_names: tuple[str, ...]  # in label order; empty without classes
-    labels: np.ndarray | None  # int32 (N,); None where each picture's own record holds it
-    open: Callable[[int], tuple[Image.Image, int]]  # a picture and its label; raises anything for a broken one
-    identify: Callable[[], dict[str, Any]]  # see `ImageSet.about`; its "contents" are equal for a copy elsewhere
-    image_size: int = 0  # pixels a side of the central square that is cut; 0 for whole pictures of one size
-    channels: int = 3  # 3 for RGB, 1 for grey
+    images: np.ndarray  # uint8 (N, H, W, C)
+    about: dict[str, Any]
+    labels: np.ndarray | None = None  # int (N,), if the file has labels
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.images)
 
     @property
-    def identity(self) -> str:
-        """A digest of names, labels and sizes or pixels; copies of the same files have the same."""
-        return str(self.identify()["contents"])
-
-    @cached_property
     def shape(self) -> tuple[int, int, int]:
-        """(H, W, C), by decoding the first picture if all are taken whole."""
-        if self.image_size:
-            return self.image_size, self.image_size, self.channels
-        height, width, channels = self._decode_or_name(0).shape
+        """(H, W, C) of each image."""
+        height, width, channels = self.images.shape[1:]
         return height, width, channels
 
-    @cached_property
-    def about(self) -> dict[str, Any]:
-        """See `ImageSet.about`."""
-        crop = f"central square, {self.image_size}" if self.image_size else "none"
-        known = {"path": self.place, "count": len(self), "shape": list(self.shape)}
-        return known | self.identify() | {"crop": crop}
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Copy the images of these rows."""
+        return np.ascontiguousarray(self.images[indices])
 
-    def decode(self, index: int) -> tuple[np.ndarray, int]:
-        """Decode one picture, uint8 (H, W, C), with its label; raises anything for a broken one."""
-        image, label = self.open(index)
-        with image:
-            if self.image_size:
-                return to_square(image, self.image_size, self.channels), label
-            array = np.asarray(to_mode(image, self.channels), np.uint8)
-            return array.reshape(*array.shape[:2], self.channels), label
+
+@dataclasses.dataclass(frozen=True)
+class SourceImages:
+    """A training data set as an image set."""
+
+    source: Source
+    about: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of each image."""
+        return self.source.shape
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Whole numbers (N,)."""
+        return self.source.labels
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """See `ImageSet.read`; raises DataError that names a broken picture, or one of another size."""
-        found = [self._decode_or_name(int(index)) for index in indices]
-        for index, array in zip(indices, found, strict=True):
-            if array.shape != self.shape:
-                raise DataError(
-                    f"{self.place}/{self.keys[index]} is {array.shape[:2]} and {self.keys[0]} is {self.shape[:2]} "
-                    "(height, width): expected one size, as samples have; of photographs that are a reference, give "
-                    "--image_size=PIXELS to cut squares of one size, as the reference batches of ImageNet were."
-                )
-        return np.stack(found)
-
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The images at `indices` (n,) to train on: `x` float32 (n, H, W, C) in [-1, 1]."""
-        return {"x": self.read(indices).astype(np.float32) / 127.5 - 1}
-
-    def _decode_or_name(self, index: int) -> np.ndarray:
-        try:
-            return self.decode(index)[0]
-        except Exception as error:  # what a broken file raises is up to its decoder, TypeError for some TIFF files
-            name = f"{self.place}/{self.keys[index]}"
-            raise DataError(f"{name} cannot be used ({error}): repair or remove it.") from error
+        """Read examples as uint8."""
+        return pictures.to_uint8(self.source.batch(indices)["x"])
 
 
-def open_images(images: str, split: str = "train", *, classes: bool = True) -> Pictures:
-    """Open what `--images` names: a folder, `idx:FOLDER`, or `tfds:NAME`; the latter two have splits.
+def open_set(place: str, *, image_size: int = 0, channels: int = 3, find: FindDecode | None = None) -> ImageSet:
+    """Open a set of any form that this module's docstring lists, to look at its images.
 
-    Without `classes`, labels are not needed, and a folder's images may lie anywhere in it.
+    Args:
+        place: the name of the set.
+        image_size: cut pictures to central squares of this size; 0 leaves them as they are. Arrays stay whole.
+        channels: channels of pictures: 3 for RGB, 1 for grey.
+        find: finds the decoder of a store of latents; None refuses stores.
 
     Raises:
-        DataError: nothing there, or not of that form.
+        InputError, DataError: a missing set, or one of another form.
         MissingExtraError: tfds without the extra [tfds].
     """
-    kind, colon, rest = images.partition(":")
-    opener = _OPENERS.get(kind) if colon else None
-    found = open_folder(Path(images), classes=classes) if opener is None else opener(rest, split)
+    kind, name, split = _parse(place)
+    if kind == "store":
+        return _open_store(Path(name), find)
+    if kind in ("npz", "data"):
+        return _open_arrays(kind, name, split)
+    images = dataclasses.replace(_open_pictures(kind, name, split), image_size=image_size, channels=channels)
+    images.read(np.arange(1))  # a damaged picture is found early
+    return images
+
+
+def open_images(
+    place: str, split: str = "", *, classes: bool = True, rejected: Mapping[str, int] | None = None
+) -> Pictures:
+    """Open a set of any form but a store, to encode its images or to train on them.
+
+    Args:
+        place: the name of the set, see this module's docstring.
+        split: of idx:, tfds: and data:, if the name has none; default "train", and "all" of data:digits.
+        classes: whether labels are needed. Without, the images of a folder may lie anywhere in it.
+        rejected: see `open_folder`.
+
+    Raises:
+        DataError: nothing there, not of that form, or no labels.
+        MissingExtraError: tfds without the extra [tfds].
+    """
+    kind, name, split = _parse(place, split)
+    if kind == "store":
+        raise DataError(f"{place} is a store of latents: give the images it was made of, {_FORMS}.")
+    if kind in ("npz", "data"):
+        array = _open_arrays(kind, name, split)
+        if array.labels is None and classes:
+            raise DataError(f"{place}: no labels; expected an array `labels` of whole numbers from 0 on, one an image.")
+        labels = np.zeros(len(array), np.int32) if array.labels is None else array.labels
+        found = from_arrays(array.about, "image", labels, lambda index: array.read(np.array([index]))[0])
+    else:
+        found = _open_pictures(kind, name, split, classes=classes, rejected=rejected)
     if not len(found):
-        raise DataError(f"--images={images}: there are no images.")
+        raise DataError(f"{place}: there are no images.")
     return found
 
 
-def open_folder(root: Path, *, classes: bool = False) -> Pictures:
-    """Open the pictures below a folder; with `classes`, each subfolder is a class.
+def _parse(place: str, split: str = "") -> tuple[str, str, str]:
+    """Return kind, name and split of a set; the kind is "data", "idx", "tfds", "npz", "store" or "folder"."""
+    kind, colon, name = place.partition(":")
+    if kind + colon in PREFIXES:
+        if found := _SPLIT.search(name):
+            name, split = name[: found.start()], found[1]
+        if kind == "data" and name not in _DATA_SETS:
+            raise DataError(f"{place}: expected data:NAME[:SPLIT] with a name of {', '.join(_DATA_SETS)}.")
+        return kind, name, split or ("all" if (kind, name) == ("data", "digits") else "train")
+    path = expand(place)
+    if path.is_file():
+        return "npz", str(path), ""
+    if not path.is_dir():
+        raise DataError(f"{place}: no such file or folder; expected {_FORMS}.")
+    return "store" if (path / MANIFEST).is_file() else "folder", str(path), ""
+
+
+def _open_arrays(kind: str, name: str, split: str) -> ArrayImages | SourceImages:
+    if kind == "npz":
+        return open_npz(Path(name))
+    source = load_source(name, "", split)
+    return SourceImages(source, about_source(f"data:{name}:{split}", source))
+
+
+def _open_pictures(kind: str, name: str, split: str, **folder: Any) -> Pictures:
+    if kind == "tfds":
+        return open_tfds(name, split)
+    return open_idx(expand(name), split) if kind == "idx" else open_folder(Path(name), **folder)
+
+
+def open_npz(path: Path) -> ArrayImages:
+    """Open `arr_0` or `images`, uint8 (N, H, W, 1 or 3), and `labels` of an .npz; images are mapped unless compressed.
 
     Raises:
-        DataError: no such folder, or no pictures.
+        InputError: a missing array, another dtype or shape.
     """
-    keys, labels, names = find_labelled_pictures(root) if classes else (find_pictures(root), [], [])
-    if not keys:
-        raise DataError(f"{root}: no images; expected names that end in {', '.join(SUFFIXES)}.")
-    known = np.array(labels or [0] * len(keys), np.int32)
-
-    def read(index: int) -> tuple[Image.Image, int]:
-        return open_picture((root / keys[index]).read_bytes()), int(known[index])
-
-    @cache
-    def identify() -> dict[str, Any]:
-        files, sizes = hashlib.sha256(), []
-        for key in keys:
-            size, changed = _size_and_time(root / key)
-            files.update(f"{root / key} {size} {changed}\n".encode(errors="surrogateescape"))
-            sizes.append(size)
-        contents = f"{_digest(keys, known)} {hashlib.sha256(np.array(sizes, '<i8').tobytes()).hexdigest()[:16]}"
-        # `files` differs for a copy elsewhere: whole paths, sizes and times of change.
-        return {"bytes": sum(sizes), "files": files.hexdigest()[:16], "contents": contents}
-
-    return Pictures(str(root), keys, tuple(names), known if classes else None, read, identify)
-
-
-def _open_idx(path: str, split: str) -> Pictures:
     try:
-        images, labels, name = read_idx_pair(Path(path), split)
-    except FileNotFoundError as error:
-        raise DataError(f"--images=idx:{path}: expected {error} there.") from error
-    labels, names = labels.astype(np.int32), tuple(str(label) for label in range(int(labels.max(initial=0)) + 1))
-    keys = [f"{name}/{index}" for index in range(len(labels))]
-
-    def read(index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(images[index]), int(labels[index])
-
-    @cache
-    def identify() -> dict[str, Any]:
-        return {"contents": f"{_digest(keys, labels)} {hashlib.sha256(images.tobytes()).hexdigest()[:16]}"}
-
-    return Pictures(f"idx:{path}", keys, names, labels, read, identify)
-
-
-def _open_tfds(name: str, split: str) -> Pictures:
-    """A data set that TFDS has prepared as array_record files, such as imagenet2012."""
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise MissingExtraError(
-            f"--images=tfds:{name} needs TensorFlow Datasets: {install_extra('tfds')}, or give a folder of images."
-        ) from error
-    try:
-        builder = tfds.builder(name)
-        features = builder.info.features
-        source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-        class_names = tuple(features["label"].names)
-        contents = f"{builder.info.full_name} {split} {len(source)}"
-    except Exception as error:  # what TFDS raises is up to the data set
-        raise DataError(
-            f"--images=tfds:{name} (split {split}) cannot be opened ({first_line(error)[:300]}): expected a data set "
-            "with `image` and `label`, prepared by `tfds build --file_format=array_record` (which needs TensorFlow)."
-        ) from error
-
-    def read(index: int) -> tuple[Image.Image, int]:
-        record = source[index]
-        return open_picture(record["image"]), int(record["label"])
-
-    keys = [f"{split}/{index}" for index in range(len(source))]
-    return Pictures(f"tfds:{name}", keys, class_names, None, read, lambda: {"contents": contents})
+        names, checksums = npz_names(path), npz_checksums(path)
+        array = "images" if "images" in names and "arr_0" not in names else "arr_0"
+        images = map_npz(path, array)
+        labels = read_npz(path, ["labels"])[0] if "labels" in names else None
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read ({error}): expected an .npz with images as arr_0.") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise InputError(
+            f"{path}: {array} is {images.dtype} {images.shape}; expected uint8 from 0 to 255, (N, height, width, "
+            f"1 or 3), as `python -m mpdit_jax.sample --out=samples.npz` writes it{layout_remedy(images.shape, array)}."
+        )
+    about = _about(path, len(images), images.shape[1:], [path], digest_of(checksums))
+    if labels is None or labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        return ArrayImages(images, about)
+    return ArrayImages(images, about | {"labels": count_labels(labels)}, labels)
 
 
-_OPENERS: dict[str, Callable[[str, str], Pictures]] = {"idx": _open_idx, "tfds": _open_tfds}
+def count_labels(labels: np.ndarray) -> dict[str, int]:
+    """Count the classes among labels (n,), and the images of the rarest and the most frequent class."""
+    counts = np.unique(labels, return_counts=True)[1]
+    return {"classes": len(counts), "fewest": int(counts.min()), "most": int(counts.max())}
 
 
-def key_bytes_of(key: str) -> bytes:
-    """A key as a store holds it: UTF-8, or the file system's own bytes of a name that is not."""
-    return key.encode("utf-8", "surrogateescape")
+def about_source(place: str, source: Source) -> dict[str, Any]:
+    """Return `ImageSet.about` of a training data set."""
+    about = {"path": place, "count": len(source), "shape": list(source.shape)}
+    return about | {"contents": f"{identity(source)['data']} {source.contents}"}
 
 
-def _digest(keys: Sequence[str], labels: np.ndarray) -> str:
-    content = hashlib.sha256(key_bytes_of("\0".join(keys)))
-    content.update(labels.astype("<i4").tobytes())
-    return content.hexdigest()[:16]
+def _open_store(path: Path, find: FindDecode | None) -> SourceImages:
+    """Open a store as the decoded means of its posteriors, not mirrored."""
+    if find is None:
+        raise InputError(f"{path} is a store of latents: expected images.")
+    store = LatentStore(path)
+    if not len(store):
+        raise DataError(f"{path}: there are no examples.")
+    (decode, settings), size = find(path, store.manifest.vae_fingerprint), store.manifest.image_size
+
+    def read(rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {"x": np.asarray(decode(store.moments(rows)[0][:, 0].astype(np.float32)))}
+
+    height, width, channels = read(np.arange(1))["x"].shape[1:]
+    # Other files of `prepare` describe the machine and differ between copies.
+    files = [path / name for name in (LABELS, *(shard.name for shard in store.manifest.shards))]
+    about = _about(path, len(store), (size, size, channels), files, store.manifest.contents)
+    about |= {"latents": "decoded means of the posteriors", "vae": store.manifest.vae_fingerprint, **settings}
+    return SourceImages(Source(store.labels, store.manifest.class_names, (height, width, channels), read), about)
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
-    """Bytes and time of change of a file; -1 for a link whose target is gone."""
-    try:
-        known = path.stat()
-    except OSError:
-        return -1, -1
-    return known.st_size, known.st_mtime_ns
+def _about(path: Path, count: int, shape: Sequence[int], files: Sequence[Path], contents: str) -> dict[str, Any]:
+    """Return `ImageSet.about` of images in files; its `files` differs for a changed file or a copy."""
+    known = [file.stat() for file in files]
+    listing = [f"{file} {one.st_size} {one.st_mtime_ns}\n" for file, one in zip(files, known, strict=True)]
+    return {
+        "path": str(path),
+        "count": count,
+        "shape": list(shape),
+        "bytes": sum(one.st_size for one in known),
+        "files": hashlib.sha256("".join(listing).encode()).hexdigest()[:16],
+        "contents": contents,
+    }

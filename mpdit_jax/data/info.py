@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mpdit_jax.data.latents import LatentSpace
-from mpdit_jax.data.sources import Source
+from mpdit_jax.data.latents import LatentSpace, check_normalization
+from mpdit_jax.data.sources import Source, unseen_classes
 from mpdit_jax.errors import CheckpointError
 from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.io.json_files import parse_json
 
 INFO_FILE = "data.json"
-INFO_FIELDS = ("class_names", "latents")  # of every version's file
+INFO_FIELDS = ("class_names", "latents", "labels")  # of every version's file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,13 @@ class DatasetInfo:
 
     class_names: tuple[str, ...]  # in label order
     latents: LatentSpace | None  # None for a model of images
-    labels: str | None = None  # number of examples and a digest of their labels in order; None in older files
+    labels: str | None = None  # number of examples and a digest of their labels in order; None if nothing is bound
+    unseen: tuple[int, ...] = ()  # classes among `class_names` without examples; runs of 0.1.0 do not record them
+
+
+def unseen_by(info: DatasetInfo, num_classes: int) -> tuple[int, ...]:
+    """The classes of a model with `num_classes` that had no examples in a run's data; () where no class has a name."""
+    return (*info.unseen, *range(len(info.class_names), num_classes)) if info.class_names else ()
 
 
 def record_dataset(workdir: Path, source: Source, *, trained: bool) -> None:
@@ -31,8 +37,12 @@ def record_dataset(workdir: Path, source: Source, *, trained: bool) -> None:
 
     Raises:
         CheckpointError: the run was trained on latents of another VAE or normalization, or on other examples.
+        DataError: a new run's constants do not normalize its latents, see `check_normalization`.
     """
-    info = DatasetInfo(tuple(source.class_names), source.latents, _identify(source.labels))
+    if not trained and source.latents is not None and source.measured is not None:
+        check_normalization(source.latents, *source.measured)
+    unseen = unseen_classes(source.labels, len(source.class_names))
+    info = DatasetInfo(tuple(source.class_names), source.latents, _identify(source.labels), unseen)
     stored = read_dataset_info(workdir) if trained else None
     if stored is not None and not _agree(stored.latents, info.latents):
         raise CheckpointError(
@@ -42,8 +52,7 @@ def record_dataset(workdir: Path, source: Source, *, trained: bool) -> None:
     if stored is not None and stored.labels not in (None, info.labels):
         raise CheckpointError(
             f"{workdir} was trained on other examples (number and digest of the labels: {stored.labels}) than those of "
-            f"config.data.path ({info.labels}): give the data it was trained on, or use another --workdir (with "
-            f"--config.init_from={workdir} it starts from this run's weights)."
+            f"config.data.path ({info.labels}): give the data it was trained on, or use another --workdir."
         )
     write_dataset_info(workdir, info)
 
@@ -55,7 +64,7 @@ def write_dataset_info(workdir: Path, info: DatasetInfo) -> None:
 
 
 def identity(source: Source) -> dict[str, str]:
-    """What every process must read alike of a source, in words."""
+    """Values of a source that must match on every process, in words."""
     return {"data": _identify(source.labels), "latents": _say(source.latents)}
 
 
@@ -85,7 +94,8 @@ def from_json(text: str) -> DatasetInfo:
         latents = LatentSpace(
             tuple(map(float, latents["mean"])), tuple(map(float, latents["std"])), str(latents["vae_fingerprint"])
         )
-    return DatasetInfo(tuple(map(str, stored["class_names"])), latents, stored.get("labels"))
+    unseen = tuple(int(one) for one in stored.get("unseen", ()))
+    return DatasetInfo(tuple(map(str, stored["class_names"])), latents, stored["labels"], unseen)
 
 
 def _agree(stored: LatentSpace | None, found: LatentSpace | None) -> bool:

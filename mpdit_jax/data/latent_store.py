@@ -4,7 +4,7 @@ STORE/manifest.json                         written last: a folder that has one 
 STORE/labels.npy                            int32 (N,), the labels in order
 STORE/shard-00002-of-00313.array_record     one record an example, all of one length, see `record_dtype`
 STORE/rejected.jsonl                        the images that could not be used, and why
-STORE/.shard-….array_record.json            prepare's report on a shard, so that it makes again only what is lost
+STORE/.shard-….array_record.json            prepare's report on a shard, so that only lost shards are made again
 """
 
 import dataclasses
@@ -179,7 +179,7 @@ class LatentStore:
         return mean, std
 
     def _records(self, indices: np.ndarray) -> Iterator[bytes]:
-        """The records, one by one: ArrayRecord takes three times as long for each of a list of scattered ones."""
+        """Read records one by one: a list of scattered ones takes ArrayRecord three times as long."""
         size = self._dtype.itemsize
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         for number, row in zip(shards.tolist(), (indices - self._starts[shards]).tolist(), strict=True):

@@ -3,19 +3,21 @@
 import os
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 from mpdit_jax.errors import DataError, DataWarning
 from mpdit_jax.io.pictures import SUFFIXES
 
-_LEFTOVERS = ("__macosx", "@eadir", "thumbs.db", "desktop.ini")  # of unpackers, file servers and desktops
+# Of unpackers, file servers and desktops, in lower case.
+_LEFTOVERS = ("__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin")
 
 
-def find_pictures(root: Path) -> list[str]:
+def find_pictures(root: Path, also: Collection[str] = ()) -> list[str]:
     """Find every picture below a folder, by its ending; the sorted paths are relative to it, with `/` between names.
 
     Hidden files and folders and known leftovers of other programs are left out at every depth. A DataWarning counts
-    them, and the files with other endings.
+    them, and the files with other endings. The paths `also` are listed whether or not they are there.
 
     Raises:
         DataError: no such folder.
@@ -44,11 +46,11 @@ def find_pictures(root: Path) -> list[str]:
         notes.append(f"{unread.total()} files are of kinds that are not read ({kinds})")
     if notes:
         warnings.warn(f"{root}: {' and '.join(notes)}.", DataWarning, stacklevel=2)
-    return sorted(found)
+    return sorted({*found, *also})
 
 
-def find_labelled_pictures(root: Path) -> tuple[list[str], list[int], list[str]]:
-    """Find the pictures of a folder with one subfolder a class, as torchvision's ImageFolder does.
+def find_labelled_pictures(root: Path, also: Collection[str] = ()) -> tuple[list[str], list[int], list[str]]:
+    """Find the pictures of a folder with one subfolder a class, as torchvision's ImageFolder does; see `find_pictures`.
 
     Returns:
         Paths as of `find_pictures`, class by class; the label of each; the classes' names, sorted.
@@ -56,7 +58,7 @@ def find_labelled_pictures(root: Path) -> tuple[list[str], list[int], list[str]]
     Raises:
         DataError: no such folder, or no pictures in subfolders.
     """
-    found = [path.partition("/") for path in find_pictures(root)]
+    found = [path.partition("/") for path in find_pictures(root, also)]
     labelled = sorted((name, rest) for name, slash, rest in found if slash)
     if not labelled:
         problem = f"{len(found)} images, and no images in subfolders" if found else "no images in subfolders"
@@ -66,7 +68,8 @@ def find_labelled_pictures(root: Path) -> tuple[list[str], list[int], list[str]]
         )
     if beside := len(found) - len(labelled):
         warnings.warn(f"{root}: {beside} images lie in no subfolder and are left out.", DataWarning, stacklevel=2)
-    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not is_left_out(path.name))
+    folders = {path.name for path in root.iterdir() if path.is_dir() and not is_left_out(path.name)}
+    names = sorted(folders.union(name for name, _ in labelled))
     label = {name: index for index, name in enumerate(names)}
     return [f"{name}/{rest}" for name, rest in labelled], [label[name] for name, _ in labelled], names
 

@@ -29,7 +29,7 @@ def batches(
         seed: seed of the permutations.
         start: the first step wanted; resuming costs nothing.
         rows: the rows of the global batch that this process reads.
-        threads: that read; the batches do not depend on their number. They contend for Python's global lock.
+        threads: number of reading threads, on which no batch depends. They contend for Python's global lock.
     """
     order = Order(len(source), seed)
     steps = grain.MapDataset.range(start, 2**62).map(lambda step: source.batch(order.batch(step, batch_size)[rows]))
@@ -42,11 +42,11 @@ def batch_at(source: Batched, batch_size: int, seed: int, step: int) -> Batch:
 
 
 class Order:
-    """Endless shuffled epochs over `count` examples; a permutation is made at once, as index by index would be slow."""
+    """Endless shuffled epochs over `count` examples; each is permuted at once, which is faster than index by index."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count = count
-        # Two threads may stand on both sides of the end of an epoch.
+        # Two threads may read on both sides of an epoch's end.
         self._epoch = lru_cache(maxsize=2)(lambda epoch: _permutation(count, seed, epoch))
 
     def batch(self, step: int, batch_size: int) -> np.ndarray:

@@ -1,19 +1,21 @@
 """The protocol of training data, and the labelled data sets that implement it."""
 
 import dataclasses
+import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from mpdit_jax.data.latents import LatentSpace, load_latents
-from mpdit_jax.errors import DataError
+from mpdit_jax.errors import DataError, DataWarning
 from mpdit_jax.io.idx import read_idx_pair
 from mpdit_jax.io.json_files import digest_of
 from mpdit_jax.io.npz import npz_checksums, read_npz
 from mpdit_jax.io.paths import expand
+from mpdit_jax.validation import layout_remedy, range_remedy
 
 Batch = dict[str, np.ndarray]
 """`y` int32 (n,), and `x` float32 (n, H, W, C) or, of latents, `mean` and `std` float16 (n, views, H, W, C)."""
@@ -22,6 +24,7 @@ FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 _MOST_CLASSES = 2**20  # beyond any data set, and few enough to give each a name
+_MOST_SHOWN = 5  # classes without examples
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -44,7 +47,8 @@ class Source:
     read: Callable[[np.ndarray], Batch]  # from rows (n,) of the whole set to a batch without `y`
     contents: str = ""  # a digest that differs where the files hold other examples under the same labels
     latents: LatentSpace | None = None  # how the examples relate to a VAE's latents; None for images
-    rows: np.ndarray | None = None  # int (N,), those of the whole set that a part of it has; None for the whole
+    rows: np.ndarray | None = None  # int (N,): rows of the whole set; None for all
+    measured: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean and std of each channel of latents
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -118,24 +122,35 @@ def load_arrays(path: str = "", split: str = "train") -> Source:
         raise DataError(f"config.data.path={path!r}: no such file; the source 'arrays' reads an .npz.")
     try:
         images, labels = read_npz(path, ("images", "labels"))
-        checksums = npz_checksums(path)  # those in the file: it may hold more than one wants to digest at every start
+        checksums = npz_checksums(path)  # of the file's directory: reading all of it takes long
     except ValueError as error:
         raise DataError(f"{path}: expected an .npz with arrays `images` and `labels` ({error}).") from error
-    if images.ndim != 4 or images.dtype not in (np.uint8, np.float32) or labels.shape != images.shape[:1]:
+    remedy = layout_remedy(images.shape, "images")
+    if remedy or images.ndim != 4 or images.dtype not in (np.uint8, np.float32) or labels.shape != images.shape[:1]:
         raise DataError(
             f"{path}: images {images.dtype} {images.shape}, labels {labels.shape}; "
-            "expected images uint8 or float32 (N, H, W, C) and labels (N,)."
+            f"expected images uint8 or float32 (N, H, W, C) and labels (N,){remedy}."
         )
     if labels.dtype.kind not in "iu":
         raise DataError(f"{path}: labels are {labels.dtype}; expected whole numbers.")
-    if labels.max(initial=0) >= _MOST_CLASSES:
-        raise DataError(f"{path}: label {labels.max()} is too large; expected classes numbered from 0 without gaps.")
-    names = tuple(str(label) for label in range(int(labels.max(initial=0)) + 1))
     contents = digest_of([checksums[f"{array}.npy"] for array in ("images", "labels")])
-    return _checked(images, labels, names, contents, path)
+    return _checked(images, labels, number_names(labels, path), contents, path)
 
 
-def limited(source: Source, count: int) -> Source:
+def number_names(labels: np.ndarray, origin: str) -> tuple[str, ...]:
+    """Call the classes from 0 to the largest of `labels` (n,) by their numbers.
+
+    Raises:
+        DataError: a label below 0, or larger than any data set has.
+    """
+    least, most = int(labels.min(initial=0)), int(labels.max(initial=0))
+    if least < 0 or most >= _MOST_CLASSES:
+        bad = f"{least} is too small" if least < 0 else f"{most} is too large"
+        raise DataError(f"{origin}: label {bad}; expected classes numbered from 0 without gaps.")
+    return tuple(map(str, range(most + 1)))
+
+
+def take_evenly(source: Source, count: int) -> Source:
     """`count` examples evenly spread over a source, which often lies class by class; all if it has no more."""
     return source if count >= len(source) else source.take(np.arange(count) * len(source) // count)
 
@@ -160,7 +175,10 @@ def _load_latents(path: str, normalization: str) -> Source:
         return {"mean": mean, "std": std}
 
     manifest = store.manifest
-    return Source(store.labels, manifest.class_names, manifest.latent_shape, read, manifest.contents, space)
+    measured = manifest.latent_mean, manifest.latent_std
+    return Source(
+        store.labels, manifest.class_names, manifest.latent_shape, read, manifest.contents, space, measured=measured
+    )
 
 
 # Each raises DataError for an unknown split, missing or damaged files, or arrays of another form.
@@ -182,7 +200,7 @@ def load_source(
     class_balance: bool = False,
     threads: int = 1,
 ) -> Source:
-    """Load the data set that `config.data` describes; its field `threads` is for the pipeline.
+    """Load the data set that `config.data` describes. Its field `threads` is taken and not used: the pipeline reads.
 
     Raises:
         DataError: unknown name, missing or damaged files.
@@ -193,12 +211,12 @@ def load_source(
     path = str(expand(path)) if path else ""  # a config file may say "~/mine.npz"
     source = _load_latents(path, normalization) if name == "latents" else SOURCES[name](path, split)
     if max_examples:
-        source = limited(source, max_examples)
+        source = take_evenly(source, max_examples)
     return balanced(source) if class_balance else source
 
 
 def check_fits(source: Source, input_shape: tuple[int, int, int], num_classes: int) -> None:
-    """Raise DataError unless the source's examples and classes fit the model."""
+    """Raise DataError unless the source's examples and classes fit the model; warn of classes without examples."""
     if source.shape != input_shape:
         raise DataError(
             f"the data's examples are {source.shape} and the model takes {input_shape} (height, width, channels): "
@@ -206,9 +224,35 @@ def check_fits(source: Source, input_shape: tuple[int, int, int], num_classes: i
         )
     if len(source.class_names) > num_classes:
         raise DataError(
-            f"the data has {len(source.class_names)} classes and the model {num_classes}: "
+            f"the data has {len(source.class_names)} classes and the model {num_classes}{_from_one(source.labels)}: "
             f"set model.num_classes={len(source.class_names)}."
         )
+    warn_of_unseen(source.labels, source.class_names, num_classes)
+
+
+def unseen_classes(labels: np.ndarray, num_classes: int) -> tuple[int, ...]:
+    """The classes from 0 to `num_classes` - 1 that are not among `labels` (n,)."""
+    return tuple(
+        np.flatnonzero(np.bincount(labels.astype(np.int64), minlength=num_classes)[:num_classes] == 0).tolist()
+    )
+
+
+def warn_of_unseen(labels: np.ndarray, class_names: Sequence[str], num_classes: int, origin: str = "the data") -> None:
+    """Name the classes without examples in a DataWarning."""
+    if unseen := unseen_classes(labels, num_classes):
+        names = [class_names[one] if one < len(class_names) else f"class {one}" for one in unseen]
+        shown = ", ".join(names[:_MOST_SHOWN]) + ", …" * (len(names) > _MOST_SHOWN)
+        warnings.warn(
+            f"{origin}: {len(unseen)} of {num_classes} classes have no examples and are not trained "
+            f"({shown}){_from_one(labels)}.",
+            DataWarning,
+            stacklevel=2,
+        )
+
+
+def _from_one(labels: np.ndarray) -> str:
+    from_one = len(labels) and labels.min() == 1
+    return f" (labels run from 1 to {labels.max()} and seem to start at 1: store labels - 1)" if from_one else ""
 
 
 def _checksum(images: np.ndarray) -> str:
@@ -224,11 +268,16 @@ def _checked(
         if not 0 <= bad < len(class_names):
             raise DataError(f"{origin}: label {bad} is outside 0 to {len(class_names) - 1}.")
     if images.dtype.kind == "f":
+        least, most = np.inf, -np.inf
         for start in range(0, len(images), 1024):  # a part at a time: the set may fill half of the memory
-            finite = np.isfinite(images[start : start + 1024]).reshape(-1, images[0].size).all(axis=1)
+            part = images[start : start + 1024]
+            finite = np.isfinite(part).reshape(len(part), -1).all(axis=1)
             if not finite.all():
                 bad = start + int(np.argmin(finite))
                 raise DataError(f"{origin}: example {bad} of the data holds NaN or Inf; remove or repair it.")
+            least, most = min(least, part.min()), max(most, part.max())
+        if remedy := range_remedy(least, most, images.shape[-1]):
+            raise DataError(f"{origin}: images range from {least:.3g} to {most:.3g}; expected -1 to 1: {remedy}.")
     return array_source(images, labels, class_names, contents=contents)
 
 

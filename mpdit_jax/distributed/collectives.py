@@ -1,4 +1,4 @@
-"""How several processes act as one: barriers, broadcasts, comparisons, votes.
+"""Collective operations on values of the host: barriers, broadcasts, comparisons, votes.
 
 Every function but `run_interruptibly` is collective: call it on every process in the same order.
 """
@@ -19,16 +19,16 @@ from mpdit_jax.errors import MPDiTError, ProcessError
 SharedValues: TypeAlias = Mapping[str, str]
 """Values that must be equal on every process, by name: config fields, versions."""
 
-_LONGEST_WAIT = 20 * 24 * 3600 * 1000  # milliseconds: 20 days, which 32 bits still hold
-_WIDTH = 1024  # bytes; what is gathered is padded to a multiple, since JAX compiles a program for each length
-_MOST_SHOWN = 5  # differing values a process
+_LONGEST_WAIT = 20 * 24 * 3600 * 1000  # milliseconds: 20 days, which fit into 32 bits
+_WIDTH = 1024  # bytes; gathered values are padded to a multiple of it, as JAX compiles a program for each length
+_MOST_SHOWN = 5  # differing values that are named for each process
 T = TypeVar("T")
 
 
 def run_interruptibly(action: Callable[[], object], seconds: float | None = None) -> bool:
-    """Run `action` in a thread and wait for it, at most so many seconds; whether it has ended. Raises what it raises.
+    """Run `action` in a thread and wait for it, at most `seconds`; return whether it has ended. Its errors are raised.
 
-    Python heeds a signal in its main thread only, and not while that waits inside a library.
+    Python runs signal handlers in the main thread only, and not while that thread waits inside a library.
     """
     errors: list[Exception] = []
 
@@ -47,27 +47,25 @@ def run_interruptibly(action: Callable[[], object], seconds: float | None = None
 
 
 def barrier(place: str) -> None:
-    """Return when every process has come here, however long that takes; a signal interrupts it.
+    """Wait until every process has called this with the same `place`, for days if need be; a signal interrupts it.
 
-    JAX's `sync_global_devices` is a computation on all devices, which on CPUs fails after 30 s; the service that
-    connects the processes has barriers with a limit of one's own.
+    JAX's `sync_global_devices` would not do: it is a computation on all devices, which on CPUs fails after 30 s.
 
     Args:
         place: a name, the same on all processes; it may be used again.
     """
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return
-    from orbax.checkpoint import multihost  # takes a moment to import, which a process by itself need not spend
+    from mpdit_jax.io.storage import wait_at_barrier  # imports Orbax, which a process by itself need not wait for
 
-    wait = multihost.get_barrier_sync_fn()
-    run_interruptibly(lambda: wait(key=f"mpdit_jax: {place}", timeout_ms=_LONGEST_WAIT))
+    run_interruptibly(lambda: wait_at_barrier(f"mpdit_jax: {place}", _LONGEST_WAIT))
 
 
 def gather(value: Any, place: str = "gather") -> list[Any]:
-    """Every process's `value`, which JSON can hold, in the processes' order."""
+    """The `value` of every process, which JSON can hold, in the processes' order."""
     if jax.process_count() == 1:
         return [value]
-    barrier(place)  # all begin at once: see there
+    barrier(place)  # a collective of CPUs that one process begins late fails, see `barrier`
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array(len(text)))
     width = -(-int(lengths.max()) // _WIDTH) * _WIDTH
@@ -97,7 +95,7 @@ def _difference(index: int, theirs: SharedValues, first: SharedValues) -> str:
 
 
 def run_on_process_0(action: Callable[[], T]) -> T | None:
-    """Run `action` on process 0 and wait for it on all, however long; its result on process 0, None on the others.
+    """Run `action` on process 0 while the others wait; return its result on process 0 and None on the others.
 
     Raises:
         MPDiTError, OSError: what `action` raised; ProcessError with the same sentence on the other processes.
@@ -119,12 +117,15 @@ def run_on_process_0(action: Callable[[], T]) -> T | None:
 
 
 def broadcast(value: int) -> int:
-    """Process 0's whole number, on every process."""
+    """Return process 0's whole number on every process."""
     return int(gather(int(value))[0])
 
 
 def first_sentence(sentence: str, place: str) -> str:
-    """The sentence of the first process that has one, on all of them; "" if none has. See `barrier` for `place`."""
+    """Return on every process the sentence of the first process that has one; "" if none has one.
+
+    See `barrier` for `place`.
+    """
     return next((one for one in gather(sentence, place) if one), "")
 
 
@@ -139,9 +140,9 @@ def any_process(flag: bool) -> bool:
 
 
 class StopVote:
-    """All processes stop before the same step if one of them was asked to.
+    """Lets all processes stop before the same step if one of them was asked to.
 
-    Asking the others takes a moment in which the devices wait, so that it is done about every two seconds.
+    The devices wait while the processes ask each other, so they do it about every two seconds.
     """
 
     EVERY = 2.0  # seconds
@@ -161,7 +162,7 @@ class StopVote:
         if step < self._next:
             return False
         flags, seconds = zip(*gather([bool(flag), time.monotonic() - self._last_time]), strict=True)
-        # The slowest decides when to ask again, from numbers that all of them have.
+        # The slowest process decides when to ask again; all compute the same step from the gathered numbers.
         steps = max(step - self._last_step, 1)
         self._next = step + min(max(int(self.EVERY * steps / max(*seconds, 1e-6)), 1), 4 * steps)
         self._last_step, self._last_time = step, time.monotonic()

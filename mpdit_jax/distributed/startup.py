@@ -1,6 +1,6 @@
-"""How the processes of one command find each other, and how one of them ends: `jax.distributed` does the work.
+"""Start and end of the processes of one command, on top of `jax.distributed`.
 
-JAX notices by heartbeats that a process is lost. It then ends the others with status 134 and names the lost one.
+JAX notices by missed heartbeats that a process is lost. It then ends the others with status 134 and names the lost one.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from mpdit_jax.errors import ConfigError, ProcessError, first_line
 from mpdit_jax.version import __version__
 
 _LONGEST = 10**6  # seconds
-_OWN_END = 5.0  # seconds that a process which has failed gives the others to end by the same error
+_OWN_END = 5.0  # seconds that a failed process waits for others with the same error
 _SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
@@ -46,11 +46,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def join(options: argparse.Namespace, shared_values: SharedValues) -> None:
-    """Connect with the other processes of the command, if there are any, and compare them; call before JAX is used.
+    """Connect this process with the others of the command, if there are any; call it before JAX is used.
+
+    Values that must match are then compared: `shared_values` and the versions of this package and of JAX.
 
     Args:
         options: parsed flags, see `add_flags`.
-        shared_values: what must be equal on every process, beside the versions of this package and of JAX.
+        shared_values: the command's own values that must match, by name.
 
     Raises:
         ConfigError: flags or variables that describe no cluster.
@@ -59,7 +61,7 @@ def join(options: argparse.Namespace, shared_values: SharedValues) -> None:
     for name in ("initialization_timeout", "heartbeat_timeout"):
         if not 1 <= vars(options)[name] <= _LONGEST:
             raise ConfigError(f"{name}={vars(options)[name]}: expected seconds, at least 1 and at most {_LONGEST}.")
-    # JAX's service would take SIGTERM for itself and leave it at that: a command that is asked to end has to.
+    # JAX's preemption service would catch SIGTERM and not end the process; our own handler does.
     jax.config.update("jax_enable_preemption_service", False)
     names = ("coordinator_address", "num_processes", "process_id")
     given = {name: vars(options)[name] for name in names if vars(options)[name] not in ("", None)}
@@ -78,7 +80,7 @@ def join(options: argparse.Namespace, shared_values: SharedValues) -> None:
         versions = {"version": __version__, "code": code_fingerprint()}
         versions |= {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
         assert_equal_across_processes({**shared_values, **versions})
-        compilation_cache.reset_cache()  # else JAX heeds no folder that is set after this first compilation
+        compilation_cache.reset_cache()  # else JAX ignores a cache folder that is set after this comparison
 
 
 def _check(coordinator_address: str, num_processes: int, process_id: int) -> None:
@@ -98,7 +100,7 @@ def _is_launched(environment: Mapping[str, str]) -> bool:
 
 
 def _local_device_ids(environment: Mapping[str, str]) -> list[int] | None:
-    """[] for all devices, where a process has its node to itself; else None, for which JAX gives each process one."""
+    """The local GPUs that JAX is to use: [] (all) for the only process of a node, None (one each) for several."""
     a_task_a_node = environment.get("SLURM_NTASKS") == environment.get("SLURM_STEP_NUM_NODES", "")
     return [] if a_task_a_node or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" else None
 
@@ -110,7 +112,7 @@ def _connect(options: argparse.Namespace, **cluster: Any) -> None:
         connected = run_interruptibly(
             lambda: jax.distributed.initialize(
                 **cluster,
-                initialization_timeout=limit + 60,  # JAX then ends the process, and not by an exception
+                initialization_timeout=limit + 60,  # later than ours: JAX aborts, and we print a sentence
                 heartbeat_timeout_seconds=options.heartbeat_timeout,
                 shutdown_timeout_seconds=options.heartbeat_timeout + 10,  # see `end_failed`
             ),
@@ -118,7 +120,7 @@ def _connect(options: argparse.Namespace, **cluster: Any) -> None:
         )
     except (ValueError, RuntimeError, OSError) as error:
         if isinstance(error, ValueError) and not cluster:
-            return  # JAX has found none: a TPU by itself
+            return  # JAX found no cluster: a TPU by itself
         raise ProcessError(
             f"JAX cannot connect the processes ({first_line(error)}): give --coordinator_address, --num_processes and "
             "--process_id, or set TPU_SKIP_MDS_QUERY=1 on a TPU by itself."
@@ -132,10 +134,11 @@ def _connect(options: argparse.Namespace, **cluster: Any) -> None:
 
 @contextlib.contextmanager
 def _apart_from_other_runs(options: argparse.Namespace) -> Iterator[None]:
-    """Inside, processes may connect that are of this run, and none of another with the same coordinator's address.
+    """Inside, the processes of this run connect, and those of another run with the same address cannot.
 
-    JAX lets a second process 0 listen on one port, and a second process 1 that comes to the first 0 ends that run. So
-    process 0 refuses a port that somebody has, and the others wait until it opens the one after it, meanwhile.
+    JAX lets two runs listen on one port. Processes of the second run may then reach process 0 of the first, which ends
+    the first run. So process 0 refuses a port that is in use, and holds a socket on the next port while its run
+    connects; the other processes call JAX only when that socket answers them.
     """
     host, _, port = options.coordinator_address.rpartition(":")
     if options.process_id == 0:
@@ -160,7 +163,7 @@ def _apart_from_other_runs(options: argparse.Namespace) -> Iterator[None]:
 
 
 def _listen(port: int, count: int) -> socket.socket:
-    """A server on every address, as JAX's is."""
+    """Listen on every address of this host, as JAX does."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     try:
         return socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=count)
@@ -173,16 +176,16 @@ def _listen(port: int, count: int) -> socket.socket:
 
 
 def may_be_lost(error: BaseException) -> bool:
-    """Whether an error is such as collectives and barriers raise when a process is gone."""
+    """Whether an error looks like one that collectives and barriers raise when a process is lost."""
     return re.search("Gloo|NCCL|Barrier|coordination service", str(error)) is not None
 
 
 def end_failed(error: BaseException, status: int) -> NoReturn:
     """End this process, one of several, after an error.
 
-    At its end JAX waits for all processes. Those that meet the same error come within seconds; others may be held up by
-    what failed here, so that they are not waited for, and notice that this process's heartbeats end. But where a lost
-    process may have caused the error, this one waits: JAX will end it when it has noticed, and name the lost one.
+    JAX's shutdown waits for all processes. Processes with the same error get there within seconds, so this one waits a
+    few seconds. The others may be waiting for what failed here; they end when this process's heartbeats stop. If a lost
+    process may be the cause, this one waits without a limit: JAX will end it and name the lost process.
     """
     with contextlib.suppress(BaseException):
         run_interruptibly(jax.distributed.shutdown, None if may_be_lost(error) else _OWN_END)
@@ -193,9 +196,12 @@ def end_failed(error: BaseException, status: int) -> NoReturn:
 
 
 def code_fingerprint() -> str:
-    """The first digits of a SHA-256 over this package's source files, by which two installations are told apart."""
+    """The first digits of a SHA-256 over this package's source files, to tell two installations apart.
+
+    Configs are left out: a wheel has them inside the package, a checkout beside it.
+    """
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted({*root.rglob("*.py")} - {*root.glob("configs/*")}):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]

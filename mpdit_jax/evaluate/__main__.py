@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import re
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -39,7 +41,7 @@ def make_evaluate_parser() -> Parser:
         _EXAMPLES,
     )
     parser.add_argument(
-        "--samples", default="", metavar="SET", help="an .npz with arr_0, a folder, or data:NAME[:SPLIT]"
+        "--samples", default="", metavar="SET", help="an .npz with arr_0, a folder, or {data|idx|tfds}:NAME[:SPLIT]"
     )
     parser.add_argument(
         "--reference",
@@ -100,8 +102,7 @@ def main(arguments: Sequence[str]) -> int:
         convert_inception(source, options.save_inception)
         print(f"Inception's weights in {options.save_inception}")
         return 0
-    _check(options)
-    _reject_unfit_flags(options, arguments)
+    check_flags(options, arguments)
     join(options, {f"--{name}": str(value) for name, value in vars(options).items() if name != "process_id"})
 
     import jax
@@ -153,36 +154,44 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _check(options: argparse.Namespace) -> None:
+def check_flags(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Raise InputError for flags that do not fit together or have no effect."""
     if bool(options.samples) == bool(options.workdir):
         raise InputError("give either --samples=SET or --workdir=FOLDER, the images to evaluate.")
+    if options.samples and (expand(options.samples) / "checkpoints").is_dir():
+        raise InputError(f"--samples={options.samples} is a run: give --workdir={options.samples} to draw from it.")
     asked = set(metric_names(options.metrics))
     if options.samples and not options.reference and asked != {"is"} and (asked or not options.save_stats):
         raise InputError("--reference is missing: expected a set to compare with (or --save_stats=FILE.npz alone).")
     if options.save_features and not options.save_stats:
         raise InputError("--save_features goes with --save_stats=FILE.npz, which keeps the features.")
     if options.workdir and options.save_stats:
-        raise InputError("--save_stats needs --samples: draw them first with `python -m mpdit_jax.sample`.")
+        raise InputError(
+            "--save_stats needs --samples: draw them first by `python -m mpdit_jax.sample "
+            f"--workdir={shlex.quote(options.workdir)} --num_samples=50000 --out=samples.npz`."
+        )
     for name in ("batch_size", "k", "splits"):
         if vars(options)[name] < 1:
             raise InputError(f"--{name}={vars(options)[name]}: expected 1 or more.")
     check_seed(options.seed, "--seed")
     if options.image_size:
         check_image_size(options.image_size, "--image_size")
+    _reject_unused_flags(options, arguments)
 
 
-def _reject_unfit_flags(options: argparse.Namespace, arguments: Sequence[str]) -> None:
-    """Raise InputError for a sampler's flag beside --samples, or for --image_size without a folder to cut."""
-    from mpdit_jax.sample.options import add_sampler_options
+def _reject_unused_flags(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Raise InputError for a flag of drawing beside --samples, or for --image_size where no folder is cut."""
+    from mpdit_jax.sample.options import add_drawing_options, add_model_options
 
-    sampler = argparse.ArgumentParser(add_help=False)
-    add_sampler_options(sampler)
-    unused = {"--step", "--no_ema", "--labels", *(f"--{name}" for name in vars(sampler.parse_args([])))}
+    parser = argparse.ArgumentParser(add_help=False)
+    add_model_options(parser, required=False)
+    add_drawing_options(parser)
+    drawing = vars(parser.parse_args([])).keys() - {"workdir", "vae", "vae_dtype", "vae_tile"}
     for argument in arguments if options.samples else ():
-        if argument.partition("=")[0] in unused:
+        if argument.partition("=")[0].removeprefix("--") in drawing:
             raise InputError(
-                f"{argument} is of what is drawn from --workdir, and --samples={options.samples} is drawn already: "
-                "leave it out, or give --workdir=FOLDER in place of --samples."
+                f"{argument} is for drawing from --workdir, and --samples={options.samples} is drawn already: leave it "
+                "out, or give --workdir=FOLDER in place of --samples."
             )
     if options.workdir and options.image_size and not _may_be_photographs(options.reference):
         raise InputError(
@@ -222,7 +231,8 @@ def _place(options: argparse.Namespace) -> Path:
         return Path(options.out)
     if options.workdir:
         return Path(options.workdir) / "evaluation" / "results.json"
-    beside = options.samples.replace(":", "_") if options.samples.startswith("data:") else options.samples.rstrip("/")
+    named = options.samples.startswith(("data:", "idx:", "tfds:"))
+    beside = re.sub("[:/]+", "_", options.samples) if named else options.samples.rstrip("/")
     return Path(f"{beside}.metrics.json")
 
 

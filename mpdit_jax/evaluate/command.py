@@ -10,7 +10,7 @@ import jax
 
 from mpdit_jax.checkpoint.load import load_config
 from mpdit_jax.config.evaluation import ALIASES, metric_names
-from mpdit_jax.data.image_sets import ImageSet
+from mpdit_jax.data.image_sets import ImageSet, open_set
 from mpdit_jax.data.sources import load_source
 from mpdit_jax.distributed.collectives import assert_equal_across_processes
 from mpdit_jax.errors import InputError, MissingExtraError, WeightsError
@@ -20,10 +20,9 @@ from mpdit_jax.evaluate.extractors import Extractor, make_extractor
 from mpdit_jax.evaluate.inception_weights import VARIABLE, locate_inception
 from mpdit_jax.evaluate.reference import Reference, own_images
 from mpdit_jax.evaluate.report import Result, make_result
-from mpdit_jax.evaluate.sets import open_set
 from mpdit_jax.evaluate.statistics import Statistics, check_count
 from mpdit_jax.evaluate.stored_statistics import extractor_of
-from mpdit_jax.evaluate.subsets import limited
+from mpdit_jax.evaluate.subsets import random_subset
 from mpdit_jax.io.paths import expand
 
 _OF_INCEPTION = {*ALIASES, "sfd", "is"}  # metrics that the packaged network does not have
@@ -118,7 +117,7 @@ def evaluate_set(
     find = find_decode(options.vae, options.vae_dtype, options.vae_tile)
     opened = open_set(options.samples, image_size=cropped, channels=extractor.channels, find=find)
     _check_size(opened, options, compared=bool(metrics))
-    samples = limited(opened, options.num_samples)
+    samples = random_subset(opened, options.num_samples)
     check_count(len(samples), metrics, options.k, "samples")
     # Compute the reference first: its errors then come before hours of extracting features.
     reference = reference_statistics(options, extractor, metrics, scratch, samples.shape) if metrics else None
@@ -139,13 +138,13 @@ def _check_size(samples: ImageSet, options: argparse.Namespace, *, compared: boo
     height, width = samples.shape[:2]
     if options.image_size in (0, height) and options.image_size in (0, width):
         return
-    if not compared:
-        raise InputError(
-            f"--samples={options.samples} holds images of {height}x{width} pixels and --image_size is "
-            f"{options.image_size}, which cuts the images of a folder alone: leave it out, or give a folder of images."
+    remedy = ", which cuts the images of a folder alone: leave it out, or give a folder of images."
+    if compared:
+        remedy = (
+            ": samples are compared as they were drawn and never resized; draw them at that size, or give their size "
+            "and a reference of that size (photographs are cut with --save_stats alone)."
         )
     raise InputError(
-        f"--samples={options.samples} holds images of {height}x{width} pixels and --image_size is "
-        f"{options.image_size}: samples are compared as they were drawn and never resized; draw them at that size, "
-        "or give their size and a reference of that size (photographs are cut with --save_stats alone)."
+        f"--samples={options.samples} holds images of {height}x{width} pixels and --image_size is {options.image_size}"
+        f"{remedy}"
     )

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from mpdit_jax.data.image_sets import DecodeStored, FindDecode
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import InputError
-from mpdit_jax.evaluate.sets import Decode, FindDecode
 from mpdit_jax.vae import NO_VAE, PIXELS, check_fingerprint, decode_all, load_vae, tiles
 
 
@@ -25,7 +25,7 @@ def find_decode(vae: str, dtype: str = "float32", tile: int = 0, *, name: str = 
     mesh = make_mesh(devices=jax.local_devices())
     load = lru_cache(lambda source: load_vae(source, dtype=dtype, mesh=mesh, tiling=tiles(tile)))
 
-    def find(store: Path, fingerprint: str) -> tuple[Decode, dict[str, Any]]:
+    def find(store: Path, fingerprint: str) -> tuple[DecodeStored, dict[str, Any]]:
         in_pixels = fingerprint == PIXELS
         if not in_pixels and vae in ("", NO_VAE):
             raise InputError(

@@ -12,13 +12,12 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.config.base import data_identity
 from mpdit_jax.config.evaluation import MOST_REAL
-from mpdit_jax.data.image_sets import ImageSet
+from mpdit_jax.data.image_sets import PREFIXES, FindDecode, ImageSet, SourceImages, about_source, open_npz, open_set
 from mpdit_jax.data.sources import Source, rows_of
 from mpdit_jax.distributed.collectives import assert_equal_across_processes
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.compute import kept, needed
 from mpdit_jax.evaluate.extractors import Extractor
-from mpdit_jax.evaluate.sets import FindDecode, SourceImages, about_source, open_npz, open_set
 from mpdit_jax.evaluate.shared_values import portable
 from mpdit_jax.evaluate.statistics import (
     OF_SINGLE_IMAGES,
@@ -26,10 +25,9 @@ from mpdit_jax.evaluate.statistics import (
     check_count,
     check_reference,
     check_same_size,
-    no_images,
 )
 from mpdit_jax.evaluate.stored_statistics import holds_statistics, load_statistics
-from mpdit_jax.evaluate.subsets import SomeImages, limited
+from mpdit_jax.evaluate.subsets import SomeImages, random_subset
 from mpdit_jax.io.npz import npz_names
 from mpdit_jax.io.paths import expand
 
@@ -51,7 +49,7 @@ class Reference:
     mesh: Mesh | None = None  # this process's devices while a store is decoded; None for the ambient mesh
 
     def check(self, extractor: Extractor | None, shape: tuple[int, int, int]) -> None:
-        """Check the reference before hours of sampling; no image is evaluated. Collective.
+        """Check the reference without evaluating an image, before hours of sampling. Collective.
 
         `shape` is the samples' (H, W, C). Without an extractor, a classifier is trained later on images like them.
 
@@ -66,7 +64,7 @@ class Reference:
     def statistics(self, extractor: Extractor, shape: tuple[int, int, int], compute: Compute) -> Statistics:
         """Return the statistics after the checks of `check`; the Inception Score alone reads no images."""
         if not self._metrics:
-            return no_images(extractor)
+            return Statistics(extractor.name, extractor.fingerprint, 0, {})
         stored, images = self._open(extractor, shape)
         assert_equal_across_processes(_identity(stored))
         verb = "features of the reference:"
@@ -88,7 +86,7 @@ class Reference:
     ) -> tuple[Statistics | None, ImageSet | None]:
         """Open saved statistics, images, or both where one file holds both, as ADM's batches do."""
         single, where = bool(OF_SINGLE_IMAGES & set(self._metrics)), f"in {self._name}"
-        path = Path() if not self.place or self.place.startswith("data:") else expand(self.place)
+        path = Path() if not self.place or self.place.startswith(PREFIXES) else expand(self.place)
         if not (path.is_file() and holds_statistics(path, "classifier" if extractor is None else extractor.name)):
             images = self._open_images(shape[2] if extractor is None else extractor.channels)
             check_same_size(images.about, {"shape": shape})
@@ -131,7 +129,7 @@ def own_images(name: str, source: Source, data: FrozenConfigDict, find: FindDeco
         images: ImageSet = SomeImages(store, rows_of(source), {**store.about, "count": len(source), **about})
     else:
         images = SourceImages(source, about_source(name, source) | about)
-    return limited(images, min(MOST_REAL, len(images)))
+    return random_subset(images, min(MOST_REAL, len(images)))
 
 
 def _identity(stored: Statistics | None) -> dict[str, Any]:

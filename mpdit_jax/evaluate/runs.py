@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from mpdit_jax.data.image_sets import count_labels
 from mpdit_jax.data.info import read_dataset_info
 from mpdit_jax.distributed.collectives import any_process, run_on_process_0
 from mpdit_jax.errors import InputError
@@ -17,7 +18,6 @@ from mpdit_jax.evaluate.compute import compute_statistics, kept, needed
 from mpdit_jax.evaluate.drawn_images import DrawnImages
 from mpdit_jax.evaluate.extractors import Extractor
 from mpdit_jax.evaluate.report import Result, make_result, write_json
-from mpdit_jax.evaluate.sets import count_labels
 from mpdit_jax.evaluate.statistics import Statistics, check_count
 from mpdit_jax.flow.adaptive import METHODS
 from mpdit_jax.io.atomic import remove_stale_tmp

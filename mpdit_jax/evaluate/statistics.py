@@ -35,9 +35,9 @@ class Statistics:
     fingerprint: str  # of the extractor; "" if a file does not say, as files of other projects
     count: int  # number of images; 0 if a file does not say
     gaussians: dict[str, Gaussian]  # by output, "pool" and Inception's "spatial"; none of fewer than two images
-    features: np.ndarray | None  # `pool` of each image (n, d), float32; None if a file has moments only
-    probs: np.ndarray | None  # softmax outputs (n, classes)
-    about: dict[str, Any]  # description of the set for reports, different for every set
+    features: np.ndarray | None = None  # `pool` of each image (n, d), float32; None if a file has moments only
+    probs: np.ndarray | None = None  # softmax outputs (n, classes)
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)  # describes the set in reports, each differently
     file: dict[str, Any] = dataclasses.field(default_factory=dict)  # path, digest and fingerprint of a read file
 
     def gaussian(self, output: str) -> Gaussian:
@@ -75,11 +75,6 @@ def from_moments(
     """Build statistics from merged moments."""
     gaussians = {name: Gaussian(part.mean, part.covariance) for name, part in moments.items() if part.count > 1}
     return Statistics(extractor.name, extractor.fingerprint, moments["pool"].count, gaussians, features, probs, about)
-
-
-def no_images(extractor: Extractor) -> Statistics:
-    """Return statistics of no images, the reference of the Inception Score."""
-    return Statistics(extractor.name, extractor.fingerprint, 0, {}, None, None, {})
 
 
 def check_metrics(names: Sequence[str], extractor: Extractor) -> None:

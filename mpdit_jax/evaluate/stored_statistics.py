@@ -12,9 +12,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from mpdit_jax.data.image_sets import open_npz
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate.extractors import Extractor
-from mpdit_jax.evaluate.sets import open_npz
 from mpdit_jax.evaluate.statistics import Gaussian, Statistics
 from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.io.json_files import parse_json

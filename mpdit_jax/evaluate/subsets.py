@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from mpdit_jax.data.image_sets import ImageSet
+from mpdit_jax.data.image_sets import ArrayImages, ImageSet, count_labels
 from mpdit_jax.errors import InputError
-from mpdit_jax.evaluate.sets import ArrayImages, count_labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class SomeImages:
         return self.images.read(self.rows[indices])
 
 
-def limited(images: ImageSet, count: int | None) -> ImageSet:
+def random_subset(images: ImageSet, count: int | None) -> ImageSet:
     """Return `count` images of a set, all for None; raises InputError if there are fewer.
 
     One image is chosen at random from each of `count` equal parts, the same each time: sets are often ordered by class,

@@ -129,7 +129,8 @@ class FlowMapLoss:
             null = jnp.full_like(y, model.num_classes)
             difference = jax.lax.stop_gradient(model(z, t, y, None, w) - model(z, t, null, None, w))
             g = self.guidance if w is None else 1 - 1 / w
-            v = v + (g * (t <= self.guidance_until))[:, None, None, None] * difference
+            scale = jnp.where(t <= self.guidance_until, g, 0.0)[:, None, None, None]
+            v = v + scale.astype(v.dtype) * difference
         (z_jump, z_flow), (v_jump, v_flow) = _halves(z), _halves(v)
         (t_jump, t_flow), (y_jump, y_flow), r_jump = _halves(t), _halves(y), _halves(r)[0]
         w_jump, w_flow = (None, None) if w is None else _halves(w)

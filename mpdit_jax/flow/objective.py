@@ -5,12 +5,14 @@ from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mpdit_jax.distributed.mesh import with_auto_axes
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.flow.inputs import check_convention, check_labels
 from mpdit_jax.flow.protocols import ClassConditional, Velocity
+from mpdit_jax.validation import range_remedy
 
 
 class TimeDistribution(Protocol):
@@ -87,12 +89,14 @@ def flow_matching_loss(
         The loss, a float32 scalar, and the loss of each example (B,), of which it is the mean.
 
     Raises:
-        InputError: the key is missing, shapes do not match, a label is out of range (unless traced), or the model's
-            convention is not "velocity".
+        InputError: the key is missing, shapes do not match, a label is out of range (unless traced), a NumPy array `x`
+            has the range of images in 0 to 255, or the model's convention is not "velocity".
     """
     check_convention(model)
     if key is None and (t is None or noise is None):
         raise InputError("flow_matching_loss needs key=… unless both t=… and noise=… are given.")
+    if isinstance(x, np.ndarray) and x.size and (remedy := range_remedy(x.min(), x.max())):
+        raise InputError(f"x ranges from {x.min()} to {x.max()}: expected [-1, 1] or normalized latents; {remedy}.")
     module, arrays = model if isinstance(model, nnx.Module) else None, (x, y, key, t, noise)
 
     def loss(module: nnx.Module | None, *arrays: Any) -> tuple[jax.Array, jax.Array]:

@@ -127,6 +127,8 @@ class Sampler:
     ) -> Solution:
         """Draw latents as `__call__` does; return also the evaluation count and, with `record`, the whole path."""
         check_model(model)
+        if guide is not None:
+            check_model(guide, "guide")
         check_key(key)
         given, table = (negative_labels, None) if not isinstance(negative_labels, Mapping) else (None, negative_labels)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from mpdit_jax.errors import InputError
+from mpdit_jax.io.paths import check_local
 
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 
@@ -73,6 +74,7 @@ def remove_stale_tmp(folder: Path, name: str = "*") -> None:
 def check_writable(path: str | Path) -> None:
     """Make the folder of `path`, and raise InputError if a file could not be written there."""
     path = Path(path)
+    check_local(str(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""Numbered `.npz` files in a folder: what a long job has finished, from which the same command continues."""
+"""Numbered `.npz` files in a folder: the finished parts of a long job, from which the same command continues."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -2,15 +2,26 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
-from mpdit_jax.errors import InputError
+from mpdit_jax.errors import InputError, MPDiTError
 
 REFUSALS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT,
     errno.ESTALE, errno.ENAMETOOLONG,
 )  # fmt: skip
 """Error numbers of a file system that refuses an operation."""
+_URL = re.compile(r"(^|[=:,])([a-z][a-z0-9+.-]*://|(gs|s3|az|hf|https?):/)", re.IGNORECASE)  # pathlib drops a slash
+
+
+def check_local(text: str, error: type[MPDiTError] = InputError) -> None:
+    """Raise an error if a path, `--flag=PATH` or `kind:PATH` is a URL, of which pathlib would make a folder's name."""
+    if _URL.search(text):
+        raise error(
+            f"{text}: expected a folder or file that this machine sees, not a URL: mount the bucket or download the "
+            "files; a VAE on the Hugging Face hub is named OWNER/NAME."
+        )
 
 
 def expand(path: str | Path) -> Path:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError, features
 
 from mpdit_jax.errors import InputError
 from mpdit_jax.io.atomic import atomic_write
@@ -40,7 +40,10 @@ def open_picture(content: bytes) -> Image.Image:
     Raises:
         PIL.UnidentifiedImageError: not a JPEG, PNG, WEBP, BMP, TIFF, PPM, GIF or, where Pillow reads it, AVIF.
     """
-    return Image.open(io.BytesIO(content), formats=_FORMATS)
+    try:
+        return Image.open(io.BytesIO(content), formats=_FORMATS)
+    except UnidentifiedImageError as error:  # its own words name an address in memory
+        raise UnidentifiedImageError(f"cannot identify a picture of the kinds {', '.join(_FORMATS)}") from error
 
 
 def grid(images: np.ndarray, columns: int) -> np.ndarray:

@@ -57,7 +57,7 @@ class SinusoidalTime(nnx.Module):
         """Embed times (B,) in [0, 1], which are not rescaled, as float32 vectors (B, D)."""
         half = TIME_FEATURES // 2
         frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
-        angles = at_least_float32(t)[:, None] * frequencies  # (B, 128)
+        angles = at_least_float32(t)[:, None] * frequencies[None]  # (B, 128)
         features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)  # (B, 256)
         first, *rest = self.layers
         vector = first(features)  # (B, D)
@@ -79,5 +79,5 @@ class GuidanceEmbedding(nnx.Module):
     def __call__(self, w: jax.Array) -> jax.Array:
         """Embed guidance scales (B,), 1 or more, as float32 vectors (B, D)."""
         frequencies = np.arange(1, GUIDANCE_FEATURES // 2 + 1, dtype=np.float32) * np.float32(np.pi / 2)
-        angles = (1 - 1 / at_least_float32(w))[:, None] * frequencies  # (B, 8)
+        angles = (1 - 1 / at_least_float32(w))[:, None] * frequencies[None]  # (B, 8)
         return self.linear(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))

@@ -31,9 +31,10 @@ def make_prepare_parser() -> Parser:
     parser.add_argument(
         "--images",
         metavar="IMAGES",
-        help="a folder with a subfolder for each class | idx:FOLDER of IDX files, as MNIST's | tfds:NAME",
+        help="a folder with a subfolder for each class | an .npz with images and labels | idx:FOLDER of IDX files, as "
+        "MNIST's | tfds:NAME | data:NAME, as data:digits",
     )
-    parser.add_argument("--split", default="train", help="of idx: and tfds: (default: %(default)s)")
+    parser.add_argument("--split", default="", help="of idx:, tfds: and data:, also given as idx:FOLDER:SPLIT (train)")
     parser.add_argument("--vae", help="a folder as diffusers writes it, a name on the hub, or none: store pixels")
     parser.add_argument("--image_size", type=int, help="pixels along each side of the square")
     parser.add_argument(
@@ -42,8 +43,13 @@ def make_prepare_parser() -> Parser:
     parser.add_argument("--class_names", default="", metavar="FILE", help="one name a line, in label order")
     parser.add_argument("--batch_size", type=int, default=32, help="images encoded at a time (default: %(default)s)")
     parser.add_argument("--shard_size", type=int, default=4096, help="images a shard (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=8, help="that read images (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="the VAE computes in")
+    parser.add_argument("--threads", type=int, default=8, help="reading threads (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="in which the VAE computes (default: %(default)s)",
+    )
     add_tile_option(parser)
     parser.add_argument("--verify", action="store_true", help="read --out again and compare all of it to its manifest")
     add_flags(parser)
@@ -69,9 +75,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def _prepare(options: argparse.Namespace, out: Path) -> int:
     from mpdit_jax.data.image_sets import open_images
+    from mpdit_jax.data.sources import warn_of_unseen
+    from mpdit_jax.prepare.store import prepare, read_rejected
 
-    images = open_images(options.images, options.split)
+    images = open_images(options.images, options.split, rejected=read_rejected(out))
     names = _names(options.class_names, images.class_names)
+    if images.labels is not None:
+        warn_of_unseen(images.labels, names, len(names), images.place)
     own = ("process_id", "initialization_timeout", "heartbeat_timeout", "images", "vae", "threads")
     shared = {f"--{name}": str(value) for name, value in vars(options).items() if name not in own}
     join(options, shared | {"the images": images.identity})
@@ -80,14 +90,13 @@ def _prepare(options: argparse.Namespace, out: Path) -> int:
 
     from mpdit_jax.distributed.mesh import make_mesh
     from mpdit_jax.prepare.plan import Plan
-    from mpdit_jax.prepare.store import prepare
     from mpdit_jax.vae import load_vae, tiles
 
     mesh = make_mesh(devices=jax.local_devices())
     vae = load_vae(options.vae, dtype=options.dtype, mesh=mesh, tiling=tiles(options.vae_tile))
     plan = Plan(
         images=replace(images, image_size=options.image_size, channels=vae.config.in_channels),
-        source=f"{options.images} ({options.split})" if ":" in options.images else options.images,
+        source=images.place,
         class_names=names,
         vae=vae,
         image_size=options.image_size,
@@ -98,7 +107,8 @@ def _prepare(options: argparse.Namespace, out: Path) -> int:
     )
     is_primary = jax.process_index() == 0
     if is_primary:
-        print(f"{len(images):,} images of {len(names)} classes; interrupt at any time: the same command continues")
+        count = len(images) - len(images.removed)
+        print(f"{count:,} images of {len(names)} classes; interrupt at any time: the same command continues")
     manifest = prepare(plan, out)
     if manifest is None:
         if is_primary:

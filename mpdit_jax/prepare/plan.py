@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mpdit_jax.data.image_sets import Pictures, key_bytes_of
+from mpdit_jax.data.picture_sets import Pictures, key_bytes_of
 from mpdit_jax.errors import InputError
 from mpdit_jax.vae import VAE
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from mpdit_jax.data.image_sets import key_bytes_of
 from mpdit_jax.data.latent_store import Shard, record_dtype, sha256
+from mpdit_jax.data.picture_sets import key_bytes_of
 from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.io.paths import reason
@@ -39,11 +39,15 @@ class Report:
     rejected: list[tuple[str, str]]  # key and reason of the images left out
 
 
-def write_shard(path: Path, rows: range, plan: Plan, pool: Executor, advance: Callable[[int], None]) -> Report:
+Advance = Callable[[int, list[tuple[str, str]]], None]
+"""Called after every batch with the number of images it read, and key and reason of all that the shard has rejected."""
+
+
+def write_shard(path: Path, rows: range, plan: Plan, pool: Executor, advance: Advance) -> Report:
     """Encode the images `rows` into the shard `path`, which appears when it is finished.
 
     Raises:
-        Stopped: from `advance`; nothing is left behind.
+        Stopped, DataError: from `advance`; nothing is left behind.
         OSError: the disk is full or refuses; nothing is left behind either.
     """
     temporary = path.with_name(f".{path.name}.tmp")
@@ -67,7 +71,7 @@ def write_shard(path: Path, rows: range, plan: Plan, pool: Executor, advance: Ca
                 total += wide.sum(axis=(0, 1, 2, 3))
                 total_square += (wide**2 + std.astype(np.float64) ** 2).sum(axis=(0, 1, 2, 3))
                 positions += int(np.prod(mean.shape[:-1]))
-            advance(count)
+            advance(count, rejected)
         with _system_errors():
             writer.close()
         with temporary.open("rb") as file:
@@ -87,7 +91,7 @@ def write_shard(path: Path, rows: range, plan: Plan, pool: Executor, advance: Ca
 
 @contextmanager
 def _system_errors() -> Iterator[None]:
-    """Raise what the system refuses as the OSError of which ArrayRecord makes a RuntimeError."""
+    """Raise refusals of the system as OSError, where ArrayRecord raises RuntimeError."""
     try:
         yield
     except RuntimeError as error:
@@ -123,11 +127,13 @@ def _read(
     rows: range, plan: Plan, pool: Executor, rejected: list[tuple[str, str]]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
     """Yield batches: how many images were read, `key` and `label` of the good ones, and their pictures in [-1, 1],
-    repeated up to the batch size, or None if there are none.
+    repeated up to the batch size, or None if there are none. Images that were removed are passed over.
     """
     classes = len(plan.class_names)
 
-    def load(index: int) -> tuple[np.ndarray, int] | str:
+    def load(index: int) -> tuple[np.ndarray, int] | str | None:
+        if plan.images.keys[index] in plan.images.removed:
+            return None
         try:
             image, label = plan.images.decode(index)
             return (image, label) if 0 <= label < classes else f"label {label} is outside 0 to {classes - 1}"
@@ -135,7 +141,7 @@ def _read(
             return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
     batches = [range(start, min(start + plan.batch_size, rows.stop)) for start in rows[:: plan.batch_size]]
-    waiting: collections.deque[tuple[range, list[Future[tuple[np.ndarray, int] | str]]]] = collections.deque()
+    waiting: collections.deque[tuple[range, list[Future[tuple[np.ndarray, int] | str | None]]]] = collections.deque()
     for turn, ahead in enumerate([*batches, *[range(0)] * _AHEAD]):
         waiting.append((ahead, [pool.submit(load, index) for index in ahead]))
         if turn < _AHEAD:
@@ -146,7 +152,7 @@ def _read(
         for index, one in zip(batch, found, strict=True):
             if isinstance(one, str):
                 rejected.append((plan.images.keys[index], one))
-            else:
+            elif one is not None:
                 pictures.append(one[0])
                 named.append((plan.images.keys[index], one[1]))
         good = np.array(named, [("key", object), ("label", np.int32)])

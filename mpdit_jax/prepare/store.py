@@ -1,7 +1,7 @@
 """The making of a store: every process encodes its shards, then process 0 writes the manifest."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -20,16 +20,20 @@ from mpdit_jax.data.latent_store import (
     read_manifest,
     sha256,
 )
+from mpdit_jax.data.picture_sets import file_sizes
 from mpdit_jax.distributed.collectives import any_process, assert_equal_across_processes, run_on_process_0
 from mpdit_jax.errors import DataError, InputError, MPDiTError, ProcessError
 from mpdit_jax.io.atomic import atomic_write
+from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.io.locked_folder import Job, LockedFolder, flat
 from mpdit_jax.prepare.plan import Plan
-from mpdit_jax.prepare.shards import Report, Stopped, read_report, report_path, write_shard
+from mpdit_jax.prepare.shards import Report, Stopped, read_report, write_shard
 from mpdit_jax.runtime.progress import WorkBar
 from mpdit_jax.runtime.signals import PreemptionHandler
 
 _MOST_REJECTED = 0.01  # of all images
+_JUDGED_EARLY = 100  # rejected images; a set with fewer is encoded whole, so that all of them are named at once
+_FAILED = ".rejected.json"  # keeps the places of images for which a start failed, whatever becomes of their files
 JOB = Job("prepare", "writing to", "use another --out", settings="prepare.json", holds="latents", outputs=MANIFEST)
 
 
@@ -65,30 +69,71 @@ def prepare(plan: Plan, out: Path) -> Manifest | None:
 
 def _encode_all(plan: Plan, out: Path, stop: PreemptionHandler) -> bool:
     """Encode this process's shards; True if it was asked to stop before the last of them."""
-    names = plan.shard_names()
+    names, repaired = plan.shard_names(), plan.images.repaired
     mine = range(jax.process_index(), len(names), jax.process_count())
-    todo = [number for number in mine if read_report(out / names[number]) is None]
-    total = sum(len(plan.rows(number)) for number in mine)
-    done = total - sum(len(plan.rows(number)) for number in todo)
+    found = {number: read_report(out / names[number]) for number in mine}
+    kept = {n: one for n, one in found.items() if one is not None and not repaired.intersection(dict(one.rejected))}
+    rejected = _rejected(plan, kept.values())
+    total, done = (sum(len(plan.rows(number)) for number in numbers) for numbers in (mine, kept))
     with WorkBar("encoding", "images", total, done) as bar, ThreadPoolExecutor(plan.threads) as pool:
         if done:
             bar.say(f"{done} of {total} images are there already, in {out}")
 
-        def advance(count: int) -> None:
+        def advance(count: int, of_shard: list[tuple[str, str]]) -> None:
             bar.advance(count)
             if stop.name is not None:
                 raise Stopped
+            if len(rejected) + len(of_shard) > _JUDGED_EARLY:
+                _check_rejected(plan, out, [*rejected, *of_shard])
 
-        for number in todo:
+        if len(rejected) > _JUDGED_EARLY:
+            _check_rejected(plan, out, rejected)
+        for number in (number for number in mine if number not in kept):
             try:
-                write_shard(out / names[number], plan.rows(number), plan, pool, advance)
+                report = write_shard(out / names[number], plan.rows(number), plan, pool, advance)
             except Stopped:
                 pool.shutdown(cancel_futures=True)
                 bar.say(f"{stop.name}: the shards that are finished stay in {out}")
                 return True
             except OSError as error:
                 raise InputError(f"cannot write {out / names[number]}: {error.strerror or error}.") from error
+            rejected += _rejected(plan, [report])
     return False
+
+
+def _rejected(plan: Plan, reports: Iterable[Report]) -> list[tuple[str, str]]:
+    """Key and reason of the images that were rejected and are still there."""
+    return [pair for report in reports for pair in report.rejected if pair[0] not in plan.images.removed]
+
+
+def read_rejected(out: Path) -> dict[str, int]:
+    """Read the keys of images for which earlier starts failed, with the bytes of each; raises DataError if damaged."""
+    path = out / _FAILED
+    try:
+        return {str(key): int(size) for key, size in parse_json(path.read_text()).items()} if path.is_file() else {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}): prepare into another --out.") from error
+
+
+def _check_rejected(plan: Plan, out: Path, rejected: list[tuple[str, str]]) -> None:
+    """Raise DataError, with the rejected images on disk, if they are too many of all."""
+    count = len(plan.images)
+    if len(rejected) <= _MOST_REJECTED * count:
+        return
+    _write_rejected(out, rejected)
+    sizes = file_sizes(Path(plan.images.place), dict(rejected))
+    with atomic_write(out / _FAILED) as file:
+        file.write(json.dumps(sizes | read_rejected(out)).encode())
+    key, reason = rejected[0]
+    raise DataError(
+        f"{len(rejected)} of {count} images were rejected, more than {_MOST_REJECTED:.0%}: see {out / REJECTED} for "
+        f"the reasons (the first: {key}: {reason}); remove or repair them and repeat the command, which continues."
+    )
+
+
+def _write_rejected(out: Path, rejected: list[tuple[str, str]]) -> None:
+    with atomic_write(out / REJECTED) as file:
+        file.write("".join(json.dumps({"key": key, "reason": why}) + "\n" for key, why in rejected).encode())
 
 
 def _finish(plan: Plan, out: Path) -> None:
@@ -99,19 +144,9 @@ def _finish(plan: Plan, out: Path) -> None:
         if report is None:
             raise DataError(f"{path} is missing: does every process see the same {out}? Repeat the command.")
         finished.append(report)
-    rejected = [{"key": key, "reason": reason} for report in finished for key, reason in report.rejected]
-    with atomic_write(out / REJECTED) as file:
-        file.write("".join(json.dumps(line) + "\n" for line in rejected).encode())
-    count = len(plan.images)
-    if len(rejected) > _MOST_REJECTED * count:
-        for report in finished:
-            if report.rejected:
-                report_path(out / report.shard.name).unlink()  # the next start tries their images again
-        raise DataError(
-            f"{len(rejected)} of {count} images were rejected, more than {_MOST_REJECTED:.0%}: see {out / REJECTED} "
-            f"for the reasons (the first: {rejected[0]['key']}: {rejected[0]['reason']}); repair or remove them and "
-            "repeat the command, with another --out if images were removed."
-        )
+    rejected = _rejected(plan, finished)
+    _check_rejected(plan, out, rejected)
+    _write_rejected(out, rejected)
     labels = np.array([label for report in finished for label in report.labels], np.int32)
     with atomic_write(out / LABELS) as file:
         np.save(file, labels, allow_pickle=False)

@@ -1,6 +1,7 @@
-"""What every command shares: its parser, and how it ends: by one sentence and an exit status."""
+"""Parts that all commands share: the parser, and an end by one sentence and an exit status."""
 
 import argparse
+import io
 import os
 import shlex
 import signal
@@ -16,8 +17,16 @@ import jax
 
 from mpdit_jax.distributed.collectives import barrier
 from mpdit_jax.distributed.startup import end_failed, may_be_lost
-from mpdit_jax.errors import DamageWarning, DataWarning, DeviceWarning, MPDiTError, WeightsWarning, first_line
-from mpdit_jax.io.paths import REFUSALS, expand
+from mpdit_jax.errors import (
+    DamageWarning,
+    DataWarning,
+    DeviceWarning,
+    MPDiTError,
+    WeightsWarning,
+    first_line,
+    install_extra,
+)
+from mpdit_jax.io.paths import REFUSALS, check_local, expand
 from mpdit_jax.runtime.signals import KILLED_BY, LOST, Terminated, ending_by_exception, stopped_status, this_command
 
 _RENAMED = {"--join_timeout": "--initialization_timeout"}  # flags of 0.1.0 by their names of today
@@ -27,10 +36,19 @@ class Parser(argparse.ArgumentParser):
     """argparse with our way of saying what is wrong."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does; exit with status 2 for a flag that has another name since 0.1.0."""
-        for word in args or ():
-            if new := _RENAMED.get(word.partition("=")[0]):
-                self.error(f"{word.partition('=')[0]} is {new} now")
+        """Parse the arguments; `parse_args` calls this. What `--config` says is checked with the config.
+
+        A flag that has another name since 0.1.0 ends the command with status 2.
+
+        Raises:
+            InputError: an argument is a URL.
+        """
+        for word in sys.argv[1:] if args is None else args:
+            flag = word.partition("=")[0]
+            if new := _RENAMED.get(flag):
+                self.error(f"{flag} is {new} now")
+            if not flag.startswith("--config"):
+                check_local(word)
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -68,7 +86,7 @@ def add_tile_option(parser: argparse.ArgumentParser) -> None:
 
 
 def stopped_line(command: str, arguments: Sequence[str], step: int, steps: int) -> str:
-    """How far a training has come that was asked to stop, and the line that continues it."""
+    """The last lines of a stopped training: how far it has come, and the command that continues it."""
     again = shlex.join([sys.executable, "-m", f"mpdit_jax.{command}", *arguments])
     saved = "saved" if step else "with nothing trained yet"
     return f"stopped at step {step} of {steps}, {saved}; continue with:\n  {again}"
@@ -81,9 +99,13 @@ def run(main: Callable[[Sequence[str]], int], *, resumable: bool = False) -> NoR
     a training that diverged).
 
     Args:
-        main: what the command does, from arguments to exit status.
-        resumable: a training, which ends by a SIGTERM that `main` does not handle itself with `stopped_status`.
+        main: maps the arguments to an exit status.
+        resumable: whether the same command continues, as a training's does: after a SIGTERM that `main` did not
+            handle, the status is then `stopped_status()`.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a workdir may have letters that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     show_warning, show_thread = warnings.showwarning, threading.excepthook
     warnings.showwarning, threading.excepthook = _show_warning, _show_in_thread
     try:
@@ -102,7 +124,7 @@ def run(main: Callable[[Sequence[str]], int], *, resumable: bool = False) -> NoR
 
 
 def _explain(error: BaseException, resumable: bool) -> int:
-    """Say in a sentence what has ended the command; its exit status. Raise what only a traceback explains."""
+    """Print a sentence about the error that ended the command and return the exit status; raise unexpected errors."""
     if isinstance(error, MPDiTError):
         _say(f"error: {error}")
         return error.exit_status
@@ -114,7 +136,7 @@ def _explain(error: BaseException, resumable: bool) -> int:
         _say(f"error: this machine's memory is too small ({first_line(error)}): choose a smaller batch or image.")
         return 1
     if isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and not _is_read(sys.stdout)):
-        # As with `| head`, or a terminal that was closed; keep the interpreter's last flush quiet as well.
+        # The reader has gone, as with `| head`, or the terminal was closed. Python's own last flush must not fail too.
         for stream in (sys.stdout, *([] if _is_read(sys.stderr) else [sys.stderr])):
             _send_nowhere(stream)
         return KILLED_BY + signal.SIGPIPE
@@ -123,8 +145,11 @@ def _explain(error: BaseException, resumable: bool) -> int:
         _say(f"error: the system refused to read or write{where} ({error.strerror}).")
         try:
             sys.stdout.flush()
-        except OSError:  # it is what was refused, and is flushed once more at the end
+        except OSError:  # stdout itself was refused, and Python flushes it once more at the end
             _send_nowhere(sys.stdout)
+        return 1
+    if problem := _missing_platform(error):
+        _say(f"error: {problem}")
         return 1
     if not isinstance(error, Exception) or not jax.distributed.is_initialized():
         raise error
@@ -138,6 +163,19 @@ def _explain(error: BaseException, resumable: bool) -> int:
     return 1
 
 
+def _missing_platform(error: BaseException) -> str:
+    """The sentence for an error that says that JAX cannot use the platform of JAX_PLATFORMS here; "" for others."""
+    if not isinstance(error, AssertionError) and not str(error).startswith("Unable to initialize backend"):
+        return ""  # an AssertionError is what a plugin that is not installed looks like
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as cause:
+        platforms, why = jax.config.values.get("jax_platforms") or "", f" ({first_line(cause)})" if str(cause) else ""
+        extra = install_extra("tpu" if "tpu" in platforms else "cuda")
+        return f"JAX_PLATFORMS={platforms}: JAX cannot use this platform here{why}: {extra}, or set JAX_PLATFORMS=cpu."
+    return ""
+
+
 def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
@@ -147,7 +185,7 @@ def _send_nowhere(stream: TextIO) -> None:
 
 
 def _is_read(stream: TextIO) -> bool:
-    """Whether a stream is no pipe without a reader and no terminal that was closed."""
+    """Whether a stream still has a reader: false for a pipe that broke and a terminal that was closed."""
     try:
         os.write(stream.fileno(), b"")
     except OSError as error:
@@ -156,7 +194,7 @@ def _is_read(stream: TextIO) -> bool:
 
 
 def _at_home(word: str) -> str:
-    """`--flag=~/x` with the home folder in place of `~`: shells do that for words that begin so, and for no others."""
+    """Replace `~` in `--flag=~/x` by the home folder: shells do so only at the beginning of a word."""
     flag, sign, value = word.partition("=")
     return f"{flag}={expand(value)}" if sign and flag.startswith("--") and value.startswith("~") else word
 
@@ -169,14 +207,14 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Our own warnings are sentences."""
+    """Print our own warnings as one sentence, others as Python does."""
     ours = issubclass(category, DamageWarning | DataWarning | DeviceWarning | WeightsWarning)
     _say(f"warning: {message}" if ours else warnings.formatwarning(message, category, filename, lineno, line).rstrip())
 
 
 def _show_in_thread(error: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread: a disk that refuses is no reason for a traceback, and the run goes on."""
+    """Print a sentence, not a traceback, if a thread may not write: TensorBoard's does, and the run goes on."""
     if isinstance(error.exc_value, OSError) and error.exc_value.errno in REFUSALS:
-        _say(f"warning: a file could not be written in the background ({error.exc_value}).")
+        _say(f"warning: TensorBoard's files are no longer written ({error.exc_value}); the run goes on.")
     else:
         threading.__excepthook__(error)

@@ -8,22 +8,22 @@ _ARENA_MAX, _ARENAS = -8, 2  # M_ARENA_MAX of malloc.h
 
 
 def keep_few_arenas() -> bool:
-    """Have all threads share two heaps. Without effect once there are more: call it before anything else.
+    """Make all threads share two heaps; call it first, as it has no effect once there are more.
 
-    glibc gives threads heaps of their own, eight for each core. What the threads that save, evaluate and compile leave
-    in each is scattered over it for the rest of a run: without this the digits' run grew by 80 MiB in an hour.
+    glibc gives threads heaps of their own, up to eight a core. Blocks that the threads for saving, evaluating and
+    compiling leave in each fragment it for the rest of a run: without this the digits' run grew by 80 MiB in an hour.
 
     Returns:
-        Whether that is so from now on: not without glibc.
+        Whether this is glibc, and the limit is set.
     """
     library = _glibc()
     return library is not None and bool(library.mallopt(_ARENA_MAX, _ARENAS))
 
 
 def return_freed() -> None:
-    """Give back to the system what this process has freed.
+    """Return freed memory to the system.
 
-    glibc keeps it, and what compilations and evaluations leave is as much again as a small run needs.
+    glibc keeps it otherwise: after compilations and evaluations as much again as a small run needs.
     """
     library = _glibc()
     if library is not None:

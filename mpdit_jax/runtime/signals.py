@@ -1,4 +1,4 @@
-"""Ending a run politely when asked to. Imports nothing heavy: it is the first thing a command loads."""
+"""Signals that ask a run to end. A command loads this module first, so it imports nothing heavy."""
 
 import errno
 import os
@@ -16,26 +16,31 @@ from typing import NoReturn, TextIO
 
 from mpdit_jax.errors import InputError
 
+if os.name != "posix":
+    raise ImportError(
+        f"mpdit_jax runs on Linux, macOS and Windows' WSL: this system ({sys.platform}) has no such locks and signals."
+    )
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOST = (errno.EPIPE, errno.EIO)
-"""What writing to a pipe without a reader, or to a terminal that was closed, fails with."""
-KILLED_BY = 128  # plus the signal's number: the status that shells show
-_REQUESTS = (*SIGNALS, signal.SIGHUP)  # the last when a terminal is closed
-_SAME_REQUEST = 0.1  # seconds: to a process and again to its group, as `timeout` and some launchers send it
+"""Error numbers of writing to a pipe without a reader and to a closed terminal."""
+KILLED_BY = 128  # exit status of a process that a signal ended, less the signal's number
+_REQUESTS = (*SIGNALS, signal.SIGHUP)  # SIGHUP comes when a terminal is closed
+_SAME_REQUEST = 0.1  # seconds; `timeout` and some launchers signal a process and then its group: one request
 _STOPPED_STATUS = "MPDIT_JAX_STOPPED_STATUS"
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, where nothing has to be finished first."""
+    """Raised by a SIGTERM inside `ending_by_exception`."""
 
 
 def stopped_status() -> int:
-    """The exit status of a training that was stopped and can go on: 0, or what MPDIT_JAX_STOPPED_STATUS says.
+    """The exit status of a training that was stopped and can be continued: MPDIT_JAX_STOPPED_STATUS, or 0.
 
-    Schedulers that take 0 for the end of the work, as Kubernetes does, need another one to start it again.
+    Kubernetes and other schedulers take 0 for the end of the work and start it again after any other status.
 
     Raises:
-        InputError: that is no status.
+        InputError: the variable holds no exit status.
     """
     text = os.environ.get(_STOPPED_STATUS) or "0"
     if not text.isdecimal() or int(text) > 255:
@@ -49,7 +54,7 @@ def this_command() -> str:
 
 
 def guard_imports() -> None:
-    """Until `ending_by_exception`, have SIGINT and SIGTERM end the process with a sentence: imports take seconds."""
+    """Make SIGINT and SIGTERM end the process with a sentence during the imports, which take seconds."""
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _end_imports)
@@ -58,7 +63,7 @@ def guard_imports() -> None:
 def _end_imports(number: int, frame: FrameType | None) -> None:
     status = KILLED_BY + number
     if number == signal.SIGTERM and {"mpdit_jax.train", "mpdit_jax.train_vae"} & {*sys.orig_argv[:4]}:
-        with suppress(InputError):  # which the command itself will tell
+        with suppress(InputError):
             status = stopped_status()
     _end(status, f"{signal.Signals(number).name}: nothing had begun; the same command starts it:\n  {this_command()}")
 
@@ -87,24 +92,23 @@ def ending_by_exception() -> Iterator[None]:
 class PreemptionHandler:
     """While entered, the first SIGINT, SIGTERM or SIGHUP is noted in `name`; the next one ends the process at once.
 
-    A thread listens for signals: Python itself heeds one only when the main thread is back from what it does in a
-    library, and compiling takes minutes. In another thread than the main one, signals are left alone, and so are those
-    that whoever started this process has it ignore.
+    A thread listens for signals, because Python runs handlers only when the main thread returns from a library, and
+    compiling takes minutes. Signals that this process was started to ignore stay ignored; outside the main thread, all
+    are left alone.
 
-    Whoever reads the output may go away, as a lost connection to another machine does: that is a request as well, and
-    what is printed from then on is lost.
+    A pipe or terminal whose reader has gone counts as a request too; what is printed from then on is lost.
 
     Attributes:
-        name: of the signal, or of what else has asked; None as long as nobody has.
+        name: the signal or other request to stop; None if there was none.
         nothing_to_save: set this to True while SIGTERM may end the process at once, with `stopped_status`.
     """
 
     def __init__(self, grace: float = 0.0, saved: Callable[[], str] = lambda: "nothing") -> None:
-        """Make a handler that is not entered.
+        """Make a handler.
 
         Args:
-            grace: seconds after SIGTERM in which everything must be saved, or the process ends; 0 for no limit.
-            saved: says what is safe on disk, such as "the checkpoint of step 300".
+            grace: seconds from SIGTERM until the process ends even if it is still saving; 0 for no limit.
+            saved: returns words for what is safe on disk, such as "the checkpoint of step 300".
 
         Raises:
             InputError: see `stopped_status`.
@@ -113,7 +117,7 @@ class PreemptionHandler:
         self.nothing_to_save = False
         self._grace, self._tell_saved = grace, saved
         self._deadline: float | None = None
-        self._signalled: float | None = None  # when
+        self._signalled: float | None = None  # time of the first signal
         self._stopped_status = stopped_status()
         self._main = threading.current_thread() is threading.main_thread()
 
@@ -143,22 +147,22 @@ class PreemptionHandler:
             self._ours.close()
 
     def begin_grace(self) -> None:
-        """Count the grace period from now on, as another process was asked to stop."""
+        """Start the grace period, because another process was asked to stop."""
         if self._deadline is None and self._grace:
             self._deadline = time.monotonic() + self._grace
             if self._main:
-                self._theirs.send(b"\0")  # wakes the thread, which then knows how long it may sleep
+                self._theirs.send(b"\0")  # wakes the thread, which then waits until the deadline
 
     def _saved(self) -> str:
         try:
             return self._tell_saved()
-        except OSError as error:  # nothing may keep this process from ending
+        except OSError as error:  # the process must end all the same
             return f"what the disk has ({error.strerror})"
 
     def _lost_reader(self, error: OSError) -> None:
         if self.name is None:
-            heard = error.errno not in LOST
-            self.name = f"the output is refused ({error.strerror})" if heard else "nobody reads the output any more"
+            lost = error.errno in LOST
+            self.name = "nobody reads the output any more" if lost else f"the output is refused ({error.strerror})"
 
     def _listen(self) -> None:
         while True:
@@ -169,7 +173,7 @@ class PreemptionHandler:
                 _end(
                     1,
                     f"error: {self.name or 'another process was asked to stop'}: the run could not be saved within "
-                    f"{self._grace:g} s (config.checkpoint.grace); {self._saved()} is what there is. The same command "
+                    f"{self._grace:g} s (config.checkpoint.grace); {self._saved()} is safe. The same command "
                     f"continues from it:\n  {this_command()}",
                 )
             if not received:
@@ -195,26 +199,26 @@ class PreemptionHandler:
 
 
 class _Outliving:
-    """A text stream that goes on, to nowhere, when whoever reads it has gone, or the disk takes no more of it."""
+    """A text stream that drops what cannot be written, because its reader has gone or the disk is full."""
 
     def __init__(self, stream: TextIO, lost: Callable[[OSError], None]) -> None:
         self._stream, self._lost = stream, lost
 
     @property
     def encoding(self) -> str:
-        """As of the stream; what prints bars asks for it."""
+        """The stream's encoding, which progress bars ask for."""
         return self._stream.encoding
 
     def fileno(self) -> int:
-        """Of the stream."""
+        """The stream's file descriptor."""
         return self._stream.fileno()
 
     def isatty(self) -> bool:
-        """Whether a person may be looking."""
+        """Whether the stream is a terminal."""
         return self._stream.isatty()
 
     def write(self, text: str) -> int:
-        """Print it if somebody reads."""
+        """Write text, or report that it is refused."""
         try:
             self._stream.write(text)
         except OSError as error:
@@ -222,7 +226,7 @@ class _Outliving:
         return len(text)
 
     def flush(self) -> None:
-        """Pass on what has been written."""
+        """Flush the stream, or report that it is refused."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -230,11 +234,11 @@ class _Outliving:
 
 
 def _leave_to_thread(number: int, frame: FrameType | None) -> None:
-    """The thread does everything."""
+    """Do nothing: the thread handles the signal."""
 
 
 def _end(status: int, sentence: str) -> NoReturn:
-    """End this process from any thread, with a sentence if it can be printed at once: perhaps nobody reads."""
+    """End this process from any thread; print a sentence first, unless stderr takes nothing within a second."""
     with suppress(OSError):
         if select.select([], [2], [], 1.0)[1]:
             os.write(2, f"{sentence}\n".encode())

@@ -54,7 +54,6 @@ def make_sample_parser() -> Parser:
         metavar="FILE.gif",
         help="film of the denoising of up to 8 labels, and its strip as .png (default: --out with _trajectory.gif)",
     )
-    parser.add_argument("--class_names", default="", metavar="FILE", help="one name a line, for --grid")
     add_drawing_options(parser)
     return parser
 

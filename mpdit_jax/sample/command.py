@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import split
 from mpdit_jax.model.trunk_drop import TailOnly
 from mpdit_jax.sample.blocks import Block, BlockFolder
+from mpdit_jax.sample.classes import Classes, read_classes
 from mpdit_jax.sample.decoding import make_decode
 from mpdit_jax.sample.drawing import Drawing, check_drawable, draw_blocks
 from mpdit_jax.sample.labels import parse_labels
-from mpdit_jax.sample.names import class_names
 from mpdit_jax.sample.output_paths import OutputPaths, output_paths
 from mpdit_jax.sample.outputs import ROWS, first_of_each, save_npz, save_pngs
 from mpdit_jax.sample.trajectory import save_trajectory
@@ -41,9 +40,11 @@ def load_drawing(options: argparse.Namespace, sampler: Sampler) -> Drawing:
     decode = make_decode(options.workdir, options.vae, options.vae_dtype, options.vae_tile)
     options.step, model = load_together(options.workdir, options.step, ema=not options.no_ema)
     guide = _load_guide(options, model) if options.guide else None
-    labels = parse_labels(options.labels, options.num_samples, model.num_classes, options.seed)
+    classes = read_classes(options.workdir, load_config(options.workdir), options.class_names)
+    labels = parse_labels(options.labels, options.num_samples, classes, options.seed)
+    negatives = classes.find_pairs(options.negative_labels, "--negative_labels")
     check_drawable(model.input_shape, decode)
-    call = {"negative_labels": options.negative_labels, "guide": guide}
+    call = {"negative_labels": negatives, "guide": guide}
     mesh = make_mesh(devices=jax.local_devices())
     return Drawing(sampler, model, labels, options.seed, options.batch_size, decode, call, mesh)
 
@@ -69,7 +70,7 @@ def draw(options: argparse.Namespace, drawing: Drawing, out: Path) -> np.ndarray
     paths = output_paths(options, out)
     paths.check()
     _check_rows(out, drawing.labels)
-    names = class_names(options.workdir, load_config(options.workdir), options.class_names)
+    classes = read_classes(options.workdir, load_config(options.workdir), options.class_names)
     drawing.check()
     blocks = out.with_name(f"{out.name}.unfinished")
     run_on_process_0(lambda: None if BlockFolder.is_begun(blocks) else paths.check_fresh())
@@ -81,11 +82,11 @@ def draw(options: argparse.Namespace, drawing: Drawing, out: Path) -> np.ndarray
     with BlockFolder(blocks, run_settings(options, drawing)) as folder:
         run_on_process_0(paths.remove_stale_tmp)  # before any process writes single images
         count = draw_blocks(drawing, folder, each)
-        missing = run_on_process_0(partial(_write, drawing, paths, names, folder, count))
+        missing = run_on_process_0(partial(_write, drawing, paths, classes, folder, count))
     return np.array([], np.int64) if missing is None else missing
 
 
-def _write(drawing: Drawing, paths: OutputPaths, names: Sequence[str], folder: BlockFolder, count: int) -> np.ndarray:
+def _write(drawing: Drawing, paths: OutputPaths, classes: Classes, folder: BlockFolder, count: int) -> np.ndarray:
     """Write every output except single images from the finished blocks, then delete the blocks; see `draw`."""
     out, sheet, labels = paths.out, paths.sheet, drawing.labels
     missing = np.concatenate([block.indices[~block.finite] for block in folder.read_all(count)])
@@ -100,11 +101,11 @@ def _write(drawing: Drawing, paths: OutputPaths, names: Sequence[str], folder: B
         images.save_png(out, _plain_grid(list(rows.values())))
     if sheet is not None:
         rows = first_of_each(folder.read_all(count), labels)
-        images.save_png(sheet, images.contact_sheet([(names[label], row) for label, row in rows.items()]))
+        images.save_png(sheet, images.contact_sheet([(classes.name(label), row) for label, row in rows.items()]))
         written.append(str(sheet))
-        shown, classes = sum(map(len, rows.values())), len(np.unique(labels))
+        shown = sum(map(len, rows.values()))
         if shown < len(labels):
-            print(f"{sheet} shows {shown} of {len(labels)} images, of {len(rows)} of {classes} classes")
+            print(f"{sheet} shows {shown} of {len(labels)} images, of {len(rows)} of {len(np.unique(labels))} classes")
     if paths.gif is not None and paths.strip is not None:
         save_trajectory(drawing, paths.gif, paths.strip)
         written.extend([str(paths.gif), str(paths.strip)])
@@ -132,7 +133,7 @@ def _plain_grid(rows: list[list[np.ndarray]]) -> np.ndarray:
 
 def run_settings(options: argparse.Namespace, drawing: Drawing) -> dict[str, Any]:
     """Return every setting that decides the pixels."""
-    sampler, guide = drawing.sampler, drawing.call["guide"]
+    sampler, guide, negatives = drawing.sampler, drawing.call["guide"], drawing.call["negative_labels"]
     return {
         "workdir": str(Path(options.workdir).resolve()),
         "checkpoint": options.step,
@@ -143,7 +144,7 @@ def run_settings(options: argparse.Namespace, drawing: Drawing) -> dict[str, Any
         "time_grid": repr(sampler.settings.time_grid),
         "guidance_scale": float(sampler.guidance_scale),
         "guidance_interval": list(sampler.settings.guidance_interval),
-        "negative_labels": {str(label): negative for label, negative in sorted(options.negative_labels.items())},
+        "negative_labels": {str(label): negative for label, negative in sorted(negatives.items())},
         "vae": options.vae and f"{options.vae_dtype} {options.vae_tile}",
         "precision": sampler.settings.precision,
         "seed": options.seed,

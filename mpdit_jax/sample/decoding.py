@@ -32,18 +32,17 @@ def make_decode(
     vae = "" if vae is None or vae == NO_VAE else vae
     info = read_dataset_info(workdir)
     space = info.latents if info is not None else None
+    if space is None and load_config(workdir).data.name == "latents":
+        raise InputError(
+            f"{workdir} does not record how its latents are normalized, so that they cannot be decoded; convert its "
+            "weights again with --config.data.path=FOLDER, the latents it was trained on."
+        )
+    in_pixels = space is None or space.vae_fingerprint == PIXELS
+    if vae and in_pixels:
+        raise InputError(f"{argument}={vae}: {workdir} is a run on pixels, which needs no VAE: leave it out.")
     if space is None:
-        if vae and load_config(workdir).data.name == "latents":
-            raise InputError(
-                f"{argument}={vae}: {workdir} does not record how its latents are normalized, so that they cannot be "
-                "decoded; convert its weights again with --config.data.path=FOLDER, the latents it was trained on."
-            )
-        if vae:
-            raise InputError(
-                f"{argument}={vae}: {workdir} is a run on {load_config(workdir).data.name}, which has no latents."
-            )
         return None
-    if not vae and space.vae_fingerprint != PIXELS:
+    if not vae and not in_pixels:
         known = f" (fingerprint {space.vae_fingerprint[:12]}…)" if space.vae_fingerprint else ""
         raise InputError(f"{workdir} was trained on latents: give {argument}=FOLDER, the VAE they come from{known}.")
     loaded = load_vae(vae or None, dtype=dtype, mesh=make_mesh(devices=jax.local_devices()), tiling=tiles(tile))

@@ -85,7 +85,15 @@ def own_blocks(total: int, size: int) -> dict[int, np.ndarray]:
 
 
 def to_block(pictures: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> Block:
-    """Convert pictures in [-1, 1] to a uint8 block; pictures with NaN or Inf become white and are marked."""
+    """Convert pictures (n, H, W, 1 or 3) in [-1, 1] to a uint8 block, with white for pictures that hold NaN or Inf.
+
+    Raises InputError for another shape or for whole numbers, which a user's own decoder may return.
+    """
+    if pictures.ndim != 4 or pictures.shape[3] not in (1, 3) or pictures.dtype.kind in "iu":
+        raise InputError(
+            f"decoded pictures are {pictures.dtype} {pictures.shape}: expected floats in [-1, 1] of shape (n, H, W, 1 "
+            "or 3), channels last."
+        )
     finite = np.isfinite(pictures).reshape(len(pictures), -1).all(axis=1)
     clean = np.where(finite[:, None, None, None], pictures, 1.0)
     return Block(images.to_uint8(clean), np.asarray(labels, np.int64), np.asarray(indices, np.int64), finite)

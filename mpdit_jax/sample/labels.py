@@ -1,39 +1,35 @@
 """Labels of the images to draw."""
 
+import jax
 import numpy as np
 
 from mpdit_jax.errors import InputError
-from mpdit_jax.flow.inputs import check_labels
+from mpdit_jax.sample.classes import Classes
+
+_DRAWN = ("balanced", "random")
 
 
-def balanced_labels(num_classes: int, count: int) -> np.ndarray:
+def balanced_labels(classes: np.ndarray, count: int) -> np.ndarray:
     """Return labels int32 (count,): classes in turn, or spread evenly over the classes if there are fewer labels."""
-    if count < num_classes:
-        return (np.arange(count) * num_classes // count).astype(np.int32)
-    return np.resize(np.arange(num_classes), count).astype(np.int32)
+    if count < len(classes):
+        return classes[np.arange(count) * len(classes) // count].astype(np.int32)
+    return np.resize(classes, count).astype(np.int32)
 
 
-def parse_labels(text: str, count: int | None, num_classes: int, seed: int) -> np.ndarray:
-    """Parse "balanced" (see `balanced_labels`), "random", or classes to repeat in turn, to labels int64 (count,).
+def parse_labels(text: str, count: int | None, classes: Classes, seed: int) -> np.ndarray:
+    """Parse "balanced" (see `balanced_labels`), "random", or labels to repeat in turn, to labels int64 (count,).
 
-    A longer run begins with the labels of a shorter one, unless a balanced run has fewer images than classes. Raises
-    InputError for other text or fewer than one image.
+    Balanced and random labels leave out classes without training examples, with a note. A longer run begins with the
+    labels of a shorter one, unless a balanced run has fewer images than classes. Raises InputError for other text or
+    fewer than one image.
     """
-    if text in ("balanced", "random"):
-        chosen = np.arange(num_classes)
-    else:
-        try:
-            chosen = np.array([int(part) for part in text.split(",")])
-        except ValueError as error:
-            raise InputError(
-                f"--labels={text}: expected balanced, random, or whole numbers between commas, such as 3,5."
-            ) from error
-        check_labels(chosen, num_classes)
+    drawn = text in _DRAWN
+    chosen = classes.seen() if drawn else classes.find(text, "--labels", _DRAWN)
+    if drawn and len(chosen) < len(classes.names) and jax.process_index() == 0:
+        print(f"--labels={text} leaves out classes without training examples: {classes.describe(classes.unseen)}")
     count = 8 * len(chosen) if count is None else count
     if count < 1:
         raise InputError(f"--num_samples={count}: expected 1 or more.")
     if text == "random":
-        return np.random.default_rng(seed).integers(num_classes, size=count)
-    if text == "balanced":
-        return balanced_labels(num_classes, count).astype(np.int64)
-    return np.resize(chosen, count)
+        return chosen[np.random.default_rng(seed).integers(len(chosen), size=count)]
+    return balanced_labels(chosen, count).astype(np.int64) if drawn else np.resize(chosen, count)

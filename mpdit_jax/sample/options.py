@@ -23,7 +23,13 @@ def add_model_options(parser: argparse.ArgumentParser, *, required: bool = True)
 
 def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     """Add `--labels`, the VAE's flags and the sampler's."""
-    parser.add_argument("--labels", default="balanced", help="balanced (default) | random | classes, such as 3,5")
+    parser.add_argument(
+        "--labels",
+        default="balanced",
+        metavar="CLASSES",
+        help="balanced (default) | random | classes by index, range or name, such as 3,5 or 0-3 | null, no class",
+    )
+    parser.add_argument("--class_names", default="", metavar="FILE", help="one name a line (default: the data's)")
     parser.add_argument("--vae", default="", help="for latents, drawn or stored: folder or hub name of their VAE")
     parser.add_argument("--vae_dtype", choices=("float32", "bfloat16"), default="float32", help="its compute dtype")
     add_tile_option(parser)
@@ -50,7 +56,7 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
         help="guide at these times only, from 0 (data) to 1 (noise) (default: 0,1)",
     )
     group.add_argument(
-        "--negative_labels", type=_pairs, default={}, metavar="A:B,...", help="guide class A away from B, not no class"
+        "--negative_labels", type=_pairs, default={}, metavar="A:B,...", help="guide class A away from B, not from null"
     )
     group.add_argument(
         "--guide",
@@ -72,8 +78,6 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
 def sampler_from(options: argparse.Namespace) -> Sampler:
     """Build the sampler of the flags; raises ConfigError or InputError for a bad value or a flag without use."""
     given = {name: vars(options)[flag] for flag, name in _SOLVER_OPTIONS.items() if vars(options)[flag] is not None}
-    if options.solver in METHODS and options.steps is not None:
-        raise InputError(f"--steps={options.steps}: {options.solver} chooses its own; set --rtol and --atol instead.")
     if options.time_shift is not None and options.time_grid != "shifted":
         raise InputError(f"--time_shift={options.time_shift}: only --time_grid=shifted has a shift.")
     grid: Any = options.time_grid if options.time_shift is None else ShiftedGrid(options.time_shift)
@@ -99,8 +103,11 @@ def reject_unused_flags(options: argparse.Namespace) -> None:
     for name, is_given in given.items():
         if is_given and (scales == 1).all():
             raise InputError(f"--{name} is given and nothing is guided at --guidance_scale=1: give another scale.")
-    if options.time_grid != "uniform" and np.isin(solvers, [*METHODS]).all():
-        raise InputError(f"--time_grid={options.time_grid}: {solvers[0]} chooses its own times; leave it out.")
+    if np.isin(solvers, [*METHODS]).all():
+        if options.steps is not None:
+            raise InputError(f"--steps={options.steps}: {solvers[0]} chooses its own; set --rtol and --atol instead.")
+        if options.time_grid != "uniform":
+            raise InputError(f"--time_grid={options.time_grid}: {solvers[0]} chooses its own times; leave it out.")
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -110,8 +117,8 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected two numbers, such as 0.2,0.8") from error
 
 
-def _pairs(text: str) -> dict[int, int]:
+def _pairs(text: str) -> dict[str, str]:
     try:
-        return {int(first): int(second) for first, second in (part.split(":") for part in text.split(",") if part)}
+        return dict(part.split(":") for part in text.split(",") if part)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: expected pairs of classes, such as 3:8,5:6") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from mpdit_jax.config.base import shared_values
 from mpdit_jax.config.flags import make_config_parser, parse_with_config
 from mpdit_jax.distributed.startup import add_flags, join
-from mpdit_jax.errors import DivergedError, InputError
+from mpdit_jax.errors import DivergedError
 from mpdit_jax.runtime.cli import run, stopped_line
 from mpdit_jax.runtime.signals import stopped_status
 
@@ -42,10 +42,6 @@ def main(arguments: Sequence[str]) -> int:
     options, config = parse_with_config(parser, arguments)
     if not options.workdir:
         parser.error("--workdir is empty: expected a folder, such as runs/mine")
-    if "://" in options.workdir:
-        raise InputError(
-            f"--workdir={options.workdir}: expected a folder that every process sees; mount the bucket, or use a disk."
-        )
     workdir = Path(options.workdir)
     join(options, shared_values(config) | {"workdir": str(workdir.resolve())})
 

@@ -130,7 +130,7 @@ class Evaluator:
     def _evaluate(self, extractor: Extractor, real: Statistics, model: Any, scale: float) -> dict[str, float]:
         """The metrics of fresh samples, as far as enough of them are finite."""
         settings = self._config.eval
-        labels = balanced_labels(self._config.model.num_classes, settings.num_samples)
+        labels = balanced_labels(np.unique(self._source.labels), settings.num_samples)
         sampler = make_sampler(settings.solver, settings.steps, scale)
         drawing = Drawing(sampler, model, labels, self._config.seed, settings.batch_size, self._decode, mesh=self._mesh)
         samples = DrawnImages(drawing, self._shape, {"path": "samples of the run"}, leave_out=True)

@@ -40,7 +40,7 @@ def update(guard: Guard, applied: jax.Array, finite: jax.Array, gradient_norm: j
     """The guard after a step that was applied or not, with an update that was finite or not (boolean scalars)."""
     mean = _DECAY * guard["gradient_norm"] + (1 - _DECAY) * gradient_norm
     return {
-        "accepted": guard["accepted"] + applied,
+        "accepted": guard["accepted"] + applied.astype(jnp.int32),
         "gradient_norm": jnp.where(applied, mean, guard["gradient_norm"]),
         "skipped_in_a_row": jnp.where(applied, jnp.where(finite, 0, NONFINITE_UPDATE), guard["skipped_in_a_row"] + 1),
     }

@@ -22,7 +22,6 @@ def number_flags() -> dict[str, Any]:
         "jax_default_prng_impl": config.jax_default_prng_impl,
         "jax_threefry_partitionable": config.jax_threefry_partitionable,
         "jax_random_seed_offset": config.jax_random_seed_offset,
-        "jax_numpy_dtype_promotion": config.jax_numpy_dtype_promotion,
     }
 
 

@@ -56,7 +56,7 @@ def add_step(
     next_place = jnp.arange(NAMED_SKIPS) == window["skipped"].astype(jnp.int32)
     larger = jnp.isfinite(metrics["loss"]) & (metrics["loss"] > window["largest_loss"])
     return sums | {
-        "skipped": window["skipped"] + ~applied,
+        "skipped": window["skipped"] + (~applied).astype(jnp.float32),
         "skipped_steps": jnp.where(next_place & ~applied, number, window["skipped_steps"]),
         "most_skipped_in_a_row": jnp.maximum(window["most_skipped_in_a_row"], skipped_in_a_row),
         "largest_loss": jnp.where(larger, metrics["loss"], window["largest_loss"]),

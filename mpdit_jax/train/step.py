@@ -180,7 +180,8 @@ def make_step(
         gradient_norm = optax.tree.norm(gradients)
         # Decided before the update is applied, so that old and new state never lie in memory side by side.
         applied = guards.should_apply(state.guard, value, gradient_norm, spike_factor)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
+        with jax.numpy_dtype_promotion("standard"):  # Optax takes powers of integers
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         decay = warmed_up(ema_decay, state.step) if ema_warmup else ema_decay
         ema_parameters = moving_average(state.ema_parameters, parameters, decay)

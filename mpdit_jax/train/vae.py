@@ -14,7 +14,8 @@ from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from mpdit_jax.checkpoint.workdir import lock_workdir
-from mpdit_jax.data.image_sets import Pictures, open_images
+from mpdit_jax.data.image_sets import open_images
+from mpdit_jax.data.picture_sets import Pictures
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.distributed.mesh import batch_sharding, check_batch, make_mesh, replicated
 from mpdit_jax.errors import DivergedError

@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from mpdit_jax.errors import InputError, MissingExtraError, first_line, install_extra
+from mpdit_jax.errors import DataWarning, InputError, MissingExtraError, first_line, install_extra
 from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.io.pictures import encode_png
@@ -84,12 +85,14 @@ class TensorBoard:
         self._add(step, Summary.Value(tag="config", metadata=metadata, tensor=tensor))
 
     def close(self) -> None:
-        """Flush and close."""
-        with suppress(OSError):
+        """Flush and close; warn if the last lines cannot be written."""
+        try:
             self._writer.close()
+        except OSError as error:
+            warnings.warn(f"TensorBoard's files lack their last lines ({error}).", DataWarning, stacklevel=2)
 
     def _add(self, step: int, *values: Summary.Value) -> None:
-        # Its thread has printed why it could not write; each later call raises that again, and the run goes on.
+        # Its thread printed why it could not write (`cli.run`); every later call raises the same, and the run goes on.
         with suppress(OSError):
             self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 

@@ -19,6 +19,7 @@ from mpdit_jax.vae.config import AutoencoderConfig
 from mpdit_jax.vae.hub import locate
 from mpdit_jax.vae.tiling import Tiling, apply_tiled
 from mpdit_jax.vae.weights import abstract, fingerprint, load_folder
+from mpdit_jax.validation import layout_remedy
 
 DTYPES = ("float32", "bfloat16")
 NO_VAE = "none"
@@ -183,7 +184,8 @@ class VAE:
             raise InputError(f"{name} have dtype {array.dtype}: expected floating point; convert by {conversion}.")
         if array.ndim != 4 or array.shape[3] != channels or 0 in array.shape:
             raise InputError(
-                f"{name} have shape {array.shape}: expected (batch, height, width, {channels}), channels last."
+                f"{name} have shape {array.shape}: expected (batch, height, width, {channels}), channels last"
+                f"{layout_remedy(array.shape, name)}."
             )
         if self.mesh is not None and array.shape[0] % self.mesh.size:
             raise InputError(

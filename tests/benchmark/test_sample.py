@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.benchmark sample` says what its help promises."""
+"""`python -m mpdit_jax.benchmark sample` prints what its help promises."""
 
 import json
 

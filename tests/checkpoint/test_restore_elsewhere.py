@@ -1,4 +1,4 @@
-"""What eight devices saved is read to the same bits by other numbers of devices and of processes."""
+"""Other numbers of devices and processes read a checkpoint of eight devices to the same bits."""
 
 import hashlib
 import json

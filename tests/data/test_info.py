@@ -1,11 +1,11 @@
-"""A run goes on with the data it began with."""
+"""What a run records about its data, and that it continues with the same data only."""
 
 import json
 
 import numpy as np
 import pytest
 
-from mpdit_jax.data.info import read_dataset_info, record_dataset
+from mpdit_jax.data.info import read_dataset_info, record_dataset, unseen_by
 from mpdit_jax.data.sources import array_source
 from mpdit_jax.errors import CheckpointError
 
@@ -26,10 +26,10 @@ def test_other_examples_are_refused_once_something_is_trained(tmp_path):
     assert read_dataset_info(tmp_path).labels.startswith("2 ")
 
 
-def test_facts_of_a_version_without_labels_are_accepted_and_completed(tmp_path):
-    record_dataset(tmp_path, source([0, 1, 2]), trained=False)
-    old = json.loads((tmp_path / "data.json").read_text())
-    del old["labels"]
-    (tmp_path / "data.json").write_text(json.dumps(old))
-    record_dataset(tmp_path, source([0, 1]), trained=True)
-    assert read_dataset_info(tmp_path).labels.startswith("2 ")
+def test_classes_without_examples_are_recorded(tmp_path):
+    record_dataset(tmp_path, source([0, 2]), trained=False)
+    assert unseen_by(read_dataset_info(tmp_path), 5) == (1, 3, 4)
+    of_0_1_0 = json.loads((tmp_path / "data.json").read_text())
+    del of_0_1_0["unseen"]
+    (tmp_path / "data.json").write_text(json.dumps(of_0_1_0))
+    assert unseen_by(read_dataset_info(tmp_path), 5) == (3, 4)

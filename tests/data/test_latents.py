@@ -1,4 +1,4 @@
-"""Training on a store of latents: what is drawn from it, in which order, and what a run keeps of it."""
+"""Training draws latents from a store in a known order and records what sampling needs."""
 
 import json
 import resource
@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from mpdit_jax.data.info import record_dataset
 from mpdit_jax.data.latent_store import (
     LABELS,
     MANIFEST,
@@ -21,7 +22,7 @@ from mpdit_jax.data.latent_store import (
     record_dtype,
     sha256,
 )
-from mpdit_jax.data.latents import LatentSpace
+from mpdit_jax.data.latents import PAPER_MEAN, PAPER_STD, LatentSpace
 from mpdit_jax.data.pipeline import batch_at, batches
 from mpdit_jax.data.sources import load_source
 from mpdit_jax.errors import CheckpointError, DataError, InputError
@@ -115,6 +116,28 @@ def test_the_vaes_scaling_and_shift_are_honoured(store):
     assert (space.mean, space.std) == ((-1.0, -1.0), (4.0, 4.0))  # shift_factor, 1 / scaling_factor
     moments = {"mean": np.full((1, 1, 4, 4, 2), 7, np.float16), "std": np.zeros((1, 1, 4, 4, 2), np.float16)}
     assert (np.asarray(sample_latents(jax.random.key(0), moments, space)) == (7 - -1) * 0.25).all()
+
+
+SDXL = (-1.66, 1.89, -1.38, 2.52), (8.49, 5.90, 6.55, 5.23)  # measured by others, on other pictures
+
+
+@pytest.mark.parametrize(
+    ("measured", "fits"), [((PAPER_MEAN, PAPER_STD), True), (SDXL, False), (((0.0,) * 4, (1.0,) * 4), False)]
+)
+def test_the_papers_constants_have_to_fit(tmp_path, measured, fits):
+    folder = make_store(tmp_path / "store", shape=(4, 4, 4))
+    stored = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(stored | dict(zip(("latent_mean", "latent_std"), measured, strict=True))))
+    papers, own = (load_source("latents", str(folder), "train", normalization=name) for name in ("paper", "manifest"))
+    record_dataset(tmp_path, own, trained=False)
+    if fits:
+        record_dataset(tmp_path, papers, trained=False)
+        return
+    message = rf"means 5\.81, .* 4\.17, .*these latents have means {measured[0][0]:.3g}, .*set it to 'manifest'"
+    with pytest.raises(DataError, match=message):
+        record_dataset(tmp_path, papers, trained=False)
+    (tmp_path / "data.json").unlink()
+    record_dataset(tmp_path, papers, trained=True)  # a run that has begun with these constants may continue
 
 
 def test_every_epoch_visits_each_example_once_in_a_new_order(store):
@@ -224,9 +247,7 @@ def test_latents_of_another_shape_are_refused(store, tmp_path):
 
 
 def test_memory_does_not_grow_over_an_epoch(tmp_path):
-    """From the first batches on: within the epoch that opens every shard and reads every record for the first time,
-    and over so many more that one record kept in a hundred would show.
-    """
+    """The first epoch opens every shard and reads every record; 19 more show whether one record in 100 is kept."""
     store = make_store(tmp_path / "store", count=4096, shape=(32, 32, 4), views=1, shard_size=32)
     program = """
 import sys

@@ -1,4 +1,4 @@
-"""Which files of a folder are its pictures: the same ones for every command, and what is left out is counted."""
+"""Every command reads the same pictures of a folder and counts the files that it leaves out."""
 
 import re
 import warnings
@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from mpdit_jax.data.image_sets import open_images
+from mpdit_jax.data.image_sets import open_images, open_set
 from mpdit_jax.data.picture_files import find_pictures
 from mpdit_jax.errors import DataError, DataWarning
-from mpdit_jax.evaluate.sets import open_set
 from tests.tiny import run
 
 PICTURES = ["cat/0.png", "cat/deep/er/1.jfif", "dog/2.JPG", "dog/3.gif"]
@@ -47,7 +46,7 @@ def test_what_is_left_out_is_counted_at_every_depth(littered):
     with pytest.warns(DataWarning) as caught:
         assert find_pictures(littered) == PICTURES
     (said,) = [str(one.message) for one in caught]
-    # What lies in a folder that is left out is not counted: .git, two __MACOSX and .ipynb_checkpoints are one each.
+    # Files inside a folder that is left out are not counted: .git, .ipynb_checkpoints and each __MACOSX count as one.
     assert said.startswith(f"{littered}: 8 hidden files, folders or leftovers are left out (")
     assert said.endswith(" and 4 files are of kinds that are not read (2 .txt, 1 .heic, 1 without an ending).")
 
@@ -83,7 +82,7 @@ def test_avif_is_read_where_pillow_reads_it(folder):
 
 
 def test_a_folder_without_classes_says_how_to_make_one(tmp_path, folder):
-    """It is no set of labelled images; where no labels are needed, it is one like any other."""
+    """A folder without subfolders has no labels; commands that need none read it."""
     flat = tmp_path / "flat"
     write(flat, ["0.png", "1.png"])
     expected = f"{flat}: 2 images, and no images in subfolders; expected {flat}/CLASS/IMAGE, where one subfolder makes"

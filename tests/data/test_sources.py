@@ -4,8 +4,8 @@ import struct
 import numpy as np
 import pytest
 
-from mpdit_jax.data.sources import check_fits, load_source
-from mpdit_jax.errors import DataError
+from mpdit_jax.data.sources import array_source, check_fits, load_source
+from mpdit_jax.errors import DataError, DataWarning
 from mpdit_jax.io.idx import read_idx
 
 
@@ -104,6 +104,13 @@ def test_own_arrays(tmp_path):
     ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.array([0, -1])}, "label -1"),
     ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.array([0, 2**32 - 1])}, "label 4294967295 is too large"),
     ({"images": np.zeros((0, 4, 4, 1), np.uint8), "labels": np.zeros(0, int)}, "no images"),
+    ({"images": np.zeros((2, 3, 8, 8), np.uint8), "labels": np.zeros(2, int)}, r"give images\.transpose\(0, 2, 3, 1\)"),
+    ({"images": np.zeros((2, 1, 8, 6), np.uint8), "labels": np.zeros(2, int)}, "the channels are first"),
+    ({"images": np.zeros((2, 8, 8), np.uint8), "labels": np.zeros(2, int)}, r"images\[\.\.\., None\] for grey"),
+    ({"images": np.full((2, 4, 4, 3), 200, np.float32), "labels": np.zeros(2, int)}, "from 200 to 200;.*127.5 - 1"),
+    ({"images": np.full((2, 4, 4, 1), 0.5, np.float32), "labels": np.zeros(2, int)}, r"give images \* 2 - 1"),
+    ({"images": np.full((2, 4, 4, 1), -1.5, np.float32), "labels": np.zeros(2, int)}, "rescale them"),
+    ({"images": np.full((2, 4, 4, 8), 99, np.float32), "labels": np.zeros(2, int)}, "give images / 127.5 - 1"),
     ({"pictures": np.zeros((2, 4, 4, 1), np.uint8)}, "`images` and `labels`"),
     ({"images": np.array([[object()]]), "labels": np.zeros(1, int)}, "`images` and `labels`"),  # needs a pickle
 ])  # fmt: skip
@@ -112,6 +119,28 @@ def test_unusable_arrays(tmp_path, arrays, sentence):
     np.savez(path, **arrays)
     with pytest.raises(DataError, match=sentence):
         load_source("arrays", str(path), "train")
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (4, 4, 128), (2, 8, 3), (16, 16, 4), (3, 3, 3)])
+def test_possible_layouts_are_accepted(tmp_path, shape):
+    images = np.full((2, *shape), 1 if shape[2] == 3 else 7, np.float32)
+    images[0] = -images[0]
+    np.savez(tmp_path / "mine.npz", images=images, labels=np.zeros(2, int))
+    assert load_source("arrays", str(tmp_path / "mine.npz"), "train").shape == shape
+
+
+def test_classes_without_examples_and_labels_from_1_are_named():
+    def source(labels):
+        labels = np.array(labels, np.uint64)  # not the type that counting takes
+        return array_source(np.zeros((len(labels), 8, 8, 1), np.uint8), labels, tuple(map(str, range(max(labels) + 1))))
+
+    from_1 = r"\(labels run from 1 to 3 and seem to start at 1: store labels - 1\)"
+    with pytest.raises(DataError, match=rf"4 classes and the model 3 {from_1}: set model\.num_classes=4"):
+        check_fits(source([1, 2, 3]), (8, 8, 1), 3)
+    with pytest.warns(DataWarning, match=rf"1 of 4 classes have no examples and are not trained \(0\) {from_1}"):
+        check_fits(source([1, 2, 3]), (8, 8, 1), 4)
+    with pytest.warns(DataWarning, match=r"7 of 10 .* \(1, class 4, class 5, class 6, class 7, …\)\.$"):
+        check_fits(source([0, 2, 3]), (8, 8, 1), 10)
 
 
 def test_other_images_under_the_same_labels_are_told_apart(tmp_path):

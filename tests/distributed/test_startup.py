@@ -1,4 +1,4 @@
-"""How processes find each other, agree, and end when one of them is missing, lost or otherwise started."""
+"""Processes find each other, compare what they run, and end when one of them is missing or lost."""
 
 import argparse
 import os
@@ -68,7 +68,7 @@ STEP = {
     ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "one"),
 ])  # fmt: skip
 def test_a_process_that_has_its_node_to_itself_uses_all_its_gpus(monkeypatch, variables, devices):
-    """JAX is asked to find the cluster if there is one, and would give each process one GPU."""
+    """The command tells JAX so when JAX finds the cluster; JAX alone would give each process one GPU."""
     asked = []
     monkeypatch.setattr(os, "environ", variables)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: asked.append(arguments))
@@ -84,7 +84,7 @@ def test_a_process_that_has_its_node_to_itself_uses_all_its_gpus(monkeypatch, va
     assert "cluster_detection_method" not in arguments
 
 
-# What JAX makes of the variables of a launcher, told before its own backends are asked for anything.
+# Prints what JAX finds by the variables of a launcher, before any backend is initialized.
 FOUND = """
 import argparse, os
 import jax
@@ -110,7 +110,7 @@ SLICE |= {"MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0", "JAX_PLATFORMS
     (SLICE | {"JAX_FORCE_TPU_INIT": "1", "JAX_PLATFORMS": "cpu"}, ("TPU_WORKER_ID",), ["False all", "False all"]),
 ])  # fmt: skip
 def test_jax_finds_the_cluster(variables, each, said):
-    """With what SLURM, Open MPI and GKE tell their processes; one machine of a slice may work for itself."""
+    """JAX finds the processes by the variables of SLURM, Open MPI and GKE; a machine of a slice may work by itself."""
     everybody = environment() | {"JAX_COORDINATOR_PORT": str(free_port())} | variables
     both = [
         subprocess.Popen(
@@ -125,7 +125,7 @@ def test_jax_finds_the_cluster(variables, each, said):
 
 
 def test_a_launcher_that_jax_does_not_know():
-    """Open MPI's from version 5 on: four processes must not train four times."""
+    """JAX does not know Open MPI's launcher from version 5 on; the four processes must not train four times."""
     everybody = environment() | {"OMPI_COMM_WORLD_SIZE": "4"}
     done = subprocess.run([sys.executable, "-c", FOUND], env=everybody, capture_output=True, text=True, check=False)
     assert done.returncode
@@ -133,7 +133,7 @@ def test_a_launcher_that_jax_does_not_know():
 
 
 def test_what_every_command_compares(monkeypatch):
-    """Two installations would mix what they write."""
+    """The versions of the code and of JAX are compared with the command's own values."""
     compared = []
     monkeypatch.setattr(startup, "assert_equal_across_processes", compared.append)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
@@ -142,6 +142,18 @@ def test_what_every_command_compares(monkeypatch):
     assert values == {"--seed": "0", "version": mpdit_jax.__version__, "code": code_fingerprint()} | {
         "jax": jax.__version__, "jaxlib": jaxlib.__version__
     }  # fmt: skip
+
+
+def test_the_code_of_a_wheel_and_of_a_checkout_is_the_same(tmp_path, monkeypatch):
+    (tmp_path / "distributed").mkdir()
+    (tmp_path / "distributed/startup.py").write_text("code")
+    monkeypatch.setattr(startup, "__file__", str(tmp_path / "distributed/startup.py"))
+    before = code_fingerprint()
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/mine.py").write_text("a config")  # only a wheel has it there
+    assert code_fingerprint() == before
+    (tmp_path / "more.py").touch()
+    assert code_fingerprint() != before
 
 
 def test_differences_are_named(monkeypatch):
@@ -176,7 +188,7 @@ run_on_process_0(lambda: [][index])
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_collectives(count):
-    """The last line is a bug on process 0: it has a traceback, and the others end because it ended."""
+    """The script ends with a bug on process 0, which prints a traceback; the others end because process 0 did."""
     for index, process in enumerate(start_joined(TOGETHER, count)):
         stdout, stderr = process.communicate(timeout=100)
         lines = [line for line in stdout.splitlines() if not line.startswith("[Gloo]")]
@@ -194,12 +206,12 @@ if options.process_id == 0:
 
 @pytest.fixture
 def late_and_waiting():
-    """A process that is late, and one that waits for it; both have joined."""
+    """Two joined processes: the first is late for a barrier at which the second waits."""
     both = start_joined(WAITING)
     for process in both:
         while process.stdout.readline() != "here\n":
             assert process.poll() is None, process.communicate()
-    time.sleep(0.5)  # from there to the wait
+    time.sleep(0.5)  # until it waits at the barrier
     yield both
     for process in both:
         process.kill()
@@ -207,14 +219,14 @@ def late_and_waiting():
 
 
 def test_signals_end_the_wait(late_and_waiting):
-    """JAX's preemption service would swallow SIGTERM."""
+    """SIGTERM and SIGINT end a process that is late for a barrier and one that waits there."""
     for process, number in zip(late_and_waiting, (signal.SIGTERM, signal.SIGINT), strict=True):
         process.send_signal(number)
         assert process.stderr.readline() == f"{number.name}: stopped; the same command continues:\n"
 
 
 def test_a_signal_ends_the_start():
-    """While process 0 waits for the others, inside JAX."""
+    """SIGINT ends process 0 while it waits inside JAX for the others to join."""
     script = textwrap.dedent(
         """
         from mpdit_jax.runtime import cli

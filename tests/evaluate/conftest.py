@@ -12,7 +12,7 @@ from tests.evaluate.torch_references import random_inception_state
 
 
 def collect(extractor, parts, about):
-    """The statistics of images whose features come part by part, everything kept of single images."""
+    """Return the statistics of features that come in parts, with the features of every image."""
     parts = list(parts)
     moments, joined = {}, {}
     for name in extractor.outputs:
@@ -26,7 +26,7 @@ def collect(extractor, parts, about):
 
 @pytest.fixture(scope="session")
 def digits():
-    """uint8 (1797, 8, 8, 1) and labels."""
+    """Return the digits as uint8 (1797, 8, 8, 1), and their labels."""
     from mpdit_jax.data.sources import load_digits
     from mpdit_jax.io.pictures import to_uint8
 
@@ -36,7 +36,7 @@ def digits():
 
 @pytest.fixture(scope="session")
 def classifier(digits):
-    """Trained on the digits, with its accuracy."""
+    """Return a classifier trained on the digits, and its accuracy."""
     images, labels = digits
     return train_classifier(lambda rows: images[rows] / np.float32(127.5) - 1, labels, 10, steps=300, quiet=True)
 
@@ -54,7 +54,7 @@ def classifier_file(classifier, tmp_path_factory):
 
 
 class _Means(nnx.Module):
-    """Looks at images as Inception does, but at few numbers."""
+    """Stands for Inception with one parameter."""
 
     def __init__(self):
         self.scale = nnx.Param(jax.numpy.ones(()))
@@ -62,7 +62,7 @@ class _Means(nnx.Module):
 
 @pytest.fixture(scope="session")
 def tiny_inception():
-    """An extractor that calls itself inception, of 4 + 3 features."""
+    """Return an extractor named inception with 4 pool and 3 spatial features."""
 
     def apply(model, images):
         x = images.astype(jax.numpy.float32) * model.scale[...] / 255

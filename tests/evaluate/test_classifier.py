@@ -1,4 +1,4 @@
-"""The small classifier: what it learns, its file, its command."""
+"""The small classifier learns, its file is checked, and its command reports."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_damaged_files_and_wrong_images_are_named(tmp_path, classifier, extracto
     (["--data=digits", "--out=x.pth"], "expected a name that ends in .safetensors"),
     (["--out=x.safetensors"], "give either --data=NAME or --images=FOLDER"),
     (["--data=digits", "--out=x.safetensors", "--steps=0"], "steps=0"),
-    (["--images=/nothing", "--out=x.safetensors"], "no such folder"),
+    (["--images=/nothing", "--out=x.safetensors"], "no such file or folder"),
 ])  # fmt: skip
 def test_bad_arguments_are_one_sentence(arguments, sentence, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)

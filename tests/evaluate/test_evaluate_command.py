@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.evaluate` as a user runs it: every kind of set, every kind of bad input."""
+"""`python -m mpdit_jax.evaluate` takes every kind of set and refuses every kind of bad input."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mpdit_jax.data.image_sets import open_npz, open_set
 from mpdit_jax.errors import InputError
 from mpdit_jax.evaluate import __main__ as evaluate
 from mpdit_jax.evaluate import command, inception_weights
@@ -16,7 +17,6 @@ from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, save_cla
 from mpdit_jax.evaluate.compute import compute_statistics
 from mpdit_jax.evaluate.report import make_result
 from mpdit_jax.evaluate.scratch import lock_scratch
-from mpdit_jax.evaluate.sets import open_npz, open_set
 from mpdit_jax.evaluate.statistics import compare
 from mpdit_jax.evaluate.stored_statistics import load_statistics, save_statistics
 from mpdit_jax.sample.__main__ import main as sample
@@ -27,7 +27,7 @@ from tests.tiny import refusal
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, digits):
-    """samples.npz, noise.npz, a folder of images."""
+    """Return a folder with samples.npz, compressed.npz and a folder of images."""
     folder, images = tmp_path_factory.mktemp("sets"), digits[0]
     np.savez(folder / "samples.npz", arr_0=images[:600], labels=digits[1][:600])
     np.savez_compressed(folder / "compressed.npz", arr_0=images[:600])
@@ -153,7 +153,7 @@ def test_statistics_of_another_extractor_are_refused_by_name(tmp_path, tiny_ince
     (np.zeros((5, 4), np.int64), "features is int64"),
     (np.zeros(4, np.float32), "features is float32"),
 ])  # fmt: skip
-def test_saved_features_that_are_none(tmp_path, tiny_inception, features, sentence):
+def test_saved_features_of_another_form_are_refused(tmp_path, tiny_inception, features, sentence):
     np.savez(tmp_path / "stats.npz", mu=np.zeros(4), sigma=np.eye(4), features=features)
     with pytest.raises(InputError, match=sentence):
         load_statistics(tmp_path / "stats.npz", tiny_inception)
@@ -162,7 +162,7 @@ def test_saved_features_that_are_none(tmp_path, tiny_inception, features, senten
 def test_an_adm_batch_is_a_set_of_images_to_another_network(
     files, tmp_path, extractor, classifier_file, digits, monkeypatch, capsys
 ):
-    """Its moments are Inception's; without weights the sentence says what to download."""
+    """The batch's moments are Inception's; without Inception's weights the error says what to download."""
     batch, images = tmp_path / "VIRTUAL_digits.npz", digits[0][:300]
     np.savez(batch, arr_0=images, mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
     options = evaluate.make_evaluate_parser().parse_args([f"--reference={batch}"])
@@ -176,13 +176,13 @@ def test_an_adm_batch_is_a_set_of_images_to_another_network(
     assert "download pt_inception-2015-12-05-6726825d.pth" in said
 
 
-def test_a_run_is_checked_before_its_reference_is_looked_at(tmp_path, classifier_file, monkeypatch, capsys):
+def test_a_run_is_checked_before_its_reference_is_read(tmp_path, classifier_file, monkeypatch, capsys):
     workdir = make_workdir(tmp_path / "run")
     other = ClassifierConfig(16, 16, 1, num_classes=10, base_channels=4, features=8)
     save_classifier(tmp_path / "other.safetensors", initialize(other, seed=0))
 
     def look(*arguments, **settings):
-        raise AssertionError("something was looked at in vain")
+        raise AssertionError("something was computed in vain")
 
     monkeypatch.setattr(command, "compute_statistics", look)
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((9, 16, 16, 1), np.uint8))
@@ -202,7 +202,6 @@ def test_a_run_is_checked_before_its_reference_is_looked_at(tmp_path, classifier
 
 
 def test_a_metric_that_is_no_number_is_refused(tmp_path, tiny_inception, digits):
-    """Not written as NaN, which is no JSON."""
     seen = collect(tiny_inception, [tiny_inception(digits[0][:100])], {})
     far = dataclasses.replace(seen, features=np.full((100, 4), 3e38) * np.float64(1e80))
     options = evaluate.make_evaluate_parser().parse_args(["--samples=x"])
@@ -211,7 +210,7 @@ def test_a_metric_that_is_no_number_is_refused(tmp_path, tiny_inception, digits)
 
 
 def test_moments_of_another_preprocessing_are_refused_or_warned_of(tmp_path, tiny_inception, digits, capsys):
-    """A file of another project does not say, but ADM's have spatial moments and pytorch-fid's have none."""
+    """Other projects' files do not name their preprocessing, but only ADM's have spatial moments."""
     moments = {"mu": np.zeros(4), "sigma": np.eye(4)}
     np.savez(tmp_path / "pytorch_fid.npz", **moments)
     np.savez(tmp_path / "adm.npz", **moments, mu_s=np.zeros(3), sigma_s=np.eye(3))
@@ -234,7 +233,7 @@ def test_moments_of_another_preprocessing_are_refused_or_warned_of(tmp_path, tin
     assert not capsys.readouterr().out
 
 
-def test_a_perfect_model_with_few_images_scores_what_is_told(extractor, digits):
+def test_a_perfect_model_with_few_images_scores_what_the_warning_says(extractor, digits):
     images = digits[0]
     real = collect(extractor, [extractor(images)], {})
     told = perfect_distance(real, 60)
@@ -244,7 +243,7 @@ def test_a_perfect_model_with_few_images_scores_what_is_told(extractor, digits):
     assert told > 3 * perfect_distance(real, 600)
 
 
-def test_an_interrupted_look_goes_on_where_it_was(files, tmp_path, extractor, monkeypatch):
+def test_an_interrupted_pass_continues_at_its_next_block(files, tmp_path, extractor, monkeypatch):
     images = open_set(str(files / "samples.npz"))
     look = {"outputs": ["pool"], "keep": ["pool"], "verb": "features", "batch_size": 100, "block_size": 100}
     seen = []
@@ -287,7 +286,7 @@ def test_a_run_is_drawn_and_compared_for_several_settings_in_one_go(tmp_path, cl
     again = run(capsys, *arguments)
     assert again.count("done before") == 4
     assert json.loads((workdir / "evaluation/results.json").read_text())["results"] == rows
-    # The same images by the other way: drawn into a file first.
+    # The same images, drawn into a file first, give the same numbers.
     out = tmp_path / "drawn.npz"
     one = ["--num_samples=30", "--steps=2", "--guidance_scale=1.5", "--batch_size=16"]
     assert sample([f"--workdir={workdir}", *one, f"--out={out}"]) == 0
@@ -357,7 +356,7 @@ def test_bad_arguments_are_one_sentence(files, classifier_file, tmp_path, monkey
         monkeypatch.setattr("mpdit_jax.runtime.progress.WorkBar.say", lambda *args: None)
         if "--out=x.txt" not in arguments:
             arguments.append(f"--out={tmp_path / 'out.json'}")
-        assert not (tmp_path / "out.json.unfinished").exists(), "something was looked at in vain"
+        assert not (tmp_path / "out.json.unfinished").exists(), "something was computed in vain"
         stderr = last_line(arguments, monkeypatch, capsys)
         assert sentence in stderr, (arguments, stderr)
     monkeypatch.setenv("MPDIT_JAX_INCEPTION", "typo.pth")
@@ -367,15 +366,22 @@ def test_bad_arguments_are_one_sentence(files, classifier_file, tmp_path, monkey
 
 
 @pytest.mark.parametrize("flag", [
-    "--step=5", "--no_ema", "--labels=random", "--solver=euler,heun", "--steps=50", "--time_grid=shifted",
-    "--time_shift=3.0", "--guidance_scale=1.5,2.0", "--guidance_interval=0.2,0.8", "--negative_labels=3:8,5:6",
-    "--guide=weak", "--rtol=0.1", "--atol=0.1", "--diffusion=sigma", "--diffusion_norm=2.0", "--precision=bfloat16",
+    "--step=5", "--no_ema", "--labels=random", "--class_names=a.txt", "--solver=euler,heun", "--steps=50",
+    "--time_grid=shifted", "--time_shift=3.0", "--guidance_scale=1.5,2.0", "--guidance_interval=0.2,0.8",
+    "--negative_labels=3:8,5:6", "--guide=weak", "--rtol=0.1", "--atol=0.1", "--diffusion=sigma",
+    "--diffusion_norm=2.0", "--precision=bfloat16",
 ])  # fmt: skip
 def test_flags_of_drawing_are_refused_where_nothing_is_drawn(flag, tmp_path, monkeypatch, capsys):
     samples = tmp_path / "samples.npz"
     arguments = [f"--samples={samples}", "--reference=data:digits", flag]
     said = refusal(evaluate.main, arguments, monkeypatch, capsys)
-    assert said.startswith(f"{flag} is of what is drawn from --workdir, and --samples={samples} is drawn already: ")
+    assert said.startswith(f"{flag} is for drawing from --workdir, and --samples={samples} is drawn already: ")
+
+
+def test_a_run_given_as_samples_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    said = refusal(evaluate.main, [f"--samples={tmp_path}", "--reference=data:digits"], monkeypatch, capsys)
+    assert said == f"--samples={tmp_path} is a run: give --workdir={tmp_path} to draw from it.\n"
 
 
 def test_an_image_size_is_refused_where_no_folder_is_cut(files, classifier_file, tmp_path, monkeypatch, capsys):
@@ -397,7 +403,7 @@ def test_an_image_size_is_refused_where_no_folder_is_cut(files, classifier_file,
 
 
 def test_photographs_are_cut_for_a_reference_and_samples_are_not(files, classifier_file, tmp_path, capsys):
-    """Larger and smaller ones: as a reference, and on the way to one; compared as samples they are refused."""
+    """Photographs of any size are cut as a reference and for --save_stats; as samples to compare they are refused."""
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     random = np.random.default_rng(0)
@@ -417,7 +423,7 @@ def test_photographs_are_cut_for_a_reference_and_samples_are_not(files, classifi
 
 
 def test_two_at_once_do_not_share_an_output(files, classifier_file, tmp_path, monkeypatch, capsys):
-    """The second is refused while the first lives, and the first is none the worse."""
+    """The second command is refused while the first runs, and does the first no harm."""
     out = tmp_path / "out.json"
     arguments = [f"--samples={files / 'samples.npz'}", f"--features=classifier:{classifier_file}", f"--out={out}"]
     arguments += ["--reference=data:digits", "--metrics=fd"]
@@ -430,7 +436,7 @@ def test_two_at_once_do_not_share_an_output(files, classifier_file, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
-def test_the_inception_score_needs_no_reference_and_looks_at_none(files, classifier_file, tmp_path, capsys):
+def test_the_inception_score_needs_no_reference_and_reads_none(files, classifier_file, tmp_path, capsys):
     out, features = tmp_path / "o.json", f"--features=classifier:{classifier_file}"
     for more in ([], ["--reference=none.npz"]):
         run(capsys, f"--samples={files / 'samples.npz'}", features, "--metrics=is", f"--out={out}", *more)
@@ -451,7 +457,7 @@ def test_too_few_images_are_warned_of_for_every_distance_and_either_set(tiny_inc
 
 
 def last_line(arguments, monkeypatch, capsys):
-    """As `refusal`, where a progress bar may have been printed before."""
+    """Return the error of a command that may have printed a progress bar before."""
     import sys
 
     from mpdit_jax.runtime import cli

@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.evaluate` with the networks themselves, from a file of weights to the printed numbers."""
+"""`python -m mpdit_jax.evaluate` computes its numbers with the networks, from a file of weights on."""
 
 import json
 
@@ -12,7 +12,7 @@ from mpdit_jax.evaluate import bias, inception_weights
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """12 real.npz and 6 fake.npz of 32 pixels. What a perfect model would score takes longest and is left out."""
+    """Return 12 real.npz and 6 fake.npz of 32 pixels, without a perfect model's score, which takes longest."""
     monkeypatch.setattr(bias, "perfect_distance", lambda *given: 1.0)
     monkeypatch.setattr(inception_weights, "CACHE", tmp_path / "nothing")
     monkeypatch.delenv("MPDIT_JAX_INCEPTION", raising=False)
@@ -23,7 +23,7 @@ def files(tmp_path, monkeypatch):
 
 
 def evaluated(files, *arguments):
-    """The only row."""
+    """Evaluate and return the only row."""
     out = files / "numbers.json"
     assert evaluate.main([f"--out={out}", "--batch_size=6", *map(str, arguments)]) == 0
     (row,) = json.loads(out.read_text())["results"]

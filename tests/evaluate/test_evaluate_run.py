@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.evaluate --workdir`: what a row depends on, and what it says of itself."""
+"""`python -m mpdit_jax.evaluate --workdir` computes rows anew when something changes, and records their settings."""
 
 import dataclasses
 import json
@@ -29,13 +29,13 @@ def workdir(tmp_path_factory):
 
 
 def evaluated(capsys, out, *arguments):
-    """What was printed, and the only row."""
+    """Evaluate and return what was printed, and the only row."""
     assert evaluate.main([*FEW, f"--out={out}", *map(str, arguments)]) == 0
     (row,) = json.loads(out.read_text())["results"]
     return capsys.readouterr().out, row
 
 
-def test_a_row_is_of_one_reference_and_says_what_was_used(
+def test_another_reference_makes_another_row_and_a_row_records_its_settings(
     workdir, tmp_path, extractor, classifier_file, capsys, digits, monkeypatch
 ):
     stats, out = tmp_path / "stats.npz", tmp_path / "numbers.json"
@@ -55,19 +55,19 @@ def test_a_row_is_of_one_reference_and_says_what_was_used(
     sampler = settings["sampler"]
     assert (sampler["checkpoint"], sampler["precision"], sampler["vae_fingerprint"]) == (1, "float32", None)
     assert sampler["label_counts"] == {"classes": 10, "fewest": 2, "most": 2}
-    monkeypatch.setattr(runs, "__version__", "99.0")  # it may compute otherwise
+    monkeypatch.setattr(runs, "__version__", "99.0")  # another version may compute other numbers
     said, of_later = evaluated(capsys, out, *arguments, metrics)
     assert "done before" not in said
     assert of_later["metrics"] == first["metrics"]
-    # Another content under the same name: another row.
+    # Other statistics in the same file make another row.
     save_statistics(stats, collect(extractor, [extractor(255 - digits[0])], real.about), features=True)
     said, third = evaluated(capsys, out, *arguments, metrics)
     assert "done before" not in said
     assert third["metrics"]["FD(classifier)"] != first["metrics"]["FD(classifier)"]
 
 
-def test_a_row_is_of_the_runs_data_as_they_are_now(tmp_path, classifier_file, capsys, digits):
-    """Repaired images under the same labels make another row; a copy of the same ones does not."""
+def test_changed_data_of_the_run_make_another_row(tmp_path, classifier_file, capsys, digits):
+    """Repaired images with the same labels make another row; a copy of the same images does not."""
     workdir, data, out = make_workdir(tmp_path / "run"), tmp_path / "data.npz", tmp_path / "numbers.json"
     config = json.loads((workdir / "config.json").read_text())
     config["data"] |= {"name": "arrays", "path": str(data)}
@@ -95,7 +95,7 @@ def test_statistics_and_batches_of_another_size_are_refused_before_anything_is_d
     assert not (tmp_path / "o.json.unfinished").exists()
     with pytest.raises(InputError, match="the samples are 8x8 pixels and the reference is 16x16"):  # as while training
         Reference(str(stats), ["fd"], None, None, "config.eval.").check(extractor, load_digits().shape)
-    # A foreign file says nothing of a size, but the images in it do.
+    # A file of another project does not record the size, but the images in it have one.
     as_inception(monkeypatch, dataclasses.replace(extractor, name="inception"))
     with np.load(stats) as archive:
         np.savez(stats, mu=archive["mu"], sigma=archive["sigma"], arr_0=np.zeros((9, 16, 16, 3), np.uint8))
@@ -104,12 +104,12 @@ def test_statistics_and_batches_of_another_size_are_refused_before_anything_is_d
 
 
 def as_inception(monkeypatch, extractor):
-    """Whatever is asked for."""
+    """Make every command use this extractor under the name inception."""
     monkeypatch.setattr(command, "choose_features", lambda *given: "inception")
     monkeypatch.setattr(command, "prepare_extractor", lambda *given: extractor)
 
 
-def test_of_a_runs_own_data_no_more_than_a_limit_is_looked_at(workdir, monkeypatch):
+def test_a_limited_number_of_a_runs_own_images_is_read(workdir, monkeypatch):
     monkeypatch.setattr(reference, "MOST_REAL", 100)
     options = evaluate.make_evaluate_parser().parse_args([f"--workdir={workdir}"])
     images = command.make_reference(options, ["fd"]).own()
@@ -123,7 +123,7 @@ def test_a_run_on_latents_is_decoded_by_its_vae(tmp_path, capsys, monkeypatch, t
     workdir = make_workdir(tmp_path / "run", in_channels=2)
     fingerprint = load_vae(str(vae)).fingerprint
     space = {"mean": [0.0, 0.0], "std": [1.0, 1.0], "vae_fingerprint": fingerprint}
-    facts = {"class_names": [str(label) for label in range(10)], "latents": space}
+    facts = {"class_names": [str(label) for label in range(10)], "latents": space, "labels": None}
     (workdir / "data.json").write_text(json.dumps(facts))
     np.savez(tmp_path / "real.npz", arr_0=np.random.default_rng(0).integers(0, 256, (70, 16, 16, 1), np.uint8))
     arguments = (f"--workdir={workdir}", f"--vae={vae}", f"--reference={tmp_path / 'real.npz'}", "--metrics=fid")
@@ -134,7 +134,7 @@ def test_a_run_on_latents_is_decoded_by_its_vae(tmp_path, capsys, monkeypatch, t
 
 
 class Drawn:
-    """A drawing of six images, of which some are not finite."""
+    """A drawing of six images, of which those numbered `broken` are NaN."""
 
     def __init__(self, *broken):
         self._broken = broken

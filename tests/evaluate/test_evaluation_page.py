@@ -1,4 +1,4 @@
-"""docs/evaluation.md says what the results that are kept beside it say."""
+"""The figures of docs/evaluation.md are those of docs/results."""
 
 import json
 import re
@@ -10,7 +10,7 @@ RESULTS = ROOT / "docs/results"
 
 
 def distances(name, setting):
-    """FD(classifier) by solver and setting."""
+    """Return FD(classifier) by solver and setting."""
     rows = json.loads((RESULTS / name).read_text())["results"]
     return {
         (re.split(r"[ ,]+", row["name"])[2], row["settings"]["sampler"][setting]): row["metrics"]["FD(classifier)"]

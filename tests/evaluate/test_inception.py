@@ -1,4 +1,4 @@
-"""FID's Inception: its parts by hand, its weights files, and parity with both PyTorch ports on random weights."""
+"""FID's Inception equals both PyTorch ports on random weights, and its files are read and checked."""
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def test_pixel_centres_lie_where_pytorch_has_them(size):
 @pytest.mark.parity
 @pytest.mark.parametrize("size", [(512, 512), (300, 768), (72, 72)])
 def test_corners_lie_where_torch_fidelity_has_them(size):
-    """Of reductions, where pixels are passed over, and of enlargements."""
+    """Reductions, which pass over pixels, and enlargements sample where torch-fidelity does."""
     import_torchvision()
     port = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
     import torch
@@ -133,7 +133,7 @@ def torch_state(inception_state):
 
 @pytest.mark.parity
 def test_a_safetensors_of_a_published_file_is_the_same_network(tmp_path, inception_state):
-    """Which is a .pth, with counters of batches and an auxiliary head that our network does not have."""
+    """The published .pth has batch counters and an auxiliary head that our network lacks."""
     torch = pytest.importorskip("torch")
     source, target = tmp_path / "published.pth", tmp_path / "weights.safetensors"
     state = {name: array.astype(np.float32) for name, array in inception_state.items() if array.dtype != np.int64}

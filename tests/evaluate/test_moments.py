@@ -1,4 +1,4 @@
-"""Streaming moments equal two passes in float64, however the vectors are shared out."""
+"""Streaming moments equal two passes in float64, however the vectors are divided."""
 
 import numpy as np
 import pytest
@@ -75,7 +75,7 @@ assert_two_pass(merge_processes(Moments.of(np.array_split(vectors, [400])[jax.pr
 
 @pytest.mark.slow
 def test_two_real_processes_merge_their_shares():
-    """In float64, which no collective of 32 bits would keep."""
+    """The merged moments keep float64, which a 32-bit collective would lose."""
     both = start_joined(_SHARES)
     outputs = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs

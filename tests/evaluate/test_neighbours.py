@@ -9,7 +9,7 @@ from mpdit_jax.evaluate.neighbours import precision_recall
 
 
 def brute_force(real, fake, k):
-    """From all differences, in float64."""
+    """Return precision and recall from all differences, in float64."""
     real, fake = real.astype(np.float64), fake.astype(np.float64)
     between = lambda a, b: np.stack([np.square(row - b).sum(axis=1) for row in a])  # noqa: E731
     reach = [np.sort(between(x, x), axis=1)[:, k] for x in (real, fake)]
@@ -54,8 +54,8 @@ def test_what_float32_cannot_tell_apart_is_settled_in_float64(monkeypatch):
 
 
 @pytest.mark.parametrize("centres", [[5.0], [5.0, -5.0]], ids=["one", "two"])
-def test_narrow_sets_far_away_are_not_gone_through_row_by_row(monkeypatch, centres):
-    """As those of a model that has collapsed: float32 cannot tell the members of two distant clusters apart."""
+def test_narrow_sets_far_apart_are_decided_quickly(monkeypatch, centres):
+    """A collapsed model gives such sets: float32 cannot tell the members of two distant clusters apart."""
     random, calls, between = np.random.default_rng(0), [], neighbours._between
     monkeypatch.setattr(neighbours, "_between", lambda *a: calls.append(1) or between(*a))
     real = random.standard_normal((300, 64)).astype(np.float32)
@@ -69,7 +69,7 @@ def test_narrow_sets_far_away_are_not_gone_through_row_by_row(monkeypatch, centr
 
 @pytest.mark.parametrize("size", [1e-30, 1e-15, 1e15, 1e25])
 def test_features_whose_squares_float32_does_not_hold(size):
-    """Sets of which neither is within the other: a wrong answer would be 0 or 1."""
+    """Neither set lies within the other, so a wrong answer would be 0 or 1."""
     real, fake = sets(200, 150, 8)
     expected = precision_recall(real, fake)
     assert 0 < min(expected) < max(expected) < 1

@@ -1,4 +1,4 @@
-"""What every distance must do: near zero between halves of one set, and rise with whatever is done to the images."""
+"""Every distance is near zero between halves of one set, and rises with every change of the images."""
 
 import itertools
 
@@ -14,7 +14,7 @@ ALL = ("fd", "precision", "recall", "kid")
 
 @pytest.fixture(scope="module")
 def measure(extractor, digits):
-    """Metrics of some images against the first half of the digits, over a trained classifier's features."""
+    """Return metrics of images against the first half of the digits, over a trained classifier's features."""
     images, _ = digits
     real = collect(extractor, [extractor(images[::2])], {})
 
@@ -40,7 +40,7 @@ def blurred(images, sigma):
 
 
 def imbalanced(images, labels, share):
-    """The class 0 takes that share of all images."""
+    """Return images of which class 0 has that share."""
     zeros, others = np.flatnonzero(labels == 0), np.flatnonzero(labels)
     count = len(images)
     rows = [np.resize(zeros, round(share * count)), others[: count - round(share * count)]]

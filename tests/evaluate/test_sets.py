@@ -1,29 +1,32 @@
-"""Which images a set consists of, what tells it from another, and which of them are looked at."""
+"""Image sets are read whole or in part, and their `about` tells one from another."""
 
 import io
 import os
 import shutil
+from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from mpdit_jax.data.image_sets import ArrayImages, open_npz, open_set
 from mpdit_jax.errors import DataError, InputError
 from mpdit_jax.evaluate import compute
+from mpdit_jax.evaluate.__main__ import _place
 from mpdit_jax.evaluate.compute import compute_statistics
 from mpdit_jax.evaluate.extractors import _build
 from mpdit_jax.evaluate.moments import Moments
-from mpdit_jax.evaluate.sets import ArrayImages, open_npz, open_set
 from mpdit_jax.evaluate.shared_values import portable
-from mpdit_jax.evaluate.subsets import limited
+from mpdit_jax.evaluate.subsets import random_subset
 from tests.evaluate.conftest import _Means, collect
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A grey file first, then coloured ones, one of them in a subfolder."""
+    """The first file is grey; the others have colours, and one lies in a subfolder."""
     random, root = np.random.default_rng(0), tmp_path / "images"
     (root / "b").mkdir(parents=True)
     Image.fromarray(random.integers(0, 256, (8, 8), np.uint8)).save(root / "a.png")
@@ -48,12 +51,12 @@ def test_another_file_in_a_subfolder_makes_another_set(folder):
 
 
 def test_a_copy_elsewhere_is_the_same_set_to_several_processes(folder, tmp_path):
-    """Other places and times of change, which decide what one process looks at again, and nothing else."""
+    """Places and times of change differ between copies; only a single process compares them."""
     copy = shutil.copytree(folder, tmp_path / "elsewhere", copy_function=shutil.copy)
     first, second = open_set(str(folder)).about, open_set(str(copy)).about
     assert first["files"] != second["files"]
     assert portable(first) == portable(second)
-    some = [limited(open_set(str(root)), 2).about for root in (folder, copy)]
+    some = [random_subset(open_set(str(root)), 2).about for root in (folder, copy)]
     assert portable(some[0]) == portable(some[1]) != portable(first)
     (copy / "b/c.png").rename(copy / "c.png")
     assert portable(open_set(str(copy)).about) != portable(first)
@@ -78,7 +81,7 @@ def test_some_images_are_of_all_classes(tmp_path, order):
     labels = np.sort(np.arange(1000) % 10) if order == "sorted" else np.arange(1000) % 10
     images = np.zeros((1000, 2, 2, 1), np.uint8) + labels[:, None, None, None].astype(np.uint8)
     np.savez(tmp_path / "set.npz", arr_0=images, labels=labels)
-    some = limited(open_npz(tmp_path / "set.npz"), 100)
+    some = random_subset(open_npz(tmp_path / "set.npz"), 100)
     seen = some.read(np.arange(100))[:, 0, 0, 0]
     assert set(seen) == set(range(10))
     assert np.bincount(seen).max() < 25
@@ -115,6 +118,13 @@ def test_only_what_metrics_need_is_kept_and_each_process_sums_its_share(tmp_path
     np.testing.assert_array_equal(kept, collect(extractor, [extractor(images.images)], {}).features)
 
 
+@pytest.mark.parametrize(("samples", "place"), [
+    ("data:digits:test", "data_digits_test"), ("idx:/mnist:test", "idx_mnist_test"), ("some/photos/", "some/photos"),
+])  # fmt: skip
+def test_numbers_go_beside_a_set_that_has_a_place_and_else_here(samples, place):
+    assert _place(Namespace(out="", workdir="", samples=samples)) == Path(f"{place}.metrics.json")
+
+
 def test_an_image_without_features_is_named_by_its_place_in_the_set():
     pool = lambda model, images: {"pool": 1 / images.astype(jax.numpy.float32).mean((1, 2))}  # noqa: E731
     inverse = _build("inverse", _Means(), pool, {"pool": 1}, {}, 8)
@@ -125,7 +135,7 @@ def test_an_image_without_features_is_named_by_its_place_in_the_set():
 
 
 def test_a_damaged_picture_is_named_whatever_its_decoder_raises(tmp_path):
-    """Every byte of a TIFF in turn; some make Pillow raise a TypeError."""
+    """Every byte of a TIFF is damaged in turn; some make Pillow raise a TypeError."""
     buffer = io.BytesIO()
     Image.fromarray(np.arange(108, dtype=np.uint8).reshape(12, 9)).save(buffer, "TIFF")
     path, refused = tmp_path / "a.tiff", 0

@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.evaluate` that two processes share."""
+"""Two processes share one `python -m mpdit_jax.evaluate`."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from tests.train.test_processes import all_refuse
 
 @pytest.mark.slow
 def test_a_run_is_compared_by_two_processes_as_by_one(tmp_path, classifier_file):
-    """Each looks at its share of the blocks; the first alone writes, and nothing unfinished is left behind."""
+    """Each process computes its share of the blocks; the first alone writes, and nothing unfinished remains."""
     workdir = make_workdir(tmp_path / "run")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -50,7 +50,7 @@ def test_a_run_is_compared_by_two_processes_as_by_one(tmp_path, classifier_file)
 
 @pytest.fixture
 def machines(tmp_path, classifier_file, digits):
-    """Two folders, each with a classifier and images of its own under the same names; the second was copied later."""
+    """Return two folders with the same classifier and images; the second is a later copy of the first."""
     first = tmp_path / "first"
     (first / "samples").mkdir(parents=True)
     for index, image in enumerate(digits[0][:40]):
@@ -61,7 +61,7 @@ def machines(tmp_path, classifier_file, digits):
 
 
 def evaluating(machines, out, features, what=("--samples=samples",)):
-    """Two processes, each in its own folder, which is its home too."""
+    """Start two processes, each in its own folder, which is also its home."""
     port = free_port()
     arguments = [*what, "--reference=real.npz", "--metrics=fd,precision", f"--out={out}"]
     return [
@@ -75,8 +75,8 @@ def evaluating(machines, out, features, what=("--samples=samples",)):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", [["--samples=samples"], ["--workdir=run", "--num_samples=40", "--steps=1"]])
-def test_two_machines_look_at_copies_of_one_set(machines, tmp_path, what):
-    """What they draw and see meets in one folder, though neither places nor times of the files are the same."""
+def test_two_machines_read_copies_of_one_set(machines, tmp_path, what):
+    """Their features meet in one folder, although paths and times of the files differ."""
     out = tmp_path / "out.json"
     shutil.copytree(make_workdir(machines[0] / "run"), machines[1] / "run")
     processes = evaluating(machines, out, ["--features=classifier:c.safetensors", "--batch_size=20"], what)
@@ -93,7 +93,7 @@ def test_two_machines_look_at_copies_of_one_set(machines, tmp_path, what):
     ("extractor", "process 1 was started with extractor="),
 ])  # fmt: skip
 def test_two_machines_with_other_files_are_refused(machines, tmp_path, digits, differing, sentence):
-    """Not put together: what each looks at is compared before it looks."""
+    """The files are compared before any features are computed."""
     second = machines[1]
     if differing == "samples":
         (second / "samples/39.png").unlink()
@@ -108,7 +108,7 @@ def test_two_machines_with_other_files_are_refused(machines, tmp_path, digits, d
 
 @pytest.mark.slow
 def test_two_machines_of_which_one_has_inceptions_weights_are_refused(machines, tmp_path):
-    """By itself each would take another network."""
+    """Each machine alone would choose another network."""
     cache = machines[1] / ".cache/mpdit_jax"
     cache.mkdir(parents=True)
     (cache / "pt_inception-2015-12-05-6726825d.pth").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""A tiny training whose config has some fields replaced."""
+"""Configs of a tiny training with some fields replaced."""
 
 from ml_collections import ConfigDict
 

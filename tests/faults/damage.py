@@ -1,4 +1,4 @@
-"""What is wrong in bulk: values, the bytes of a file, the entries of a JSON file; and readers that must survive it."""
+"""Generators of wrong values, damaged bytes and damaged JSON, and checks that a reader survives them."""
 
 import json
 import os
@@ -10,14 +10,14 @@ MUTATIONS = int(os.environ.get("MPDIT_JAX_MUTATIONS", "1200"))
 
 
 def bulk(count):
-    """So many examples, the same every time, however slow."""
+    """Settings of Hypothesis for `count` examples that are the same in every run and may be slow."""
     return settings(
         max_examples=count, deadline=None, database=None, derandomize=True, print_blob=True,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
     )  # fmt: skip
 
 
-# What a person types into a config, mostly wrong. Sizes stay small where JAX would have to allocate them.
+# Values of config fields, mostly wrong. Sizes that JAX would have to allocate stay small.
 WHOLE = st.sampled_from([-(2**63), -7, -1, 0, 1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 2**31, 2**32, 2**64])
 REAL = st.sampled_from([float("nan"), float("inf"), -1.0, 0.0, 1e-30, 0.5, 0.999, 1.0, 2.5, 1e30, 1e308])
 WORD = st.sampled_from(
@@ -49,7 +49,7 @@ def damaged(content, damage):
 
 
 def survives(path, content, read, expected, count=MUTATIONS // 8):
-    """Read so many damaged versions of a file: each is read, or refused by the error that is expected."""
+    """Read `count` damaged versions of a file: each is read, or refused by an error of class `expected`."""
     outcome, sentences = {True: 0, False: 0}, []
 
     @bulk(count)

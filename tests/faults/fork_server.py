@@ -1,7 +1,7 @@
-"""Real processes of our commands, cheap enough to kill fifty of them, and a way to kill them at any moment.
+"""A server that starts real processes of our commands so cheaply that a test can kill fifty of them.
 
-Half of the life of a tiny run is importing libraries. The fork_server imports them once and forks: each child is a
-process of its own that does what `python -m mpdit_jax.COMMAND` does from there on. Nothing of JAX runs before the fork.
+A tiny run spends half of its time importing libraries. The server imports them once and forks; each child then does
+what `python -m mpdit_jax.COMMAND` does after its imports. JAX starts no threads or devices before the fork.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.tiny import ROOT, command_main, environment
 
-MODULES = ("train", "train_vae", "sample", "prepare", "evaluate")  # what is killed
+MODULES = ("train", "train_vae", "sample", "prepare", "evaluate")  # commands that tests kill
 IMPORTED = (
     "mpdit_jax.train.loop", "mpdit_jax.train.replay", "mpdit_jax.sample.command", "mpdit_jax.prepare.store",
     "mpdit_jax.sample.decoding", "mpdit_jax.sample.options", "mpdit_jax.data.image_sets",
@@ -39,7 +39,7 @@ class Child:
         return self.output.read_text()
 
     def kill(self):
-        """Kill it like the kernel does; its status, which is 0 if it was done before."""
+        """Send SIGKILL and return the exit status, which is 0 if the command had ended before."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         return self.wait()
@@ -52,7 +52,7 @@ class Child:
 
 
 class ForkServer:
-    """A context manager; its children are killed when it ends."""
+    """A context manager; it kills its children when it ends."""
 
     def __init__(self, folder):
         self._folder, self._count = folder, 0
@@ -71,7 +71,7 @@ class ForkServer:
         self._process.stdout.close()
 
     def start(self, command, arguments, largest_file=None):
-        """Start `python -m mpdit_jax.COMMAND`, whose files may have so many bytes."""
+        """Start `python -m mpdit_jax.COMMAND`; `largest_file` limits the bytes of each file that it writes."""
         self._count += 1
         output = self._folder / f"output_{self._count}.txt"
         output.touch()
@@ -82,7 +82,7 @@ class ForkServer:
         return Child(pid, output, self)
 
     def run(self, command, arguments):
-        """Run a command to its end; what it printed. It must end well."""
+        """Run a command to its end, which must be a success; return what it printed."""
         child = self.start(command, arguments)
         status = child.wait()
         assert status == 0, child.text()
@@ -95,7 +95,7 @@ class ForkServer:
 
 
 def wait_until(condition, child, timeout=120.0):
-    """Poll until `condition()` or the child has ended; whether the condition holds."""
+    """Wait until `condition()` holds or the child has ended; return whether the condition holds."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         if condition():
@@ -110,7 +110,7 @@ def serve():
     """Answer one request a line."""
     for name in (*(f"mpdit_jax.{module}" for module in MODULES), *IMPORTED):
         importlib.import_module(name)
-    gc.freeze()  # what is imported is nobody's garbage, and looking at it would copy its pages
+    gc.freeze()  # a collection in a child would touch the imported objects, and so copy their pages
     children = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -130,7 +130,7 @@ def serve():
 
 
 def live(request):
-    """The life of a child; it does not return."""
+    """Run a command in the forked child, and end the process."""
     from mpdit_jax.runtime import cli
 
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -1,6 +1,6 @@
-"""Impossible configs and command lines, in bulk: traced, or refused by our own error.
+"""Random configs and command lines, in bulk, lead to a step that can be traced, or are refused by our own errors.
 
-MPDIT_JAX_MUTATIONS=20000 raises the numbers tried, MPDIT_JAX_RUNS=1000 that of the steps run.
+MPDIT_JAX_MUTATIONS=20000 raises the number of configs, MPDIT_JAX_RUNS=1000 the number of steps that are run.
 """
 
 import os
@@ -28,12 +28,12 @@ from tests.tiny import ROOT
 RUNS = int(os.environ.get("MPDIT_JAX_RUNS", "4"))
 VALUE = st.one_of(WHOLE, REAL, WORD, TUPLE, st.booleans(), st.none(), st.just({}), st.just([1]))
 FIELD = st.sampled_from([*defaults(), "model.hiden_size", "unknown", "optimizer"])
-# Of the kind that the field has, without which hardly a config would get past the checks of types.
+# Values of the field's own type: with others, hardly a config would pass the checks of types.
 LIKELY = {int: st.integers(1, 8), float: st.floats(0.01, 0.99), bool: st.booleans()}
 
 
 def value_of(field):
-    """Anything, or a value that the field may have."""
+    """Draw any value, or one that the field may have."""
     kind = type({**defaults(), **TINY}.get(field))
     return st.one_of(LIKELY[kind], LIKELY[kind], VALUE) if kind in LIKELY else VALUE
 
@@ -42,11 +42,11 @@ CHANGE = FIELD.flatmap(lambda field: st.tuples(st.just(field), value_of(field)))
 CHANGES = st.lists(CHANGE, min_size=1, max_size=3).map(dict)
 
 
-# Half of the tokens hidden, with which three changes of the other do not get.
+# A config of masked training, which three changes of the other config do not lead to.
 MASKED = {"mask_ratio": 0.5, "model.decoder_depth": 1, "model.patch_sizes": (1,), "model.depths": (2,)}
 BASE = st.sampled_from([{}, {}, MASKED])
 
-REACHED = {}  # what decides a step, of every config that can be traced, to the first such config
+REACHED = {}  # from the fields that decide a step to the first traced config that has them
 
 
 def build_train_step(architecture, batch, accumulation, optimizer, time, dropout, decay, spike, ratio, weight):
@@ -68,7 +68,7 @@ def build_train_step(architecture, batch, accumulation, optimizer, time, dropout
 
 @cache
 def traces(architecture, *settings):
-    """Whether the whole step can be traced: shapes, dtypes and loss, gradient and update of every parameter."""
+    """Return whether the whole step can be traced, with the gradient and the update of every parameter."""
     step, made, examples = build_train_step(architecture, *settings)
     state = abstract_state(architecture, made, make_mesh())
     after = jax.eval_shape(step, state, examples)
@@ -77,7 +77,7 @@ def traces(architecture, *settings):
 
 
 def try_config(changes):
-    """What `train` does with a config until its first step is compiled; whether it gets there."""
+    """Do what `train` does up to the compilation of its first step; return whether that is reached."""
     config = mutated(changes)
     if config is None:
         return False
@@ -118,7 +118,7 @@ def test_configs_are_traced_or_refused():
 
 @pytest.mark.slow
 def test_what_is_traced_is_run():
-    """One real step of everything that was traced and that decides another program, or of RUNS of them."""
+    """One real step runs for each different program among the traced configs, or for RUNS of them."""
     if not REACHED:
         test_configs_are_traced_or_refused()
     chosen = list(REACHED.items())[:: -(-len(REACHED) // RUNS)]
@@ -163,7 +163,7 @@ class Reached(MPDiTError):
 
 
 def test_command_lines(monkeypatch, capsys):
-    """Status 2 and a sentence, our own error, or a config that training begins with."""
+    """A command line ends with status 2 and one sentence, raises our own error, or begins a training."""
     counts, ends = dict.fromkeys(("refused by the parser", "refused by a check", "accepted"), 0), []
 
     def reached(config, workdir):

@@ -1,4 +1,4 @@
-"""Damaged and malicious files, in bulk: read, or refused by our own error, with nothing allocated that is not there."""
+"""Damaged and malicious files, in bulk, are read or refused by our own errors, and cannot make us allocate memory."""
 
 import dataclasses
 import gzip
@@ -22,9 +22,9 @@ import mpdit_jax as mp
 from mpdit_jax.checkpoint.load import load_config
 from mpdit_jax.checkpoint.reader import is_complete
 from mpdit_jax.data.crop import to_mode, to_square
-from mpdit_jax.data.image_sets import open_folder
 from mpdit_jax.data.info import read_dataset_info
 from mpdit_jax.data.latent_store import LatentStore
+from mpdit_jax.data.picture_sets import open_folder
 from mpdit_jax.data.sources import load_arrays
 from mpdit_jax.errors import CheckpointError, DataError, InputError, MPDiTError, WeightsError
 from mpdit_jax.io.idx import read_idx
@@ -96,7 +96,7 @@ def test_idx(tmp_path, name):
 
 
 def test_idx_bomb(tmp_path):
-    """A header that promises 4 GiB, and a gzip file that would unpack to as much."""
+    """A header that promises 4 GiB and a gzip file that unpacks to more than its header says are refused."""
     (tmp_path / "a").write_bytes(b"\0\0\x08\x03" + struct.pack(">3I", 2**16, 2**8, 2**8))
     with pytest.raises(DataError, match="more than"):
         read_idx(tmp_path / "a")
@@ -113,7 +113,7 @@ def picture(kind, size=(12, 9)):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
 def test_pictures(tmp_path, kind):
-    """As a file of `prepare`, which rejects it with a reason and goes on."""
+    """`prepare` uses a damaged picture, or rejects it with a reason and goes on."""
     path = tmp_path / "class" / f"a.{kind.lower()}"
     path.parent.mkdir()
 
@@ -129,7 +129,7 @@ def test_pictures(tmp_path, kind):
 
 
 def test_a_picture_of_more_pixels_than_a_photograph_has():
-    """It is whole, and Pillow would only warn of it."""
+    """The picture is undamaged, and Pillow would only warn of it."""
     content = io.BytesIO()
     Image.new("1", (13_000, 11_000)).save(content, "PNG")
     assert len(content.getvalue()) < 50_000
@@ -142,7 +142,7 @@ def test_a_picture_of_more_pixels_than_a_photograph_has():
 
 @pytest.mark.parametrize("size", [(60000, 60000), (16000, 9000), (1, 5000), (0, 4)])
 def test_picture_bombs(size):
-    """A few hundred bytes of PNG that unpack to gigabytes, or grow to them when the short side is made to fit."""
+    """A few hundred bytes of PNG are refused if they unpack to gigabytes, or would be scaled to that size."""
     header = struct.pack(">IIBBBBB", size[1], size[0], 8, 0, 0, 0, 0)
     chunk = b"IHDR" + header
     content = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
@@ -152,7 +152,7 @@ def test_picture_bombs(size):
         to_square(Image.open(io.BytesIO(content)), 256, 3)
     assert not isinstance(caught.value, MemoryError)
     with pytest.raises((InputError, Image.DecompressionBombError, OSError, SyntaxError)):
-        to_mode(Image.open(io.BytesIO(content)), 3)  # nor where it is not cropped
+        to_mode(Image.open(io.BytesIO(content)), 3)  # the picture is refused without cropping too
 
 
 TENSORS = {"x_embedder.proj.weight": np.zeros((8, 4, 2, 2), np.float32), "pos_embed": np.zeros((1, 4, 8), np.float32)}
@@ -200,7 +200,7 @@ def test_torch_files(tmp_path):
 
 
 def test_state_dicts(golden):
-    """A true state dict of which entries are missing, extra, misshapen or of another kind."""
+    """State dicts with missing, extra, misshapen or wrongly typed entries are loaded, or refused by our own errors."""
     state = golden.group("parameters/") or golden.group("state/") or golden.group("weights/")
     assert state, sorted(golden.arrays)[:5]
     names = sorted(state)
@@ -236,7 +236,7 @@ def test_manifests(tmp_path):
 
 
 def test_files_of_a_workdir(finished, tmp_path):
-    """The config and the facts of a run; a config of another time is completed, or refused in a sentence."""
+    """A damaged config.json or data.json is read, or refused by a CheckpointError."""
     for name in ("config.json", "data.json"):
         (tmp_path / name).write_bytes((finished / name).read_bytes())
     json_survives(tmp_path / "config.json", lambda: load_config(tmp_path), CheckpointError)
@@ -245,7 +245,7 @@ def test_files_of_a_workdir(finished, tmp_path):
 
 @pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 10**5])
 def test_brackets_without_end(finished, tmp_path, text):
-    """Python's parser calls itself for each of them."""
+    """Deeply nested JSON is refused, although Python's parser fails on it with a RecursionError."""
     with pytest.raises(ValueError, match="too many levels of brackets"):
         parse_json(text)
     (tmp_path / "config.json").write_text(text)
@@ -263,7 +263,7 @@ def test_settings_of_prepare(tmp_path):
 
 
 def test_a_config_of_an_older_version(finished, tmp_path):
-    """Fields that it does not have get their defaults; one that is no longer known is named."""
+    """Fields that the stored config lacks get their defaults; an unknown field is refused by name."""
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     stored = json.loads((finished / "config.json").read_text())

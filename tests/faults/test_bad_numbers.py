@@ -1,4 +1,4 @@
-"""NaN and Inf: the step is left out, counted and named, can be replayed, and too many of them end the run."""
+"""A step with NaN or Inf is skipped, counted, named and can be replayed; too many of them end the run."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ BAD_STEPS = (5, 6)
 
 @dataclasses.dataclass(frozen=True)
 class BadExamples:
-    """Digits of which some, read in the batches of BAD_STEPS alone, hold NaN."""
+    """Digits, some of which hold NaN; these are read in the batches of BAD_STEPS only."""
 
     source: sources.Source
     bad: frozenset[int]
@@ -64,7 +64,7 @@ def bad_data(monkeypatch):
 
 @pytest.fixture(scope="module")
 def with_skips(tmp_path_factory):
-    """A run of which BAD_STEPS were left out, and what it printed."""
+    """The workdir of a run that skipped BAD_STEPS, and what the run printed."""
     workdir = tmp_path_factory.mktemp("skips") / "run"
     script = (
         "from mpdit_jax.data import sources\n"
@@ -91,7 +91,7 @@ def test_a_bad_batch_is_left_out_and_named(with_skips):
 
 
 def test_replay_says_what_is_wrong(with_skips, bad_data, capsys):
-    """From the checkpoint of step 4, which needs no step before the fifth; nothing is written."""
+    """The replay of step 5 starts from the checkpoint of step 4 and writes nothing."""
     workdir, _ = with_skips
     before = sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob("*"))
     capsys.readouterr()
@@ -107,7 +107,7 @@ def test_replay_says_what_is_wrong(with_skips, bad_data, capsys):
 
 
 def test_replay_of_a_sound_step(with_skips, bad_data, capsys):
-    """Two steps are run first, of which one is left out again."""
+    """Two steps run before the replayed one, and one of them is skipped again."""
     assert main(train_arguments(with_skips[0], "--replay_step=7")) == 0
     stdout = capsys.readouterr().out
     assert "steps 5 to 6 are run again first" in stdout
@@ -118,7 +118,7 @@ def test_replay_of_a_sound_step(with_skips, bad_data, capsys):
 
 
 def test_replay_of_norms_that_overflow(tmp_path, capsys):
-    """Every entry is finite, and the norm is not; no step spikes where none is guarded against."""
+    """The replay names norms that overflow although every entry of the update is finite."""
     more = ["--config.optimizer.learning_rate=1e30", "--config.guard.abort_after=100", "--config.guard.spike_factor=0"]
     with pytest.raises(DivergedError, match="an update made of finite gradients was not finite"):
         main(train_arguments(tmp_path / "run", *more))
@@ -131,7 +131,7 @@ def test_replay_of_norms_that_overflow(tmp_path, capsys):
 
 
 def test_replay_takes_the_batch_in_the_parts_that_the_run_takes(with_skips, bad_data, capsys):
-    """A batch that does not fit in one is not computed in one."""
+    """The replay accumulates gradients as the run does, as a whole batch may not fit into memory."""
     parts = "--config.gradient_accumulation=4"
     with pytest.MonkeyPatch.context() as patch:
         sizes, flow = [], step_module.flow_matching_loss
@@ -158,7 +158,7 @@ def test_impossible_replays(with_skips, step, sentence):
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path, bad_data, capsys):
-    """The newest good checkpoint is kept, and nothing after it."""
+    """The run ends with status 3, and its newest checkpoint is the last good one."""
     workdir = tmp_path / "run"
     more = ["--config.guard.abort_after=2", "--config.log.every=1", "--config.checkpoint.every=1"]
     with pytest.raises(DivergedError, match="the newest checkpoint is of step 4") as caught:
@@ -169,7 +169,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path, bad_data, capsys):
 
 @pytest.mark.parametrize("stopped_by", ["a signal", "data"])
 def test_stopping_among_steps_that_are_left_out_keeps_the_good_checkpoint(tmp_path, bad_data, monkeypatch, stopped_by):
-    """What made them bad may be in the parameters; the checkpoint before is kept beside, though one is to be kept."""
+    """The cause may be in the parameters, so the last good checkpoint is kept too, although keep=1."""
     workdir = tmp_path / "run"
     more = ["--config.checkpoint.keep=1", "--config.checkpoint.every=2", "--config.log.every=100"]
     advance, take = RunLogger.advance, Prefetcher.take
@@ -178,7 +178,7 @@ def test_stopping_among_steps_that_are_left_out_keeps_the_good_checkpoint(tmp_pa
         advance(self, step)
         if step == 5 and stopped_by == "a signal":
             signal.raise_signal(signal.SIGTERM)
-            time.sleep(0.5)  # until the thread that hears of it has noted it
+            time.sleep(0.5)  # the thread that handles signals needs a moment
 
     def fail_at_six(self):
         taken.append(1)
@@ -196,12 +196,12 @@ def test_stopping_among_steps_that_are_left_out_keeps_the_good_checkpoint(tmp_pa
         assert main(train_arguments(workdir, *more)) == 0
     assert list_steps(workdir) == [4, 5]
     monkeypatch.undo()
-    assert main(train_arguments(workdir, *more)) == 0  # of sound digits from here on
+    assert main(train_arguments(workdir, *more)) == 0  # the data have no NaN any more
     assert list_steps(workdir) == [8]
 
 
 def test_a_spike_of_a_run_is_reported(tmp_path, monkeypatch, capsys):
-    """One batch of twelve is far from what the others are; the step counts, for nothing guards against it here."""
+    """The log names the step of an unusual batch, which is applied because spike_factor=0."""
 
     def spiked(source, *arguments, start, **options):
         for step, batch in enumerate(pipeline.batches(source, *arguments, start=start, **options), start):
@@ -214,7 +214,7 @@ def test_a_spike_of_a_run_is_reported(tmp_path, monkeypatch, capsys):
     assert re.search(r"step 11: the loss spiked to \d+(\.\d+)? in step 11, \d+\.\d times its running mean", said)
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[10])
     assert line["largest_loss_step"] == 11
-    assert line["largest_loss"] == pytest.approx(line["loss"])  # of one step
+    assert line["largest_loss"] == pytest.approx(line["loss"])  # the line is of one step
 
 
 def test_a_spike_is_reported():

@@ -1,4 +1,4 @@
-"""Impossible settings of what surrounds the step: whole runs end well, or are refused by our own error.
+"""Runs with impossible settings of grids, evaluations, logs and data end well, or are refused by our own errors.
 
 MPDIT_JAX_RUNS=1000 raises the number of configs tried.
 """
@@ -21,7 +21,7 @@ from tests.faults.damage import bulk
 RUNS = int(os.environ.get("MPDIT_JAX_RUNS", "20"))
 GROUPS = ("sample", "eval", "checkpoint", "log", "profile", "data", "mesh", "guard")
 FIELDS = [field for field in defaults() if field.partition(".")[0] in GROUPS]
-# Everything is on, and small.
+# Grids, evaluations and checkpoints are all on, and small.
 BASE = {
     "steps": 2, "sample.every": 1, "sample.steps": 2, "sample.per_class": 1, "log.every": 1, "checkpoint.every": 1,
     "eval.every": 1, "eval.num_samples": 8, "eval.steps": 2, "eval.batch_size": 4, "eval.metrics": "fd,precision",
@@ -46,7 +46,7 @@ def value_of(field):
 
 @pytest.mark.slow
 def test_whole_runs_end_well_or_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")  # a project may be named, and nobody is logged in there
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # a config may name a project, and nobody is logged in
     weights = tmp_path / "classifier.safetensors"
     save_classifier(weights, initialize(ClassifierConfig(8, 8, 1, num_classes=10, base_channels=4, features=8), seed=0))
     counts = {"run": 0, "refused": 0}
@@ -58,11 +58,11 @@ def test_whole_runs_end_well_or_are_refused(tmp_path, monkeypatch):
         config = mutated({**BASE, "eval.features": f"classifier:{weights}", **changes})
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of few samples
+                warnings.simplefilter("ignore")  # warnings of too few samples
                 state = train(config, workdir)
         except MPDiTError as error:
             if not str(error) or (workdir / "metrics.jsonl").exists():
-                raise  # says nothing, or too late: training had begun
+                raise  # an empty sentence, or one that comes after training had begun
             counts["refused"] += 1
             return
         assert int(state.step) == list_steps(workdir)[-1] == 2, changes

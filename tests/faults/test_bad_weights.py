@@ -1,14 +1,14 @@
-"""Damaged files of networks and of what they saw, in bulk: read, or refused by our own error."""
+"""Damaged files of weights, samples, features and statistics, in bulk, are read or refused by our own errors."""
 
 import json
 
 import numpy as np
 import pytest
 
+from mpdit_jax.data.image_sets import ArrayImages, open_npz
 from mpdit_jax.errors import ConfigError, InputError, WeightsError
 from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, load_classifier, save_classifier
 from mpdit_jax.evaluate.extractors import build_classifier
-from mpdit_jax.evaluate.sets import ArrayImages, open_npz
 from mpdit_jax.evaluate.stored_statistics import holds_statistics, load_statistics, save_statistics
 from mpdit_jax.interop.native_files import save_native, stored_step
 from mpdit_jax.interop.torch_weights import load_with_metadata
@@ -95,7 +95,7 @@ def test_a_classifier_larger_than_any_machine(tmp_path):
 
 
 def test_a_model_of_ours(tmp_path):
-    """What is no longer known as one of ours is refused as one of somebody else's."""
+    """A damaged file of our own weights is read, or refused, also when it is no longer recognized as ours."""
     path = tmp_path / "model.safetensors"
     save_native(path, tiny_model(), 3)
 

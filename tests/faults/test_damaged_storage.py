@@ -1,4 +1,4 @@
-"""A checkpoint that is not what was saved is noticed and told, and the one before it is used; never half of one."""
+"""A damaged checkpoint is noticed and named, and the one before it is used as a whole."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ from mpdit_jax.train.state import abstract_state, to_items
 from mpdit_jax.train.writers import MetricsFile
 from tests.tiny import assert_same_bits, optimized, run, saved_arrays, train_arguments
 
-# What Orbax's readers leave behind when a file is damaged.
+# Orbax's readers leave unfinished tasks behind when a file is damaged.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -36,7 +36,7 @@ def target_of(workdir):
 
 
 def restore(workdir):
-    """What `train` would continue from: (step, arrays by path, notes)."""
+    """Return what `train` would continue from: step, arrays by path, notes."""
     with Checkpoints(workdir, keep=3) as checkpoints:
         found = checkpoints.restore_newest(target_of(workdir))
     return found.step, by_path(found.items), found.notes
@@ -96,7 +96,7 @@ def lose_the_digests(folder):
 
 
 def leave_the_digests_out(folder):
-    """As Orbax alone would have saved it."""
+    """Make the checkpoint one that Orbax alone could have saved."""
     shutil.rmtree(folder / "integrity")
     path = folder / "_CHECKPOINT_METADATA"
     metadata = json.loads(path.read_text())
@@ -112,7 +112,7 @@ def forge_a_digest(folder):
 
 
 def rename_a_digests_key(folder):
-    """As a flipped bit does."""
+    """Change one character of a name, as a flipped bit does."""
     path = folder / "integrity" / "metadata"
     path.write_text(path.read_text().replace('"step"', '"stap"'))
 
@@ -128,12 +128,12 @@ def flatten_the_digests(folder):
 
 
 def bury_the_digests(folder):
-    """Deeper than Python's parser can go."""
+    """Nest the digests more deeply than Python's parser can read."""
     (folder / "integrity" / "metadata").write_text("[" * 10**5)
 
 
 def replace_by_an_older_one(folder):
-    """Every array is sound; it is only not of this step."""
+    """Put an undamaged checkpoint of another step in its place."""
     shutil.rmtree(folder)
     shutil.copytree(folder.parent / "4", folder)
 
@@ -149,7 +149,7 @@ def test_the_one_before_is_used(finished, tmp_path, damage):
     copy, newest = copy_of(finished, tmp_path)
     expected = split(mp.load_checkpoint(finished, step=4))[1]
     damage(newest)
-    if damage is not lose_an_item:  # sampling does not read the optimizer, and must not be asked to
+    if damage is not lose_an_item:  # sampling does not read the optimizer
         with pytest.raises(CheckpointError, match=r"checkpoints/8 .*move it away to use another \(there are: 4\)"):
             mp.load_checkpoint(copy, step=8)
     with pytest.warns(DamageWarning, match=r"checkpoints/8 .*; step 4 is used"):
@@ -169,7 +169,7 @@ def a_newer_version(folder, monkeypatch):
 
 
 def a_file_that_may_not_be_read(folder, monkeypatch):
-    """As another user's; root may read everything."""
+    """Refuse to read a file, as the system does with another user's; root could read a real one."""
     read = Path.read_text
 
     def refuse(path, *arguments, **options):
@@ -181,7 +181,7 @@ def a_file_that_may_not_be_read(folder, monkeypatch):
 
 
 def too_many_open_files(folder, monkeypatch):
-    """As TensorStore tells of them."""
+    """Raise TensorStore's error for too many open files."""
 
     def refuse(self, *arguments, **options):
         raise ValueError("UNAVAILABLE: Error opening file [OS error 24: EMFILE Too many open files]")
@@ -191,24 +191,24 @@ def too_many_open_files(folder, monkeypatch):
 
 @pytest.mark.parametrize("refused", [a_newer_version, a_file_that_may_not_be_read, too_many_open_files])
 def test_what_may_be_sound_is_not_set_aside(finished, tmp_path, monkeypatch, refused):
-    """Training would go back to an older one, and leave what was done since."""
+    """A checkpoint that may be undamaged stays in place, as training from an older one would lose steps."""
     copy, newest = copy_of(finished, tmp_path)
     refused(newest, monkeypatch)
-    with pytest.raises(UnavailableError, match=r"checkpoints/8 .*need not be damage, and nothing was moved: mend that"):
+    with pytest.raises(UnavailableError, match=r"checkpoints/8 .*need not be damage, and nothing was moved: make it"):
         restore(copy)
     assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["4", "8"]
     assert not (copy / "damaged_checkpoints").exists()
 
 
 def test_a_flipped_bit_is_never_loaded(finished, tmp_path):
-    """Whatever file it is in: the arrays are those that were saved, or the checkpoint is refused."""
+    """With a flipped bit in any file, the arrays are those that were saved, or the checkpoint is refused."""
     seed = random.SystemRandom().randrange(2**32)
     draw = random.Random(seed)
     print(f"seed {seed}")
     expected = restore(finished)[1]
     copy, newest = copy_of(finished, tmp_path)
     refused = 0
-    # Half of the files hold nothing that is read: trees of keys that others replaced, records of Orbax's own.
+    # Half of the files are never read, such as outdated trees of keys and Orbax's own records.
     arrays_are_in = sorted(data_files(newest), key=lambda path: path.stat().st_size)[-5:]
     files = draw.sample(files_of(newest), 10) + arrays_are_in
     for path in files:
@@ -228,7 +228,7 @@ def test_a_flipped_bit_is_never_loaded(finished, tmp_path):
 
 
 def test_training_goes_on_from_the_one_before(finished, tmp_path):
-    """Told in one sentence, and the run ends in the same bits as one that lost nothing."""
+    """One sentence tells of the damage, and the run ends in the bits of a run without damage."""
     copy, newest = copy_of(finished, tmp_path)
     truncate(newest)
     status, stdout, stderr = run("train", train_arguments(copy))
@@ -253,7 +253,7 @@ def test_nothing_is_touched_if_no_checkpoint_is_whole(finished, tmp_path):
 
 
 def test_a_folder_made_by_hand_is_no_checkpoint(finished, tmp_path):
-    """It is not counted, not sampled from, and not deleted in its turn as an old one would be."""
+    """A folder with a number for a name is not counted, not sampled from, and not deleted."""
     copy, newest = copy_of(finished, tmp_path)
     for name in ("2", "100"):
         (newest.parent / name).mkdir()
@@ -288,11 +288,11 @@ def test_digests_notice_every_bit():
 
 
 def test_what_digests_cost(tmp_path):
-    """Beside saving the same arrays, one after the other and optimized; the share is printed."""
+    """Computing digests takes less than half of the time of saving the same arrays; the share is printed."""
     draw = np.random.default_rng(0)
     tree = {str(number): jax.numpy.asarray(draw.normal(size=(2**20, 8)).astype(np.float32)) for number in range(2)}
     with optimized():
-        integrity.digests(tree)  # compiled
+        integrity.digests(tree)  # compiles the program
     seconds = {"digests": [], "saving": []}
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         for step in range(1, 4):
@@ -310,7 +310,7 @@ def test_what_digests_cost(tmp_path):
 
 
 def test_a_damaged_line_of_the_log_costs_no_other(tmp_path):
-    """Lines after the checkpoint go, as does a last one that was cut short; what the disk has damaged stays."""
+    """Lines after the checkpoint and a half-written last line are removed; a damaged line before them stays."""
     path = tmp_path / "metrics.jsonl"
     lines = [b'{"step": %d, "loss": 1.0}' % step for step in range(1, 7)]
     lines[1] = b"\xfb" + lines[1][1:]

@@ -1,4 +1,4 @@
-"""A disk that is full or read-only, a workdir that vanishes or is taken: a clear end, nothing overwritten."""
+"""A full or read-only disk and a deleted or replaced workdir end a run with a sentence, and nothing is overwritten."""
 
 import os
 import re
@@ -15,17 +15,11 @@ from mpdit_jax.errors import CheckpointError, InputError
 from mpdit_jax.io.locked_folder import Job, LockedFolder
 from mpdit_jax.train.__main__ import main
 from mpdit_jax.train.logger import RunLogger
-from tests.faults.fork_server import ForkServer, wait_until
+from tests.faults.fork_server import wait_until
 from tests.prepare.conftest import make_vae
 from tests.tiny import assert_same_bits, saved_arrays, train_arguments
 
 EVERY = ["--config.steps=12", "--config.checkpoint.every=1", "--config.checkpoint.keep=100", "--config.log.every=1"]
-
-
-@pytest.fixture(scope="module")
-def fork_server(tmp_path_factory):
-    with ForkServer(tmp_path_factory.mktemp("fork_server")) as fork_server:
-        yield fork_server
 
 
 @pytest.fixture
@@ -49,13 +43,13 @@ def small_disk(tmp_path):
 
 
 def only_sentence(text):
-    """The one sentence that a failed command ends by; Orbax and TensorStore may print tracebacks of their threads."""
+    """Return the one sentence that a failed command printed; Orbax and TensorStore may print tracebacks beside it."""
     (sentence,) = [line for line in text.splitlines() if line.startswith("error: ")]
     return sentence
 
 
 def at_step_ten(fork_server, workdir, saved_every):
-    """A long training that has written its first line of the log."""
+    """Start a long training, and wait for the first line of its log."""
     long = ["--config.steps=100000", f"--config.checkpoint.every={saved_every}", "--config.log.every=10"]
     child = fork_server.start("train", train_arguments(workdir, *long))
     wait_until(lambda: "\nstep 10/" in child.text(), child)
@@ -63,7 +57,7 @@ def at_step_ten(fork_server, workdir, saved_every):
 
 
 def test_disk_full(fork_server, small_disk, tmp_path):
-    """It ends with a sentence; what was saved before is whole, and with more room the run goes on to the same bits."""
+    """The run ends with a sentence and undamaged checkpoints, and with more room continues to the same bits."""
     place, remount = small_disk
     child = fork_server.start("train", train_arguments(place / "run", *EVERY))
     assert child.wait() == 1
@@ -79,7 +73,7 @@ def test_disk_full(fork_server, small_disk, tmp_path):
 
 
 def test_files_that_may_not_grow(fork_server, tmp_path):
-    """As with a quota: the limit is on a single file, and the first checkpoint does not fit."""
+    """A limit on the size of files, as a quota sets it, ends the run at its first checkpoint with a sentence."""
     limited = ["--config.model.hidden_size=64"]
     workdir = tmp_path / "run"
     child = fork_server.start("train", train_arguments(workdir, *limited), largest_file=200_000)
@@ -89,7 +83,7 @@ def test_files_that_may_not_grow(fork_server, tmp_path):
 
 
 def test_a_store_that_may_not_grow(fork_server, tmp_path):
-    """`prepare` with a quota; with room the same command finishes the store."""
+    """A limit on the size of files ends `prepare`; without it the same command finishes the store."""
     images = tmp_path / "images" / "one"
     images.mkdir(parents=True)
     for number in range(40):
@@ -120,7 +114,7 @@ def test_read_only_directory(fork_server, small_disk):
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_workdir_deleted_during_the_run(fork_server, tmp_path, replaced):
-    """The run ends at its next line of the log, and does not write into what has taken the folder's place."""
+    """The run ends at its next line of the log, and writes nothing into a folder of the same name."""
     workdir = tmp_path / "run"
     child = at_step_ten(fork_server, workdir, saved_every=100)
     workdir.rename(tmp_path / "moved")
@@ -136,11 +130,11 @@ def test_workdir_deleted_during_the_run(fork_server, tmp_path, replaced):
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_workdir_deleted_with_all_that_is_in_it(fork_server, tmp_path, replaced):
-    """In the middle of saving: TensorStore makes the folders again that it was writing to, and nothing else is made."""
+    """A save in progress may make its own folders again; nothing else is written."""
     workdir = tmp_path / "run"
     child = at_step_ten(fork_server, workdir, saved_every=1)
     while workdir.exists():
-        shutil.rmtree(workdir, ignore_errors=True)  # it is written to meanwhile
+        shutil.rmtree(workdir, ignore_errors=True)  # the run may write files meanwhile
     if replaced:
         workdir.mkdir(exist_ok=True)
         (workdir / "notes.txt").write_text("mine")
@@ -154,7 +148,7 @@ def test_workdir_deleted_with_all_that_is_in_it(fork_server, tmp_path, replaced)
 
 @pytest.mark.parametrize("written", ["the grid", "an evaluation"])
 def test_what_takes_the_workdirs_place_gets_nothing_of_the_old_run(tmp_path, monkeypatch, written):
-    """Neither where nothing but pictures and evaluations is due."""
+    """Grids and evaluations are not written into a folder that has replaced the workdir."""
     workdir = tmp_path / "run"
 
     def replace(step):
@@ -172,7 +166,7 @@ def test_what_takes_the_workdirs_place_gets_nothing_of_the_old_run(tmp_path, mon
 
 
 def test_the_owner_of_a_lock_is_named(fork_server, tmp_path):
-    """And a killed owner leaves nothing that anybody would have to remove."""
+    """The second run names the first; a killed first run leaves no lock that has to be removed."""
     workdir, long = tmp_path / "run", ["--config.steps=100000", "--config.log.every=10"]
     child = fork_server.start("train", train_arguments(workdir, *long))
     wait_until(lambda: "starting at step" in child.text(), child)

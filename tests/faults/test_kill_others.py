@@ -1,5 +1,4 @@
-"""Large `sample` runs, `prepare`, `evaluate` and training that evaluates, killed at random moments: the output is that
-of an undisturbed run.
+"""`sample`, `prepare`, `evaluate` and a training that evaluates write the same output if they are killed meanwhile.
 
 MPDIT_JAX_KILL_SEED=N repeats the moments of a run that failed, which prints N first.
 """
@@ -13,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, save_classifier
-from tests.faults.fork_server import ForkServer, wait_until
+from tests.faults.fork_server import wait_until
 from tests.prepare.conftest import make_vae
 from tests.sample.conftest import make_workdir, read_npz
 from tests.tiny import assert_same_bits, saved_arrays, train_arguments
@@ -21,22 +20,15 @@ from tests.tiny import assert_same_bits, saved_arrays, train_arguments
 KILLS = 4
 
 
-@pytest.fixture(scope="module")
-def fork_server(tmp_path_factory):
-    with ForkServer(tmp_path_factory.mktemp("fork_server")) as fork_server:
-        yield fork_server
-
-
 def kill_and_finish(fork_server, command, arguments, progress, total):
-    """Kill a command KILLS times, each time at a random moment of what is left, and while its last lines run; then let
-    it end.
+    """Kill a command KILLS times at random moments and once in its last lines, then run it to its end.
 
     Args:
-        fork_server: where it lives.
+        fork_server: starts the command.
         command: its name.
         arguments: its arguments.
-        progress: how far it has come.
-        total: what that is when all that takes time is done.
+        progress: returns a count that grows with the work done.
+        total: the count when everything but the last lines is done.
     """
     seed = int(os.environ.get("MPDIT_JAX_KILL_SEED", random.SystemRandom().randrange(2**32)))
     print(f"seed {seed}")
@@ -91,21 +83,21 @@ def test_prepare(fork_server, tmp_path):
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-    """To look at 8x8 images through; not trained."""
+    """An untrained classifier of 8x8 images, whose features evaluations use."""
     path = tmp_path_factory.mktemp("classifier") / "tiny.safetensors"
     save_classifier(path, initialize(ClassifierConfig(8, 8, 1, num_classes=10, base_channels=4, features=8), seed=0))
     return path
 
 
 def leave_litter(folder):
-    """As a kill in the middle of the last lines does, which take too short for one to be met."""
+    """Leave what a kill in the last lines leaves; they are too short for a kill to meet them."""
     (folder / "numbers.json.unfinished.old" / "samples_0").mkdir(parents=True)
     for name in ("numbers.json", "statistics.npz"):
         (folder / f".{name}.k1ll3d_0.tmp").write_text("half")
 
 
 def test_evaluate_a_run(fork_server, classifier, tmp_path):
-    """Settings that were done are not drawn again, nor blocks of the one that was not."""
+    """Finished settings are not drawn again, nor finished blocks of an unfinished setting."""
     workdir, found = make_workdir(tmp_path / "run"), tmp_path / "found"
     arguments = [
         f"--workdir={workdir}", f"--features=classifier:{classifier}", "--metrics=fd,is,precision,recall,kid",
@@ -113,12 +105,12 @@ def test_evaluate_a_run(fork_server, classifier, tmp_path):
     ]  # fmt: skip
     fork_server.run("evaluate", [*arguments, f"--out={tmp_path / 'expected' / 'numbers.json'}"])
     leave_litter(found)
-    (found / ".statistics.npz.k1ll3d_0.tmp").unlink()  # of another command
+    (found / ".statistics.npz.k1ll3d_0.tmp").unlink()  # evaluate does not delete another command's temporaries
     text = kill_and_finish(
         fork_server,
         "evaluate",
         [*arguments, f"--out={found / 'numbers.json'}"],
-        # A row is worth more than the blocks that go when it is done.
+        # A finished row counts more than its blocks, which are then deleted.
         lambda: 100 * len(list(found.glob("*[0-9a-f].json"))) + len(list(found.glob("*.unfinished/*/*[0-9].npz"))),
         200,
     )
@@ -127,7 +119,7 @@ def test_evaluate_a_run(fork_server, classifier, tmp_path):
 
 
 def test_evaluate_images(fork_server, classifier, tmp_path):
-    """The statistics that it saves as well."""
+    """The numbers and the saved statistics are those of an undisturbed evaluation."""
     draw = np.random.default_rng(0)
     np.savez(tmp_path / "samples.npz", arr_0=draw.integers(0, 255, (20_000, 8, 8, 1), np.uint8))
     arguments = [
@@ -149,7 +141,7 @@ def test_evaluate_images(fork_server, classifier, tmp_path):
 
 @pytest.mark.slow
 def test_train_with_evaluations(fork_server, classifier, tmp_path):
-    """Cut off in the middle of an evaluation, training makes up for it: every line of the log, to the byte."""
+    """A training that is killed during an evaluation repeats it: the log is the same to the byte."""
     arguments = train_arguments(
         "", "--config.steps=16", "--config.checkpoint.every=2", "--config.eval.every=2",
         f"--config.eval.features=classifier:{classifier}", "--config.eval.num_samples=32",
@@ -172,7 +164,7 @@ def test_train_with_evaluations(fork_server, classifier, tmp_path):
 
 
 def assert_same_files(expected, found):
-    """The same names, nothing left over, and the same bytes in each."""
+    """Both folders have the same files with the same bytes."""
     assert sorted(path.name for path in expected.iterdir()) == sorted(path.name for path in found.iterdir())
     for path in expected.iterdir():
         assert path.read_bytes() == (found / path.name).read_bytes(), path.name

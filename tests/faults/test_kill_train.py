@@ -1,4 +1,4 @@
-"""Training that is killed at random moments, again and again, ends in the bits of a run that was left alone.
+"""A training that is killed at many random moments ends in the bits of an undisturbed run.
 
 MPDIT_JAX_KILLS=500 raises the number of kills, MPDIT_JAX_KILL_SEED=7 repeats a series.
 """
@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from mpdit_jax.checkpoint.reader import is_complete
-from tests.faults.fork_server import ForkServer, wait_until
+from tests.faults.fork_server import wait_until
 from tests.tiny import ROOT, assert_same_bits, run, saved_arrays
 
 KILLS = int(os.environ.get("MPDIT_JAX_KILLS", "50"))
 STEPS = 80
-TINY = [  # of one level: the time of a save is that of its number of arrays
+TINY = [  # one level: the time of a save grows with the number of arrays
     f"--config={ROOT / 'configs/digits.py'}", "--config.data.name=arrays", "--config.batch_size=4",
     "--config.model.patch_sizes=2,", "--config.model.depths=1,", "--config.model.hidden_size=16",
     "--config.model.num_heads=2", "--config.model.time_embedding=sinusoidal", f"--config.steps={STEPS}",
@@ -29,21 +29,15 @@ TINY = [  # of one level: the time of a save is that of its number of arrays
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
-    """Of the run without its workdir; reading its data needs no scikit-learn."""
+    """The arguments of the run without its workdir; its data are read without scikit-learn."""
     path, draw = tmp_path_factory.mktemp("data") / "digits.npz", np.random.default_rng(0)
     np.savez(path, images=draw.integers(0, 255, (50, 8, 8, 1), np.uint8), labels=np.arange(50) % 10)
     return [*TINY, f"--config.data.path={path}"]
 
 
 @pytest.fixture(scope="module")
-def fork_server(tmp_path_factory):
-    with ForkServer(tmp_path_factory.mktemp("fork_server")) as fork_server:
-        yield fork_server
-
-
-@pytest.fixture(scope="module")
 def undisturbed(fork_server, arguments, tmp_path_factory):
-    """Started as a user starts it."""
+    """The workdir of an undisturbed run, started as a user starts it."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     status, _, stderr = run("train", [*arguments, f"--workdir={workdir}"])
     assert status == 0, stderr
@@ -51,17 +45,17 @@ def undisturbed(fork_server, arguments, tmp_path_factory):
 
 
 def being_saved(workdir):
-    """Checkpoints that are not finished, each time Orbax makes one by another name or folder."""
+    """The unfinished checkpoints in a workdir as (name, inode): Orbax may use a name again for another folder."""
     found = set()
     for path in (workdir / "checkpoints").glob("*tmp*"):
-        with contextlib.suppress(FileNotFoundError):  # it has just got its name
+        with contextlib.suppress(FileNotFoundError):  # the checkpoint has been renamed meanwhile
             found.add((path.name, path.stat().st_ino))
     return found
 
 
 def kill_once(fork_server, arguments, workdir, draw):
-    """Start the run, kill it at a random moment: (what it was doing, whether it was done before)."""
-    left = being_saved(workdir)  # by an earlier kill
+    """Start the run and kill it at a random moment; return what it was doing, and whether it had ended before."""
+    left = being_saved(workdir)  # left by an earlier kill
     child, begun = fork_server.start("train", arguments), time.monotonic()
     how = draw.choices(["starting", "running", "saving"], [2, 5, 4])[0]
     if how == "starting":
@@ -76,14 +70,14 @@ def kill_once(fork_server, arguments, workdir, draw):
             time.sleep(draw.uniform(0, 0.5))
     status = child.kill()
     assert status in (0, -9), child.text()
-    if "\nstep " not in child.text():  # what is unfinished on the disk then is of an earlier kill
+    if "\nstep " not in child.text():  # an unfinished checkpoint is then of an earlier kill
         return "starting", status == 0
     return "saving" if being_saved(workdir) - left else "running", status == 0
 
 
 @pytest.mark.slow
 def test_killed_fifty_times(fork_server, arguments, undisturbed, tmp_path):
-    """In another workdir whenever a run gets to its end before."""
+    """The kills go on in another workdir whenever a run has reached its end."""
     seed = int(os.environ.get("MPDIT_JAX_KILL_SEED", random.SystemRandom().randrange(2**32)))
     print(f"seed {seed}")
     draw, counts, runs, done = random.Random(seed), dict.fromkeys(("starting", "running", "saving"), 0), 0, True
@@ -105,7 +99,7 @@ def test_killed_fifty_times(fork_server, arguments, undisturbed, tmp_path):
 
 
 def assert_same_run(expected, workdir):
-    """Parameters, EMA, optimizer and progress to the bit, metrics.jsonl to the byte, and no step twice."""
+    """Both runs have the same bits in every array and the same metrics.jsonl, which has no step twice."""
     assert_same_bits(saved_arrays(expected, STEPS), saved_arrays(workdir, STEPS))
     metrics = (workdir / "metrics.jsonl").read_bytes()
     assert metrics == (expected / "metrics.jsonl").read_bytes()

@@ -25,9 +25,9 @@ LONG = ["--config.steps=100000", "--config.checkpoint.every=20", "--config.log.e
 
 
 def start_all(workdir, *more, count=2, second=(), before=("", ""), port=None, **options):
-    """All processes of a run.
+    """Start all processes of a run.
 
-    `second` and `options` are the second's alone; `before` is what each of the first two runs first.
+    `second` and `options` are for the second process only; `before` has code that the first two run first.
     """
     port, arguments = port or free_port(), train_arguments(workdir, *more, f"--heartbeat_timeout={HEARTBEAT}")
     return [
@@ -42,7 +42,7 @@ def start_all(workdir, *more, count=2, second=(), before=("", ""), port=None, **
 
 
 def outputs_of(processes, timeout=600):
-    """What they print, stdout and stderr each; they have ended."""
+    """Wait for the processes to end, and return stdout and stderr of each."""
     try:
         return [process.communicate(timeout=timeout) for process in processes]
     finally:
@@ -59,7 +59,7 @@ def wait_for_step(workdir, process, step):
 
 
 def names(stderr, lost):
-    """Whether JAX's last words name a process; it calls process 0 the leader, or the service that runs there."""
+    """Return whether JAX's last words name the lost process; JAX calls process 0 the leader, or the service there."""
     if lost == 0:
         return "leader (usually slice 0 task 0)" in stderr or "RPC: /xla.coordination.CoordinationService" in stderr
     return re.search(rf"stopped sending heartbeats\):\n{lost}\n|Task {lost} heartbeat timeout", stderr) is not None
@@ -68,8 +68,8 @@ def names(stderr, lost):
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "lost"), [(2, 1), (2, 0), (4, 2)])
 def test_a_killed_process_ends_the_others_and_the_same_command_continues(tmp_path, count, lost):
-    """To the bits of a run that lost nothing."""
-    steps = 300 if count == 2 else 120  # so many that it is killed before the last; four processes take longer
+    """The continued run ends in the bits of an undisturbed one."""
+    steps = 300 if count == 2 else 120  # enough that the kill comes before the last step; four processes take longer
     workdir, some = tmp_path / "run", [f"--config.steps={steps}", *LONG[1:]]
     processes = start_all(workdir, *some, count=count)
     try:
@@ -99,7 +99,7 @@ def test_a_killed_process_ends_the_others_and_the_same_command_continues(tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("silent", [1, 0])
 def test_a_process_that_falls_silent(tmp_path, silent):
-    """As that of a machine that is gone: nothing comes from it, and its connections do not end."""
+    """A stopped process sends nothing and keeps its connections, like that of a machine that is gone."""
     both = start_all(tmp_path / "run", *LONG)
     try:
         wait_for_step(tmp_path / "run", both[0], 20)
@@ -125,7 +125,7 @@ LACKS_8 = "from pathlib import Path\nthere = Path.is_dir\nPath.is_dir = lambda s
     (LACKS_8, "process 1 does not see {}/checkpoints/8"),
 ])  # fmt: skip
 def test_machines_that_do_not_share_the_workdir(finished, tmp_path, before, sentence):
-    """Process 1 looks at what lies elsewhere, or at what its file system has not heard of."""
+    """Process 1 has another folder under the name of the workdir, or does not see its newest checkpoint."""
     workdir = shutil.copytree(finished, tmp_path / "run")
     both = start_all(workdir, "--config.steps=10", before=("", before))
     for process, (_, stderr) in zip(both, outputs_of(both), strict=True):
@@ -138,14 +138,14 @@ def test_machines_that_do_not_share_the_workdir(finished, tmp_path, before, sent
 
 @pytest.mark.slow
 def test_damage_is_agreed_on(tmp_path):
-    """All use the older checkpoint, one tells of it, and they end in the bits of a run that lost nothing."""
+    """All processes use the older checkpoint, one of them says so, and they end in the bits of an undamaged run."""
     both = start_all(tmp_path / "whole", *SHARED)
     assert outputs_of(both)
     assert [process.returncode for process in both] == [0, 0]
     copy = shutil.copytree(tmp_path / "whole", tmp_path / "run")
     part = max((copy / "checkpoints/8/parameters/ocdbt.process_1/d").iterdir(), key=lambda path: path.stat().st_size)
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
-    (copy / "checkpoints/2").mkdir()  # as a kill in the middle of its deletion leaves it
+    (copy / "checkpoints/2").mkdir()  # what a kill during its deletion leaves
     both = start_all(copy, *SHARED)
     outputs = outputs_of(both)
     assert [process.returncode for process in both] == [0, 0], outputs
@@ -159,7 +159,7 @@ def test_damage_is_agreed_on(tmp_path):
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_for_one(tmp_path):
-    """The other one would wait 20 minutes for its half of the checkpoint, and then say something else."""
+    """The process that cannot write ends with a sentence; otherwise Orbax lets the other wait for 20 minutes."""
 
     def little_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
@@ -175,8 +175,8 @@ def test_a_disk_that_is_full_for_one(tmp_path):
 
 @pytest.mark.slow
 def test_another_run_on_the_same_port_does_no_harm(tmp_path):
-    """As when two are started with local_multiprocess.sh, whose port is always the same."""
-    port, long = free_port(), [*LONG, "--config.log.every=1000"]  # nobody reads it meanwhile
+    """A second run on the first one's port is refused; local_multiprocess.sh always takes the same port."""
+    port, long = free_port(), [*LONG, "--config.log.every=1000"]  # the test does not read the output meanwhile
     both = start_all(tmp_path / "run", *long, port=port)
     try:
         wait_for_step(tmp_path / "run", both[0], 20)
@@ -198,7 +198,7 @@ def test_another_run_on_the_same_port_does_no_harm(tmp_path):
 
 @pytest.mark.parametrize("fault", ["an error", "a bug"])
 def test_an_error_of_one_ends_all(fault):
-    """Whoever waits for it learns of it and ends, and it does not wait for them."""
+    """The process ends with its error without waiting, and JAX ends the process that waits for it."""
     raised = "InputError('no such data')" if fault == "an error" else "IndexError('a bug')"
     both = start_joined(f"if options.process_id == 1:\n    raise {raised}")
     (_, first), (_, second) = outputs_of(both, BOUND)
@@ -210,7 +210,7 @@ def test_an_error_of_one_ends_all(fault):
 
 @pytest.mark.slow
 def test_an_error_of_all_is_a_sentence_of_each():
-    """They come to it at different times, and none of them is taken for lost."""
+    """Processes that meet the same error at different times each print it, and none is taken for lost."""
     for process in start_joined("time.sleep(options.process_id)\nraise InputError('no such data')", 4):
         _, stderr = process.communicate(timeout=BOUND)
         assert (process.returncode, stderr) == (1, "error: no such data\n")

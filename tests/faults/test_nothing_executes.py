@@ -11,11 +11,10 @@ import pytest
 from PIL import UnidentifiedImageError
 
 import mpdit_jax as mp
-from mpdit_jax.data.image_sets import open_images
+from mpdit_jax.data.image_sets import open_images, open_set
 from mpdit_jax.data.latent_store import LatentStore, read_manifest
 from mpdit_jax.data.sources import load_arrays
 from mpdit_jax.errors import ConfigError, DataError, MPDiTError, WeightsError
-from mpdit_jax.evaluate.sets import open_set
 from mpdit_jax.interop.files import read_state_dict
 from mpdit_jax.train.__main__ import main
 from tests.tiny import ROOT
@@ -78,7 +77,7 @@ def test_objects_in_npz(tmp_path, trace, name):
 
 
 def test_no_code_of_ours_unpickles_or_evaluates():
-    """pickle is imported for the name of an error alone; only absl runs a file, the --config of the command line."""
+    """Only `config.flags` runs a file, the --config of the command line."""
     forbidden = re.compile(
         r"\bpickle\.loads?\(|(?<![.\w])(eval|exec)\(|allow_pickle=True|weights_only=False|\bos\.system\(|shell=True|"
         r"\bmarshal\b|\bdill\b|yaml\.(unsafe_)?load\(|extractall\(|\b__import__\("
@@ -93,7 +92,7 @@ def test_no_code_of_ours_unpickles_or_evaluates():
 
 
 def test_a_stored_config_is_data(tmp_path, trace):
-    """What lies in a workdir is read as JSON, never as a Python file, whatever it says."""
+    """The config in a workdir is read as JSON, and never runs as Python."""
     (tmp_path / "config.json").write_text(f"open({str(trace)!r}, 'w')")
     with pytest.raises(MPDiTError, match=r"config\.json cannot be read"):
         mp.load_checkpoint(tmp_path)
@@ -126,7 +125,7 @@ def test_a_manifest_names_only_files_of_its_folder(tmp_path, name):
 
 
 def test_names_in_an_archive_go_nowhere(tmp_path):
-    """An .npz is a zip; entries that point outside are not arrays that anyone asks for, and nothing is extracted."""
+    """Entries of an .npz with paths outside its folder are not read, and nothing is extracted."""
     path = tmp_path / "in" / "mine.npz"
     path.parent.mkdir()
     np.savez(path, images=np.zeros((2, 8, 8, 1), np.uint8), labels=np.zeros(2, np.int64))
@@ -138,7 +137,7 @@ def test_names_in_an_archive_go_nowhere(tmp_path):
 
 
 def test_a_picture_is_not_given_to_another_program(trace, tmp_path, monkeypatch):
-    """Pillow would have Ghostscript read what is EPS, whatever its name says."""
+    """EPS under the name of a PNG is refused; Pillow would run Ghostscript for it."""
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "gs"
     program.write_text(f"#!/bin/sh\ntouch {trace}\nexit 1\n")
@@ -149,5 +148,5 @@ def test_a_picture_is_not_given_to_another_program(trace, tmp_path, monkeypatch)
     picture.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
     with pytest.raises(DataError, match=r"a\.png cannot be used"):
         open_set(str(picture.parent))
-    with pytest.raises(UnidentifiedImageError):  # which `prepare` names the picture for
+    with pytest.raises(UnidentifiedImageError):  # for which `prepare` rejects the picture by name
         open_images(str(tmp_path / "images")).open(0)[0].load()

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT at every moment of a run: saved and status 0, or ended at once, and nothing harmed."""
+"""SIGTERM and SIGINT at any moment end a run saved with status 0, or at once, and damage nothing."""
 
 import fcntl
 import os
@@ -17,7 +17,7 @@ from PIL import Image
 from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.errors import InputError
 from mpdit_jax.train.__main__ import main
-from tests.faults.fork_server import ForkServer, wait_until
+from tests.faults.fork_server import wait_until
 from tests.tiny import ROOT, assert_same_bits, environment, run, saved_arrays, start, train_arguments
 
 LONG = ["--config.steps=100000", "--config.checkpoint.every=100000", "--config.log.every=5"]
@@ -29,14 +29,8 @@ VAE = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def fork_server(tmp_path_factory):
-    with ForkServer(tmp_path_factory.mktemp("fork_server")) as fork_server:
-        yield fork_server
-
-
 def handles(pid, number):
-    """Whether a process has a handler of its own for a signal."""
+    """Return whether a process has a handler for a signal."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     caught = next(line.split()[1] for line in lines if line.startswith("SigCgt:"))
     return bool(int(caught, 16) & 1 << (number - 1))
@@ -44,20 +38,20 @@ def handles(pid, number):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_while_libraries_are_imported(tmp_path, number, status):
-    """The first thing that happens takes seconds, and a Ctrl-C there used to end in a traceback of some library."""
+    """A signal during the imports, which take seconds, ends the command with a sentence and no traceback."""
     process = start("train", train_arguments(tmp_path / "run"))
-    while not handles(process.pid, signal.SIGTERM):  # before, Python itself is still starting
+    while not handles(process.pid, signal.SIGTERM):  # Python itself may still be starting
         time.sleep(0.001)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (status, "")
     assert "Traceback" not in stderr
-    assert "mpdit_jax.train --config=" in stderr  # the line that starts it again
+    assert "mpdit_jax.train --config=" in stderr  # the command that starts the run again
     assert not (tmp_path / "run").exists()
 
 
 def test_before_the_first_step(fork_server, tmp_path):
-    """There is nothing to save: it ends at once, even while it compiles."""
+    """SIGTERM ends a run without a step at once, also while XLA compiles."""
     alone = "--config.model.hidden_size=24"  # no other test has compiled its step
     child = fork_server.start("train", train_arguments(tmp_path / "run", *LONG, alone))
     wait_until(lambda: "starting at step 0" in child.text(), child)
@@ -69,7 +63,7 @@ def test_before_the_first_step(fork_server, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_vae_before_its_first_step(fork_server, tmp_path, number):
-    """As above; Ctrl-C is noted, and heeded before the first step or after it."""
+    """SIGTERM ends it at once; Ctrl-C ends it before its first step or after it."""
     (tmp_path / "images" / "one").mkdir(parents=True)
     for index in range(8):
         Image.new("L", (8, 8), 30 * index).save(tmp_path / "images" / "one" / f"{index}.png")
@@ -101,7 +95,7 @@ def test_saved_within_the_grace_period(fork_server, tmp_path):
 
 
 def test_another_status_for_schedulers_to_whom_0_is_the_end(tmp_path):
-    """Kubernetes starts nothing again that ended with 0."""
+    """MPDIT_JAX_STOPPED_STATUS=75 replaces status 0, after which Kubernetes would not start the run again."""
     process = start("train", train_arguments(tmp_path / "run", *LONG), extra={"MPDIT_JAX_STOPPED_STATUS": "75"})
     for line in process.stdout:
         if "\nstep 5/" in f"\n{line}":
@@ -120,7 +114,7 @@ def test_a_status_that_is_none(tmp_path, monkeypatch, capsys):
 
 
 def test_whoever_reads_the_output_goes_away(tmp_path):
-    """As a lost connection does: the run is saved, and nothing is said about it."""
+    """A broken pipe, as of a lost connection, stops the run: it is saved, and prints nothing about it."""
     workdir = tmp_path / "run"
     process = start("train", train_arguments(workdir, *LONG))
     for line in process.stdout:
@@ -137,7 +131,7 @@ def test_whoever_reads_the_output_goes_away(tmp_path):
     assert f"continuing at step {step}" in stdout
 
 
-# From the first line of the log on.
+# Fills the disk under the output when the first line of the log has been written.
 FILLS = """
 import os, threading, time
 def fill():
@@ -151,7 +145,7 @@ threading.Thread(target=fill, daemon=True).start()
 
 @pytest.mark.parametrize("streams", [(1,), (1, 2)])
 def test_a_disk_that_takes_no_more_of_the_output(tmp_path, streams):
-    """The log of a run fills somebody's home, and the workdir is elsewhere: the run is saved."""
+    """A full disk under the output stops the run: it is saved in its workdir on another disk."""
     workdir = tmp_path / "run"
     before = FILLS.format(metrics=str(workdir / "metrics.jsonl"), streams=streams)
     process = start("train", train_arguments(workdir, *LONG), before=before)
@@ -164,7 +158,7 @@ def test_a_disk_that_takes_no_more_of_the_output(tmp_path, streams):
 
 
 def read_until(terminal, mark):
-    """What is shown on a terminal, to a mark."""
+    """Read what is shown on a terminal up to a mark."""
     said, end = b"", time.monotonic() + 60
     while mark not in said:
         assert select.select([terminal], [], [], end - time.monotonic())[0], said
@@ -172,7 +166,7 @@ def read_until(terminal, mark):
 
 
 def test_the_terminal_is_closed(tmp_path):
-    """As when a laptop is shut: SIGHUP, and whatever is printed from then on fails."""
+    """SIGHUP and failing prints, as when a laptop is shut, stop the run: it is saved."""
     workdir = tmp_path / "run"
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -189,7 +183,7 @@ def test_the_terminal_is_closed(tmp_path):
 
 
 def test_a_terminal_that_is_closed_on_whoever_ignores_it(tmp_path):
-    """As under nohup, without a file for the output: the writing fails, and stops the run like a signal."""
+    """Under nohup without a file for the output, the first failing print stops the run: it is saved."""
     workdir = tmp_path / "run"
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -205,7 +199,7 @@ def test_a_terminal_that_is_closed_on_whoever_ignores_it(tmp_path):
 
 
 def test_a_grace_period_that_is_too_short(fork_server, tmp_path):
-    """It ends in time, says so, and what was saved before is as it was."""
+    """The run ends in time and says so, and the older checkpoint is unchanged."""
     workdir = tmp_path / "run"
     fork_server.run("train", train_arguments(workdir, "--config.steps=4"))
     before = saved_arrays(workdir, 4)
@@ -218,7 +212,7 @@ def test_a_grace_period_that_is_too_short(fork_server, tmp_path):
 
 
 def test_a_second_signal_ends_at_once(fork_server, tmp_path):
-    """Also in the middle of the last save; the checkpoint before it is whole, and the run goes on from it."""
+    """The second signal may come during the last save; the run continues from the checkpoint before it."""
     workdir = tmp_path / "run"
     fork_server.run("train", train_arguments(workdir, "--config.steps=4"))
     before = saved_arrays(workdir, 4)
@@ -239,7 +233,7 @@ def test_a_second_signal_ends_at_once(fork_server, tmp_path):
     assert f"continuing at step {reached}" in output
 
 
-# Everything of the checkpoint is written, and it has not its name yet.
+# Delays a save when all files of the checkpoint are written, before it gets its name.
 SLOW = """
 import time
 import orbax.checkpoint as ocp
@@ -263,7 +257,7 @@ def test_a_second_signal_in_the_middle_of_a_save(fork_server, tmp_path):
     while not list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*/parameters*/**/d/*")):
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(0.5)  # two at the same moment are one request
+    time.sleep(0.5)  # two signals at the same moment count as one request
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=20)  # of the 30 s that the save still takes
     assert process.returncode == 143
@@ -280,7 +274,7 @@ import os, signal, time
 from mpdit_jax.runtime.signals import PreemptionHandler
 with PreemptionHandler(grace=float({grace}), saved=lambda: "the checkpoint of step 7") as stop:
     print("ready", flush=True)
-    # The main thread is inside a library and hears nothing: without handlers of its own Python would wait for it.
+    # While the main thread is inside a library, Python runs no handler there; the thread of PreemptionHandler does.
     import ctypes
     for _ in range(20):
         ctypes.CDLL(None).usleep(900000)
@@ -304,7 +298,7 @@ with PreemptionHandler(saved=lambda: "nothing") as stop:
 
 
 def test_one_signal_is_no_second_one():
-    """Neither after whoever read the output has gone, nor where it is delivered twice: the last save must not end."""
+    """A signal after the output was closed, or delivered twice at once, counts as the first: the save goes on."""
     process = subprocess.Popen(
         [sys.executable, "-c", UNHEARD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, cwd=ROOT, env=environment(),
@@ -326,7 +320,7 @@ del kept
 
 
 def test_a_stream_that_was_closed_is_not_flushed_at_the_end():
-    """Python 3.13 tells of it; older ones do in development mode."""
+    """Python 3.13 warns of it; older versions warn in development mode."""
     found = subprocess.run(
         [sys.executable, "-X", "dev", "-c", CLOSED], capture_output=True, text=True, cwd=ROOT, env=environment()
     )

@@ -1,4 +1,4 @@
-"""The judgement of a soak; the hour itself is started by a person."""
+"""The judgement of a soak on made-up samples; the hour-long soak itself is not part of the tests."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from studies.soak import Sample, SoakError, main, measure_drifts
 
 
 def samples(growth):
-    """Of a minute of start-up and then 400 seconds in which memory grows by this share."""
+    """Samples of a minute of start-up, and of 400 seconds in which memory grows by the share `growth`."""
     start = [Sample(second, second * 2**20, 5, trains=False) for second in range(60)]
     return start + [
         Sample(60 + second, int(2**30 * (1 + growth * second / 400)), 9, trains=True) for second in range(400)
@@ -22,7 +22,7 @@ def test_what_is_flat_passes():
 
 def test_what_grows_does_not():
     memory, _, step = measure_drifts(samples(0.2), [0.5, *[0.02] * 20, *[0.0215] * 19])
-    assert memory.share == pytest.approx(0.1 / 1.1, abs=0.001)  # from 1.1 to 1.2 times what it began with
+    assert memory.share == pytest.approx(0.1 / 1.1, abs=0.001)  # memory grows from 1.1 to 1.2 times its first value
     assert not memory.passed
     assert step.share == pytest.approx(0.075)
     assert not step.passed

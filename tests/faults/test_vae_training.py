@@ -1,4 +1,4 @@
-"""Training a VAE: what is not finite is never saved, and nothing is written into a folder that took the run's place."""
+"""A VAE's training never saves parameters that are not finite, nor writes into a folder that replaced its workdir."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ def arguments(tmp_path):
 
 
 def disturb(monkeypatch, step, change):
-    """Have `change` see the state after that step, and give another."""
+    """Replace the state after a step by `change(state)`."""
     make = vae._make_update
 
     def made(*given):
@@ -46,7 +46,7 @@ def disturb(monkeypatch, step, change):
 
 
 def broken(state):
-    """The loss is not yet affected."""
+    """Make the parameters NaN, which the loss of this step does not show."""
     return state._replace(parameters=jax.tree.map(lambda leaf: leaf * jnp.nan, state.parameters))
 
 

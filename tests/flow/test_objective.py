@@ -48,6 +48,8 @@ def test_refusals():
     model = mp.create_model("mpdit_b", depths=(1, 1), hidden_size=16, num_heads=2, input_size=4, num_classes=3)
     with pytest.raises(InputError, match="label 99 is out of range"):
         mp.flow_matching_loss(model, np.zeros((2, 4, 4, 4)), [1, 99], key=jax.random.key(0))
+    with pytest.raises(InputError, match=r"x ranges from 0 to 255: expected \[-1, 1\] .*give images / 127\.5 - 1"):
+        mp.flow_matching_loss(model, np.arange(256).reshape(4, 4, 4, 4), [1] * 4, key=jax.random.key(0))
     with pytest.raises(ConfigError, match="std=0"):
         LogitNormal(0.0, 0.0)
 

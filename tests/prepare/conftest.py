@@ -46,6 +46,6 @@ def make_vae(path, seed):
 
 
 def arguments(folder, vae, out, *more):
-    """Of prepare."""
+    """Return the arguments of a small `prepare`."""
     sizes = ("--image_size=8", "--batch_size=4", "--shard_size=5", "--flip=both")
     return [f"--images={folder}", f"--vae={vae}", f"--out={out}", *sizes, *more]

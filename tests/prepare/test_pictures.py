@@ -74,7 +74,7 @@ def test_crop_halves_with_a_box_filter():
     ],
 )
 def test_crop_is_adms(size, wanted, halvings, resized, corner):
-    """Every size worked out by hand from ADM's rule: halve with a box, resize with bicubic, cut out the centre."""
+    """The sizes are worked out by hand from ADM's rule: halve with a box, resize with bicubic, cut the centre."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
     expected = image
     for half in halvings:

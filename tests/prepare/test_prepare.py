@@ -1,5 +1,6 @@
-"""From images to a store: what is in it, resuming, and what is refused."""
+"""`prepare` makes a store of images, continues an unfinished one, and refuses what does not belong to it."""
 
+import dataclasses
 import json
 import os
 import re
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mpdit_jax.data.image_sets import _parse, open_images, open_set
 from mpdit_jax.data.latent_store import LatentStore, read_manifest
 from mpdit_jax.data.sources import load_source
-from mpdit_jax.errors import DataError, InputError, MPDiTError
+from mpdit_jax.errors import DataError, DataWarning, InputError, MPDiTError
+from mpdit_jax.prepare import store
 from mpdit_jax.prepare.__main__ import main
 from tests.prepare.conftest import arguments
 from tests.tiny import free_port, start
@@ -31,19 +34,19 @@ def copy(finished, tmp_path):
 
 
 def contents(out):
-    """Of every file but the lock, which says who held it last."""
+    """Return the bytes of every file but the lock, which says who held it last."""
     return {path.name: path.read_bytes() for path in out.iterdir() if path.name != ".lock"}
 
 
 def test_the_store_holds_what_the_vae_says(finished, folder, vae_folder):
     from mpdit_jax.vae import load_vae
 
-    store = LatentStore(finished)
-    manifest = store.manifest
+    opened = LatentStore(finished)
+    manifest = opened.manifest
     assert manifest.class_names == ("one", "two", "zero")
     assert manifest.class_counts == (4, 4, 4)
     assert [shard.examples for shard in manifest.shards] == [5, 5, 2]
-    records = store.read(np.array([11, 0, 6]))
+    records = opened.read(np.array([11, 0, 6]))
     assert records["label"].tolist() == [2, 0, 1]
     vae = load_vae(vae_folder)
     for record in records:
@@ -52,7 +55,7 @@ def test_the_store_holds_what_the_vae_says(finished, folder, vae_folder):
             mean, std = vae.encode(pixels)
             np.testing.assert_allclose(record["mean"][view], mean[0], rtol=2e-3, atol=2e-3)
             np.testing.assert_allclose(record["std"][view], std[0], rtol=2e-3, atol=2e-3)
-    everything = store.read(np.arange(12))
+    everything = opened.read(np.arange(12))
     mean, std = everything["mean"].astype(float), everything["std"].astype(float)
     np.testing.assert_allclose(manifest.latent_mean, mean.mean(axis=(0, 1, 2, 3)))
     np.testing.assert_allclose(
@@ -93,7 +96,6 @@ def test_an_interrupted_store_is_finished_with_the_same_bytes(finished, folder, 
 
 
 def test_a_finished_store_that_lost_files_is_repaired(finished, copy, folder, vae_folder, capsys):
-    """What is there is kept, what is lost is made again, and all ends with the same bytes."""
     kept = copy / "shard-00000-of-00003.array_record"
     before = kept.stat().st_mtime_ns
     (copy / "shard-00001-of-00003.array_record").unlink()
@@ -127,11 +129,11 @@ def test_other_class_names_are_another_setting(copy, folder, vae_folder, tmp_pat
 
 
 def test_an_image_of_another_size_is_another_set(folder, vae_folder, tmp_path):
-    """Under the same name, as a repaired file is; a store that is finished would say that it is done."""
+    """A finished store would otherwise say that it is done although an image was replaced under its name."""
     root = shutil.copytree(folder, tmp_path / "images")
     assert main(arguments(root, vae_folder, tmp_path / "out")) == 0
     touched = next((root / "two").iterdir())
-    os.utime(touched, (0, 0))  # as copies on other machines have other times
+    os.utime(touched, (0, 0))  # copies on other machines have other times
     assert main(arguments(root, vae_folder, tmp_path / "out")) == 0
     Image.new("L", (16, 16), 9).save(touched)
     with pytest.raises(InputError, match=r"images: .* there, .* now"):
@@ -139,7 +141,7 @@ def test_an_image_of_another_size_is_another_set(folder, vae_folder, tmp_path):
 
 
 def test_processes_with_different_vaes_write_nothing(folder, vae_folder, other_vae, tmp_path):
-    """Each may have a path of its own, under which lies another VAE."""
+    """The same path may lead to different VAEs on two machines."""
     port, out = free_port(), tmp_path / "out"
     processes = [
         start(
@@ -174,7 +176,7 @@ def test_a_broken_image_is_left_out_and_many_fail(folder, vae_folder, tmp_path, 
     assert main(arguments(root, vae_folder, out, "--shard_size=50")) == 0
     [rejected] = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
     assert rejected["key"] == "two/broken.png"
-    assert "cannot identify" in rejected["reason"]
+    assert rejected["reason"].startswith("cannot identify a picture of the kinds JPEG, PNG")
     assert read_manifest(out).examples == 124
     assert "1 rejected" in capsys.readouterr().out
     odd.save(root / "two" / "moves.gif", save_all=True, append_images=[odd.rotate(90)])
@@ -185,6 +187,51 @@ def test_a_broken_image_is_left_out_and_many_fail(folder, vae_folder, tmp_path, 
     reasons = {line["key"]: line["reason"] for line in map(json.loads, lines)}
     assert reasons.keys() == {"two/broken.png", "two/moves.gif"}
     assert "animated or of several pages: 2 frames" in reasons["two/moves.gif"]
+
+
+@pytest.fixture
+def broken(folder, tmp_path):
+    """The folder with three more pictures that cannot be read, all after the first shard of five."""
+    root = shutil.copytree(folder, tmp_path / "images")
+    for name in ("two/z.png", "zero/000.png", "zero/001.png"):
+        (root / name).write_bytes(b"no image")
+    return root
+
+
+def shards(out):
+    return {path.name: path.stat().st_mtime_ns for path in sorted(out.glob("shard-*"))}
+
+
+@pytest.mark.parametrize("repaired", [False, True])
+def test_a_refused_store_continues_without_the_removed_images(broken, vae_folder, tmp_path, repaired):
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"3 of 15 images were rejected.*two/z\.png: cannot.*remove or repair them"):
+        main(arguments(broken, vae_folder, out))
+    before = shards(out)
+    for name in ("two/z.png", "zero/000.png", "zero/001.png"):
+        (broken / name).unlink()
+    if repaired:
+        Image.new("L", (8, 8), 9).save(broken / "two/z.png")
+    assert main(arguments(broken, vae_folder, out)) == 0
+    after = shards(out)
+    assert [name[:11] for name in before | after if before[name] != after[name]] == ["shard-00001"] * repaired
+    manifest, written = read_manifest(out), contents(out)
+    assert (manifest.examples, manifest.rejected) == (12 + repaired, 0)
+    assert (out / "rejected.jsonl").read_text() == ""
+    assert main(["--verify", f"--out={out}"]) == 0
+    assert main(arguments(broken, vae_folder, out)) == 0
+    assert contents(out) == written
+    (broken / "one/more.png").write_bytes((broken / "one" / os.listdir(broken / "one")[0]).read_bytes())
+    with pytest.raises(InputError, match="number of images: 15 there, 16 now"):
+        main(arguments(broken, vae_folder, out))
+
+
+def test_too_many_broken_images_are_refused_early(broken, vae_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_JUDGED_EARLY", 0)
+    for _ in range(2):  # the second start need not encode anything to say the same
+        with pytest.raises(DataError, match="1 of 15 images were rejected"):
+            main(arguments(broken, vae_folder, tmp_path / "out"))
+        assert list(shards(tmp_path / "out")) == ["shard-00000-of-00003.array_record"]
 
 
 def test_verify(copy, capsys):
@@ -238,7 +285,7 @@ def test_the_papers_constants_are_for_four_channels(finished):
 
 def test_zero_images_and_unknown_places(tmp_path, vae_folder):
     for images, message in (
-        (tmp_path / "nowhere", "no such folder"),
+        (tmp_path / "nowhere", "no such file or folder; expected a FOLDER of images, a FILE.npz, idx:FOLDER"),
         (tmp_path, "no images in subfolders"),
         (f"idx:{tmp_path}", "train-images-idx3-ubyte"),
     ):
@@ -251,6 +298,56 @@ def test_an_idx_file_without_images(tmp_path, vae_folder):
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + np.array([0], ">u4").tobytes())
     with pytest.raises(DataError, match="there are no images"):
         main(arguments(f"idx:{tmp_path}", vae_folder, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("form", ["npz", "idx", "data"])
+def test_other_forms_of_labelled_images(form, vae_folder, tmp_path):
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    pixels = (digits.images[:8] * 255 / 16).round().astype(np.uint8)
+    np.savez(tmp_path / "digits.npz", images=pixels[..., None], labels=digits.target[:8])
+    for part, array in (("images-idx3", pixels), ("labels-idx1", digits.target[:8].astype(np.uint8))):
+        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+        (tmp_path / f"some-{part}-ubyte").write_bytes(header + array.tobytes())
+    place = {"npz": f"{tmp_path}/digits.npz", "idx": f"idx:{tmp_path}:some", "data": "data:digits:all"}[form]
+    images = open_images(place)
+    assert [images.decode(index)[1] for index in range(8)] == list(range(8))
+    grey = dataclasses.replace(images, channels=1)
+    np.testing.assert_array_equal([grey.decode(index)[0][..., 0] for index in range(8)], pixels)
+    np.testing.assert_array_equal(open_set(place, channels=1).read(np.arange(8))[..., 0], pixels)
+    assert images.class_names == tuple("0123456789"[: 10 if form == "data" else 8])
+    if form == "npz":
+        assert main(arguments(place, vae_folder, tmp_path / "out")) == 0
+        assert read_manifest(tmp_path / "out").class_counts == (1,) * 8
+
+
+def test_what_is_no_set_of_images_is_refused_by_name(finished, folder, tmp_path):
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((2, 8, 8, 1), np.uint8))
+    np.savez(tmp_path / "odd.npz", arr_0=np.zeros((2, 8, 8, 1), np.uint8), labels=np.array([0, 2**40]))
+    np.savez(tmp_path / "first.npz", arr_0=np.zeros((2, 1, 8, 8), np.uint8))
+    forms = r"a FOLDER of images, a FILE\.npz, idx:FOLDER\[:SPLIT\], tfds:NAME\[:SPLIT\] or data:NAME\[:SPLIT\]"
+    for place, message in (
+        (finished, f"is a store of latents: give the images it was made of, {forms}"),
+        ("idy:/mnist", f"idy:/mnist: no such file or folder; expected {forms}"),
+        (tmp_path / "samples.npz", "no labels; expected an array `labels`"),
+        (tmp_path / "odd.npz", "label 1099511627776 is too large"),
+        (tmp_path / "first.npz", r"channels are first, give arr_0\.transpose\(0, 2, 3, 1\)"),
+        ("data:arrays", r"expected data:NAME\[:SPLIT\] with a name of digits, fashion_mnist"),
+    ):
+        with pytest.raises(MPDiTError, match=message):
+            open_images(str(place))
+    with pytest.raises(DataError, match=f"no such file or folder; expected {forms}"):
+        open_set("idy:/mnist")
+    assert _parse("tfds:imagenet2012:5.1.0") == ("tfds", "imagenet2012:5.1.0", "train")
+    assert _parse("tfds:imagenet2012:5.1.0:validation[:10%]", "train")[1:] == ("imagenet2012:5.1.0", "validation[:10%]")
+
+
+def test_an_empty_class_is_named(folder, vae_folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "images")
+    (root / "nothing").mkdir()
+    with pytest.warns(DataWarning, match=r"1 of 4 classes have no examples and are not trained \(nothing\)"):
+        main(arguments(root, vae_folder, tmp_path / "out"))
 
 
 def test_other_pixels_under_the_same_names_are_another_set(tmp_path, vae_folder):
@@ -277,8 +374,8 @@ def test_a_name_that_is_not_utf8(folder, vae_folder, tmp_path):
     except OSError:
         pytest.skip("this file system has UTF-8 names only")
     assert main(arguments(root, vae_folder, tmp_path / "out")) == 0
-    store = LatentStore(tmp_path / "out")
-    assert b"one/" + name in store.read(np.arange(len(store)))["key"].tolist()
+    opened = LatentStore(tmp_path / "out")
+    assert b"one/" + name in opened.read(np.arange(len(opened)))["key"].tolist()
 
 
 def test_the_vaes_own_factors(finished, vae_folder):
@@ -289,7 +386,6 @@ def test_the_vaes_own_factors(finished, vae_folder):
 
 
 def test_without_a_vae_the_store_holds_pixels(folder, vae_folder, tmp_path):
-    """And a run on it is decoded without one."""
     from mpdit_jax.data.info import record_dataset
     from mpdit_jax.sample.decoding import make_decode
 

@@ -1,4 +1,4 @@
-"""A store of latents feeds evaluation: of samples, of a run, and of a run on its way, by the VAE that encoded it."""
+"""A store of latents is the reference of samples, of a run, and of a run in training, decoded by its own VAE."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mpdit_jax.config import base_config, resolve
+from mpdit_jax.data.image_sets import open_set
 from mpdit_jax.data.latent_store import MANIFEST, LatentStore
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.data.sources import load_source
@@ -15,7 +16,6 @@ from mpdit_jax.evaluate import __main__ as evaluate
 from mpdit_jax.evaluate import command
 from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, save_classifier
 from mpdit_jax.evaluate.decoding import find_decode
-from mpdit_jax.evaluate.sets import open_set
 from mpdit_jax.evaluate.shared_values import portable
 from mpdit_jax.io import pictures as images
 from mpdit_jax.prepare.__main__ import main as prepare
@@ -27,7 +27,7 @@ from mpdit_jax.vae import load_vae
 
 @pytest.fixture(scope="module")
 def stores(folder, vae_folder, tmp_path_factory):
-    """Of latents, and of pixels."""
+    """Make a store of latents and one of pixels."""
     root = tmp_path_factory.mktemp("stores")
     for name, vae in (("latents", vae_folder), ("pixels", "none")):
         sizes = ("--image_size=8", "--batch_size=4", "--shard_size=5", "--flip=both")
@@ -37,7 +37,7 @@ def stores(folder, vae_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
-    """Networks to look through that have learnt nothing, for grey images and for RGB."""
+    """Make untrained classifiers as extractors, for grey and for RGB images."""
     root = tmp_path_factory.mktemp("classifiers")
     for channels in (1, 3):
         save_classifier(root / f"{channels}.safetensors", initialize(ClassifierConfig(8, 8, channels, 3), seed=0))
@@ -46,7 +46,7 @@ def features(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    """Random images, grey and RGB."""
+    """Make random images, grey and RGB."""
     root, random = tmp_path_factory.mktemp("samples"), np.random.default_rng(0)
     for channels in (1, 3):
         np.savez(root / f"{channels}.npz", arr_0=random.integers(0, 256, (20, 8, 8, channels), np.uint8))
@@ -108,24 +108,18 @@ def config_of(store, channels, features, reference="", vae=""):
 
 
 def evaluated(workdir):
-    """The metrics of the last line of a run's log."""
+    """Return the distance in the last line of a run's log."""
     *_, line = (json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines())
     return line["eval/FD(classifier)/guidance_1"]
 
 
-def forget(workdir):
-    """Of a run's last evaluation what was written down, so that it is made up for."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (workdir / "metrics.jsonl").write_text("".join(lines[:-1]))
-
-
 def test_a_run_on_latents_is_evaluated_on_its_way(stores, features, vae_folder, tmp_path, monkeypatch):
-    """Against its own data, or against a store, which is the same here."""
+    """The reference is the run's own data, or a store given by name, which holds the same images here."""
     store, workdir, asked = stores / "latents", tmp_path / "run", []
     train(config_of(store, 2, features[1], vae=vae_folder), workdir)
     own = evaluated(workdir)
     assert own > 1e-3
-    # Of the last evaluation nothing was written down: it is made up for, by a run that goes on with more threads.
+    # The last evaluation's line is lost: the run, which continues with more threads, evaluates again.
     lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (workdir / "metrics.jsonl").write_text("".join(lines[:-1]))
     config = config_of(store, 2, features[1], reference=store, vae=vae_folder)
@@ -147,7 +141,7 @@ def test_a_reference_of_another_vae_is_refused_before_the_training(stores, featu
 
 
 def test_a_store_that_was_prepared_again_is_another_set(stores, features, vae_folder, tmp_path):
-    """By the digests in its manifest: of the same VAE, labels and sizes."""
+    """The digests in its manifest tell it from a store of the same VAE, labels and sizes."""
     again, known = shutil.copytree(stores / "latents", tmp_path / "again"), []
     for digest in (None, "0" * 64):
         manifest = json.loads((again / MANIFEST).read_text())
@@ -163,7 +157,7 @@ def test_a_store_that_was_prepared_again_is_another_set(stores, features, vae_fo
 
 
 def test_the_default_reference_of_a_run_is_what_it_was_trained_on(stores, features, vae_folder, tmp_path):
-    """Of a store as of images: `data.max_examples` and `data.class_balance` are heeded."""
+    """A store's part that `data.max_examples` and `data.class_balance` choose is the reference, as with images."""
     workdir, config = tmp_path / "run", config_of(stores / "latents", 2, features[1], vae=vae_folder)
     config.data.max_examples, config.eval.every = 5, 0
     train(config, workdir)

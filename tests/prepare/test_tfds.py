@@ -1,4 +1,4 @@
-"""What TFDS has prepared, as a store."""
+"""`prepare` reads data sets that TFDS has prepared."""
 
 import sys
 
@@ -21,7 +21,7 @@ def test_tfds_names_its_extra(tmp_path, vae_folder, monkeypatch):
 
 @pytest.fixture
 def tfds_data(tmp_path, monkeypatch):
-    """Writes a data set as TFDS does without TensorFlow; its name there is `tiny`."""
+    """Return a function that writes a data set called `tiny` as TFDS does, without TensorFlow."""
     from io import BytesIO
 
     import tensorflow_datasets as tfds
@@ -52,7 +52,7 @@ def tfds_data(tmp_path, monkeypatch):
                     yield index, {"image": png(index), "label": label}
 
         Tiny(data_dir=str(tmp_path / "tfds"), file_format="array_record").download_and_prepare()
-        # A data set that is known by its files alone is found where TFDS looks when it is imported.
+        # TFDS looks for data sets that are files alone in this folder when it is imported.
         monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
 
     return write
@@ -74,7 +74,7 @@ def test_a_tfds_data_set(tfds_data, vae_folder, tmp_path):
     assert store.manifest.class_counts == (3, 4)
     records = store.read(np.arange(7))
     assert records["key"].tolist() == [f"train/{index}".encode() for index in range(7)]
-    # TFDS shuffles what it writes: each latent is that of one picture, and its label that picture's.
+    # TFDS shuffles what it writes: each latent must be that of one picture, with that picture's label.
     pixels = (datasets.load_digits().images[:7] * 15.9).astype(np.uint8)[..., None].astype(np.float32) / 127.5 - 1
     mean = np.asarray(load_vae(vae_folder).encode(pixels)[0])
     distances = np.abs(records["mean"][:, None, 0].astype(np.float32) - mean[None]).max(axis=(2, 3, 4))
@@ -89,7 +89,7 @@ def test_a_tfds_data_set(tfds_data, vae_folder, tmp_path):
 def test_a_tfds_data_set_that_is_not_there(name, vae_folder, tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_datasets")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    with pytest.raises(DataError, match=rf"--images=tfds:{name} .*cannot be opened .*--file_format=array_record"):
+    with pytest.raises(DataError, match=rf"tfds:{name}:train cannot be opened .*--file_format=array_record"):
         main(arguments(f"tfds:{name}", vae_folder, tmp_path / "out"))
 
 

@@ -1,7 +1,7 @@
-"""Real images to a VAE of our own, to latents, to a model, to pictures: every command as a user runs it.
+"""Users' commands lead from real images to a VAE, to latents, to a model, to pictures.
 
-Each command of the way is a process of its own once. What was not disturbed there is what the others are compared with;
-where they run in this process, they are compiled alike.
+Each command runs once as its own undisturbed process, and disturbed runs are compared with its result. Runs in this
+process are compiled in the same way.
 """
 
 import json
@@ -83,7 +83,7 @@ def test_the_vae_learns_to_reconstruct(vae, digits):
     error = np.abs(np.asarray(trained.decode(mean)) - x).mean()
     constant = np.abs(x - np.median(x)).mean()  # the best that one number can do
     assert error < 0.5 * constant
-    # What the file says about the latents is true: their spread times the factor is one.
+    # The VAE's scaling_factor is true: the latents' spread times the factor is one.
     assert 0.7 < float(np.asarray(mean).std()) * trained.scaling_factor < 1.3
     assert Image.open(vae / "reconstructions.png").width > 100
 
@@ -164,7 +164,7 @@ def trained(latents, vae, tmp_path_factory):
 
 @pytest.mark.slow
 def test_what_was_trained_is_drawn(trained, vae, tmp_path, monkeypatch, capsys):
-    [grid] = (trained / "samples").iterdir()  # decoded, of the last step
+    [grid] = (trained / "samples").iterdir()  # the decoded grid of the last step
     with Image.open(grid) as picture:
         assert picture.width > 8 * 16
         assert np.asarray(picture).std() > 1
@@ -178,7 +178,7 @@ def test_what_was_trained_is_drawn(trained, vae, tmp_path, monkeypatch, capsys):
     with Image.open(tmp_path / "1.png") as sheet:  # three images a class, with their names
         assert sheet.width > 3 * 16
         assert sheet.height > 2 * 16
-    # Eight devices draw the same: the VAE takes their latents too. What is in the PNG are these images, a row a class.
+    # Eight devices draw the same images, decoded by the VAE; the PNG has them in one row a class.
     status, _, stderr = run("sample", [*draw, decoded, f"--out={tmp_path / '8.png'}"], devices=8)
     assert status == 0, stderr
     expected = images.grid(drawn[np.argsort(labels, kind="stable")], 3)[..., 0]

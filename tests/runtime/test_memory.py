@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system."""
+"""The process keeps few heaps, and returns freed memory to the system."""
 
 import os
 import subprocess
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# Small pieces come from the heap, where one that is still in use at its end keeps all of it. In a process of its own:
-# what else lives in this one would move the figures.
+# Small blocks come from the heap, and one block in use at its end keeps the heap from shrinking. The program runs in a
+# process of its own, as other objects of this process would change the figures.
 _PROGRAM = """
 import ctypes
 from pathlib import Path
@@ -29,7 +29,7 @@ print((before - resident()) // 2**20)
 """
 
 
-# Eight threads with something in memory at the same time.
+# Eight threads that hold memory at the same time.
 _THREADS = """
 import ctypes, threading
 from mpdit_jax.runtime.memory import keep_few_arenas

@@ -1,4 +1,4 @@
-"""A finished run without the training: a checkpoint of random weights, and commands as a user runs them."""
+"""Runs that were never trained, with a checkpoint of random weights, and commands on them."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ FEW = ["--steps=2", "--batch_size=4"]
 
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory):
-    """A workdir of configs/digits.py with a smaller model."""
+    """Return a workdir like that of configs/digits.py, with a smaller model."""
     return make_workdir(tmp_path_factory.mktemp("runs") / "digits")
 
 
@@ -49,7 +49,7 @@ def make_workdir(path, in_channels=1, step=1, label_dropout=0.1):
 
 
 def start(*arguments, devices=1):
-    """A process, its output readable as it comes."""
+    """Start a process whose output can be read while it runs."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.Popen(
         command,
@@ -66,7 +66,7 @@ def read_npz(path):
 
 
 def run(workdir, *arguments):
-    """The command with few steps, in this process."""
+    """Run the command with few steps in this process."""
     from mpdit_jax.sample.__main__ import main
 
     return main([f"--workdir={workdir}", *FEW, *map(str, arguments)])

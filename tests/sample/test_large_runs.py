@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.sample` that is killed, or that many devices and processes share."""
+"""`python -m mpdit_jax.sample` survives kills, and many devices and processes share it."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from tests.sample.conftest import FEW, make_workdir, read_npz, run, start
 from tests.tiny import free_port, join_flags
 
 
-def test_what_a_kill_left_is_cleared(workdir, tmp_path):
+def test_temporaries_of_a_killed_run_are_deleted(workdir, tmp_path):
     singles = tmp_path / "single"
     singles.mkdir()
     (tmp_path / "a.npz.unfinished.old").mkdir()
@@ -38,8 +38,8 @@ def test_what_a_kill_left_is_cleared(workdir, tmp_path):
     assert not list(tmp_path.glob("*unfinished*"))
 
 
-def test_blocks_without_settings_are_nobodys(tmp_path, monkeypatch):
-    """A kill in the middle of a removal must not leave some that another run takes for its own."""
+def test_blocks_without_settings_are_not_used(tmp_path, monkeypatch):
+    """A kill in the middle of a removal leaves no blocks that another run would use."""
     one = Block(np.zeros((1, 1, 1, 1), np.uint8), np.zeros(1, int), np.zeros(1, int), np.ones(1, bool))
     path = tmp_path / "a.npz.unfinished"
     folder = BlockFolder(path, {"seed": 0})
@@ -64,7 +64,7 @@ def test_blocks_without_settings_are_nobodys(tmp_path, monkeypatch):
         BlockFolder(path, {"seed": 1})
 
 
-def test_a_second_run_is_told_who_draws(workdir, tmp_path):
+def test_a_second_run_is_refused_with_the_process_that_draws(workdir, tmp_path):
     path = tmp_path / "a.npz.unfinished"
     with BlockFolder(path, {"seed": 0}):
         with pytest.raises(
@@ -78,18 +78,18 @@ def test_a_second_run_is_told_who_draws(workdir, tmp_path):
 
 
 def test_processes_take_the_checkpoint_that_the_first_has_found(workdir, tmp_path, monkeypatch):
-    """Another one may come while they look."""
+    """A newer checkpoint may come between the looks of two processes."""
     make_workdir(tmp_path / "run")
     newer = make_workdir(tmp_path / "newer", step=2)
     (newer / "checkpoints/2").rename(tmp_path / "run/checkpoints/2")
     assert load_together(tmp_path / "run")[0] == 2
-    monkeypatch.setattr("mpdit_jax.checkpoint.load.run_on_process_0", lambda action: None)  # as on another process
+    monkeypatch.setattr("mpdit_jax.checkpoint.load.run_on_process_0", lambda action: None)  # this is not process 0
     monkeypatch.setattr("mpdit_jax.checkpoint.load.broadcast", lambda value: 1)
     assert load_together(tmp_path / "run")[0] == 1
 
 
 def test_processes_with_other_weights_do_not_draw_together(tmp_path, monkeypatch):
-    """As where a workdir of one name is on every host's own disk."""
+    """Hosts may have different runs at one path, each on its own disk."""
     monkeypatch.setattr("mpdit_jax.distributed.collectives.gather", lambda values: [values, {"model": "b"}])
     with pytest.raises(ProcessError, match="process 1 was started with model=b instead of a"):
         BlockFolder(tmp_path / "a", {"model": "a", "workdir": "/here"})
@@ -177,7 +177,7 @@ def late(seconds, function):
             time.sleep(seconds)
         return function(*arguments)
     return wait
-command.class_names = late(32, command.class_names)
+command.output_paths = late(32, command.output_paths)
 command.save_npz = late(12, command.save_npz)
 cli.run(sample.main)
 """

@@ -1,4 +1,4 @@
-"""`python -m mpdit_jax.sample`: what it writes and what it refuses."""
+"""`python -m mpdit_jax.sample` writes its outputs and refuses bad input; `mpdit_jax.generate` does the same."""
 
 import json
 import re
@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 import mpdit_jax as mp
-from mpdit_jax.errors import DivergedError, InputError
+from mpdit_jax.errors import DataWarning, DivergedError, InputError
 from mpdit_jax.io import pictures as images
 from mpdit_jax.sample.__main__ import main, make_sample_parser
 from mpdit_jax.sample.blocks import Block
+from mpdit_jax.sample.classes import Classes, read_classes
 from mpdit_jax.sample.drawing import Drawing
 from mpdit_jax.sample.labels import balanced_labels, parse_labels
 from mpdit_jax.sample.options import reject_unused_flags
@@ -36,7 +37,7 @@ def test_npz(workdir, tmp_path, capsys):
     )
     assert np.abs(images.to_uint8(np.asarray(latents)).astype(int) - found["arr_0"]).max() <= 1  # rounding
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
-    # In a log the first block and the last have a line; before the second one there is no rate to tell.
+    # In a log the first and the last block have a line, and the first has no rate yet.
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sampling")]
     assert lines[0] == "sampling 4/10 images"
     assert re.fullmatch(r"sampling 10/10 images  [\d.e+]+/s  0:00:00 left", lines[-1])
@@ -85,14 +86,14 @@ def test_class_names(workdir, tmp_path):
 
 
 def test_a_contact_sheet_keeps_classes_of_one_name(workdir, tmp_path):
-    """ImageNet has two called crane."""
+    """ImageNet has two classes called crane."""
     (tmp_path / "names.txt").write_text("crane\n" * 10)
     arguments = [f"--out={tmp_path}/a.npz", "--labels=1,2,3", "--num_samples=3", "--grid"]
     run(workdir, *arguments, f"--class_names={tmp_path}/names.txt")
     assert Image.open(tmp_path / "a.png").height == 3 * 42 + 2
 
 
-def test_a_contact_sheet_holds_what_it_shows_alone():
+def test_a_contact_sheet_keeps_no_image_that_it_does_not_show():
     labels = np.tile(np.arange(120), 10)
     blocks = [
         Block(
@@ -107,7 +108,7 @@ def test_a_contact_sheet_holds_what_it_shows_alone():
     assert all(image.base is None for row in rows.values() for image in row)  # no view that keeps a block
 
 
-def test_a_picture_has_room_for_so_many_classes(workdir, tmp_path, monkeypatch, capsys):
+def test_a_picture_has_room_for_a_limited_number_of_classes(workdir, tmp_path, monkeypatch, capsys):
     for module in ("command", "outputs"):
         monkeypatch.setattr(f"mpdit_jax.sample.{module}.ROWS", 3)
     with pytest.raises(InputError, match=r"a\.png: a picture has a row for each of up to 3 classes, and there are 4"):
@@ -122,7 +123,7 @@ def test_a_picture_has_room_for_so_many_classes(workdir, tmp_path, monkeypatch, 
     ["--out=q.npz", "--grid", "--trajectory=q.gif"],
     ["--out=000001_2.png", "--png_folder=."],
 ])  # fmt: skip
-def test_no_output_takes_the_place_of_another(workdir, tmp_path, monkeypatch, arguments):
+def test_no_output_overwrites_another(workdir, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"where another output goes|has the name of a single image"):
         run(workdir, "--labels=1", *arguments)
@@ -145,7 +146,7 @@ def test_single_images_of_two_runs_do_not_mix(workdir, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "single"]
 
 
-def test_a_film_decodes_what_it_shows(workdir, tmp_path):
+def test_a_film_decodes_only_the_frames_it_shows(workdir, tmp_path):
     decoded = []
 
     def decode(latents):
@@ -160,28 +161,77 @@ def test_a_film_decodes_what_it_shows(workdir, tmp_path):
     assert Image.open(tmp_path / "a.gif").n_frames == 60
 
 
-def test_seeds_are_of_one_implementation(workdir, tmp_path):
+def test_images_do_not_depend_on_the_default_key_implementation(workdir, tmp_path):
     run(workdir, f"--out={tmp_path}/a.npz", "--num_samples=4")
     with jax.default_prng_impl("rbg"):
         run(workdir, f"--out={tmp_path}/b.npz", "--num_samples=4")
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
+TEN = Classes(("zero", "one", "two", "three", "four", "five", "six", "7,a", "8-9", "Nine lives"))
+
+
 def test_labels():
-    assert parse_labels("balanced", 12, 10, 0).tolist() == [*range(10), 0, 1]
-    assert parse_labels("balanced", None, 10, 0).tolist() == [*range(10)] * 8
-    assert parse_labels("balanced", 10, 10, 0).tolist() == [*range(10)]
-    spread = parse_labels("balanced", 4, 10, 0)  # not the first four: ImageNet's are all fish
+    assert parse_labels("balanced", 12, TEN, 0).tolist() == [*range(10), 0, 1]
+    assert parse_labels("balanced", None, TEN, 0).tolist() == [*range(10)] * 8
+    assert parse_labels("balanced", 10, TEN, 0).tolist() == [*range(10)]
+    spread = parse_labels("balanced", 4, TEN, 0)  # not the first four: ImageNet's are all fish
     assert (spread.dtype, spread.tolist()) == (np.int64, [0, 2, 5, 7])
-    assert spread.tolist() == balanced_labels(10, 4).tolist()  # as evaluations in training draw
-    assert parse_labels("7,2", 3, 10, 0).tolist() == [7, 2, 7]
-    random = parse_labels("random", 1000, 10, 5)
+    assert spread.tolist() == balanced_labels(np.arange(10), 4).tolist()  # evaluations in training draw the same
+    assert parse_labels("7,2", 3, TEN, 0).tolist() == [7, 2, 7]
+    random = parse_labels("random", 1000, TEN, 5)
     assert set(random) == set(range(10))
-    assert np.array_equal(random[:300], parse_labels("random", 300, 10, 5))
-    assert not np.array_equal(random, parse_labels("random", 1000, 10, 6))
+    assert np.array_equal(random[:300], parse_labels("random", 300, TEN, 5))
+    assert not np.array_equal(random, parse_labels("random", 1000, TEN, 6))
 
 
-def test_nan_images_are_told_and_the_rest_kept(workdir, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("labels", "expected"), [
+    ("3", [3]), ("0-3", [0, 1, 2, 3]), ("three", [3]), ("THREE, 1,two", [3, 1, 2]), ("5-5,null", [5, 10]),
+    ("7,a", [7]), ("8-9", [8, 9]), ("nine lives", [9]), (3, [3]), ([3, "null", "one"], [3, 10, 1]),
+    (jnp.array([0, 9]), [0, 9]),
+])  # fmt: skip
+def test_labels_by_index_range_and_name(labels, expected):
+    assert TEN.find(labels, "labels").tolist() == expected
+
+
+@pytest.mark.parametrize(("labels", "sentence"), [
+    ("10", "labels: label 10 is out of range: this model has classes 0 to 9, and the null class is written null"),
+    (10, "labels: label 10 is out of range: .* null class is written null"),
+    ("-1", "label -1 is out of range"),
+    ([-1], "label -1 is out of range"),
+    ("1-10", "label 10 is out of range"),
+    ("3-1", "no class is called '3-1'"),
+    ("thre", r"labels=thre: no class is called 'thre' \(did you mean 'three'\?\); expected null, or indices, ranges"),
+    ("1,,2", "no class is called ''"),
+    ([1.5], "labels of shape .*expected whole numbers"),
+    ([], "labels of shape"),
+])  # fmt: skip
+def test_labels_that_no_class_has(labels, sentence):
+    with pytest.raises(InputError, match=sentence):
+        TEN.find(labels, "labels")
+
+
+def test_classes_without_training_examples_are_drawn_by_name_alone(capsys):
+    classes = Classes(("cat", "dog", "eel"), unseen=(1,))
+    assert parse_labels("balanced", 4, classes, 0).tolist() == [0, 2, 0, 2]
+    assert set(parse_labels("random", 50, classes, 0)) == {0, 2}
+    assert "leaves out classes without training examples: 1 (dog)\n" in capsys.readouterr().out
+    with pytest.warns(DataWarning, match=r"1 \(dog\): without training examples"):
+        assert parse_labels("dog,cat", 2, classes, 0).tolist() == [1, 0]
+    assert classes.find_pairs({"cat": "null", "2": "0"}, "--negative_labels") == {0: 3, 2: 0}
+    with pytest.raises(InputError, match="--negative_labels: 0,2 is more than one class"):
+        classes.find_pairs({"0": "0,2"}, "--negative_labels")
+
+
+def test_classes_without_examples_come_from_the_record_of_the_runs_data(tmp_path):
+    record = {"class_names": ["cat", "dog", "eel"], "latents": None, "labels": None, "unseen": [1]}
+    (tmp_path / "data.json").write_text(json.dumps(record))
+    classes = read_classes(tmp_path, SimpleNamespace(model=SimpleNamespace(num_classes=4)))
+    assert classes == Classes(("cat", "dog", "eel", "class 3"), unseen=(1, 3))
+    assert balanced_labels(classes.seen(), 3).tolist() == [0, 2, 0]
+
+
+def test_nan_images_are_named_and_the_rest_kept(workdir, tmp_path, capsys, monkeypatch):
     from mpdit_jax.flow import sampler
 
     original = sampler.draw_noise
@@ -213,8 +263,8 @@ def test_a_diverged_model(workdir, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["--out=a.jpg"], "--out=a.jpg: expected a name that ends in .png or .npz"),
-    (["--labels=11"], "label 11 is out of range"),
-    (["--labels=three"], "--labels=three: expected balanced, random, or whole numbers"),
+    (["--labels=10"], "--labels: label 10 is out of range: .* the null class is written null"),
+    (["--labels=three"], "--labels=three: no class is called 'three'; expected balanced, random, null, or indices"),
     (["--num_samples=0"], "--num_samples=0"),
     (["--batch_size=0"], "--batch_size=0"),
     (["--seed=-1"], "--seed=-1"),
@@ -226,7 +276,7 @@ def test_a_diverged_model(workdir, tmp_path, monkeypatch):
     (["--solver=dopri5"], "--steps=2: dopri5 chooses its own; set --rtol and --atol"),
     (["--rtol=1e-3"], "rtol=0.001 is not an option of solver 'euler'"),
     (["--time_shift=2"], "only --time_grid=shifted"),
-    (["--negative_labels=3:99", "--guidance_scale=2"], "negative label 99"),
+    (["--negative_labels=3:99", "--guidance_scale=2"], "--negative_labels: label 99 is out of range"),
     (["--guide=nowhere", "--guidance_scale=2"], "nowhere holds no run"),
     (["--guide=tail", "--guidance_scale=2"], "was not trained with config.trunk_drop"),
     (["--guide=nowhere"], "--guide is given and nothing is guided at --guidance_scale=1"),
@@ -243,12 +293,12 @@ def test_bad_input_is_refused(workdir, tmp_path, monkeypatch, capsys, arguments,
     assert not list(tmp_path.iterdir())  # no output, and no folder of unfinished blocks
 
 
-def test_a_time_grid_is_of_fixed_steps(workdir, tmp_path, monkeypatch, capsys):
+def test_a_time_grid_needs_a_solver_of_fixed_steps(workdir, tmp_path, monkeypatch, capsys):
     arguments = [f"--workdir={workdir}", f"--out={tmp_path}/a.npz", "--solver=dopri5", "--time_grid=shifted"]
     assert "--time_grid=shifted: dopri5 chooses its own times" in refusal(main, arguments, monkeypatch, capsys)
 
 
-def test_of_several_settings_one_has_to_heed_a_flag():
+def test_a_flag_must_have_an_effect_on_one_of_several_settings():
     options = make_sample_parser().parse_args(["--workdir=a", "--out=a.npz", "--negative_labels=1:2"])
     options.time_grid = "shifted"
     options.guidance_scale, options.solver = [1.0, 1.5], ["dopri5", "euler"]  # as `evaluate` has them
@@ -256,9 +306,22 @@ def test_of_several_settings_one_has_to_heed_a_flag():
     options.guidance_scale = [1.0, 1.0]
     with pytest.raises(InputError, match="--negative_labels is given"):
         reject_unused_flags(options)
+    options.negative_labels, options.time_grid, options.steps, options.solver = {}, "uniform", [50], ["dopri5", "tsit5"]
+    with pytest.raises(InputError, match=r"--steps=\[50\]: dopri5 chooses its own"):
+        reject_unused_flags(options)
 
 
-def test_a_missing_extra_is_told_before_anything_is_written(workdir, tmp_path, monkeypatch, capsys):
+def test_a_run_on_latents_without_a_record_of_its_data(tmp_path):
+    workdir = make_workdir(tmp_path / "run", in_channels=4)
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"]["name"] = "latents"
+    (workdir / "config.json").write_text(json.dumps(config))
+    for vae in ([], ["--vae=sd-vae"]):
+        with pytest.raises(InputError, match=r"does not record how its latents are normalized, .*convert"):
+            run(workdir, f"--out={tmp_path}/a.npz", *vae)
+
+
+def test_a_missing_extra_is_refused_before_anything_is_written(workdir, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "diffrax", None)
     arguments = [f"--workdir={workdir}", f"--out={tmp_path}/a.npz", "--solver=tsit5", "--rtol=3e-3"]
     assert "extra [adaptive]" in refusal(main, arguments, monkeypatch, capsys)
@@ -272,6 +335,11 @@ def test_a_model_of_latents_is_refused():
         mp.generate(GaussianModel(), [0, 1], steps=2)
     pictures = mp.generate(GaussianModel(), [0, 1], steps=2, decode=lambda z: jax.numpy.tanh(z[..., :3]))
     assert [picture.mode for picture in pictures] == ["RGB", "RGB"]
+    for wrong in (lambda z: z[..., :2], lambda z: jax.numpy.zeros((2, 1, 1, 3), np.uint8)):
+        with pytest.raises(InputError, match=r"decoded pictures are .*: expected floats in \[-1, 1\] of shape"):
+            mp.generate(GaussianModel(), [0, 1], steps=2, decode=wrong)
+    with pytest.raises(InputError, match="guide=str: expected an MPDiT"):
+        mp.generate(GaussianModel(), [0, 1], steps=2, decode=jnp.tanh, guidance_scale=2.0, guide="runs/weak")
 
 
 def test_generate(workdir):
@@ -288,6 +356,9 @@ def test_generate(workdir):
     negatives, each = [2, 3, 4], {"steps": 4, "guidance_scale": [2.0, 2, 2], "batch_size": 2}
     first, second = (mp.generate(model, [3, 1, 5], negative_labels=of(negatives), **each) for of in (list, jnp.array))
     assert np.array_equal(first, second)
+    assert len(mp.generate(model, "0-1,null", steps=1)) == 3
+    with pytest.raises(InputError, match="2 negative labels for 3 labels"):
+        mp.generate(model, [3, 1, 5], negative_labels=[2, 3])
 
 
 def test_a_run_without_label_dropout_is_not_guided(tmp_path, capsys):
@@ -308,7 +379,7 @@ def test_a_run_without_label_dropout_is_not_guided(tmp_path, capsys):
         lambda: main([*options, "--guidance_scale=2", f"--out={tmp_path}/a.npz"]),
         lambda: export.main([options[0], "--guidance_scale=2", f"--out={tmp_path}/a.bin"]),
         lambda: prepare_run(evaluation, SimpleNamespace(image_shape=None), ()),
-        lambda: mp.generate(workdir, [10], steps=1),
+        lambda: mp.generate(workdir, "null", steps=1),
     ):
         with pytest.raises(InputError, match="null class, label 10, was not trained"):
             refused()
@@ -322,16 +393,19 @@ def test_a_run_without_label_dropout_is_not_guided(tmp_path, capsys):
 
 
 def test_generate_decodes_what_a_run_was_trained_on(tmp_path):
-    """`data.json` says so: pixels of a store by itself, a VAE's latents by that VAE alone."""
+    """A store's pixels need no VAE, and latents need the VAE that data.json names."""
     workdir = make_workdir(tmp_path / "run", in_channels=3)
     space = {"mean": [-0.5, 0.0, 0.5], "std": [0.2, 0.2, 0.2], "vae_fingerprint": "pixels"}
-    facts = {"class_names": [str(label) for label in range(10)], "latents": space}
+    facts = {"class_names": [str(label) for label in range(10)], "latents": space, "labels": None}
     (workdir / "data.json").write_text(json.dumps(facts))
     assert run(workdir, f"--out={tmp_path}/a.npz", "--labels=1,2", "--num_samples=2") == 0
     drawn = np.stack([np.asarray(picture) for picture in mp.generate(workdir, [1, 2], steps=2)])
     assert np.abs(read_npz(tmp_path / "a.npz")["arr_0"].astype(int) - drawn).max() <= 1
     raw = mp.generate(workdir, [1, 2], steps=2, decode=lambda latents: latents)
     assert not np.array_equal(raw, drawn)
+    for vae in (tmp_path, "sd-vae"):
+        with pytest.raises(InputError, match=rf"--vae={vae}: {workdir} is a run on pixels, which needs no VAE: leave"):
+            run(workdir, f"--out={tmp_path}/b.npz", f"--vae={vae}")
     space["vae_fingerprint"] = "ab" * 32
     (workdir / "data.json").write_text(json.dumps(facts))
     with pytest.raises(InputError, match="was trained on latents: give vae=FOLDER, the VAE they come from"):

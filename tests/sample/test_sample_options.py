@@ -81,7 +81,7 @@ def test_ema_and_steps(workdir):
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["--labels=11"], r"label 11 is out of range.*0 to 9"),
     (["--labels=-1"], "label -1 is out of range"),
-    (["--labels=3,x"], "--labels=3,x: expected .*whole numbers"),
+    (["--labels=3,x"], "--labels=3,x: no class is called 'x'; expected .*indices"),
     (["--num_samples=0"], "--num_samples=0"),
     (["--steps=0"], "steps=0"),
     (["--guidance_scale=-1"], r"guidance_scale=-1\.0"),

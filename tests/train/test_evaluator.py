@@ -18,16 +18,16 @@ from ml_collections import FrozenConfigDict
 
 from mpdit_jax.checkpoint.load import load_checkpoint
 from mpdit_jax.data import sources
+from mpdit_jax.data.image_sets import ArrayImages, open_npz
 from mpdit_jax.data.sources import array_source, load_arrays
 from mpdit_jax.distributed.mesh import make_mesh, replicated
-from mpdit_jax.errors import ConfigError, InputError, WeightsError
+from mpdit_jax.errors import ConfigError, DataError, InputError, WeightsError
 from mpdit_jax.evaluate import compute, inception_weights, reference
 from mpdit_jax.evaluate.bias import describe_bias, few_images
 from mpdit_jax.evaluate.classifier import ClassifierConfig, initialize, save_classifier
 from mpdit_jax.evaluate.compute import compute_statistics
 from mpdit_jax.evaluate.extractors import build_classifier
 from mpdit_jax.evaluate.reference import Reference, own_images
-from mpdit_jax.evaluate.sets import ArrayImages, open_npz
 from mpdit_jax.evaluate.shared_values import portable
 from mpdit_jax.evaluate.statistics import Gaussian
 from mpdit_jax.evaluate.stored_statistics import load_statistics
@@ -274,7 +274,7 @@ def test_settings_that_cannot_be_are_refused_before_training(override, sentence,
     for name, shape in (("FEW", (3, 8, 8, 1)), ("LARGE", (5, 16, 16, 1)), ("COLOURED", (5, 8, 8, 3))):
         np.savez(tmp_path / f"{name}.npz", arr_0=np.zeros(shape, np.uint8))
         override = override.replace(name, str(tmp_path / f"{name}.npz"))
-    with pytest.raises((ConfigError, InputError), match=re.escape(sentence)):
+    with pytest.raises((ConfigError, DataError, InputError), match=re.escape(sentence)):
         main(train_arguments(tmp_path / "run", *EVAL, override))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

@@ -1,5 +1,6 @@
 """What a run reports: where its time went, a profile, Weights & Biases."""
 
+import errno
 import itertools
 import json
 import subprocess
@@ -12,14 +13,14 @@ from jax.profiler import ProfileData
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mpdit_jax.distributed.mesh import make_mesh
-from mpdit_jax.errors import MissingExtraError
+from mpdit_jax.errors import DataWarning, MissingExtraError
 from mpdit_jax.runtime.hardware import peak_flops, published_flops
 from mpdit_jax.train import stopwatch
 from mpdit_jax.train.__main__ import main
 from mpdit_jax.train.logger import RunLogger
 from mpdit_jax.train.prefetcher import Prefetcher
 from mpdit_jax.train.stopwatch import Stopwatch
-from mpdit_jax.train.writers import check_wandb
+from mpdit_jax.train.writers import TensorBoard, check_wandb
 from tests.tiny import run, start, train_arguments
 
 PARTS = ("seconds_data_wait", "seconds_other", "seconds_device")
@@ -218,3 +219,13 @@ def test_a_continued_run_finds_its_programs_compiled_and_survives_their_damage(t
         assert len(list(cache.glob("jit_step-*-cache"))) == 1  # the second run found the first one's
     lines = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1] == 8
+
+
+def test_last_lines_of_tensorboard_that_the_disk_refuses(tmp_path, monkeypatch):
+    def refuse():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    board = TensorBoard(tmp_path, 0)
+    monkeypatch.setattr(board._writer, "close", refuse)
+    with pytest.warns(DataWarning, match="TensorBoard's files lack their last lines .*No space left on device"):
+        board.close()

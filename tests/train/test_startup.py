@@ -66,7 +66,6 @@ def test_grids_that_cannot_be_drawn_are_announced(tmp_path, capsys, fields, sent
     ("jax_default_matmul_precision", "highest", "no JAX_DEFAULT_MATMUL_PRECISION"),
     ("jax_default_prng_impl", "rbg", "JAX_DEFAULT_PRNG_IMPL=threefry2x32"),
     ("jax_threefry_partitionable", False, "JAX_THREEFRY_PARTITIONABLE=True"),
-    ("jax_numpy_dtype_promotion", "strict", "JAX_NUMPY_DTYPE_PROMOTION=standard"),
 ])  # fmt: skip
 def test_a_run_continues_under_its_own_jax_flags(tmp_path, monkeypatch, flag, value, remedy):
     record_flags(tmp_path, trained=True)  # a run of 0.1.0 has no record
@@ -144,7 +143,7 @@ def test_a_folder_among_the_checkpoints_is_no_workdir(workdir, place):
 def test_the_printed_command_draws_from_the_run(workdir, fields, fingerprint, words):
     (workdir / "config.json").write_text(to_json(config_with(**fields)))
     latents = fingerprint and {"mean": [0.0], "std": [1.0], "vae_fingerprint": fingerprint}
-    (workdir / "data.json").write_text(json.dumps({"class_names": [], "latents": latents}))
+    (workdir / "data.json").write_text(json.dumps({"class_names": [], "latents": latents, "labels": None}))
     line = how_to_draw(workdir)
     assert f" --workdir={workdir}{words}" in line
     assert ("--vae" in line) == ("--vae" in words)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import mpdit_jax as mp
 from mpdit_jax.config import base_config, model_config, resolve
 from mpdit_jax.distributed.mesh import make_mesh, replicated
 from mpdit_jax.model.parameters import abstract
@@ -18,6 +19,7 @@ from mpdit_jax.train.metric_window import window_means
 from mpdit_jax.train.optimizer import OPTIMIZERS, make_optimizer, make_schedule
 from mpdit_jax.train.state import abstract_state, create_state
 from mpdit_jax.train.step import build_train_step, jit_step, make_loss, make_noising, make_step
+from tests.flow.toys import tiny_model
 from tests.tiny import train_arguments
 
 
@@ -238,3 +240,13 @@ def test_the_state_is_updated_in_place():
     after = step(state, batch)
     assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(after.parameters)] == pointers
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_strict_promotion():
+    """Loss, gradient, step and sampler can be traced under JAX's strict rules, which users turn on to find mistakes."""
+    model, x, y, key = tiny_model(time_embedding="fno"), jnp.ones((2, 8, 8, 1)), jnp.arange(2), jax.random.key(0)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(jax.grad(lambda x: mp.flow_matching_loss(model, x, y, key=key)[0]), x)
+        jax.eval_shape(lambda key: mp.make_sampler("heun", 2, 1.5)(model, y, key), key)
+        state, step, batch = prepare(small_config(), spike_factor=2.0)
+        jax.eval_shape(step, state, batch)

@@ -91,7 +91,7 @@ def test_variants_of_the_family(fields):
     ("images", "words"),
     [
         (np.zeros((1, 16, 16, 3), np.uint8), ["uint8", "127.5"]),
-        (np.zeros((1, 3, 16, 16), np.float32), ["(1, 3, 16, 16)", "channels last"]),
+        (np.zeros((1, 3, 16, 16), np.float32), ["(1, 3, 16, 16)", "channels last", "give images.transpose"]),
         (np.zeros((16, 16, 3), np.float32), ["(16, 16, 3)"]),
         (np.zeros((0, 16, 16, 3), np.float32), ["(0, 16, 16, 3)"]),
         (np.zeros((1, 18, 16, 3), np.float32), ["18x16", "factor 4"]),
