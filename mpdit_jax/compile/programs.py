@@ -96,7 +96,7 @@ def compile_sampler(config: FrozenConfigDict, mesh: Mesh, batch_size: int) -> Pr
     """Compile the guided sampler of a config with replicated parameters. Raise ConfigError as `compile_step`."""
     check_batch(batch_size, mesh)
     structure, shapes = abstract(_model_for(config, mesh))
-    sampler = make_sampler(steps=config.sample.steps, guidance_scale=config.sample.guidance_scale)
+    sampler = make_sampler(config.sample.solver, config.sample.steps, config.sample.guidance_scale)
     whole, split = replicated(mesh), batch_sharding(mesh)
 
     def draw(parameters: Any, labels: jax.Array, seed: jax.Array) -> jax.Array:

@@ -25,8 +25,9 @@ def step_flops(config: FrozenConfigDict) -> float:
 
 def sampler_flops(config: FrozenConfigDict, batch_size: int) -> float:
     """Count the floating-point operations of a guided sampling run on all chips."""
-    evaluations = config.sample.steps * (1 if config.sample.guidance_scale == 1 else 2)
-    return 2.0 * count_macs(model_config(config)) * batch_size * evaluations
+    model = model_config(config)
+    passes = 1 if config.sample.guidance_scale == 1 or model.guidance_max > 1 else 2
+    return 2.0 * count_macs(model) * batch_size * config.sample.steps * passes
 
 
 def describe(program: Program, flops: float, chips: int, chip: Chip | None) -> dict[str, Any]:

@@ -46,13 +46,14 @@ def base_config() -> ConfigDict:
 
     config.flow_map = ConfigDict()  # objective="flow_map" only
     config.flow_map.p = 1.0  # power of the adaptive weight of an example; 0 for the plain squared error
-    config.flow_map.guidance = 0.0  # g: one pass acts as a guidance scale of 1 / (1 - g)
+    config.flow_map.guidance = 0.0  # g: one pass acts as a guidance scale of 1 / (1 - g); or see model.guidance_max
     config.flow_map.guidance_until = 0.7  # largest t that is guided
     config.flow_map.start_times = (0.4, 1.0)  # mean and std of two logits: t is the larger time, r the smaller
     config.flow_map.end_times = (-1.2, 1.0)
 
     config.mask_ratio = 0.0  # fraction of tokens hidden from the trunk in training; needs model.decoder_depth
     config.mask_loss_weight = 0.1  # weight of the hidden tokens' loss
+    config.trunk_drop = 0.0  # fraction of examples whose tail sees no trunk in training, for --guide=tail
 
     config.model = ConfigDict({"preset": placeholder(str)})  # fields of ModelConfig (mpdit_jax/model/config.py)
     kinds = {tuple: tuple, bool: bool, int: int, float: float, str: str}

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from mpdit_jax.config.evaluation import check_eval
@@ -79,7 +80,7 @@ def check_values(config: ConfigDict) -> None:
     expect(config, "checkpoint.grace", config.checkpoint.grace <= 10**7, "some minutes, in seconds")
     for path in ("optimizer.learning_rate", "optimizer.eps", "time.std"):
         expect(config, path, _get(config, path) > 0, "a positive number")
-    for path in ("ema_decay", "optimizer.b1", "optimizer.b2", "mask_ratio"):
+    for path in ("ema_decay", "optimizer.b1", "optimizer.b2", "mask_ratio", "trunk_drop"):
         expect(config, path, 0 <= _get(config, path) < 1, "at least 0 and below 1")
     expect(config, "label_dropout", 0 <= config.label_dropout <= 1, "between 0 and 1")
     divides = config.batch_size % config.gradient_accumulation == 0
@@ -109,6 +110,10 @@ def check_values(config: ConfigDict) -> None:
         )
     if config.objective == "flow_map":
         _check_flow_map(config)
+    elif config.model.guidance_max > 1:
+        expect(config, "model.guidance_max", False, "1: only objective='flow_map' has the scale as an input")
+    if config.trunk_drop and (len(config.model.depths) == 1 or not config.model.skip):
+        expect(config, "trunk_drop", False, "0, or a model of two levels or more with model.skip=True")
     expect(config, "model.convention", config.model.convention in (None, "velocity"), "velocity: what is trained here")
 
 
@@ -117,11 +122,19 @@ def _check_flow_map(config: ConfigDict) -> None:
     expect(config, "flow_map.guidance", 0 <= config.flow_map.guidance < 1, "at least 0 and below 1 (0.6 acts as 2.5)")
     if not config.label_dropout:
         expect(config, "flow_map.guidance", not config.flow_map.guidance, "0 without label_dropout: no null class")
+        expect(config, "model.guidance_max", config.model.guidance_max == 1, "1 without label_dropout: no null class")
     expect(config, "flow_map.guidance_until", 0 <= config.flow_map.guidance_until <= 1, "a time from 0 to 1")
     pairs = config.batch_size // config.gradient_accumulation
     expect(config, "batch_size", pairs % 2 == 0, "an even number a part: a flow map trains on pairs of examples")
     expect(config, "model.attention", config.model.attention != "cudnn", "'xla': cuDNN's has no forward derivative")
-    expect(config, "mask_ratio", not config.mask_ratio, "0 with objective='flow_map'")
+    for path in ("mask_ratio", "trunk_drop"):
+        expect(config, path, not _get(config, path), "0 with objective='flow_map'")
+    if config.model.guidance_max > 1:
+        expect(config, "flow_map.guidance", not config.flow_map.guidance, "0 with model.guidance_max: give one of them")
+        largest = config.model.guidance_max
+        for path in ("sample.guidance_scale", "eval.guidance_scales"):
+            fit = all(1 <= scale <= largest for scale in np.atleast_1d(_get(config, path)))
+            expect(config, path, fit, f"scales from 1 to model.guidance_max={largest:g}")
     if sum(config.model.depths) < 2:
         raise ConfigError("config.model.depths: a flow map needs two blocks, one for the time t and one for r.")
 

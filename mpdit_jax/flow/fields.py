@@ -6,15 +6,15 @@ loop. Fields are pytrees of their arrays.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from mpdit_jax.errors import InputError
-from mpdit_jax.flow.protocols import ClassConditional, Factored, FlowMap
+from mpdit_jax.flow.protocols import ClassConditional, Factored, FlowMap, GuidedMap
 
 Prepared: TypeAlias = Any
 """One prepared time: a pytree whose leaves have a leading axis of 1 (a time for the whole batch) or B (one each)."""
@@ -53,22 +53,6 @@ class Segment:
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FunctionField(Field):
-    """The field of a function (z, t), with t of shape (1,) or (B,)."""
-
-    function: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(metadata={"static": True})
-
-    def prepare(self, times: jax.Array) -> Prepared:
-        """Return the times."""
-        return times
-
-    def __call__(self, z: jax.Array, prepared: Prepared) -> jax.Array:
-        """Evaluate the function."""
-        return self.function(z, prepared)
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
 class PlainField(Field):
     """The field of a model that has the call signature alone."""
 
@@ -91,10 +75,15 @@ class FactoredField(Field):
 
     model: Factored
     class_embedding: Any  # a pytree of (B, ...)
+    scale: jax.Array | None = None  # () or (B,), of a model that takes the guidance scale as an input
 
     def prepare(self, times: jax.Array) -> Prepared:
         """Compute the modulation of every time."""
-        modulation = self.model.modulation(times.reshape(-1))
+        if self.scale is None:
+            modulation = self.model.modulation(times.reshape(-1))
+        else:
+            times, scales = jnp.broadcast_arrays(times, self.scale.reshape(1, -1))  # (n, 1) or (n, B)
+            modulation = cast(GuidedMap, self.model).modulation(times.reshape(-1), None, scales.reshape(-1))
         return jax.tree.map(lambda leaf: leaf.reshape(*times.shape, *leaf.shape[1:]), modulation)
 
     def __call__(self, z: jax.Array, prepared: Prepared) -> jax.Array:
@@ -108,11 +97,19 @@ class FactoredField(Field):
         return self(z, self.model.jump_modulation(start, end))
 
 
-def model_field(model: ClassConditional, labels: jax.Array) -> Field:
-    """Build the field of the model's velocity for `labels` (B,), without guidance."""
+def model_field(model: ClassConditional, labels: jax.Array, scale: jax.Array | None = None) -> Field:
+    """Build the field of the model's velocity for `labels` (B,), from one pass.
+
+    `scale`, () or (B,), is the guidance scale of a model that takes it as an input (`takes_scale`).
+    """
     if isinstance(model, Factored):
-        return FactoredField(model, model.class_embedding(labels))
+        return FactoredField(model, model.class_embedding(labels), scale)
     return PlainField(model, labels)
+
+
+def takes_scale(model: object) -> bool:
+    """Return whether the model takes the guidance scale as an input."""
+    return isinstance(model, GuidedMap) and model.guidance_max > 1
 
 
 def _checked(velocity: jax.Array, z: jax.Array) -> jax.Array:

@@ -95,6 +95,8 @@ class FlowMapLoss:
         guidance: g in the guided velocity v + g (v_class - v_null) that the map learns, so that sampling needs one
             pass. It acts as a guidance scale of 1 / (1 - g).
         guidance_until: largest t at which the velocity is guided.
+
+    With guidance scales w as an input of the model, each example has its own g = 1 - 1/w.
     """
 
     p: float = 1.0
@@ -102,33 +104,43 @@ class FlowMapLoss:
     guidance_until: float = 0.7
 
     def __call__(
-        self, model: Average, x: jax.Array, y: jax.Array, t: jax.Array, r: jax.Array, noise: jax.Array
+        self,
+        model: Average,
+        x: jax.Array,
+        y: jax.Array,
+        t: jax.Array,
+        r: jax.Array,
+        noise: jax.Array,
+        w: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """Return the loss, squared errors (B,), and scalars for the log.
 
         Args:
-            model: called as model(z, t, y) and model(z, t, y, r).
+            model: called as model(z, t, y, r, w), with r = None or w = None for none.
             x: clean latents (B, H, W, C), B even.
             y: labels (B,).
             t: times (B,).
             r: times of arrival (B,); r = t in rows 1, 3, …
             noise: standard normal (B, H, W, C).
+            w: guidance scales (B,) of a model that takes them.
         """
         z, v = interpolate(x, noise, t)
-        if self.guidance:
+        if self.guidance or w is not None:
             null = jnp.full_like(y, model.num_classes)
-            difference = jax.lax.stop_gradient(model(z, t, y) - model(z, t, null))
-            scale = jnp.where(t <= self.guidance_until, self.guidance, 0.0)[:, None, None, None]
+            difference = jax.lax.stop_gradient(model(z, t, y, None, w) - model(z, t, null, None, w))
+            g = self.guidance if w is None else 1 - 1 / w
+            scale = jnp.where(t <= self.guidance_until, g, 0.0)[:, None, None, None]
             v = v + scale.astype(v.dtype) * difference
         (z_jump, z_flow), (v_jump, v_flow) = _halves(z), _halves(v)
         (t_jump, t_flow), (y_jump, y_flow), r_jump = _halves(t), _halves(y), _halves(r)[0]
+        w_jump, w_flow = (None, None) if w is None else _halves(w)
         u, derivative = jax.jvp(
-            lambda z, t: model(z, t, y_jump, r_jump), (z_jump, t_jump), (v_jump, jnp.ones_like(t_jump))
+            lambda z, t: model(z, t, y_jump, r_jump, w_jump), (z_jump, t_jump), (v_jump, jnp.ones_like(t_jump))
         )
         length = (t_jump - r_jump)[:, None, None, None]
         target = jax.lax.stop_gradient(v_jump - length * derivative)
         jump_error = jnp.square(u - target).mean(axis=(1, 2, 3))  # (B / 2,)
-        flow_error = jnp.square(model(z_flow, t_flow, y_flow) - v_flow).mean(axis=(1, 2, 3))  # (B / 2,)
+        flow_error = jnp.square(model(z_flow, t_flow, y_flow, None, w_flow) - v_flow).mean(axis=(1, 2, 3))  # (B / 2,)
         errors = jnp.stack([jump_error, flow_error], axis=1).reshape(-1)  # (B,)
         weights = jax.lax.stop_gradient(errors + 1e-3) ** -self.p
         metrics = {

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from mpdit_jax.flow.fields import Field, Prepared, Segment, model_field
+from mpdit_jax.flow.fields import Field, Prepared, Segment, model_field, takes_scale
 from mpdit_jax.flow.protocols import ClassConditional
 
 
@@ -119,10 +119,12 @@ def guided_field(
         negatives: labels of the worse velocity, (B,).
         scale: guidance scale, () or (B,); 1 is no guidance.
         interval: times (low, high) at which to guide; elsewhere there is no second pass.
-        guide: the model of the worse velocity; default `model`.
+        guide: the model of the worse velocity; default `model`, or a single pass if the model takes the scale.
     """
     field: Field
-    if guide is None:
+    if guide is None and takes_scale(model):
+        field = model_field(model, labels, scale)
+    elif guide is None:
         field = ClassifierFree(model_field(model, jnp.stack([labels, negatives], axis=1).reshape(-1)), scale)
     else:
         field = AutoGuidance(model_field(model, labels), model_field(guide, negatives), scale)

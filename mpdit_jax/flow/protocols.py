@@ -28,8 +28,10 @@ class ClassConditional(Velocity, Protocol):
 class Average(ClassConditional, Protocol):
     """A model that also returns the average velocity from t to an earlier time r."""
 
-    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array, r: jax.Array | None = None, /) -> jax.Array:
-        """Return the average velocity from t to r, or the velocity at t without r."""
+    def __call__(
+        self, x: jax.Array, t: jax.Array, y: jax.Array, r: jax.Array | None = None, w: jax.Array | None = None, /
+    ) -> jax.Array:
+        """Return the average velocity from t to r, or the velocity at t without r; `w` are guidance scales (B,)."""
 
 
 @runtime_checkable
@@ -59,6 +61,18 @@ class FlowMap(Factored, Protocol):
 
     def jump_modulation(self, start: Any, end: Any, /) -> Any:
         """Return the modulation of jumps, given those of their times t and r."""
+
+
+@runtime_checkable
+class GuidedMap(FlowMap, Protocol):
+    """A flow map that can take the guidance scale as an input, so that guidance needs one pass."""
+
+    @property
+    def guidance_max(self) -> float:
+        """Largest scale that the model was trained with; 1 if it takes none."""
+
+    def modulation(self, t: jax.Array, r: jax.Array | None = None, w: jax.Array | None = None, /) -> Any:
+        """Return the modulation of times t (B,), or of jumps from t to r (B,), at guidance scales w (B,)."""
 
 
 @runtime_checkable

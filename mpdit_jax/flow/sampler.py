@@ -13,7 +13,7 @@ from flax import nnx
 
 from mpdit_jax.distributed.mesh import with_auto_axes
 from mpdit_jax.errors import ConfigError, InputError
-from mpdit_jax.flow.fields import Field, model_field
+from mpdit_jax.flow.fields import Field, model_field, takes_scale
 from mpdit_jax.flow.flow_map import FlowMapSolver
 from mpdit_jax.flow.guidance import guided_field
 from mpdit_jax.flow.inputs import (
@@ -29,7 +29,7 @@ from mpdit_jax.flow.inputs import (
     check_shape,
     is_traced,
 )
-from mpdit_jax.flow.protocols import Castable, ClassConditional, FlowMap
+from mpdit_jax.flow.protocols import Castable, ClassConditional, FlowMap, GuidedMap
 from mpdit_jax.flow.randomness import GivenIncrements, draw_noise, noise_increments, threefry
 from mpdit_jax.flow.registry import get_solver
 from mpdit_jax.flow.solvers import Solution, Solver
@@ -162,6 +162,8 @@ class Sampler:
         negatives = check_negatives(negative_labels, labels, target.num_classes, default)
         if guide is not None:
             check_guide(guide, target)
+        elif takes_scale(model):
+            _check_input_scale(cast(GuidedMap, model), scale, negatives=negatives is not default)
         indices = check_indices(indices, count)
         if noise is None:
             noise = draw_noise(key, indices, shape)
@@ -174,7 +176,7 @@ class Sampler:
         given = bool(negative_labels) if isinstance(negative_labels, Mapping) else negative_labels is not None
         by_default = guided and guide is None and not given
         check_null_class(target, labels, negatives if guided else None, by_default)
-        _warn_of_maps(model, self.settings, guided)
+        _warn_of_maps(model, self.settings, two_passes=guided and (guide is not None or not takes_scale(model)))
         structure, state = nnx.split(model)
         guide_parts = nnx.split(guide) if guide is not None and guided else (None, None)
         arrays = (state, guide_parts[1], labels, negatives, scale, noise, key, indices, increments)
@@ -197,7 +199,7 @@ def make_sampler(
         solver: "euler", "heun", "midpoint", "dpmpp_2m", "flow_map", "euler_maruyama", "dopri5", "tsit5", or a `Solver`.
         steps: number of velocity evaluations, in second-order solvers too. Adaptive solvers ignore it.
         guidance_scale: w in v_null + w (v_class - v_null), one number or one for each label; 1.0 is the conditional
-            model, without a second pass.
+            model, without a second pass. A flow map with config.model.guidance_max takes it as an input, in one pass.
         guidance_interval: times (t_low, t_high) at which to guide; elsewhere there is no second pass.
         time_grid: "uniform", "shifted", "quadratic", or a `TimeGrid`, such as ShiftedGrid(2.0).
         precision: compute dtype of the model, "float32" or "bfloat16"; default the model's own.
@@ -227,7 +229,22 @@ def make_sampler(
     return Sampler(settings, scale)
 
 
-def _warn_of_maps(model: nnx.Module, settings: Settings, guided: bool) -> None:
+def _check_input_scale(model: GuidedMap, scale: jax.Array | np.ndarray, negatives: bool) -> None:
+    """Raise InputError for guidance that a model with the scale as an input was not trained for."""
+    if negatives:
+        raise InputError(
+            "negative_labels: this model takes the guidance scale as an input, from the null class; leave them out."
+        )
+    if not is_traced(scale):
+        outside = np.atleast_1d(scale)[(np.atleast_1d(scale) < 1) | (np.atleast_1d(scale) > model.guidance_max)]
+        if outside.size:
+            raise InputError(
+                f"guidance_scale={outside[0]:g}: this model takes the scale as an input and was trained with 1 to "
+                f"{model.guidance_max:g}."
+            )
+
+
+def _warn_of_maps(model: nnx.Module, settings: Settings, two_passes: bool) -> None:
     """Warn of settings with which a flow map, or a model sampled as one, draws poor images."""
     if not isinstance(settings.solver, FlowMapSolver):
         return
@@ -238,10 +255,10 @@ def _warn_of_maps(model: nnx.Module, settings: Settings, guided: bool) -> None:
             "more, or train with config.objective='flow_map'.",
             stacklevel=5,
         )
-    if trained and guided:
+    if trained and two_passes:
         warnings.warn(
-            "guidance by two passes spoils a flow map: train it with config.flow_map.guidance and sample with "
-            "guidance_scale=1.",
+            "guidance by two passes spoils a flow map: train it with config.model.guidance_max, which makes the scale "
+            "an input, or with config.flow_map.guidance.",
             stacklevel=5,
         )
 

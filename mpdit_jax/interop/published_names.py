@@ -92,6 +92,7 @@ def trained_entries(config: ModelConfig) -> Iterator[Entry]:
         ("fno_init", "paper"),
         ("sinusoidal_layers", 2),
         ("decoder_depth", 0),
+        ("guidance_max", 1),
     ):
         value = getattr(config, name)
         if value != published:

@@ -4,7 +4,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from mpdit_jax.errors import InputError
 from mpdit_jax.model.config import FNO_GRID, ModelConfig
-from mpdit_jax.model.embeddings import TIME_FEATURES
+from mpdit_jax.model.embeddings import GUIDANCE_FEATURES, TIME_FEATURES
 from mpdit_jax.model.masking import kept_tokens
 from mpdit_jax.model.upsample import CONV_KERNEL, TRANSPOSED_KERNEL
 
@@ -44,6 +44,7 @@ def count_parameters(config: ModelConfig) -> int:
     total = _time_parameters(config) + (_affine(width, 6 * width) if config.modulation == "shared" else per_block)
     total += (config.num_classes + 1) * (config.class_tokens if config.condition == "tokens" else 1) * width
     total += width if config.decoder_depth else 0
+    total += _affine(GUIDANCE_FEATURES, width) if config.guidance_max > 1 else 0
     for level, depth in enumerate(config.depths):
         total += depth * _block_parameters(config) + _tokens(config, level) * width
         if level == 0 or config.skip:
@@ -69,6 +70,12 @@ def count_macs(config: ModelConfig) -> int:
 def masked_macs(config: ModelConfig, mask_ratio: float) -> int:
     """Count the multiply-adds of one forward pass of one example in masked training."""
     return _outside_blocks(config) + sum(_block_macs(config, length) for length in _block_lengths(config, mask_ratio))
+
+
+def tail_macs(config: ModelConfig) -> int:
+    """Count the multiply-adds of one forward pass of the last level alone (`model.trunk_drop.TailOnly`)."""
+    blocks = sum(_block_macs(config, length) for length in _block_lengths(config, 0.0)[-config.depths[-1] :])
+    return _ends_macs(config) + _embedding_macs(config, len(config.depths) - 1) + blocks
 
 
 def training_flops(config: ModelConfig, mask_ratio: float = 0.0) -> int:
@@ -162,18 +169,25 @@ def _block_macs(config: ModelConfig, length: int) -> int:
 
 def _outside_blocks(config: ModelConfig) -> int:
     """Count the multiply-adds of everything but the blocks."""
+    levels = range(len(config.depths))
+    upsamplers = sum(_upsampler(config, level).macs for level in levels if level > 0)
+    return _ends_macs(config) + upsamplers + sum(_embedding_macs(config, level) for level in levels)
+
+
+def _ends_macs(config: ModelConfig) -> int:
+    """Count the multiply-adds of the conditioning on time, and of the final layer."""
     width = config.hidden_size
     vectors = 6 if config.modulation == "shared" else 6 * sum(config.depths) + 2
-    total = _time_macs(config) + vectors * width * width
-    for level in range(len(config.depths)):
-        image = _tokens(config, level)
-        if level == 0 or config.skip:
-            total += image * _patch_features(config, level) * width
-        if level > 0:
-            total += _upsampler(config, level).macs
-        if level > 0 and config.skip:
-            total += image * width**2
-    return total + _tokens(config, -1) * width * _patch_features(config, -1)
+    guidance = GUIDANCE_FEATURES * width if config.guidance_max > 1 else 0
+    final = _tokens(config, -1) * width * _patch_features(config, -1)
+    return _time_macs(config) + guidance + vectors * width * width + final
+
+
+def _embedding_macs(config: ModelConfig, level: int) -> int:
+    """Count the multiply-adds of a level's patch embedding, with its skip."""
+    width, image = config.hidden_size, _tokens(config, level)
+    patches = image * _patch_features(config, level) * width if level == 0 or config.skip else 0
+    return patches + (image * width**2 if level > 0 and config.skip else 0)
 
 
 def _time_parameters(config: ModelConfig) -> int:

@@ -11,13 +11,13 @@ from flax import nnx
 from mpdit_jax.distributed.mesh import constrain_batch
 from mpdit_jax.model.conditioning import MODULATIONS
 from mpdit_jax.model.config import ModelConfig
-from mpdit_jax.model.kernels import attention_kernel
+from mpdit_jax.model.kernels import at_least_float32, attention_kernel
 from mpdit_jax.model.linear import linear
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
     """Normalize the last axis in float32, without affine parameters, ε = 1e-6. The result has the dtype of `x`."""
-    y = x.astype(jnp.float32)
+    y = at_least_float32(x)
     mean = y.mean(axis=-1, keepdims=True)
     variance = jnp.square(y - mean).mean(axis=-1, keepdims=True)
     return ((y - mean) * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)

@@ -63,6 +63,8 @@ class ModelConfig:
             (config.mask_ratio, see `model.masking`); 0 for a model without masked training.
         flow_map: whether the model was trained as a flow map (config.objective), so that `model(x, t, y, r)` is the
             average velocity from t to r. It changes no parameter.
+        guidance_max: largest guidance scale w that a flow map takes as an input, so that guidance needs one pass; 1
+            for no such input. Above 1 the model has one more linear map, initially zero.
         convention: convention of the output: "velocity" (noise minus data, t = 0 at the data), "sit" or "dit";
             `mpdit_jax.as_velocity` converts the last two.
         dtype: compute dtype of linear layers and attention, "float32" or "bfloat16". Parameters, norms, softmax, FFT
@@ -96,6 +98,7 @@ class ModelConfig:
     skip: bool = True
     decoder_depth: int = 0
     flow_map: bool = False
+    guidance_max: float = 1.0
     convention: str = "velocity"
     dtype: str = "float32"
     remat: str = "none"
@@ -105,7 +108,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("patch_sizes", "depths", "input_size"):
             object.__setattr__(self, name, _integers(name, getattr(self, name)))
-        object.__setattr__(self, "mlp_ratio", _number("mlp_ratio", self.mlp_ratio))
+        for name in ("mlp_ratio", "guidance_max"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
         for name in ("hidden_size", "num_heads", "in_channels", "num_classes", "class_tokens"):
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
         for name in ("fno_width", "fno_modes", "fno_layers", "sinusoidal_layers"):
@@ -198,6 +202,8 @@ class ModelConfig:
                 f"model.flow_map=True with decoder_depth={self.decoder_depth}, convention={self.convention!r}: a flow "
                 "map needs decoder_depth=0 and convention='velocity'."
             )
+        if not 1 <= self.guidance_max <= 100:
+            raise ConfigError(f"model.guidance_max={self.guidance_max:g}: expected a scale from 1 (no input) to 100.")
 
     def unused_fields(self) -> dict[str, str]:
         """Return the fields that this model does not use, and so must keep their defaults, with the reason."""

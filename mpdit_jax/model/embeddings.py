@@ -1,4 +1,4 @@
-"""Input embeddings: patches, sin-cos positions, and the sinusoidal time embedding."""
+"""Input embeddings: patches, sin-cos positions, the sinusoidal time embedding, and the guidance scale."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,11 @@ import numpy as np
 from flax import nnx
 
 from mpdit_jax.model.config import ModelConfig
-from mpdit_jax.model.linear import NORMAL_002, linear
+from mpdit_jax.model.kernels import at_least_float32
+from mpdit_jax.model.linear import NORMAL_002, ZEROS, linear
 
 TIME_FEATURES = 256  # sinusoids of the DiT time embedding
+GUIDANCE_FEATURES = 16  # sinusoids of the guidance scale
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:
@@ -55,10 +57,27 @@ class SinusoidalTime(nnx.Module):
         """Embed times (B,) in [0, 1], which are not rescaled, as float32 vectors (B, D)."""
         half = TIME_FEATURES // 2
         frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
-        angles = t.astype(jnp.float32)[:, None] * frequencies[None]  # (B, 128)
+        angles = at_least_float32(t)[:, None] * frequencies[None]  # (B, 128)
         features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)  # (B, 256)
         first, *rest = self.layers
         vector = first(features)  # (B, D)
         for layer in rest:
             vector = layer(nnx.silu(vector))
         return vector
+
+
+class GuidanceEmbedding(nnx.Module):
+    """A zero-initialized linear map of sinusoids of 1 - 1/w, where w is the guidance scale that the model acts as.
+
+    The scale as an input is improved MeanFlow's (arXiv 2512.02012), where it has tokens of its own. Here it is added to
+    the time vector, and changes nothing before training.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.linear = linear(GUIDANCE_FEATURES, config.hidden_size, rngs, kernel_init=ZEROS)
+
+    def __call__(self, w: jax.Array) -> jax.Array:
+        """Embed guidance scales (B,), 1 or more, as float32 vectors (B, D)."""
+        frequencies = np.arange(1, GUIDANCE_FEATURES // 2 + 1, dtype=np.float32) * np.float32(np.pi / 2)
+        angles = (1 - 1 / at_least_float32(w))[:, None] * frequencies[None]  # (B, 8)
+        return self.linear(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))

@@ -34,6 +34,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 
 from mpdit_jax.model.config import FNO_GRID, ModelConfig
+from mpdit_jax.model.kernels import at_least_float32
 from mpdit_jax.model.linear import XAVIER_UNIFORM, ZEROS, linear
 
 _UNIT = nnx.initializers.normal(1.0)
@@ -109,7 +110,7 @@ class FNOTime(nnx.Module):
     def __call__(self, t: jax.Array) -> jax.Array:
         """Embed times (B,) in [0, 1] as float32 vectors (B, D)."""
         grid = jnp.asarray(np.linspace(-1.0, 1.0, FNO_GRID, dtype=np.float32))
-        x = self.lift((grid[None] + t.astype(jnp.float32)[:, None])[..., None])  # (B, 32, width)
+        x = self.lift((grid[None] + at_least_float32(t)[:, None])[..., None])  # (B, 32, width)
         for index, layer in enumerate(self.layers):
             x = layer(x)
             if index < len(self.layers) - 1:

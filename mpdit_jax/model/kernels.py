@@ -34,6 +34,11 @@ def attention_kernel(config: ModelConfig) -> Attend:
     return HeadByHead(config.dtype) if platform == "cpu" else AllHeads("xla")
 
 
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Cast to float32; float64 stays float64, in which tests compare derivatives with finite differences."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def product_dtype(platform: str) -> jax.typing.DTypeLike | None:
     """Return the result dtype of products of bfloat16 matrices: float32 on CPUs, None (bfloat16) elsewhere.
 
@@ -74,11 +79,12 @@ class HeadByHead:
 def _attend(qkv: jax.Array) -> jax.Array:
     """Map one head's query, key and value (3, B, T, d) to float32 (B, T, d)."""
     query, key, value = qkv
-    logits = jnp.einsum("bqd,bkd->bqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    wide = jnp.promote_types(qkv.dtype, jnp.float32)
+    logits = jnp.einsum("bqd,bkd->bqk", query, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))  # (B, T, T)
     sums = weights.sum(axis=-1, keepdims=True)  # (B, T, 1)
     # Dividing (B, T, d) by the sums is cheaper than dividing the (B, T, T) weights.
-    return jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32) / sums
+    return jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=wide) / sums
 
 
 def _platform(name: str) -> str:

@@ -48,9 +48,9 @@ def masked_velocity(
     visible = jnp.take_along_axis(image, kept[..., None], axis=1)  # (B, K, D)
     tokens = jnp.concatenate([embedding.tokens, visible], axis=1)  # (B, m + K, D)
     tokens = level.blocks(tokens, condition, slice(None, decoder))
-    classes, visible = tokens[:, :prefix], tokens[:, prefix:]
     mask_token = model.mask_token[...].astype(dtype)[None, None]  # (1, 1, D)
     hidden = jnp.broadcast_to(mask_token + level.positions(dtype), image.shape)  # (B, N, D)
+    classes, visible = tokens[:, :prefix], tokens[:, prefix:].astype(hidden.dtype)
     image = jax.vmap(lambda all_tokens, rows, values: all_tokens.at[rows].set(values))(hidden, kept, visible)
     tokens = level.blocks(jnp.concatenate([classes, image], axis=1), condition, slice(decoder, None))
     return model.final_layer(tokens, condition)

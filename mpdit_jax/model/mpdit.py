@@ -27,8 +27,9 @@ from mpdit_jax.errors import InputError
 from mpdit_jax.model.blocks import BlockStack, layer_norm, modulate
 from mpdit_jax.model.conditioning import CONDITIONS, MODULATIONS, ClassEmbedding, TrunkTail
 from mpdit_jax.model.config import ModelConfig
-from mpdit_jax.model.embeddings import SinusoidalTime, patchify, sincos_positions, unpatchify
+from mpdit_jax.model.embeddings import GuidanceEmbedding, SinusoidalTime, patchify, sincos_positions, unpatchify
 from mpdit_jax.model.fno import FNOTime
+from mpdit_jax.model.kernels import at_least_float32
 from mpdit_jax.model.linear import NORMAL_002, ZEROS, linear
 from mpdit_jax.model.upsample import Upsample
 
@@ -55,13 +56,19 @@ class Level(nnx.Module):
 
         The first `trunk_depth` blocks of the level are part of the trunk, the others of the tail.
         """
+        return self.transform(self.enter(tokens, latents), condition, trunk_depth)
+
+    def enter(self, tokens: jax.Array, latents: jax.Array) -> jax.Array:
+        """Map the tokens of the level before to those in front of this level's blocks, (B, m + N, D)."""
         image = self.embed(latents)  # (B, N, D), or (1, N, D) if the level has positions alone
         if self.upsample is None:
-            tokens = jnp.concatenate([tokens, image], axis=1)  # (B, m + N, D)
-        else:
-            tokens = self.upsample(tokens)  # (B, m + N, D)
-            count = image.shape[1]
-            tokens = jnp.concatenate([tokens[:, :-count], tokens[:, -count:] + image], axis=1)
+            return jnp.concatenate([tokens, image], axis=1)
+        tokens = self.upsample(tokens)  # (B, m + N, D)
+        count = image.shape[1]
+        return jnp.concatenate([tokens[:, :-count], tokens[:, -count:] + image], axis=1)
+
+    def transform(self, tokens: jax.Array, condition: TrunkTail, trunk_depth: int) -> jax.Array:
+        """Run the blocks on tokens (B, m + N, D)."""
         if condition.trunk is condition.tail or trunk_depth in (0, self.depth):
             return self.blocks(tokens, condition.trunk if trunk_depth else condition.tail)
         tokens = self.blocks(tokens, condition.trunk, slice(None, trunk_depth))
@@ -98,6 +105,7 @@ class MPDiT(nnx.Module):
         self.final = linear(width, patch * patch * config.in_channels, rngs, kernel_init=ZEROS)
         # Takes the place of the tokens hidden by masked training (masking.py); sampling never uses it.
         self.mask_token = nnx.Param(NORMAL_002(rngs.params(), (width,), jnp.float32)) if config.decoder_depth else None
+        self.guidance_embedding = GuidanceEmbedding(config, rngs) if config.guidance_max > 1 else None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -115,6 +123,11 @@ class MPDiT(nnx.Module):
         return self.config.flow_map
 
     @property
+    def guidance_max(self) -> float:
+        """Largest guidance scale that the model takes as an input; 1 if it takes none."""
+        return self.config.guidance_max
+
+    @property
     def num_classes(self) -> int:
         """Number of classes; also the label of the null class."""
         return self.config.num_classes
@@ -130,6 +143,7 @@ class MPDiT(nnx.Module):
         t: jax.typing.ArrayLike,
         y: jax.typing.ArrayLike,
         r: jax.typing.ArrayLike | None = None,
+        w: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Return the velocity dz/dt at latents `x`, time `t` (0 = data, 1 = noise) and class `y`.
 
@@ -138,15 +152,17 @@ class MPDiT(nnx.Module):
             t: times in [0, 1], float32 (B,).
             y: labels in [0, num_classes], int32 (B,); `num_classes` is the null class.
             r: times in [0, t], float32 (B,): return the average velocity from t to r instead, as a flow map does.
+            w: guidance scales in [1, guidance_max], float32 (B,), of a model that takes them; default 1.
 
         Returns:
             float32 (B, H, W, C).
 
         Raises:
-            InputError: a shape does not fit the model, a label is not an integer or out of range, or r > t. The values
-                of traced arrays cannot be checked: a label out of range then gives NaN.
+            InputError: a shape does not fit the model, a label is not an integer or out of range, r > t, or a scale
+                that the model does not take. The values of traced arrays cannot be checked: a label out of range then
+                gives NaN.
         """
-        return with_auto_axes(MPDiT._call, (self,), (x, t, y, r), batched=(x, y, t), out=0)
+        return with_auto_axes(MPDiT._call, (self,), (x, t, y, r, w), batched=(x, y, t), out=0)
 
     def _call(
         self,
@@ -154,10 +170,13 @@ class MPDiT(nnx.Module):
         t: jax.typing.ArrayLike,
         y: jax.typing.ArrayLike,
         r: jax.typing.ArrayLike | None,
+        w: jax.typing.ArrayLike | None,
     ) -> jax.Array:
         x, t, y = self.check(x, t, y)
+        r = None if r is None else check_arrival(r, t)
+        w = None if w is None else check_guidance(w, t, self.guidance_max)
         # Without this constraint XLA splits the modulation by features and then gathers it for the whole batch.
-        modulation = jax.tree.map(constrain_batch, self.modulation(t, None if r is None else check_arrival(r, t)))
+        modulation = jax.tree.map(constrain_batch, self.modulation(t, r, w))
         return self.velocity(x, modulation, self.class_embedding(y))
 
     def check(
@@ -183,16 +202,18 @@ class MPDiT(nnx.Module):
                 )
         return constrain_batch(x), constrain_batch(t), constrain_batch(y)
 
-    def modulation(self, t: jax.Array, r: jax.Array | None = None) -> Any:
+    def modulation(self, t: jax.Array, r: jax.Array | None = None, w: jax.Array | None = None) -> Any:
         """Return the float32 modulation of times (B,), or, with condition="vector", the time vector (B, D).
 
-        With `r` it is a TrunkTail of those of t and r.
+        With `r` it is a TrunkTail of those of t and r. `w` are guidance scales (B,) of a model that takes them.
         """
         if r is not None:
             if self.config.tail_depth == sum(self.config.depths):
                 raise InputError("a model of one block cannot be a flow map: it needs a block for t and one for r.")
-            return self.jump_modulation(self.modulation(t), self.modulation(r))
+            return self.jump_modulation(self.modulation(t, w=w), self.modulation(r, w=w))
         vector = self.time_embedding(t)  # (B, D); `condition` adds a class vector to it
+        if self.guidance_embedding is not None:
+            vector = vector + self.guidance_embedding(jnp.ones_like(t) if w is None else w)
         return vector if self.config.condition == "vector" else self.time_modulation(vector)
 
     def jump_modulation(self, start: Any, end: Any) -> TrunkTail:
@@ -219,7 +240,7 @@ class MPDiT(nnx.Module):
 
     def final_layer(self, tokens: jax.Array, condition: Any) -> jax.Array:
         """Map tokens (B, m + N, D) of the last level to velocities (B, H, W, C), float32."""
-        image = tokens[:, self.config.prefix_tokens :].astype(jnp.float32)  # (B, N, D)
+        image = at_least_float32(tokens[:, self.config.prefix_tokens :])  # (B, N, D)
         image = self.final(modulate(layer_norm(image), *self.final_modulation(condition)))  # (B, N, p * p * C)
         return unpatchify(image, self.levels[-1].patch, self.levels[-1].grid)
 
@@ -261,3 +282,17 @@ def check_arrival(r: jax.typing.ArrayLike, t: jax.Array) -> jax.Array:
                 f"r={r[late[0]]:g} with t={t[late[0]]:g}: a flow map goes to an earlier time, 0 <= r <= t."
             )
     return constrain_batch(r)
+
+
+def check_guidance(w: jax.typing.ArrayLike, t: jax.Array, largest: float) -> jax.Array:
+    """Return the guidance scales as float32 (B,). Raise InputError for another shape, or w outside [1, largest]."""
+    w = jnp.asarray(w, jnp.float32)
+    if largest == 1:
+        raise InputError("w is given and this model takes no guidance scale: train it with config.model.guidance_max.")
+    if w.shape != t.shape:
+        raise InputError(f"w {w.shape}: expected one guidance scale for each of t {t.shape}.")
+    if not isinstance(w, jax.core.Tracer) and not bool(((w >= 1) & (w <= largest)).all()):
+        raise InputError(
+            f"w from {w.min():g} to {w.max():g}: this model was trained with scales from 1 to {largest:g}."
+        )
+    return constrain_batch(w)

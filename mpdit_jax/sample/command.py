@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from mpdit_jax.checkpoint.load import load_config, load_together
 from mpdit_jax.distributed.collectives import run_on_process_0
@@ -17,6 +18,7 @@ from mpdit_jax.flow.sampler import Sampler
 from mpdit_jax.io import pictures as images
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import split
+from mpdit_jax.model.trunk_drop import TailOnly
 from mpdit_jax.sample.blocks import Block, BlockFolder
 from mpdit_jax.sample.classes import Classes, read_classes
 from mpdit_jax.sample.decoding import make_decode
@@ -25,6 +27,8 @@ from mpdit_jax.sample.labels import parse_labels
 from mpdit_jax.sample.output_paths import OutputPaths, output_paths
 from mpdit_jax.sample.outputs import ROWS, first_of_each, save_npz, save_pngs
 from mpdit_jax.sample.trajectory import save_trajectory
+
+TAIL = "tail"
 
 
 def load_drawing(options: argparse.Namespace, sampler: Sampler) -> Drawing:
@@ -35,7 +39,7 @@ def load_drawing(options: argparse.Namespace, sampler: Sampler) -> Drawing:
     """
     decode = make_decode(options.workdir, options.vae, options.vae_dtype, options.vae_tile)
     options.step, model = load_together(options.workdir, options.step, ema=not options.no_ema)
-    guide = load_together(options.guide)[1] if options.guide else None
+    guide = _load_guide(options, model) if options.guide else None
     classes = read_classes(options.workdir, load_config(options.workdir), options.class_names)
     labels = parse_labels(options.labels, options.num_samples, classes, options.seed)
     negatives = classes.find_pairs(options.negative_labels, "--negative_labels")
@@ -43,6 +47,15 @@ def load_drawing(options: argparse.Namespace, sampler: Sampler) -> Drawing:
     call = {"negative_labels": negatives, "guide": guide}
     mesh = make_mesh(devices=jax.local_devices())
     return Drawing(sampler, model, labels, options.seed, options.batch_size, decode, call, mesh)
+
+
+def _load_guide(options: argparse.Namespace, model: MPDiT) -> nnx.Module:
+    """Load the model of `--guide`, a run, or `tail` for the model's own tail."""
+    if options.guide != TAIL:
+        return load_together(options.guide)[1]
+    if not load_config(options.workdir).trunk_drop:
+        raise InputError(f"--guide={TAIL}: {options.workdir} was not trained with config.trunk_drop, such as 0.1.")
+    return TailOnly(model)
 
 
 def draw(options: argparse.Namespace, drawing: Drawing, out: Path) -> np.ndarray:
@@ -142,7 +155,7 @@ def run_settings(options: argparse.Namespace, drawing: Drawing) -> dict[str, Any
     }
 
 
-def _fingerprint(model: MPDiT) -> str:
+def _fingerprint(model: nnx.Module) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, value in sorted(split(model)[1].items()):
         digest.update(name.encode())

@@ -58,7 +58,12 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--negative_labels", type=_pairs, default={}, metavar="A:B,...", help="guide class A away from B, not from null"
     )
-    group.add_argument("--guide", default="", metavar="WORKDIR", help="guide away from this weaker run's model")
+    group.add_argument(
+        "--guide",
+        default="",
+        metavar="WORKDIR|tail",
+        help="guide away from this weaker run, or the tail (config.trunk_drop)",
+    )
     group.add_argument("--rtol", type=float, help="dopri5, tsit5: relative error a step (default: 1e-5)")
     group.add_argument("--atol", type=float, help="dopri5, tsit5: absolute error a step (default: 1e-5)")
     group.add_argument(

@@ -16,6 +16,7 @@ from mpdit_jax.io.paths import expand
 from mpdit_jax.model.parameters import split
 from mpdit_jax.train.state import TrainState
 
+_GUIDANCE = "guidance_embedding."
 _TABLE = "class_embedding.table"  # (classes + 1, width), with the null class last
 
 
@@ -27,7 +28,8 @@ def initialize_from(state: TrainState, origin: str) -> TrainState:
 
     Args:
         state: the state before the first step.
-        origin: `config.init_from`, a run's workdir or a `.safetensors` with this project's parameter names.
+        origin: `config.init_from`, a run's workdir or a `.safetensors` with this project's parameter names. It may
+            lack the embedding of the guidance scale, which starts at zero (`model.guidance_max`).
 
     Raises:
         ConfigError: nothing is there, or its parameters have other names or shapes.
@@ -38,7 +40,8 @@ def initialize_from(state: TrainState, origin: str) -> TrainState:
     shapes = {name: np.shape(array) for name, array in arrays.items()}
     if other_classes:
         shapes[_TABLE] = (len(ours[_TABLE]), *shapes[_TABLE][1:])
-    wrong = [name for name, leaf in ours.items() if shapes.get(name) != leaf.shape]
+    new = [name for name in ours if name.startswith(_GUIDANCE) and name not in arrays]
+    wrong = [name for name, leaf in ours.items() if name not in new and shapes.get(name) != leaf.shape]
     wrong += [name for name in arrays if name not in ours]
     if wrong:
         name = wrong[0]
@@ -49,9 +52,10 @@ def initialize_from(state: TrainState, origin: str) -> TrainState:
             f"config.init_from={origin} has another model than config.model: {name} is {there} there and {here} "
             f"here{more}. Give the config.model of that run ({', '.join(ADAPTABLE)} may differ)."
         )
-    parameters = {
+    taken = {name: leaf for name, leaf in ours.items() if name not in new}
+    parameters = ours | {
         name: _with_null_row(leaf, arrays[name]) if name == _TABLE and other_classes else _placed(arrays[name], leaf)
-        for name, leaf in ours.items()
+        for name, leaf in taken.items()
     }
     if other_classes and jax.process_index() == 0:
         print(

@@ -16,6 +16,7 @@ from mpdit_jax.flow.flow_map import FlowMapLoss, draw_jumps
 from mpdit_jax.flow.objective import LogitNormal, flow_matching_loss, interpolate, time_distribution
 from mpdit_jax.model.masking import draw_kept, masked_velocity, split_error
 from mpdit_jax.model.parameters import Parameters, Structure, merge
+from mpdit_jax.model.trunk_drop import dropped_velocity
 from mpdit_jax.train import guard as guards
 from mpdit_jax.train.metric_window import add_step
 from mpdit_jax.train.state import TrainState
@@ -33,6 +34,8 @@ class NoisyBatch(NamedTuple):
     noise: jax.Array  # (B, H, W, C)
     kept: jax.Array | None = None  # (B, K), the tokens that the trunk sees; None for all
     r: jax.Array | None = None  # (B,), the times of arrival of a flow map; None for flow matching
+    w: jax.Array | None = None  # (B,), guidance scales of a flow map that takes them as an input
+    dropped: jax.Array | None = None  # (B,) bool, whether the tail sees no trunk; None for never
 
 
 Noising: TypeAlias = Callable[[Batch, jax.Array], NoisyBatch]
@@ -63,6 +66,8 @@ def make_noising(config: FrozenConfigDict, latents: LatentSpace | None = None) -
             jumps = draw_jumps(jax.random.fold_in(key, 4), x.shape[0], jump_times)
             is_jump = jnp.arange(x.shape[0]) % 2 == 0
             t, r = jnp.where(is_jump, jumps[:, 0], t), jnp.where(is_jump, jumps[:, 1], t)
+        scales = jax.random.uniform(jax.random.fold_in(key, 5), t.shape) if model.guidance_max > 1 else None
+        share = config.trunk_drop
         return NoisyBatch(
             x=x,
             y=drop_labels(dropout_key, batch["y"], config.label_dropout, null),
@@ -70,6 +75,8 @@ def make_noising(config: FrozenConfigDict, latents: LatentSpace | None = None) -
             r=r,
             noise=jax.random.normal(noise_key, x.shape),
             kept=draw_kept(jax.random.fold_in(key, 3), model, ratio, x.shape[0]) if ratio else None,
+            w=None if scales is None else model.guidance_max**scales,  # from 1 to guidance_max, uniform in log w
+            dropped=jax.random.bernoulli(jax.random.fold_in(key, 6), share, t.shape) if share else None,
         )
 
     return noising
@@ -106,13 +113,15 @@ def make_loss(
     def loss(parameters: Parameters, noisy: NoisyBatch) -> tuple[jax.Array, LossAux]:
         model = merge(structure, parameters)
         if flow_map_loss is not None and noisy.r is not None:
-            value, errors, metrics = flow_map_loss(model, noisy.x, noisy.y, noisy.t, noisy.r, noisy.noise)
+            value, errors, metrics = flow_map_loss(model, noisy.x, noisy.y, noisy.t, noisy.r, noisy.noise, noisy.w)
             return value, (errors, metrics)
         if noisy.kept is None:
-            value, per_example = flow_matching_loss(model, noisy.x, noisy.y, t=noisy.t, noise=noisy.noise)
+            dropped = noisy.dropped
+            velocity = model if dropped is None else lambda x, t, y: dropped_velocity(model, x, t, y, dropped)
+            value, per_example = flow_matching_loss(velocity, noisy.x, noisy.y, t=noisy.t, noise=noisy.noise)
             return value, (per_example, {})
-        z, velocity = interpolate(noisy.x, noisy.noise, noisy.t)
-        error = masked_velocity(model, z, noisy.t, noisy.y, noisy.kept) - velocity
+        z, target = interpolate(noisy.x, noisy.noise, noisy.t)
+        error = masked_velocity(model, z, noisy.t, noisy.y, noisy.kept) - target
         kept, hidden = split_error(jnp.square(error), noisy.kept, model.config.patch_sizes[0])  # (B,) each
         per_example = kept + mask_loss_weight * hidden
         return per_example.mean(), (per_example, {})

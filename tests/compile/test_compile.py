@@ -311,6 +311,22 @@ def test_the_command_on_virtual_devices():
     assert report["sampler"]["sent"] == 0
 
 
+def test_a_flow_maps_config_is_compiled_with_its_own_solver(monkeypatch, capsys):
+    """The sampler of configs/digits_flow_map.py is one evaluation, and its step the one with the forward derivative."""
+    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices: None)
+    smaller_model = ["--config.model.depths=1,1", "--config.batch_size=4", "--config.model.remat=none"]
+    assert (
+        compile_command(
+            ["--config=digits_flow_map", f"--devices={jax.device_count()}", "--format=json", *smaller_model]
+        )
+        == 0
+    )
+    report = json.loads(capsys.readouterr().out)
+    sampler, step = report["sampler"], report["step"]
+    assert 0.8 < sampler["compiled_flops"] / sampler["flops"] <= 1.05
+    assert 1.1 < step["compiled_flops"] / step["flops"] < 1.3  # half of the batch has a forward derivative
+
+
 def test_refusals():
     config = f"--config={ROOT / 'configs/digits.py'}"
     cases = [

@@ -4,14 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import mpdit_jax as mp
+from mpdit_jax.compile.flops import product_flops
 from mpdit_jax.errors import ConfigError, InputError
 from mpdit_jax.flow.fields import Field
 from mpdit_jax.flow.flow_map import FlowMapSolver, renoise
+from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.solvers import Euler
 from mpdit_jax.flow.times import UniformGrid
-from tests.flow.toys import GaussianModel, tiny_model
+from mpdit_jax.io.pictures import to_uint8
+from mpdit_jax.model.accounting import count_macs, count_trained
+from mpdit_jax.model.parameters import merge, split
+from mpdit_jax.sample.drawing import Drawing
+from mpdit_jax.sample.exporting import export_sampler
+from mpdit_jax.sample.trajectory import save_trajectory
+from tests.flow.toys import GaussianModel, in_float64, tiny_model
 
 LEVELS = {
     1: {"patch_sizes": (2,), "depths": (4,)},
@@ -58,24 +67,27 @@ def test_the_trunk_sees_t_and_the_tail_r(levels):
     np.testing.assert_allclose(both, model.final_layer(tokens, condition.tail), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("time_embedding", ["fno", "sinusoidal"])
-def test_the_derivative_equals_central_differences(time_embedding, remat):
-    """du/dt along (v, 1, 0), float64."""
+@pytest.mark.parametrize(
+    "fields", [{"time_embedding": "fno", "fno_init": "scaled"}, {"remat": "full"}, {"guidance_max": 4.0}]
+)
+def test_the_derivative_equals_central_differences(fields):
+    """du/dt along (v, 1, 0) of the whole network, float64."""
     with jax.enable_x64(True):
-        model = tiny_model(**LEVELS[2], time_embedding=time_embedding, fno_init="scaled", remat=remat) if (
-            time_embedding == "fno"
-        ) else tiny_model(**LEVELS[2], remat=remat)  # fmt: skip
+        model = in_float64(tiny_model(**LEVELS[2], **fields))
         x, t, y = inputs()
-        v = jnp.asarray(np.random.default_rng(2).standard_normal(x.shape), jnp.float32)
+        x, t = x.astype(jnp.float64), t.astype(jnp.float64)
+        v = jnp.asarray(np.random.default_rng(2).standard_normal(x.shape))
 
+        @jax.jit
         def u(step):
-            return model(x + step * v, t + step, y, t / 2)
+            return model.velocity(x + step * v, model.modulation(t + step, t / 2), model.class_embedding(y))
 
-        _, derivative = jax.jvp(u, (jnp.float32(0.0),), (jnp.float32(1.0),))
-        h = 1e-2
+        value, derivative = jax.jvp(u, (0.0,), (1.0,))
+        h = 1e-3
         differences = (8 * (u(h) - u(-h)) - (u(2 * h) - u(-2 * h))) / (12 * h)
-    assert np.abs(derivative - differences).max() <= 2e-3 * np.abs(derivative).max()
+    assert value.dtype == derivative.dtype == np.float64
+    assert np.abs(derivative).max() > 0.01
+    assert np.abs(derivative - differences).max() <= 1e-6 * np.abs(derivative).max()
 
 
 MEAN, STD = 0.7, 0.4
@@ -113,6 +125,20 @@ def test_the_exact_map_satisfies_the_identity():
         u, derivative = jax.jvp(lambda z, t: field.jump(z, t, r), (z, t), (v, jnp.ones_like(t)))
         residual = u - (v - (t - r).reshape(-1, 1, 1, 1) * derivative)
     assert np.abs(residual).max() <= 1e-12
+
+
+def test_the_conditional_target_averages_to_the_average_velocity():
+    """E[v - (t - r) du/dt | z_t] = u, with v = n - x of one example: what training regresses on has the right mean."""
+    field, z, t, r, random = GaussianMap(), 0.8, 0.6, 0.2, np.random.default_rng(0)
+    variance = (1 - t) ** 2 * STD**2 + t**2
+    mean = MEAN + (1 - t) * STD**2 / variance * (z - (1 - t) * MEAN)  # of x at this z_t
+    x = mean + STD * t / np.sqrt(variance) * random.standard_normal((200_000, 1, 1, 1))
+    v = jnp.asarray((z - (1 - t) * x) / t - x, jnp.float32)
+    points, times = jnp.full(v.shape, z), jnp.full(len(v), t)
+    u, derivative = jax.jvp(lambda z, t: field.jump(z, t, jnp.float32(r)), (points, times), (v, jnp.ones_like(times)))
+    target = np.asarray(v - (t - r) * derivative)
+    assert target.std() > 0.2
+    assert abs(target.mean() - u[0, 0, 0, 0]) < 4 * target.std() / np.sqrt(len(target))
 
 
 def test_one_jump_equals_two_and_four_and_euler_is_far_off():
@@ -168,6 +194,89 @@ def test_guidance_combines_both_jumps():
     z, times = guided.path[0], [jnp.full(3, value, jnp.float32) for value in (1.0, 0.5)]
     better, worse = (model(z, times[0], labels, times[1]) for labels in (y, jnp.full(3, 10)))
     np.testing.assert_allclose(guided.path[1], z - 0.5 * (worse + 2 * (better - worse)), rtol=0, atol=1e-5)
+
+
+def test_an_exported_one_step_map_calls_the_network_once():
+    """The file's matrix products are those of one forward pass, and four steps have four times as many."""
+    model = tiny_model(**LEVELS[2], hidden_size=64, flow_map=True)
+    labels, seed, products = np.arange(4, dtype=np.int32), np.uint32(3), {}
+    for steps in (1, 4):
+        sampler = mp.make_sampler("flow_map", steps)
+        file = export_sampler(sampler, model, ("cpu",), batch=4)
+        program = jax.jit(jax.export.deserialize(bytearray(file)).call).lower(labels, seed).compile()
+        products[steps] = product_flops(program.as_text())
+        expected = sampler(model, labels, seed_key(seed))
+        np.testing.assert_allclose(program(labels, seed), expected, rtol=0, atol=1e-5)
+    one_pass = 2 * 4 * count_macs(model.config)
+    assert 0.8 < products[1] / one_pass <= 1  # the modulation is computed once, not for each of the four labels
+    assert products[4] == pytest.approx(4 * products[1], rel=0.1)
+
+
+def test_pictures_and_films_are_drawn_with_few_jumps(tmp_path):
+    model, labels = tiny_model(**LEVELS[2], flow_map=True), np.arange(3)
+    sampler = mp.make_sampler("flow_map", 2)
+    expected = to_uint8(np.asarray(sampler(model, labels, seed_key(5))))[..., 0]
+    found = mp.generate(model, labels, seed=5, solver="flow_map", steps=2)
+    np.testing.assert_array_equal(np.stack([np.asarray(picture) for picture in found]), expected)
+    drawing = Drawing(sampler, model, labels, 5, 3, None, {})
+    save_trajectory(drawing, tmp_path / "film.gif", tmp_path / "strip.png")
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames == 3  # the noise, the state after one jump, the picture
+    with Image.open(tmp_path / "strip.png") as strip:
+        assert strip.width > strip.height > 0
+
+
+def guided_model():
+    return tiny_model(**LEVELS[2], flow_map=True, guidance_max=4.0)
+
+
+@pytest.mark.parametrize("scale", [2.5, [1.0, 2.0, 4.0]])
+def test_the_guidance_scale_is_an_input_and_needs_one_pass(scale, recwarn):
+    """The sampler's jumps and velocities are single calls of the model, with the scale as its argument."""
+    model, y, w = guided_model(), jnp.arange(3), jnp.broadcast_to(jnp.float32(scale), 3)
+    t, half = jnp.ones(3), jnp.full(3, 0.5)
+    path = mp.make_sampler("flow_map", 2, scale).solve(model, y, jax.random.key(0), record=True).path
+    np.testing.assert_allclose(path[1], path[0] - 0.5 * model(path[0], t, y, half, w), rtol=0, atol=1e-5)
+    path = mp.make_sampler("euler", 2, scale).solve(model, y, jax.random.key(0), record=True).path
+    np.testing.assert_allclose(path[1], path[0] - 0.5 * model(path[0], t, y, None, w), rtol=0, atol=1e-5)
+    assert np.abs(model(path[0], t, y, None, w) - model(path[0], t, y)).max() > 1e-3
+    assert not recwarn.list
+    # Above the interval the scale is 1.
+    low = mp.make_sampler("flow_map", 2, scale, guidance_interval=(0.0, 0.6))
+    path = low.solve(model, y, jax.random.key(0), record=True).path
+    np.testing.assert_allclose(path[1], path[0] - 0.5 * model(path[0], t, y, half), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(path[2], path[1] - 0.5 * model(path[1], half, y, 0 * t, w), rtol=0, atol=1e-5)
+
+
+def test_an_untrained_guidance_input_changes_nothing():
+    structure, parameters = split(guided_model())
+    new = {name: 0 * leaf for name, leaf in parameters.items() if name.startswith("guidance_embedding.")}
+    plain = merge(split(tiny_model(**LEVELS[2]))[0], {k: v for k, v in parameters.items() if k not in new})
+    (x, t, y), model = inputs(), merge(structure, parameters | new)
+    assert new
+    np.testing.assert_array_equal(model(x, t, y, t / 2, jnp.full(4, 3.0)), plain(x, t, y, t / 2))
+    fresh = mp.create_model("mpdit_b", **LEVELS[2], hidden_size=32, num_heads=2, input_size=8, guidance_max=4.0)
+    assert not fresh.guidance_embedding.linear.kernel[...].any()
+    assert count_trained(fresh.config) == sum(leaf.size for leaf in split(fresh)[1].values())
+
+
+def test_bad_guidance_inputs():
+    model, (x, t, y) = guided_model(), inputs()
+    sampler = mp.make_sampler("flow_map", steps=1)
+    with pytest.raises(InputError, match="guidance_scale=5: this model takes the scale as an input and was trained"):
+        sampler(model, y, jax.random.key(0), guidance_scale=5.0)
+    with pytest.raises(InputError, match=r"guidance_scale=0\.5: this model takes the scale"):
+        sampler(model, y, jax.random.key(0), guidance_scale=0.5)
+    with pytest.raises(InputError, match="negative_labels: this model takes the guidance scale as an input"):
+        sampler(model, y, jax.random.key(0), guidance_scale=2.0, negative_labels=3)
+    with pytest.raises(InputError, match="w from 0 to 3: this model was trained with scales from 1 to 4"):
+        model(x, t, y, t, jnp.arange(4.0))
+    with pytest.raises(InputError, match=r"w \(2,\): expected one guidance scale for each of t \(4,\)"):
+        model(x, t, y, t, jnp.ones(2))
+    with pytest.raises(InputError, match="this model takes no guidance scale"):
+        tiny_model(**LEVELS[2])(x, t, y, t, jnp.ones(4))
+    with pytest.raises(ConfigError, match=r"model.guidance_max=0\.5: expected a scale from 1"):
+        tiny_model(guidance_max=0.5)
 
 
 def test_a_map_runs_every_ode_solver():

@@ -8,13 +8,12 @@ import pytest
 import mpdit_jax as mp
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.flow.adaptive import Adaptive
-from mpdit_jax.flow.fields import FunctionField
 from mpdit_jax.flow.registry import SOLVERS, get_solver
 from mpdit_jax.flow.solvers import DPMpp2M, Euler, Heun, Midpoint
 from mpdit_jax.flow.stochastic import DIFFUSIONS, EulerMaruyama
 from mpdit_jax.flow.times import QuadraticGrid, ShiftedGrid, UniformGrid, get_time_grid
 from tests.conftest import relative_error
-from tests.flow.toys import COVARIANCE, MEAN, GaussianModel, counting_model, tiny_model
+from tests.flow.toys import COVARIANCE, MEAN, FunctionField, GaussianModel, counting_model, tiny_model
 
 DERIVED = 2e-4
 FIXED = ("euler", "heun", "midpoint", "dpmpp_2m", "euler_maruyama")

@@ -1,12 +1,32 @@
-"""Small models for tests of the flow."""
+"""Small models and fields for tests of the flow."""
+
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.tree_util import register_dataclass
+
+from mpdit_jax.flow.fields import Field
 
 MEAN = jnp.array([0.5, -0.3, 0.2, 0.0])
 COVARIANCE = jnp.array([[1.0, 0.5, 0.0, 0.1], [0.5, 0.8, 0.2, 0.0], [0.0, 0.2, 0.5, -0.1], [0.1, 0.0, -0.1, 0.3]])
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FunctionField(Field):
+    """The field of a function (z, t), with t of shape (1,) or (B,)."""
+
+    function: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(metadata={"static": True})
+
+    def prepare(self, times):
+        return times
+
+    def __call__(self, z, prepared):
+        return self.function(z, prepared)
 
 
 def gaussian_velocity(z, t, mean=MEAN, covariance=COVARIANCE):
@@ -56,3 +76,18 @@ def tiny_model(**fields):
     structure, shapes = abstract(preset_config("mpdit_b", **{**small, **fields}))
     random = np.random.default_rng(0)
     return merge(structure, {k: jnp.asarray(0.1 * random.standard_normal(v.shape), v.dtype) for k, v in shapes.items()})
+
+
+def in_float64(model):
+    """Return the model with float64 parameters and arithmetic; call its parts under `jax.enable_x64(True)`."""
+    from mpdit_jax.model.kernels import HeadByHead
+
+    model = nnx.merge(nnx.graphdef(model), jax.tree.map(lambda leaf: leaf.astype(jnp.float64), nnx.state(model)))
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Linear):
+            module.dtype = module.param_dtype = jnp.float64
+            module.preferred_element_type = None
+        if hasattr(module, "attend"):
+            module.attend = HeadByHead("float64")
+    model.class_embedding.dtype = "float64"
+    return model

@@ -278,6 +278,7 @@ def test_a_diverged_model(workdir, tmp_path, monkeypatch):
     (["--time_shift=2"], "only --time_grid=shifted"),
     (["--negative_labels=3:99", "--guidance_scale=2"], "--negative_labels: label 99 is out of range"),
     (["--guide=nowhere", "--guidance_scale=2"], "nowhere holds no run"),
+    (["--guide=tail", "--guidance_scale=2"], "was not trained with config.trunk_drop"),
     (["--guide=nowhere"], "--guide is given and nothing is guided at --guidance_scale=1"),
     (["--negative_labels=3:8"], "--negative_labels is given and nothing is guided"),
     (["--guidance_interval=0.2,0.8"], "--guidance_interval is given and nothing is guided"),

@@ -1,14 +1,20 @@
 """The studies of docs/: they continue after an interruption, compare equal budgets, and write tables and plots."""
 
 import json
+import time
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mpdit_jax.config import resolve
 from mpdit_jax.data.sources import array_source
 from mpdit_jax.errors import DataError, DivergedError, InputError
-from mpdit_jax.model.accounting import count_trained
-from studies import fno_width, token_budget
+from mpdit_jax.model.accounting import count_macs, count_trained
+from mpdit_jax.model.parameters import abstract, merge
+from studies import flow_map, fno_width, token_budget
+from studies.flow_map_models import KINDS, Recipe, Zoo, make_trainer, passes_per_step
 from studies.records import Records
 from studies.trainer import Trainer
 
@@ -133,3 +139,103 @@ def test_plots(tmp_path):
         picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
         assert picture.shape[1] > picture.shape[0] > 300
         assert (picture < 200).mean() > 0.005
+
+
+SMALL = (("batch_size", 8), ("model.depths", (1, 1)), ("model.hidden_size", 32), ("model.time_embedding", "sinusoidal"))
+FLOW = Recipe("digits", 3, changes=SMALL)
+
+
+def flow_map_point(draw, seed):
+    values = {"fd": 4.0 + seed, "precision": 0.5, "recall": 0.6, "accuracy": 0.9}
+    return {"solver": draw.solver, "evaluations": draw.evaluations, "scale": draw.scale, "guide": draw.guide,
+            "one_pass": draw.one_pass, "gmacs_an_image": 0.01, **values}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", flow_map.PARTS)
+def test_every_part_of_the_flow_map_study_has_models_that_differ(part):
+    study = flow_map.PARTS[part](Recipe("digits", 800), 400)
+    assert len({recipe.digest() for recipe, _ in study.values()}) == len(study)
+    for recipe, draws in study.values():
+        assert draws
+        resolve(recipe.config(""))
+        assert recipe.digest() != Recipe("digits", 800).digest() or recipe == Recipe("digits", 800)
+    runs = list(flow_map.settings(part, study, 2, 100))
+    assert len(runs) == 2 * len(study)
+    records = [one | {"steps": 1, "training_gmacs": 5.0, "points": [flow_map_point(draw, one["seed"]) for draw in
+               study[one["model"]][1]]} for one in runs]  # fmt: skip
+    table = flow_map.as_table(records)
+    assert table.count("| 4.50 ± 0.71 | 0.50 ± 0.00 | 0.60 ± 0.00 | 0.900 ± 0.000 |") == sum(
+        len(draws) for _, draws in study.values()
+    )
+
+
+def test_flow_maps_are_trained_from_stored_flow_models_and_measured(tmp_path, monkeypatch):
+    """A map that takes the guidance scale starts from the flow model; an interrupted study trains neither again."""
+    zoo = Zoo(tmp_path, "")
+    changes = (*FLOW.changes, flow_map.MAP, ("model.guidance_max", 4.0))
+    trained = Recipe("digits", 2, FLOW, changes)
+    draws = [flow_map.Draw("flow_map", 1, 2.0, one_pass=True)]
+    judged = []
+
+    def judge(images, labels):
+        judged.append(images.shape)
+        return {"fd": 1.0}
+
+    one = {"model": "map", "seed": 0, "samples": 12}
+    found = flow_map.measure(one, {"map": (trained, draws)}, zoo, lambda: judge)
+    assert judged == [(12, 8, 8, 1)]
+    macs = count_macs(zoo.model(trained, 0).config)
+    assert [point["gmacs_an_image"] for point in found["points"]] == [round(macs / 1e9, 4)]
+    flow_macs = count_macs(zoo.model(FLOW, 0).config)
+    assert found["training_gmacs"] == round((3 * 3 * flow_macs + 2 * 5.5 * macs) * 8 / 1e9, 1)
+    assert len(list(tmp_path.glob("*.npz"))) == 2
+    monkeypatch.setattr("studies.flow_map_models.make_trainer", None)
+    assert zoo.parameters(trained, 0).keys() - zoo.parameters(FLOW, 0).keys() == {
+        "guidance_embedding.linear.bias", "guidance_embedding.linear.kernel",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_the_time_of_arrival_enters(kind):
+    """At r = t every kind is the flow model, and elsewhere they differ from the map that is split at the boundary."""
+    structure = make_trainer(Recipe("digits", 3, None, (*FLOW.changes, flow_map.MAP), kind), "").structure
+    random = np.random.default_rng(0)
+    plain = make_trainer(Recipe("digits", 3, None, (*FLOW.changes, flow_map.MAP)), "")
+    parameters = {
+        name: 0.1 * random.standard_normal(leaf.shape, np.float32) for name, leaf in abstract(plain.model)[1].items()
+    }
+    model, boundary = (merge(one, parameters) for one in (structure, plain.structure))
+    x, t, y = jnp.asarray(random.standard_normal((2, 8, 8, 1), np.float32)), jnp.array([0.9, 0.5]), jnp.arange(2)
+    np.testing.assert_allclose(model(x, t, y, t), boundary(x, t, y), rtol=0, atol=1e-5)
+    jump, other = model(x, t, y, t / 2), boundary(x, t, y, t / 2)
+    assert (np.abs(jump - other).max() < 1e-6) == (kind == "boundary")
+
+
+def test_passes_of_a_training_step():
+    assert [passes_per_step("flow_matching"), passes_per_step("flow_map"), passes_per_step("flow_map", True)] == [
+        3,
+        3.5,
+        5.5,
+    ]
+
+
+def test_both_train_steps_are_timed(tmp_path, monkeypatch):
+    """The ratios are those of the median seconds and of the compiled peaks."""
+    made = []
+
+    def trainer(recipe, path):
+        made.append(recipe)
+        seconds, config = 0.02 * len(made), resolve(recipe.config(path))
+        source = SimpleNamespace(batch=lambda rows: {"y": rows})
+        return SimpleNamespace(
+            config=config, source=source, first_state=lambda seed: seed, update=lambda state, batch: time.sleep(seconds)
+        )
+
+    monkeypatch.setattr(flow_map, "make_trainer", trainer)
+    monkeypatch.setattr(flow_map, "compile_step", lambda config, mesh: SimpleNamespace(peak=100 * len(made)))
+    found = flow_map._measure_cost(FLOW, Zoo(tmp_path, ""), turns=1)({})
+    assert [recipe.config("").objective for recipe in made] == ["flow_matching", "flow_map"]
+    assert found["seconds_ratio"] == pytest.approx(found["map_seconds"] / found["flow_seconds"], rel=0.01)
+    assert found["seconds_ratio"] > 1.2
+    assert found["memory_ratio"] == 2.0
+    assert "| 2.00 × |" in flow_map.cost_table([{"data": "digits", **found}])

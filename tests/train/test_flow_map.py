@@ -23,18 +23,18 @@ from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.state import abstract_state, create_state
 from mpdit_jax.train.step import config_loss, make_noising
 from tests.flow.toys import tiny_model
-from tests.tiny import TWO_LEVELS, saved_arrays, train_arguments
+from tests.tiny import TWO_LEVELS, saved_arrays, start_joined, train_arguments
 from tests.train.test_sharding import run_script
 from tests.train.test_step import prepare, small_config
 
 MAP = ["--config.objective=flow_map", *TWO_LEVELS]
 
 
-def map_config(**optimizer):
+def map_config(guidance_max=1.0, **optimizer):
     config = base_config().copy_and_resolve_references()
     config.update(small_config(**optimizer).to_dict() | {"objective": "flow_map"})
     with config.model.ignore_type():
-        config.model.flow_map = None
+        config.model.update(flow_map=None, guidance_max=guidance_max)
     return resolve(config)
 
 
@@ -50,35 +50,43 @@ def test_jumps_go_back_in_time():
 
 
 class QuadraticMap(nnx.Module):
-    """u(z, t, r) = a z + b t² + c r, whose derivative is known: a v + 2 b t."""
+    """u(z, t, r, w) = a z + b t² + c r + 0.1 y w, whose derivative is known: a v + 2 b t."""
 
     input_shape, num_classes = (2, 2, 1), 3
 
     def __init__(self):
         self.a, self.b, self.c = nnx.Param(jnp.float32(0.5)), nnx.Param(jnp.float32(-0.3)), nnx.Param(jnp.float32(0.2))
 
-    def __call__(self, z, t, y, r=None):
+    def __call__(self, z, t, y, r=None, w=None):
         r = t if r is None else r
-        shift = self.b[...] * t**2 + self.c[...] * r + 0.1 * y
+        shift = self.b[...] * t**2 + self.c[...] * r + 0.1 * y * (1 if w is None else w)
         return self.a[...] * z + shift[:, None, None, None]
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
-@pytest.mark.parametrize("guidance", [0.0, 0.6])
+@pytest.mark.parametrize("guidance", [0.0, 0.6, "input"])
 def test_the_loss_is_the_equation(p, guidance):
-    """The loss equals a NumPy version: even rows are jumps, odd rows velocities, guided up to t = 0.7."""
+    """The loss equals a NumPy version: even rows are jumps, odd rows velocities, guided up to t = 0.7.
+
+    With the scale w as an input, g is 1 - 1/w of the row.
+    """
     random = np.random.default_rng(0)
     x, noise = random.standard_normal((2, 6, 2, 2, 1)).astype(np.float32)
     t = np.array([0.9, 0.9, 0.5, 0.5, 0.3, 0.2], np.float32)
     r = np.where(np.arange(6) % 2, t, t / 3).astype(np.float32)
     y = np.array([0, 1, 2, 0, 1, 2], np.int32)
-    loss, errors, metrics = FlowMapLoss(p, guidance)(QuadraticMap(), x, y, t, r, noise)
+    scales, w = np.linspace(1, 4, 6, dtype=np.float32), None
+    if guidance == "input":
+        loss, errors, metrics = FlowMapLoss(p)(QuadraticMap(), x, y, t, r, noise, scales)
+        w = scales[:, None, None, None].astype(np.float64)
+    else:
+        loss, errors, metrics = FlowMapLoss(p, guidance)(QuadraticMap(), x, y, t, r, noise)
     wide = [value[:, None, None, None].astype(np.float64) for value in (t, r, y)]
     tw, rw, yw = wide
     z, v = (1 - tw) * x + tw * noise, noise - x
-    v = v + guidance * (tw <= 0.7) * 0.1 * (yw - 3)
+    v = v + (guidance if w is None else 1 - 1 / w) * (tw <= 0.7) * 0.1 * (yw - 3) * (1 if w is None else w)
     derivative = 0.5 * v - 0.6 * tw
-    u = 0.5 * z - 0.3 * tw**2 + 0.2 * rw + 0.1 * yw
+    u = 0.5 * z - 0.3 * tw**2 + 0.2 * rw + 0.1 * yw * (1 if w is None else w)
     expected = ((u - (v - (tw - rw) * derivative)) ** 2).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(errors, expected, rtol=1e-5)
     np.testing.assert_allclose(loss, (expected / (expected + 1e-3) ** p).mean(), rtol=1e-5)
@@ -131,6 +139,26 @@ def test_half_of_the_batch_jumps_and_the_rest_is_the_flow_models():
     assert (mapped.r[::2] < mapped.t[::2]).all()
     for name in ("x", "y", "noise"):
         np.testing.assert_array_equal(getattr(mapped, name), getattr(plain, name))
+    assert mapped.w is None
+
+
+def test_guidance_scales_are_drawn_and_their_embedding_is_trained():
+    """Scales are uniform in log w, everything else is drawn as without them, and the new weights leave zero."""
+    config = map_config(guidance_max=4.0)
+    state, step, batch = prepare(config, loss=config_loss(config, abstract(model_config(config))[0]))
+    key = jax.random.key(0)
+    many = {"x": jnp.zeros((2000, 4, 4, 1)), "y": jnp.zeros(2000, jnp.int32)}
+    scaled, plain = (make_noising(one)(many, key) for one in (config, map_config()))
+    logs = np.log(scaled.w) / np.log(4.0)
+    assert logs.min() >= 0
+    assert logs.max() <= 1
+    np.testing.assert_allclose(np.quantile(logs, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.04)
+    for name in ("t", "r", "y", "noise"):
+        np.testing.assert_array_equal(getattr(scaled, name), getattr(plain, name))
+    for _ in range(3):  # modulation and final layer start at zero as well
+        state = step(state, batch)
+    assert np.abs(state.parameters["guidance_embedding.linear.kernel"]).max() > 0
+    assert window_means(jax.device_get(state.window))["jump_error"] > 0
 
 
 def test_accumulation_keeps_pairs_together():
@@ -151,7 +179,7 @@ def test_accumulation_keeps_pairs_together():
     assert found["time_derivative"] > 0
 
 
-EIGHT = """
+STEPS = """
 import jax, json, numpy as np
 from mpdit_jax.config import base_config, model_config, resolve
 from mpdit_jax.distributed.mesh import local_rows, make_mesh, place_batch
@@ -167,7 +195,7 @@ config.model.update({"input_size": (8, 8), "in_channels": 4, "num_classes": 10, 
 config = resolve(config)
 random = np.random.default_rng(0)
 batch = {"x": random.standard_normal((32, 8, 8, 4), np.float32), "y": random.integers(0, 10, 32, np.int32)}
-for count, shape in ((1, {}), (8, {"data": 2, "fsdp": 4})):
+for count, shape in CASES:
     mesh = make_mesh(devices=jax.devices()[:count], **shape)
     model, optimizer = model_config(config), make_optimizer(config.optimizer)
     with jax.set_mesh(mesh):
@@ -175,17 +203,35 @@ for count, shape in ((1, {}), (8, {"data": 2, "fsdp": 4})):
         state = create_state(model, optimizer, target, 0)
         step = jit_step(build_train_step(config, abstract(model)[0], optimizer), target, mesh)
         for _ in range(3):
-            state = step(state, place_batch(batch, local_rows(32, mesh), 32, mesh))
+            rows = local_rows(32, mesh)
+            state = step(state, place_batch({name: array[rows] for name, array in batch.items()}, rows, 32, mesh))
     print(json.dumps(window_means(jax.device_get(state.window))))
 """
 
 
+def steps_script(dtype, *cases):
+    """The script for meshes (devices, shape)."""
+    return STEPS.replace("DTYPE", repr(dtype)).replace("CASES", repr(cases))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-4), ("bfloat16", 3e-2)])
-def test_one_device_and_eight_give_the_same_steps(dtype, allowed):
+def test_one_device_and_eight_take_the_same_steps(dtype, allowed):
     """The step combines forward derivative, scan, remat, FFT and FSDP."""
-    one, eight = map(json.loads, run_script(EIGHT.replace("DTYPE", repr(dtype))).splitlines())
+    script = steps_script(dtype, (1, {}), (8, {"data": 2, "fsdp": 4}))
+    one, eight = map(json.loads, run_script(script).splitlines())
     assert eight == pytest.approx(one, rel=allowed)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one_device():
+    """Each process holds half of the state and of the batch."""
+    joined = start_joined(steps_script("float32", (2, {"data": 1, "fsdp": 2})))
+    outputs = [process.communicate(timeout=400) for process in joined]
+    one = json.loads(run_script(steps_script("float32", (1, {}))))
+    for process, (stdout, stderr) in zip(joined, outputs, strict=True):
+        assert process.returncode == 0, stderr
+        assert json.loads(stdout.splitlines()[-1]) == pytest.approx(one, rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +252,23 @@ def test_a_flow_model_goes_on_as_a_map_and_back(flow_run, tmp_path, capsys):
     back = tmp_path / "back"
     assert main(train_arguments(back, f"--config.init_from={workdir}", *TWO_LEVELS)) == 0
     assert not load_checkpoint(back).config.flow_map
+
+
+def test_a_flow_model_starts_a_map_that_takes_the_guidance_scale(flow_run):
+    """The embedding of the scale, which the flow model lacks, starts at zero; any other missing name is refused."""
+    flow = load_checkpoint(flow_run)
+    config, mesh = flow.config.replace(flow_map=True, guidance_max=4.0), make_mesh(devices=jax.devices()[:1])
+    optimizer = make_optimizer(map_config().optimizer)
+    with jax.set_mesh(mesh):
+        fresh = create_state(config, optimizer, abstract_state(config, optimizer, mesh), 0)
+        state = initialize_from(fresh, str(flow_run))
+    for parameters in (state.parameters, state.ema_parameters):
+        for name, leaf in split(flow)[1].items():
+            np.testing.assert_array_equal(parameters[name], leaf)
+        assert not parameters["guidance_embedding.linear.kernel"].any()
+        assert not parameters["guidance_embedding.linear.bias"].any()
+    with pytest.raises(ConfigError, match=r"has another model than config.model: other is no such parameter there"):
+        initialize_from(dataclasses.replace(fresh, parameters=fresh.parameters | {"other": jnp.ones(2)}), str(flow_run))
 
 
 def test_a_map_resumes_to_the_same_bits_and_logs_its_errors(flow_run, tmp_path):
@@ -230,6 +293,11 @@ def test_a_map_resumes_to_the_same_bits_and_logs_its_errors(flow_run, tmp_path):
     (["--config.flow_map.start_times=0.4,0.0"], "expected mean and std of a logit"),
     (["--config.model.attention=cudnn"], "config.model.attention='cudnn': expected 'xla'"),
     (["--config.model.flow_map=False"], "leave it out, config.objective decides it"),
+    (["--config.model.guidance_max=4", "--config.flow_map.guidance=0.5"], "0 with model.guidance_max: give one"),
+    (["--config.model.guidance_max=4", "--config.objective=flow_matching"], "only objective='flow_map' has the scale"),
+    (["--config.model.guidance_max=4", "--config.label_dropout=0"], "1 without label_dropout: no null class"),
+    (["--config.model.guidance_max=1.5"], "sample.guidance_scale=2.0: expected scales from 1 to model.guidance_max"),
+    (["--config.trunk_drop=0.1"], "config.trunk_drop=0.1: expected 0 with objective='flow_map'"),
     (["--config.init_from=/nowhere"], "config.init_from=/nowhere: expected the workdir of a run, or a .safetensors"),
 ])  # fmt: skip
 def test_bad_configs(tmp_path, arguments, sentence):
