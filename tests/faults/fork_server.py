@@ -1,4 +1,4 @@
-"""A server that starts real processes of our commands so cheaply that a test can kill fifty of them.
+"""A server that starts real processes of our commands so cheaply that a test can kill many of them.
 
 A tiny run spends half of its time importing libraries. The server imports them once and forks; each child then does
 what `python -m mpdit_jax.COMMAND` does after its imports. JAX starts no threads or devices before the fork.

@@ -16,7 +16,7 @@ from mpdit_jax.checkpoint.reader import is_complete
 from tests.faults.fork_server import wait_until
 from tests.tiny import ROOT, assert_same_bits, run, saved_arrays
 
-KILLS = int(os.environ.get("MPDIT_JAX_KILLS", "50"))
+KILLS = int(os.environ.get("MPDIT_JAX_KILLS", "20"))
 STEPS = 80
 TINY = [  # one level: the time of a save grows with the number of arrays
     f"--config={ROOT / 'configs/digits.py'}", "--config.data.name=arrays", "--config.batch_size=4",
@@ -76,7 +76,7 @@ def kill_once(fork_server, arguments, workdir, draw):
 
 
 @pytest.mark.slow
-def test_killed_fifty_times(fork_server, arguments, undisturbed, tmp_path):
+def test_killed_at_random_moments(fork_server, arguments, undisturbed, tmp_path):
     """The kills go on in another workdir whenever a run has reached its end."""
     seed = int(os.environ.get("MPDIT_JAX_KILL_SEED", random.SystemRandom().randrange(2**32)))
     print(f"seed {seed}")
