@@ -407,7 +407,7 @@ def test_without_a_vae_the_store_holds_pixels(folder, vae_folder, tmp_path):
     for vae in (None, "", "none"):
         decoded = np.asarray(make_decode(workdir, vae)(normalized.astype(np.float32)))
         np.testing.assert_array_equal(np.rint((decoded[0] + 1) * 127.5), pixels)
-    with pytest.raises(InputError, match="give the VAE that encoded them, which is none"):
+    with pytest.raises(InputError, match="is a run on pixels, which needs no VAE: leave it out"):
         make_decode(workdir, str(vae_folder))
 
 
