@@ -11,7 +11,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +43,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--heartbeat_timeout", default=100, type=int, metavar="SECONDS", help="of silence: a process is lost (100)"
     )
+
+
+def own_flags(options: argparse.Namespace, but: Collection[str] = ()) -> SharedValues:
+    """Return the values of a command's flags that must match on every process: all except those of `add_flags`.
+
+    `but` names flags of the command that may differ.
+    """
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    differ = {*vars(parser.parse_args([])), *but}
+    return {f"--{name}": str(value) for name, value in vars(options).items() if name not in differ}
 
 
 def join(options: argparse.Namespace, shared_values: SharedValues) -> None:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from mpdit_jax.config.evaluation import PREPROCESSINGS, choose_metrics, metric_names
 from mpdit_jax.distributed.collectives import run_on_process_0
-from mpdit_jax.distributed.startup import add_flags, join
+from mpdit_jax.distributed.startup import add_flags, join, own_flags
 from mpdit_jax.errors import InputError
 from mpdit_jax.io.paths import expand
 from mpdit_jax.runtime.cli import Parser, make_parser, run
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"Inception's weights in {options.save_inception}")
         return 0
     check_flags(options, arguments)
-    join(options, {f"--{name}": str(value) for name, value in vars(options).items() if name != "process_id"})
+    join(options, own_flags(options))
 
     import jax
 

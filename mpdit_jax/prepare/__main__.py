@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mpdit_jax.distributed.startup import add_flags, join
+from mpdit_jax.distributed.startup import add_flags, join, own_flags
 from mpdit_jax.errors import InputError
 from mpdit_jax.runtime.cli import Parser, add_tile_option, make_parser, run
+from mpdit_jax.runtime.signals import stopped_status
 from mpdit_jax.validation import check_image_size
 
 _EXAMPLES = """\
@@ -82,8 +83,7 @@ def _prepare(options: argparse.Namespace, out: Path) -> int:
     names = _names(options.class_names, images.class_names)
     if images.labels is not None:
         warn_of_unseen(images.labels, names, len(names), images.place)
-    own = ("process_id", "initialization_timeout", "heartbeat_timeout", "images", "vae", "threads")
-    shared = {f"--{name}": str(value) for name, value in vars(options).items() if name not in own}
+    shared = own_flags(options, but=("images", "vae", "threads"))
     join(options, shared | {"the images": images.identity})
 
     import jax
@@ -113,7 +113,7 @@ def _prepare(options: argparse.Namespace, out: Path) -> int:
     if manifest is None:
         if is_primary:
             print("stopped; the same command continues")
-        return 0
+        return stopped_status()
     if is_primary:
         sizes = "x".join(map(str, manifest.latent_shape))
         rejected = f", {manifest.rejected} rejected (see {out / 'rejected.jsonl'})" if manifest.rejected else ""
@@ -155,4 +155,4 @@ def _rounded(values: tuple[float, ...]) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumable=True)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpdit_jax.distributed.startup import add_flags, join
+from mpdit_jax.distributed.startup import add_flags, join, own_flags
 from mpdit_jax.errors import InputError
 from mpdit_jax.runtime.cli import Parser, make_parser, run
 from mpdit_jax.validation import check_seed
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     """Draw as the arguments say and return the exit status."""
     options = make_sample_parser().parse_args(arguments)
     out = _checked_out(options)
-    join(options, {f"--{name}": str(value) for name, value in vars(options).items() if name != "process_id"})
+    join(options, own_flags(options))
 
     import jax
 

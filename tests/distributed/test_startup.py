@@ -15,7 +15,7 @@ import pytest
 
 import mpdit_jax
 from mpdit_jax.distributed import collectives, startup
-from mpdit_jax.distributed.startup import add_flags, code_fingerprint, join
+from mpdit_jax.distributed.startup import add_flags, code_fingerprint, join, own_flags
 from mpdit_jax.errors import ConfigError, ProcessError
 from tests.tiny import environment, free_port, join_flags, start_joined
 
@@ -38,6 +38,16 @@ def options_of(*arguments):
 def test_impossible_flags(arguments, sentence):
     with pytest.raises(ConfigError, match=sentence):
         join(options_of(*arguments), {})
+
+
+def test_flags_that_connect_processes_may_differ():
+    first, second = (
+        options_of(f"--coordinator_address={host}:1", f"--process_id={index}", f"--heartbeat_timeout={10 + index}")
+        for index, host in enumerate(("localhost", "node7"))
+    )
+    first.steps, second.steps, first.threads, second.threads = 2, 2, 1, 4
+    assert own_flags(first, but=["threads"]) == own_flags(second, but=["threads"]) == {"--steps": "2"}
+    assert own_flags(first) != own_flags(second)
 
 
 def test_variables_stand_in_for_flags(monkeypatch, capsys):

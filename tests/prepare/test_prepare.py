@@ -95,6 +95,16 @@ def test_an_interrupted_store_is_finished_with_the_same_bytes(finished, folder, 
     assert contents(out) == contents(finished)
 
 
+@pytest.mark.parametrize("status", [0, 75])
+def test_a_stopped_store_ends_with_the_status_for_schedulers(status, folder, vae_folder, tmp_path, monkeypatch, capsys):
+    from mpdit_jax.prepare import store
+
+    monkeypatch.setenv("MPDIT_JAX_STOPPED_STATUS", str(status))
+    monkeypatch.setattr(store, "_encode_all", lambda plan, out, stop: True)
+    assert main(arguments(folder, vae_folder, tmp_path / "out")) == status
+    assert "stopped; the same command continues" in capsys.readouterr().out
+
+
 def test_a_finished_store_that_lost_files_is_repaired(finished, copy, folder, vae_folder, capsys):
     kept = copy / "shard-00000-of-00003.array_record"
     before = kept.stat().st_mtime_ns

@@ -158,7 +158,7 @@ def trained(latents, vae, tmp_path_factory):
     arguments = [*MODEL, *shown, f"--config.data.path={latents}", f"--workdir={workdir}"]
     status, stdout, stderr = run("train", arguments)
     assert status == 0, stderr
-    assert "--vae=FOLDER" in stdout
+    assert f" --vae={vae / 'vae'} " in stdout
     return workdir
 
 
