@@ -136,7 +136,10 @@ def test_a_process_that_never_joins(tmp_path, count, missing):
         nobody = f"error: process 0 at 127.0.0.1:{port} did not answer process"
         assert stderr.startswith(nobody if missing == 0 else "error: not all processes joined")
         assert "within 5 s" in stderr
-        assert len(stderr.splitlines()) == 1
+        # JAX may add lines of its own while it ends.
+        assert [line for line in stderr.splitlines() if line.startswith(("error", "Traceback"))] == [
+            stderr.splitlines()[0]
+        ]
     assert not (tmp_path / "run").exists()
 
 
