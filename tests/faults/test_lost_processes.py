@@ -69,7 +69,7 @@ def names(stderr, lost):
 @pytest.mark.parametrize(("count", "lost"), [(2, 1), (2, 0), (4, 2)])
 def test_a_killed_process_ends_the_others_and_the_same_command_continues(tmp_path, count, lost):
     """The continued run ends in the bits of an undisturbed one."""
-    steps = 120  # enough that the kill comes before the last step
+    steps = 80  # enough that the kill comes before the last step
     workdir, some = tmp_path / "run", [f"--config.steps={steps}", "--config.checkpoint.every=10", LONG[-1]]
     processes = start_all(workdir, *some, count=count)
     try:
