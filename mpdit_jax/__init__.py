@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mpdit_jax.train.loop import train as train
     from mpdit_jax.vae.vae import load_vae as load_vae
 
-# `python -m mpdit_jax.COMMAND`, and Python has not come to the command itself yet.
+# Under `python -m mpdit_jax.COMMAND`, before the command's own module is imported.
 if sys.argv[:1] == ["-m"] and "mpdit_jax." in sys.orig_argv[-len(sys.argv)]:
     guard_imports()
     keep_few_arenas()

@@ -58,7 +58,7 @@ class Checkpoints:
 
     @cached_property
     def _storage(self) -> Storage:
-        return Storage(self._folder, self._keep, self._keep_every)  # when first needed, as it may delete old ones
+        return Storage(self._folder, self._keep, self._keep_every)  # on first use: opening it may delete checkpoints
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -105,7 +105,7 @@ class Checkpoints:
         self._last = step, name, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), items[name])
 
     def _read_back(self) -> None:
-        """Read the smallest item of the last save on process 0: one that cannot be read again is none. Collective."""
+        """Read the smallest item of the last save on process 0, which raises if it cannot be read. Collective."""
         if self._last is None:
             return
         step, name, shapes = self._last

@@ -21,9 +21,9 @@ CONTINUABLE = (
 )  # fmt: skip
 
 
-# Fields of `config.model` that may be others than those of the weights which `config.init_from` names.
+# Fields of `config.model` that may differ from the model in `config.init_from`.
 ADAPTABLE = ("num_classes", "input_size", "dtype", "flow_map")
-# Values of fields that a stored config may lack, where a run did without the field what is not today's default.
+# Values of fields that older stored configs lack, where the behaviour then differs from today's default.
 _BEFORE = {"ema": {"warmup": False}}
 
 
@@ -185,7 +185,7 @@ def to_json(config: FrozenConfigDict | ConfigDict) -> str:
 
 
 def from_json(text: str) -> FrozenConfigDict:
-    """Inverse of `to_json`, checked again; a field that the text lacks gets what runs did before it, see `_BEFORE`.
+    """Inverse of `to_json`, checked again; a missing field gets the value of `_BEFORE` or today's default.
 
     Raises:
         ConfigError: not JSON, or not a config of this version.

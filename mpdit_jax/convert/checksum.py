@@ -14,7 +14,7 @@ from mpdit_jax.model.parameters import split
 class Checksum(NamedTuple):
     """Digests of a forward pass and of the parameters, and the RMS of the pass's output.
 
-    A forward pass reads two rows of the class table, and an untrained model computes zeros: hence both digests.
+    The forward pass alone would miss most rows of the class table, and every parameter of an untrained model.
     """
 
     forward: str

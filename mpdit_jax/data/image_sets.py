@@ -134,7 +134,7 @@ def open_images(
     Args:
         place: the name of the set, see this module's docstring.
         split: of idx:, tfds: and data:, if the name has none; default "train", and "all" of data:digits.
-        classes: whether labels are needed. Without, the images of a folder may lie anywhere in it.
+        classes: whether labels are needed. If not, images may lie anywhere below the folder.
         rejected: see `open_folder`.
 
     Raises:

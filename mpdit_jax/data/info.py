@@ -99,7 +99,7 @@ def from_json(text: str) -> DatasetInfo:
 
 
 def _agree(stored: LatentSpace | None, found: LatentSpace | None) -> bool:
-    """Whether latents are those recorded; a record without a VAE's fingerprint, made by convert, fits any VAE."""
+    """Whether the latent spaces match; a record without a fingerprint, made by convert, matches any VAE."""
     if stored is not None and found is not None and not stored.vae_fingerprint:
         return stored == dataclasses.replace(found, vae_fingerprint="")
     return stored == found

@@ -25,13 +25,13 @@ class Pictures:
     place: str  # the name of the set
     keys: Sequence[str]  # names of the pictures at their source
     class_names: tuple[str, ...]  # in label order; empty without classes
-    labels: np.ndarray | None  # int32 (N,); None where each picture's own record holds it
+    labels: np.ndarray | None  # int32 (N,); None if labels are read together with the pictures
     open: Callable[[int], tuple[Image.Image, int]]  # a picture and its label; raises anything for a broken one
     identify: Callable[[], dict[str, Any]]  # see `ImageSet.about`; its "contents" are equal for a copy elsewhere
     image_size: int = 0  # pixels a side of the central square that is cut; 0 for whole pictures of one size
     channels: int = 3  # 3 for RGB, 1 for grey
-    removed: frozenset[str] = frozenset()  # keys of rejected pictures (see `open_folder`) without a file by now
-    repaired: frozenset[str] = frozenset()  # those whose file has another size by now
+    removed: frozenset[str] = frozenset()  # keys of rejected pictures (see `open_folder`) whose file is gone
+    repaired: frozenset[str] = frozenset()  # keys of rejected pictures whose file size has changed since
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -92,8 +92,8 @@ class Pictures:
 def open_folder(root: Path, *, classes: bool = False, rejected: Mapping[str, int] | None = None) -> Pictures:
     """Open the pictures below a folder; with `classes`, each subfolder is a class.
 
-    `rejected` has bytes of pictures that an earlier start could not use. They keep their places and count with these
-    sizes, so that the set stays the same one when a user removes or repairs them.
+    `rejected` maps pictures that an earlier start could not use to their file sizes then. They keep their indices, and
+    the set's identity uses these sizes, so that it stays the same when a user removes or repairs them.
 
     Raises:
         DataError: no such folder, or no pictures.

@@ -46,7 +46,7 @@ class Order:
 
     def __init__(self, count: int, seed: int) -> None:
         self.count = count
-        # Two threads may read on both sides of an epoch's end.
+        # Near an epoch's end, threads need the permutations of two epochs.
         self._epoch = lru_cache(maxsize=2)(lambda epoch: _permutation(count, seed, epoch))
 
     def batch(self, step: int, batch_size: int) -> np.ndarray:

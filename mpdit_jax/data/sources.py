@@ -161,7 +161,7 @@ def rows_of(source: Source) -> np.ndarray:
 
 
 def balanced(source: Source) -> Source:
-    """Repeat examples until every class has as many as the largest; no example comes twice more often than another."""
+    """Repeat examples until every class has as many as the largest, evenly over the class's examples."""
     classes = [np.flatnonzero(source.labels == label) for label in np.unique(source.labels)]
     most = max(len(members) for members in classes)
     return source.take(np.concatenate([members[np.arange(most) * len(members) // most] for members in classes]))
@@ -200,7 +200,7 @@ def load_source(
     class_balance: bool = False,
     threads: int = 1,
 ) -> Source:
-    """Load the data set that `config.data` describes. Its field `threads` is taken and not used: the pipeline reads.
+    """Load the data set that `config.data` describes. `threads` is ignored here; the pipeline uses it.
 
     Raises:
         DataError: unknown name, missing or damaged files.

@@ -123,7 +123,7 @@ def _connect(options: argparse.Namespace, **cluster: Any) -> None:
         connected = run_interruptibly(
             lambda: jax.distributed.initialize(
                 **cluster,
-                initialization_timeout=limit + 60,  # later than ours: JAX aborts, and we print a sentence
+                initialization_timeout=limit + 60,  # longer than our own: JAX's would abort the process
                 heartbeat_timeout_seconds=options.heartbeat_timeout,
                 shutdown_timeout_seconds=options.heartbeat_timeout + 10,  # see `end_failed`
             ),

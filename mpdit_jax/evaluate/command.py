@@ -56,7 +56,7 @@ def prepare_extractor(options: argparse.Namespace, features: str) -> Extractor:
         ProcessError: another process has another extractor or other weights.
         ConfigError, WeightsError, MissingExtraError: see `make_extractor`.
     """
-    assert_equal_across_processes({"features": features})  # only some processes may have found the weights
+    assert_equal_across_processes({"features": features})  # some machines may lack the weights
     for name in ("preprocessing", "inception"):
         if vars(options)[name] and features != "inception":
             raise InputError(

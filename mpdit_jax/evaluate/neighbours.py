@@ -87,7 +87,7 @@ def _squares(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _inside_exactly(points: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    """Return whether each point (n, d) lies in the ball around the centre of the same row, by its differences."""
+    """Return whether each point (n, d) lies in the ball around the centre of its row, from coordinate differences."""
     return np.asarray(_between(points, centres) <= radii)
 
 

@@ -51,7 +51,7 @@ class Reference:
     def check(self, extractor: Extractor | None, shape: tuple[int, int, int]) -> None:
         """Check the reference without evaluating an image, before hours of sampling. Collective.
 
-        `shape` is the samples' (H, W, C). Without an extractor, a classifier is trained later on images like them.
+        `shape` is the samples' (H, W, C). Without an extractor, a classifier for such images is trained later.
 
         Raises:
             InputError, DataError: a reference that cannot be read, is too small, or does not fit samples or extractor.

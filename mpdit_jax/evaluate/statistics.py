@@ -34,10 +34,10 @@ class Statistics:
     extractor: str  # its name
     fingerprint: str  # of the extractor; "" if a file does not say, as files of other projects
     count: int  # number of images; 0 if a file does not say
-    gaussians: dict[str, Gaussian]  # by output, "pool" and Inception's "spatial"; none of fewer than two images
+    gaussians: dict[str, Gaussian]  # by output, "pool" and Inception's "spatial"; empty for fewer than two images
     features: np.ndarray | None = None  # `pool` of each image (n, d), float32; None if a file has moments only
     probs: np.ndarray | None = None  # softmax outputs (n, classes)
-    about: dict[str, Any] = dataclasses.field(default_factory=dict)  # describes the set in reports, each differently
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)  # description for reports, by kind of set
     file: dict[str, Any] = dataclasses.field(default_factory=dict)  # path, digest and fingerprint of a read file
 
     def gaussian(self, output: str) -> Gaussian:

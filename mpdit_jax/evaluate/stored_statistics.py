@@ -50,7 +50,7 @@ def save_statistics(path: str | Path, statistics: Statistics, *, features: bool 
 def holds_statistics(path: Path, extractor: str) -> bool:
     """Return whether a file is an `.npz` with statistics for an extractor of that name, or with no images.
 
-    An ADM reference batch is a set of images to every network but Inception.
+    For networks other than Inception, an ADM reference batch counts as images.
     """
     found = extractor_of(path)
     return found is not None and (found == extractor or "arr_0" not in npz_names(path))
@@ -71,7 +71,8 @@ def extractor_of(path: Path) -> str | None:
 def load_statistics(path: str | Path, extractor: Extractor, *, prefix: str = "--") -> Statistics:
     """Read statistics of the extractor; a file that names no extractor counts as Inception's.
 
-    `prefix` begins flags or fields in messages, "--" or "config.eval.". Of images (`arr_0`) only the size is noted.
+    `prefix` begins flags or fields in messages, "--" or "config.eval.". If the file has images
+    (`arr_0`), only their size is recorded.
 
     Raises:
         InputError: a missing or damaged file, or statistics of another extractor.

@@ -116,7 +116,7 @@ def guided_field(
     Args:
         model: the model.
         labels: labels to draw, (B,).
-        negatives: labels of the worse velocity, (B,).
+        negatives: labels to guide away from, (B,).
         scale: guidance scale, () or (B,); 1 is no guidance.
         interval: times (low, high) at which to guide; elsewhere there is no second pass.
         guide: the model of the worse velocity; default `model`, or a single pass if the model takes the scale.

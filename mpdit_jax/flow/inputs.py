@@ -80,8 +80,8 @@ def check_labels(labels: jax.typing.ArrayLike, num_classes: int, name: str = "la
 def check_null_class(model: ClassConditional, labels: jax.Array, negatives: jax.Array | None, by_default: bool) -> None:
     """Raise InputError if labels (B,) need the null class of a model that declares it untrained.
 
-    `negatives` are None if nothing is guided; `by_default` says that no negatives were given, so that the null class is
-    guided away from, which traced values do not show.
+    `negatives` are None if nothing is guided. `by_default` says that they are the null class because none were given,
+    which cannot be seen in traced values.
     """
     if not isinstance(model, DeclaresNullClass) or model.null_class:
         return

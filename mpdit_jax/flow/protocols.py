@@ -93,7 +93,7 @@ class Portable(Protocol):
 
 @runtime_checkable
 class DeclaresConvention(Protocol):
-    """A model that declares the convention of its output. A model without one is taken for a velocity."""
+    """A model that declares the convention of its output. Without a declaration it is assumed to be the velocity."""
 
     @property
     def convention(self) -> str:

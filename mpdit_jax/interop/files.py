@@ -71,7 +71,7 @@ def normalize_weights(content: Mapping[str, Any], source: str, key: str | None =
     if not held:
         return Weights(normalize_state_dict(content, source), {}, key)
     metadata = content["metadata"] if isinstance(content.get("metadata"), Mapping) else {}
-    rest = None if key in held else key  # not the name of a state dict, so a prefix of the names in one
+    rest = None if key in held else key  # a key that names no state dict is a prefix of entry names
     having = [name for name in held if rest and any(str(entry).startswith(f"{rest}.") for entry in content[name])]
     chosen = choose(having or held, None if having else key, source)
     for name, value in content.items():

@@ -133,7 +133,7 @@ def to_torch(model: MPDiT) -> StateDict:
 
 
 def _network(state: StateDict, key: str | None, origin: str) -> StateDict:
-    """Return the entries of one network: without a prefix of its owner, and without what is known to be beside it."""
+    """Return the entries of one network, without its owner's prefix and without known auxiliary entries."""
     prefixes = dict.fromkeys(match[1] or "" for name in state if (match := _EVERY_MODEL.fullmatch(name)))
     prefix = choose([*prefixes] or [""], key, origin)
     start = f"{prefix}." if prefix else ""
@@ -190,7 +190,7 @@ def _check_entries(state: StateDict, config: ModelConfig, origin: str) -> None:
 
 
 def _check_classes(state: StateDict, num_classes: int | None, origin: str) -> bool:
-    """Return whether the class table has a row for the null class. Raise WeightsError if that has to be said."""
+    """Return whether the class table has a row for the null class. Raise WeightsError if only the caller can tell."""
     table = state.get(CLASS_TABLE, np.zeros(0))
     rows = len(table) if table.ndim == 2 else 0
     if num_classes is None and rows in _USUAL_CLASSES:

@@ -33,7 +33,7 @@ class Job:
     stale: tuple[str, ...] = ("*",)  # patterns of the outputs whose stale temporaries are deleted, such as "samples/*"
     settings: str = ""  # name of the file of settings
     holds: str = ""  # what the settings decide, such as "latents"
-    outputs: str = ""  # pattern of files that must not be there without that file
+    outputs: str = ""  # pattern of output files, which are refused without the file of settings
 
 
 class LockedFolder:
@@ -157,7 +157,7 @@ class LockedFolder:
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with an entry for each value of a list, so that an error names only the values that differ."""
+    """Flatten lists to one entry a value, so that an error names only the values that differ."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         found |= {f"{name}[{i}]": one for i, one in enumerate(value)} if isinstance(value, list) else {name: value}

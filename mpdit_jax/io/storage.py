@@ -87,7 +87,7 @@ def wait_at_barrier(place: str, milliseconds: int) -> None:
 
 
 class _LiteralPath(PosixGPath):
-    """A path whose own letters are no pattern. Orbax looks for its files by `path.glob`, where `[1]` would mean `1`."""
+    """A path whose `glob` takes the path itself literally: in Orbax's calls `[1]` would match `1`."""
 
     def glob(self, pattern: str) -> Iterator["_LiteralPath"]:
         return map(type(self), glob.glob(os.path.join(glob.escape(os.fspath(self)), pattern)))
@@ -102,8 +102,8 @@ def check_storable(folder: Path) -> None:
 def _meet(*, key: str, timeout_ms: int) -> None:
     """The barrier of the threads that write.
 
-    Orbax lets a thread that failed wait here too, while the others wait elsewhere for what it did not write. This one
-    raises the thread's failure instead, which ends its process, and then the others.
+    Orbax calls it even after a thread failed to write, and the other processes would wait forever. It then raises the
+    failure, so that this process ends, and JAX ends the others.
     """
     if jax.process_count() == 1:
         return

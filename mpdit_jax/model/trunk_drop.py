@@ -1,8 +1,8 @@
 """Training with the trunk's output dropped, and the tail alone as a weak model for autoguidance.
 
 In training, a random share of the examples (`config.trunk_drop`) reaches the tail, which is the last level, without the
-upsampled coarse tokens: it sees the class tokens as embedded and the linear skip of its own patches. That path alone is
-a weaker model with the same weights to guide away from (autoguidance, Karras et al. 2024). It costs 49 % of a pass of
+upsampled coarse tokens: it sees the class tokens as embedded and the linear skip of its own patches. Alone it
+is a weaker model, and guidance steers away from it (autoguidance, Karras et al. 2024). It costs 49 % of a pass of
 mpdit_xl, 53 % of mpdit_l and 77 % of mpdit_b (`accounting.tail_macs`).
 """
 

@@ -33,7 +33,7 @@ from mpdit_jax.runtime.signals import PreemptionHandler
 
 _MOST_REJECTED = 0.01  # of all images
 _JUDGED_EARLY = 100  # rejected images; a set with fewer is encoded whole, so that all of them are named at once
-_FAILED = ".rejected.json"  # keeps the places of images for which a start failed, whatever becomes of their files
+_FAILED = ".rejected.json"  # images that made an earlier start fail; they keep their positions if their files change
 JOB = Job("prepare", "writing to", "use another --out", settings="prepare.json", holds="latents", outputs=MANIFEST)
 
 

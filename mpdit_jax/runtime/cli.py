@@ -33,7 +33,7 @@ _RENAMED = {"--join_timeout": "--initialization_timeout"}  # flags of 0.1.0 by t
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with our way of saying what is wrong."""
+    """An argument parser that reports errors in one sentence."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments; `parse_args` calls this. What `--config` says is checked with the config.

@@ -39,7 +39,7 @@ class ProgressBar:
 
     @property
     def is_live(self) -> bool:
-        """Whether a bar is shown: not once the terminal is closed, when a refused line tells that nobody reads."""
+        """Whether a bar is shown. False once the terminal is closed, so that the next line fails and ends the run."""
         return self._bar.console.is_terminal
 
     def say(self, message: str) -> None:

@@ -26,7 +26,7 @@ LOST = (errno.EPIPE, errno.EIO)
 """Error numbers of writing to a pipe without a reader and to a closed terminal."""
 KILLED_BY = 128  # exit status of a process that a signal ended, less the signal's number
 _REQUESTS = (*SIGNALS, signal.SIGHUP)  # SIGHUP comes when a terminal is closed
-_SAME_REQUEST = 0.1  # seconds; `timeout` and some launchers signal a process and then its group: one request
+_SAME_REQUEST = 0.1  # seconds; `timeout` and some launchers signal a process and then its group
 _STOPPED_STATUS = "MPDIT_JAX_STOPPED_STATUS"
 
 
@@ -96,7 +96,7 @@ class PreemptionHandler:
     compiling takes minutes. Signals that this process was started to ignore stay ignored; outside the main thread, all
     are left alone.
 
-    A pipe or terminal whose reader has gone counts as a request too; what is printed from then on is lost.
+    A pipe or terminal whose reader has gone counts as a request too; later output is discarded.
 
     Attributes:
         name: the signal or other request to stop; None if there was none.

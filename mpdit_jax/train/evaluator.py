@@ -102,7 +102,7 @@ class Evaluator:
         """Metrics for every guidance scale, by names such as "eval/FD(classifier)/guidance_1.5". Collective.
 
         Samples with NaN or Inf are left out and counted as "eval/not_finite/guidance_1.5"; metrics that have too few
-        samples left are missing. Nothing is returned where a process was asked to stop meanwhile.
+        samples left are missing. The result is empty if a process was asked to stop meanwhile.
 
         Args:
             step: the parameters' step.

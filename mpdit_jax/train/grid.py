@@ -26,7 +26,7 @@ def choose_decode(config: FrozenConfigDict, workdir: Path, source: Source) -> De
 
 
 def why_no_grid(config: FrozenConfigDict, decode: Decode | None) -> str:
-    """The reason why a run that asks for grids draws none, "" if it draws them or does not ask."""
+    """Why grids that were asked for cannot be drawn; "" otherwise."""
     if not config.sample.every or decode is not None:
         return ""
     if config.data.name == "latents":

@@ -107,7 +107,7 @@ def _from_items(items: dict[str, Any]) -> VAEState:
 
 
 def _metrics(step: int, state: VAEState) -> tuple[dict[str, float], list[int]]:
-    _check(step, state)  # nothing is logged of a step that is not finite
+    _check(step, state)  # a non-finite step is not logged
     return {name: float(value) for name, value in state.metrics.items()}, []
 
 

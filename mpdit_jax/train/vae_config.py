@@ -81,7 +81,7 @@ def autoencoder_config(config: ConfigDict | FrozenConfigDict) -> AutoencoderConf
 
 
 def compare_vae_configs(workdir: Path, config: FrozenConfigDict) -> Mapping[str, tuple[Any, Any]]:
-    """The fields in which a VAE's config contradicts the stored one; those that change no result may differ.
+    """Return the fields that differ from the stored config, except those that change no result.
 
     Raises:
         CheckpointError: the stored one cannot be read.

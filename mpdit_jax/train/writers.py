@@ -92,7 +92,7 @@ class TensorBoard:
             warnings.warn(f"TensorBoard's files lack their last lines ({error}).", DataWarning, stacklevel=2)
 
     def _add(self, step: int, *values: Summary.Value) -> None:
-        # Its thread printed why it could not write (`cli.run`); every later call raises the same, and the run goes on.
+        # TensorBoard's thread has reported the error once (`cli.run`). Later calls raise it again, and the run goes on.
         with suppress(OSError):
             self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
@@ -127,7 +127,7 @@ class WeightsAndBiases:
                 f"config.log.wandb_project={project!r}: Weights & Biases takes no run ({first_line(error)}): `wandb "
                 "login` once, set WANDB_MODE=offline, or leave the field empty."
             ) from error
-        # Steps that a crash undid are logged again; as an axis of their own they need not rise.
+        # After a crash steps repeat. W&B's own steps must rise, so that the axis is a metric named `step`.
         self._run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

@@ -34,7 +34,7 @@ WEIGHTS_FILES = tuple(
     for ending in (".safetensors", ".bin", ".safetensors.index.json", ".fp16.safetensors", ".fp16.bin")
 )
 
-# Parts of our dotted paths and of diffusers' names that differ, besides the last part.
+# (our part, diffusers' part) of names, where they differ; the last parts are handled separately.
 _RENAMES = (
     (".attention.", ".attentions.0."),
     (".to_out.", ".to_out.0."),
