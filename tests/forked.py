@@ -91,7 +91,17 @@ class Forked:
 
 def can_fork(environment):
     """Return whether a forked process is what a new one would be: libraries read their variables when imported."""
-    return sys.platform == "linux" and _read_early(environment) == _read_early(ENVIRONMENT)
+    return _has_pidfd() and _read_early(environment) == _read_early(ENVIRONMENT)
+
+
+@cache
+def _has_pidfd():
+    """Return whether this system is a Linux that lets a process wait for one that is not its child."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return True
 
 
 def _read_early(environment):
