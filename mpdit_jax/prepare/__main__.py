@@ -84,7 +84,7 @@ def _prepare(options: argparse.Namespace, out: Path) -> int:
     if images.labels is not None:
         warn_of_unseen(images.labels, names, len(names), images.place)
     shared = own_flags(options, but=("images", "vae", "threads"))
-    join(options, shared | {"the images": images.identity})
+    join(options, {**shared, "the images": images.identity})
 
     import jax
 
