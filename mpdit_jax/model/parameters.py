@@ -5,6 +5,7 @@ saves and converts. Names in sharding rules, error messages and files are theref
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -33,8 +34,15 @@ def merge(structure: nnx.GraphDef[ModuleT], parameters: Mapping[str, Any]) -> Mo
 
 def abstract(config: ModelConfig) -> tuple[Structure, dict[str, jax.ShapeDtypeStruct]]:
     """Return the structure and the parameter shapes of a model without allocating it."""
+    structure, shapes = _abstract(config)
+    return structure, dict(shapes)
+
+
+@lru_cache(maxsize=8)  # a command asks several times for the one model it has, and tracing it takes a while
+def _abstract(config: ModelConfig) -> tuple[Structure, dict[str, jax.ShapeDtypeStruct]]:
     structure, state = nnx.split(nnx.eval_shape(lambda: build_model(config, jax.random.key(0))))
-    return structure, _flatten(state)
+    # Without the caller's mesh, which the cache does not know.
+    return structure, {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _flatten(state).items()}
 
 
 def _flatten(state: nnx.State) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 import time
 from collections.abc import Callable
@@ -95,7 +96,8 @@ def published_flops(kind: str) -> float | None:
 
 def matrix_product(device: jax.Device, dtype: str) -> tuple[Callable[[], None], float]:
     """Return a function that multiplies a large square matrix by itself on the device, and its operation count."""
-    side = 2048 if device.platform == "cpu" else 8192
+    # Large enough for the peak, and small where it delays the start of every training: 30 ms a product on two cores.
+    side = 8192 if device.platform != "cpu" else 1024 if (os.cpu_count() or 1) <= 8 else 2048
     random = np.random.default_rng(0)  # not JAX's, which would compile a program at the start of every training
     matrix = jax.device_put(random.random((side, side), np.float32).astype(jnp.dtype(dtype)), device)
     with jax.set_mesh(jax.sharding.Mesh([device], ["alone"])):  # the caller may have set a mesh of all devices

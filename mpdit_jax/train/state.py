@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from mpdit_jax.distributed.mesh import parameter_sharding, replicated
 from mpdit_jax.flow.flow_map import FLOW_MAP_METRICS
 from mpdit_jax.model.config import ModelConfig
-from mpdit_jax.model.parameters import Parameters, split
+from mpdit_jax.model.parameters import Parameters, abstract, split
 from mpdit_jax.model.presets import build_model
 from mpdit_jax.train.guard import Guard, new_guard
 from mpdit_jax.train.metric_window import Window, empty_window
@@ -39,6 +39,12 @@ class TrainState:
 def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:
     """The state before the first step; the EMA starts at the initial parameters."""
     _, parameters = split(build_model(config, jax.random.key(seed)))
+    return _state(config, optimizer, parameters, seed)
+
+
+def _state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, parameters: Parameters, seed: jax.Array
+) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         seed=jnp.asarray(seed, jnp.uint32),
@@ -57,7 +63,8 @@ def objective_metrics(config: ModelConfig) -> tuple[str, ...]:
 
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state; allocates nothing."""
-    shapes = jax.eval_shape(partial(initial_state, config, optimizer), jnp.uint32(0))
+    _, parameters = abstract(config)
+    shapes = jax.eval_shape(partial(_state, config, optimizer), parameters, jnp.uint32(0))
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(mesh, path, leaf)), shapes
     )
