@@ -11,7 +11,7 @@ from flax import nnx
 from mpdit_jax.distributed.mesh import constrain_batch
 from mpdit_jax.model.conditioning import MODULATIONS
 from mpdit_jax.model.config import ModelConfig
-from mpdit_jax.model.kernels import at_least_float32, attention_kernel
+from mpdit_jax.model.kernels import at_least_float32, attention_kernel, operand_precision
 from mpdit_jax.model.linear import linear
 
 
@@ -60,7 +60,7 @@ class Attention(nnx.Module):
         batch, length, width = x.shape
         qkv = recompute_input(norm, self.qkv)(x)  # (B, T, 3 * D)
         qkv = qkv.reshape(batch, length, 3, self.heads, width // self.heads)  # (B, T, 3, heads, d)
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision("highest" if operand_precision(qkv.dtype) else None):
             y = self.attend(qkv)  # (B, T, heads, d)
         return self.out(y.reshape(batch, length, width))
 

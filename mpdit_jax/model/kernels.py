@@ -39,6 +39,16 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def operand_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
+    """Return the precision of products of operands of `dtype`: HIGHEST from 4 bytes on, else None.
+
+    With HIGHEST, TPUs and GPUs do not round float32 operands to bfloat16 or TF32. Products of bfloat16 operands are the
+    same without it. Where a float32 gradient meets a bfloat16 operand, in the backward pass of attention, HIGHEST would
+    be a float32 product, which GPUs compute without their tensor cores; it is rounded instead.
+    """
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype).itemsize >= 4 else None
+
+
 def product_dtype(platform: str) -> jax.typing.DTypeLike | None:
     """Return the result dtype of products of bfloat16 matrices: float32 on CPUs, None (bfloat16) elsewhere.
 

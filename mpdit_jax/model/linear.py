@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer
 
-from mpdit_jax.model.kernels import product_dtype
+from mpdit_jax.model.kernels import operand_precision, product_dtype
 
 XAVIER_UNIFORM: Initializer = nnx.initializers.xavier_uniform()
 ZEROS: Initializer = nnx.initializers.zeros_init()
@@ -26,15 +26,14 @@ def linear(
 ) -> nnx.Linear:
     """Build a linear map (..., inputs) to (..., outputs) with float32 parameters that computes in `dtype`.
 
-    In float32, precision "highest" keeps TPUs and GPUs from rounding the operands to bfloat16 or TF32. In bfloat16, the
-    result is bfloat16, or float32 on platforms where that is faster (`kernels.product_dtype`).
+    Products are as precise as `kernels.operand_precision` says. In bfloat16, the result is bfloat16, or float32 on
+    platforms where that is faster (`kernels.product_dtype`).
     """
     return nnx.Linear(
         inputs,
         outputs,
         dtype=jnp.dtype(dtype),
         param_dtype=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST,
         dot_general=flat_dot_general,
         preferred_element_type=product_dtype(platform),
         kernel_init=kernel_init,
@@ -49,5 +48,6 @@ def flat_dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **
     The values are those of `jax.lax.dot_general`. The weight gradient then contracts one axis instead of two, which is
     several times faster on XLA's CPU backend; on TPUs and GPUs XLA merges the axes itself.
     """
+    options["precision"] = operand_precision(x.dtype)
     outputs = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
     return outputs.reshape(*x.shape[:-1], kernel.shape[-1])

@@ -23,6 +23,7 @@ from flax import nnx
 
 from mpdit_jax.model.blocks import MLP, gelu, layer_norm
 from mpdit_jax.model.config import ModelConfig
+from mpdit_jax.model.kernels import operand_precision
 from mpdit_jax.model.linear import XAVIER_UNIFORM, linear
 
 CONV_KERNEL = 3  # side of the refining convolution
@@ -148,8 +149,8 @@ class Upsample(nnx.Module):
 
 
 def _conv_options(config: ModelConfig, rngs: nnx.Rngs) -> dict[str, Any]:
-    precision = jax.lax.Precision.HIGHEST
     dtype = jnp.dtype(config.dtype)
+    precision = operand_precision(dtype)
     return {"padding": "SAME", "dtype": dtype, "precision": precision, "kernel_init": XAVIER_UNIFORM, "rngs": rngs}
 
 

@@ -1,5 +1,7 @@
 """Each platform's arithmetic gives the same values."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,3 +82,16 @@ def test_a_model_for_another_platform_is_the_same_model(dtype, bound):
     loops = [program.count(" scan[") for program in programs]
     assert loops[0] > loops[1] == len(model.config.depths)
     assert mp.count(cpu) == mp.count(gpu)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_wide_operands_ask_for_high_precision(dtype):
+    """With high precision, GPUs compute products of a bfloat16 and a float32 operand without tensor cores."""
+    model = tiny_model(dtype=dtype, platform="gpu", upsampler="conv_transpose")
+    graph = jax.grad(lambda x: model(x, jnp.full(2, 0.3), jnp.arange(2)).astype(jnp.float32).sum())
+    text = jax.jit(graph).lower(jnp.zeros((2, *model.config.input_size, model.config.in_channels))).as_text()
+    products = [line for line in text.splitlines() if re.search(r"stablehlo\.(dot_general|convolution)", line)]
+    assert any("convolution" in line for line in products)
+    narrow = ["bf16>" in re.search(r": \((.*)\) ->", line)[1] for line in products]
+    assert any(narrow) == (dtype == "bfloat16")
+    assert [line for line, is_narrow in zip(products, narrow, strict=True) if ("HIGHEST" in line) == is_narrow] == []
