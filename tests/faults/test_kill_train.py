@@ -16,8 +16,8 @@ from mpdit_jax.checkpoint.reader import is_complete
 from tests.faults.fork_server import wait_until
 from tests.tiny import ROOT, assert_same_bits, run, saved_arrays
 
-KILLS = int(os.environ.get("MPDIT_JAX_KILLS", "20"))
-STEPS = 80
+KILLS = int(os.environ.get("MPDIT_JAX_KILLS", "12"))
+STEPS = 50
 TINY = [  # one level: the time of a save grows with the number of arrays
     f"--config={ROOT / 'configs/digits.py'}", "--config.data.name=arrays", "--config.batch_size=4",
     "--config.model.patch_sizes=2,", "--config.model.depths=1,", "--config.model.hidden_size=16",

@@ -65,13 +65,13 @@ def names(stderr, lost):
     return re.search(rf"stopped sending heartbeats\):\n{lost}\n|Task {lost} heartbeat timeout", stderr) is not None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("count", "lost"), [(2, 1), (2, 0), (4, 2)])
-def test_a_killed_process_ends_the_others_and_the_same_command_continues(tmp_path, count, lost):
-    """The continued run ends in the bits of an undisturbed one."""
-    steps = 80  # enough that the kill comes before the last step
-    workdir, some = tmp_path / "run", [f"--config.steps={steps}", "--config.checkpoint.every=10", LONG[-1]]
-    processes = start_all(workdir, *some, count=count)
+STEPS = 50  # enough that the kill comes before the last one
+SOME = [f"--config.steps={STEPS}", "--config.checkpoint.every=10", LONG[-1]]
+
+
+def kill_one(workdir, count, lost):
+    """Kill one of the processes of a run after its first checkpoint, and assert that the others end and name it."""
+    processes = start_all(workdir, *SOME, count=count)
     try:
         wait_for_step(workdir, processes[0], 10)
         processes[lost].send_signal(signal.SIGKILL)
@@ -85,15 +85,28 @@ def test_a_killed_process_ends_the_others_and_the_same_command_continues(tmp_pat
         assert time.monotonic() - since < 2 * HEARTBEAT
     finally:
         outputs_of(processes)
+
+
+@pytest.mark.slow
+def test_a_killed_first_process_ends_the_others(tmp_path):
+    kill_one(tmp_path / "run", 2, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "lost"), [(2, 1), (4, 2)])
+def test_a_killed_process_ends_the_others_and_the_same_command_continues(tmp_path, count, lost):
+    """The continued run ends in the bits of an undisturbed one."""
+    workdir = tmp_path / "run"
+    kill_one(workdir, count, lost)
     reached = list_steps(workdir)[-1]
-    assert reached < steps
-    again = start_all(workdir, *some, count=count)
+    assert reached < STEPS
+    again = start_all(workdir, *SOME, count=count)
     outputs = outputs_of(again)
     assert [process.returncode for process in again] == [0] * count, outputs
     assert f"continuing at step {reached}" in outputs[0][0]
-    undisturbed = start_all(tmp_path / "undisturbed", *some, count=count)
+    undisturbed = start_all(tmp_path / "undisturbed", *SOME, count=count)
     assert outputs_of(undisturbed)
-    assert_same_bits(saved_arrays(workdir, steps), saved_arrays(tmp_path / "undisturbed", steps))
+    assert_same_bits(saved_arrays(workdir, STEPS), saved_arrays(tmp_path / "undisturbed", STEPS))
 
 
 @pytest.mark.slow

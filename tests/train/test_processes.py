@@ -23,8 +23,8 @@ from tests.tiny import (
     train_arguments,
 )
 
-STEPS = 20
-LONG = [f"--config.steps={STEPS}", "--config.checkpoint.every=10", "--config.log.every=1", COMPARABLE, *TWO_LEVELS]
+STEPS = 10
+LONG = [f"--config.steps={STEPS}", "--config.checkpoint.every=5", "--config.log.every=1", COMPARABLE, *TWO_LEVELS]
 
 
 def launch(count, devices, *arguments, **options):
@@ -55,9 +55,9 @@ def one_process(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "fsdp"), [(2, 1), (2, 2), (4, 8)])
+@pytest.mark.parametrize(("processes", "fsdp"), [(2, 2), (4, 8)])
 def test_several_processes_give_the_same_run(one_process, tmp_path, processes, fsdp):
-    """Eight devices hold eight whole states, four states split in two, or one split over all."""
+    """Eight devices hold four states split in two, or one split over all."""
     workdir, mesh = tmp_path / "run", f"--config.mesh.fsdp={fsdp}"
     process = launch(processes, 8 // processes, "train", *train_arguments(workdir, *LONG, mesh))
     output, _ = process.communicate(timeout=600)
