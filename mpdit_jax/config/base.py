@@ -42,7 +42,7 @@ def base_config() -> ConfigDict:
     config.label_dropout = 0.1  # fraction of labels replaced by the null class, for classifier-free guidance
 
     config.objective = "flow_matching"  # flow_matching | flow_map: one evaluation jumps from t to r (docs/flow_map.md)
-    config.init_from = ""  # weights to start from: a run's workdir (its moving average) or a .safetensors
+    config.init_from = ""  # weights to start from: a run's workdir (its moving average) or a file
 
     config.flow_map = ConfigDict()  # objective="flow_map" only
     config.flow_map.p = 1.0  # power of the adaptive weight of an example; 0 for the plain squared error

@@ -10,17 +10,20 @@ import numpy as np
 
 from mpdit_jax.checkpoint.load import load_together
 from mpdit_jax.config.base import ADAPTABLE
-from mpdit_jax.errors import ConfigError
-from mpdit_jax.interop.files import read_state_dict
+from mpdit_jax.errors import ConfigError, WeightsError
+from mpdit_jax.interop.torch_weights import load_torch
 from mpdit_jax.io.paths import expand
+from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.parameters import split
 from mpdit_jax.train.state import TrainState
 
 _GUIDANCE = "guidance_embedding."
+# Fields of ModelConfig that may differ: what is adapted here, and how a machine computes.
+_MAY_DIFFER = {*ADAPTABLE, "null_class", "guidance_max", "remat", "attention", "platform"}
 _TABLE = "class_embedding.table"  # (classes + 1, width), with the null class last
 
 
-def initialize_from(state: TrainState, origin: str) -> TrainState:
+def initialize_from(state: TrainState, origin: str, model: ModelConfig) -> TrainState:
     """Return the initial state with parameters and moving average taken from a run's moving average or a file.
 
     If the number of classes is another, the rows of the class table stay as they were drawn, except that of the null
@@ -28,14 +31,16 @@ def initialize_from(state: TrainState, origin: str) -> TrainState:
 
     Args:
         state: the state before the first step.
-        origin: `config.init_from`, a run's workdir or a `.safetensors` with this project's parameter names. It may
-            lack the embedding of the guidance scale, which starts at zero (`model.guidance_max`).
+        origin: `config.init_from`, a run's workdir or a file that `mp.load_torch` reads without further arguments. It
+            may lack the embedding of the guidance scale, which starts at zero (`model.guidance_max`).
+        model: the model of `state`.
 
     Raises:
-        ConfigError: nothing is there, or its parameters have other names or shapes.
+        ConfigError: nothing is there, or it is of a model that computes something else.
         CheckpointError, WeightsError: a run or a file that cannot be read.
     """
-    arrays, ours = _read(origin), state.parameters
+    arrays, theirs = _read(origin)
+    ours = state.parameters
     other_classes = _TABLE in arrays and _TABLE in ours and len(arrays[_TABLE]) != len(ours[_TABLE])
     shapes = {name: np.shape(array) for name, array in arrays.items()}
     if other_classes:
@@ -43,6 +48,18 @@ def initialize_from(state: TrainState, origin: str) -> TrainState:
     new = [name for name in ours if name.startswith(_GUIDANCE) and name not in arrays]
     wrong = [name for name, leaf in ours.items() if name not in new and shapes.get(name) != leaf.shape]
     wrong += [name for name in arrays if name not in ours]
+    other = [name for name, value in vars(theirs).items() if name not in _MAY_DIFFER and value != vars(model)[name]]
+    if "convention" in other:
+        raise ConfigError(
+            f"config.init_from={origin} is of convention {theirs.convention!r}: expected weights of a velocity, which "
+            "is what is trained here. (DiT and SiT can be sampled, see docs/weights.md.)"
+        )
+    if other and not wrong:  # the same parameters, used in another way
+        differing = ", ".join(f"{name}={vars(theirs)[name]!r} there and {vars(model)[name]!r} here" for name in other)
+        raise ConfigError(
+            f"config.init_from={origin} has another model than config.model: {differing}. "
+            f"Set config.model as there ({', '.join(ADAPTABLE)} may differ)."
+        )
     if wrong:
         name = wrong[0]
         here = ours[name].shape if name in ours else "no such parameter"
@@ -66,13 +83,22 @@ def initialize_from(state: TrainState, origin: str) -> TrainState:
     return dataclasses.replace(state, parameters=parameters, ema_parameters=average)
 
 
-def _read(origin: str) -> Mapping[str, Any]:
+def _read(origin: str) -> tuple[Mapping[str, Any], ModelConfig]:
+    """Return the parameters at `origin` and the config of their model."""
     path = expand(origin)
     if path.is_dir():
-        return split(load_together(path)[1])[1]
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise ConfigError(f"config.init_from={origin}: expected the workdir of a run, or a .safetensors file.")
-    return read_state_dict(path)
+        model = load_together(path)[1]
+    elif path.is_file():
+        try:
+            model = load_torch(path)
+        except WeightsError as error:
+            raise WeightsError(
+                f"config.init_from: {error} If that needs num_heads, convention or num_classes, give them to `python "
+                f"-m mpdit_jax.convert --source={origin} --out=weights.safetensors`, and start from its file."
+            ) from error
+    else:
+        raise ConfigError(f"config.init_from={origin}: expected the workdir of a run, or a file of weights.")
+    return split(model)[1], model.config
 
 
 def _with_null_row(table: jax.Array, theirs: Any) -> jax.Array:

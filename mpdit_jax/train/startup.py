@@ -82,7 +82,7 @@ def first_state(
 ) -> TrainState:
     """The state before the first step of a config's run, laid out like `target`."""
     state = create_state(model, optimizer, target, config.seed)
-    return initialize_from(state, config.init_from) if config.init_from else state
+    return initialize_from(state, config.init_from, model) if config.init_from else state
 
 
 def make_stopwatch(config: FrozenConfigDict, mesh: Mesh) -> Stopwatch:

@@ -7,14 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
+import mpdit_jax as mp
 from mpdit_jax.checkpoint.load import load_checkpoint
 from mpdit_jax.config import base_config, model_config, resolve
 from mpdit_jax.distributed.mesh import make_mesh
-from mpdit_jax.errors import ConfigError
+from mpdit_jax.errors import ConfigError, WeightsError
 from mpdit_jax.flow.flow_map import FlowMapLoss, draw_jumps
 from mpdit_jax.flow.objective import flow_matching_loss
+from mpdit_jax.interop.native_files import build_metadata
 from mpdit_jax.model.parameters import abstract, split
 from mpdit_jax.train.__main__ import main
 from mpdit_jax.train.init_from import initialize_from
@@ -271,14 +274,15 @@ def test_a_flow_model_starts_a_map_that_takes_the_guidance_scale(flow_run):
     optimizer = make_optimizer(map_config().optimizer)
     with jax.set_mesh(mesh):
         fresh = create_state(config, optimizer, abstract_state(config, optimizer, mesh), 0)
-        state = initialize_from(fresh, str(flow_run))
+        state = initialize_from(fresh, str(flow_run), config)
     for parameters in (state.parameters, state.ema_parameters):
         for name, leaf in split(flow)[1].items():
             np.testing.assert_array_equal(parameters[name], leaf)
         assert not parameters["guidance_embedding.linear.kernel"].any()
         assert not parameters["guidance_embedding.linear.bias"].any()
+    more = dataclasses.replace(fresh, parameters=fresh.parameters | {"other": jnp.ones(2)})
     with pytest.raises(ConfigError, match=r"has another model than config.model: other is no such parameter there"):
-        initialize_from(dataclasses.replace(fresh, parameters=fresh.parameters | {"other": jnp.ones(2)}), str(flow_run))
+        initialize_from(more, str(flow_run), config)
 
 
 def test_a_map_resumes_to_the_same_bits_and_logs_its_errors(flow_run, tmp_path):
@@ -308,7 +312,7 @@ def test_a_map_resumes_to_the_same_bits_and_logs_its_errors(flow_run, tmp_path):
     (["--config.model.guidance_max=4", "--config.label_dropout=0"], "1 without label_dropout: no null class"),
     (["--config.model.guidance_max=1.5"], "sample.guidance_scale=2.0: expected scales from 1 to model.guidance_max"),
     (["--config.trunk_drop=0.1"], "config.trunk_drop=0.1: expected 0 with objective='flow_map'"),
-    (["--config.init_from=/nowhere"], "config.init_from=/nowhere: expected the workdir of a run, or a .safetensors"),
+    (["--config.init_from=/nowhere"], "config.init_from=/nowhere: expected the workdir of a run, or a file of"),
 ])  # fmt: skip
 def test_bad_configs(tmp_path, arguments, sentence):
     with pytest.raises(ConfigError, match=sentence.replace("(", r"\(")):
@@ -321,7 +325,7 @@ def test_other_classes_have_new_embeddings_and_the_rest_is_taken(flow_run, capsy
     model = dataclasses.replace(source.config, num_classes=4)
     optimizer, mesh = make_optimizer(resolve(base_config()).optimizer), make_mesh(devices=jax.devices()[:1])
     drawn = create_state(model, optimizer, abstract_state(model, optimizer, mesh), 0)
-    state = initialize_from(drawn, str(flow_run))
+    state = initialize_from(drawn, str(flow_run), model)
     table = "class_embedding.table"
     for name, array in split(source)[1].items():
         if name == table:
@@ -334,3 +338,26 @@ def test_other_classes_have_new_embeddings_and_the_rest_is_taken(flow_run, capsy
 def test_weights_of_another_model_are_refused(flow_run, tmp_path):
     with pytest.raises(ConfigError, match=r"has another model than config.model: .* there and .* here"):
         main(train_arguments(tmp_path / "run", f"--config.init_from={flow_run}", *MAP, "--config.model.hidden_size=32"))
+
+
+def test_the_same_parameters_of_a_model_that_computes_something_else_are_refused(flow_run, tmp_path):
+    def train(origin, *more):
+        main(train_arguments(tmp_path / "run", f"--config.init_from={origin}", *TWO_LEVELS, *more))
+
+    with pytest.raises(ConfigError, match=r"num_heads=2 there and 4 here.*Set config\.model as there"):
+        train(flow_run, "--config.model.num_heads=4")
+    model, sit = load_checkpoint(flow_run), tmp_path / "sit.safetensors"
+    metadata = {**build_metadata(model, 8), "model": json.dumps(vars(model.config) | {"convention": "sit"})}
+    safetensors.numpy.save_file({name: np.asarray(leaf) for name, leaf in split(model)[1].items()}, sit, metadata)
+    with pytest.raises(ConfigError, match=r"is of convention 'sit': expected weights of a velocity"):
+        train(sit)
+
+
+def test_weights_that_need_more_arguments_are_to_be_converted_first(flow_run, tmp_path):
+    """Shapes do not show the number of heads, which only `convert` can be told."""
+    file = tmp_path / "published.safetensors"
+    safetensors.numpy.save_file(mp.to_torch(load_checkpoint(flow_run)), file)
+    with pytest.raises(
+        WeightsError, match=r"pass num_heads=…\. If that needs .* `python -m mpdit_jax\.convert --source=.*pub"
+    ):
+        main(train_arguments(tmp_path / "run", f"--config.init_from={file}", *TWO_LEVELS))
