@@ -61,8 +61,17 @@ def normalize_weights(content: Mapping[str, Any], source: str, key: str | None =
     """Convert a state dict, or the one to use of a checkpoint with several, to float32 numpy arrays.
 
     Of several, `key` selects one; without it, the moving average (a key such as "ema" or "model_ema") is taken, and
-    otherwise "model" or "state_dict". A WeightsWarning names a choice that is not obvious.
+    otherwise "model" or "state_dict". One that lies a level deeper is named like "ema.model". A WeightsWarning names a
+    choice that is not obvious.
     """
+    inner = {
+        f"{name}.{part}": value
+        for name, values in content.items()
+        if isinstance(values, Mapping)
+        for part, value in values.items()
+        if isinstance(value, Mapping)
+    }
+    content = {**content, **inner}
     held = [
         name
         for name, value in content.items()
@@ -104,6 +113,11 @@ def choose(names: Sequence[str], key: str | None, source: str) -> str:
         others = ", ".join(repr(name) for name in names if name != found[0])
         instead = f"; key= selects another ({others})" if others else ""
         warnings.warn(f"{source}: the moving average {found[0]!r} is taken{instead}.", WeightsWarning, stacklevel=2)
+    if not averages and len(names) > 1:
+        others = ", ".join(repr(name) for name in names if name != found[0])
+        taken = f"{found[0]!r} is taken" if found[0] else "the one without a name is taken"
+        text = f"{source}: {taken}, which is no moving average; key= selects another ({others})."
+        warnings.warn(text, WeightsWarning, stacklevel=2)
     return found[0]
 
 
@@ -165,7 +179,8 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
 
 
 def _is_average(name: object) -> bool:
-    return re.search(r"(?<![a-z])ema(?![a-z])|averag", str(name), re.IGNORECASE) is not None
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name)).lower()  # emaModel is ema_model
+    return re.search(r"(?<![a-z])(?:ema|swa|shadow)(?![a-z])|averag", words) is not None
 
 
 def _is_array(value: Any) -> bool:

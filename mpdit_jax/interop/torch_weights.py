@@ -30,8 +30,7 @@ StateDict = dict[str, np.ndarray]
 
 # Entries of every DiT and MPDiT, which show the prefix that a wrapping module puts in front of its network's names.
 _EVERY_MODEL = re.compile(r"(?:(.+)\.)?(?:x_embedder\.proj|final_layer\.linear)\.weight")
-# REPA's projectors, and the counters of AveragedModel and ema-pytorch.
-_AUXILIARY = re.compile(r"projectors\..+|n_averaged|initted|step")
+_AUXILIARY = re.compile(r"projectors\..+|initted|step")  # REPA's projectors, the counters of ema-pytorch
 # Numbers of classes that data sets have: a table with so many rows may lack the row of the null class.
 _USUAL_CLASSES = (10, 100, 1000)
 
@@ -138,7 +137,8 @@ def _network(state: StateDict, key: str | None, origin: str) -> StateDict:
     prefix = choose([*prefixes] or [""], key, origin)
     start = f"{prefix}." if prefix else ""
     network = {name.removeprefix(start): array for name, array in state.items() if name.startswith(start)}
-    network = {name: array for name, array in network.items() if not _AUXILIARY.fullmatch(name)}
+    # Numbers without dimensions, such as AveragedModel's n_averaged, are no weights of any network here.
+    network = {name: array for name, array in network.items() if array.ndim and not _AUXILIARY.fullmatch(name)}
     left_out = [name for name in state if not name.startswith(start) or name.removeprefix(start) not in network]
     if left_out:
         more = f" and {len(left_out) - 1} more entries" if len(left_out) > 1 else ""
@@ -198,6 +198,12 @@ def _check_classes(state: StateDict, num_classes: int | None, origin: str) -> bo
             f"{origin} has {rows} rows in its class table, perhaps without a null class: give num_classes={rows} if it "
             f"was trained without label dropout, or num_classes={rows - 1} if the last row is the null class."
         )
+    if num_classes is None and rows and rows - 1 not in _USUAL_CLASSES:
+        text = (
+            f"{origin}: the {rows} rows of its class table are taken for {rows - 1} classes and the null class; if it "
+            f"was trained without label dropout, give num_classes={rows}."
+        )
+        warnings.warn(text, WeightsWarning, stacklevel=4)
     if num_classes is not None and rows and num_classes not in (rows, rows - 1):
         raise WeightsError(
             f"num_classes={num_classes}: {origin} has {rows} rows in its class table; expected {rows - 1}, or {rows} "

@@ -188,6 +188,9 @@ def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
     ("ema_model", "the moving average 'ema_model' is taken"),
     ("state_dict_ema", "the moving average 'state_dict_ema' is taken"),
     ("averaged_model", "the moving average 'averaged_model' is taken"),
+    ("emaModel", "the moving average 'emaModel' is taken"),
+    ("shadow", "the moving average 'shadow' is taken"),
+    ("swa_state_dict", "the moving average 'swa_state_dict' is taken"),
 ])  # fmt: skip
 def test_the_moving_average_of_a_checkpoint_is_taken(state, raw, average, note, recwarn):
     """A warning names a key other than "ema"."""
@@ -195,6 +198,18 @@ def test_the_moving_average_of_a_checkpoint_is_taken(state, raw, average, note, 
     assert_same(state, mp.to_torch(mp.load_torch(content, num_heads=4)))
     assert [bool(re.search(note, str(one.message))) for one in recwarn] == [True] * bool(note)
     assert_same(raw, mp.to_torch(mp.load_torch(content, num_heads=4, key="model")))
+
+
+def test_a_state_dict_a_level_deeper_is_found(state, raw):
+    """A moving average is not missed because it lies deeper than the raw weights."""
+    assert_same(state, mp.to_torch(mp.load_torch({"state": {"model": state}, "epoch": 3}, num_heads=4)))
+    with pytest.warns(WeightsWarning, match=r"the moving average 'ema\.module' is taken"):
+        assert_same(state, mp.to_torch(mp.load_torch({"model": raw, "ema": {"module": state, "n": 3}}, num_heads=4)))
+
+
+def test_weights_that_are_no_average_are_not_taken_silently(state, raw):
+    with pytest.warns(WeightsWarning, match=r"'model' is taken, which is no moving average; key= selects .*'smoothed'"):
+        assert_same(state, mp.to_torch(mp.load_torch({"model": state, "smoothed": raw}, num_heads=4)))
 
 
 def test_an_average_that_is_not_there_is_named(state):
@@ -223,6 +238,7 @@ def test_wrappers_of_a_model_or_a_block_do_not_matter(state, part):
 @pytest.mark.parametrize(("prefix", "beside", "left_out"), [
     ("", {"projectors.0.0.weight": np.zeros((2, 2))}, r"projectors\.0\.0\.weight left out"),  # REPA
     ("", {"n_averaged": np.int64(3)}, "n_averaged left out"),  # AveragedModel
+    ("", {"decay": np.float32(0.9), "num_updates": np.int64(3)}, "decay and 1 more entries left out"),
     ("model.", {"vae.x": np.zeros(2), "vae.y": np.zeros(2)}, r"vae\.x and 1 more entries left out"),  # Lightning
     ("ema_model.module.", {"initted": np.True_, "step": np.int64(3)}, "initted and 1 more entries left out"),
 ])  # fmt: skip
@@ -244,6 +260,8 @@ def test_one_of_the_networks_of_a_module_is_chosen_as_one_of_a_checkpoint_is(sta
 
 def test_a_class_table_may_have_no_null_class(state):
     """Ten rows may be ten classes, or nine and the null class, so that the number is asked for."""
+    with pytest.warns(WeightsWarning, match="the 9 rows of its class table are taken for 8 classes and the null class"):
+        mp.load_torch({**state, TABLE: state[TABLE][:9]}, num_heads=4)
     ten = {**state, TABLE: state[TABLE][:10]}
     with pytest.raises(WeightsError, match=r"has 10 rows .* give num_classes=10 if .* num_classes=9"):
         mp.load_torch(ten, num_heads=4)
