@@ -5,6 +5,8 @@ import numbers
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
+
 from mpdit_jax.errors import InputError
 
 LARGEST_SIDE = 4096  # pixels of a square image
@@ -51,6 +53,15 @@ def layout_remedy(shape: Sequence[int], name: str) -> str:
     return f": the channels are first, give {name}.transpose(0, 2, 3, 1)" if first else ""
 
 
+def dtype_remedy(dtype: np.dtype[Any], name: str) -> str:
+    """How to bring images of this dtype to uint8 or float32, with `: ` in front; "" if there is no way."""
+    if dtype.kind == "f" and dtype != np.float32:
+        return f": give {name}.astype(np.float32)"
+    return (
+        f": give {name}.astype(np.uint8), if they go from 0 to 255" if dtype.kind in "iu" and dtype != np.uint8 else ""
+    )
+
+
 def range_remedy(least: float, most: float, channels: int = 0) -> str:
     """How to bring floats between `least` and `most` to the range of images or latents; "" if they may be in it.
 
@@ -61,6 +72,8 @@ def range_remedy(least: float, most: float, channels: int = 0) -> str:
         return "give images / 127.5 - 1"
     if images and least >= 0 and 0 < most <= 1.01:
         return "give images * 2 - 1"
+    if channels == 4 and least >= 0 and 0 < most <= 1.01:
+        return "give images[..., :3] * 2 - 1, without the channel of opacity"
     if max(-least, most) > (1.01 if images else _LARGEST_LATENT):
         return "rescale them"
     return ""

@@ -13,6 +13,7 @@ from mpdit_jax.config.base import from_json, model_config
 from mpdit_jax.distributed.collectives import broadcast, run_on_process_0
 from mpdit_jax.distributed.mesh import make_mesh, replicated
 from mpdit_jax.errors import CheckpointError, ConfigError, DamageWarning
+from mpdit_jax.io.paths import expand
 from mpdit_jax.model.mpdit import MPDiT
 from mpdit_jax.model.parameters import abstract, merge
 
@@ -32,8 +33,8 @@ def load_config(workdir: str | Path) -> FrozenConfigDict:
     Raises:
         CheckpointError: no run there, or its config cannot be read.
     """
-    path = Path(workdir) / CONFIG
-    if Path(workdir).is_file():
+    path = expand(workdir) / CONFIG
+    if path.parent.is_file():
         raise CheckpointError(
             f"{workdir} is a file, and a workdir is a folder: `python -m mpdit_jax.convert --source={workdir} "
             "--out=FOLDER` makes one of an MPDiT's weights; docs/weights.md shows how to sample a DiT or SiT."
@@ -83,6 +84,7 @@ def load_step(workdir: str | Path, step: int | None = None, ema: bool = True) ->
     Raises:
         CheckpointError: no run, no checkpoint, none at `step` (the message lists those there are), or a damaged one.
     """
+    workdir = expand(workdir)
     config, steps = load_config(workdir), list_steps(workdir)
     if not steps:
         raise CheckpointError(f"{workdir} has no finished checkpoint yet; train first, or wait for the first one.")
@@ -93,7 +95,7 @@ def load_step(workdir: str | Path, step: int | None = None, ema: bool = True) ->
     everywhere = replicated(mesh)
     target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere) for name, leaf in shapes.items()}
     item = "ema_parameters" if ema else "parameters"
-    folder = Path(workdir).resolve() / CHECKPOINTS
+    folder = workdir.resolve() / CHECKPOINTS
     problems = []
     for candidate in sorted(numbered_folders(workdir), reverse=True) if step is None else [step]:
         try:

@@ -22,11 +22,9 @@ from mpdit_jax.checkpoint.reader import (
     incomplete,
     list_steps,
     numbered_folders,
-    read_step,
     read_together,
 )
 from mpdit_jax.distributed.collectives import broadcast, first_sentence, run_on_process_0
-from mpdit_jax.distributed.mesh import make_mesh, replicated
 from mpdit_jax.errors import CheckpointError, ProcessError, UnavailableError
 from mpdit_jax.io.paths import reason
 from mpdit_jax.io.storage import Storage
@@ -54,7 +52,7 @@ class Checkpoints:
         self._workdir, self._folder = workdir, workdir.resolve() / CHECKPOINTS
         self._keep: int | None = keep
         self._keep_every = keep_every
-        self._last: tuple[int, str, Any] | None = None  # step, smallest item and its shapes
+        self._last: tuple[int, dict[str, Any]] = 0, {}  # step of the last save, shapes of its items to be read back
 
     @cached_property
     def _storage(self) -> Storage:
@@ -79,13 +77,17 @@ class Checkpoints:
         """Step of the newest finished checkpoint."""
         return max(list_steps(self._workdir), default=None)
 
-    def save(self, step: int, items: Mapping[str, Any], *, keep_older: bool = False) -> None:
+    def save(self, step: int, items: Mapping[str, Any], *, keep_older: bool = False, final: bool = False) -> None:
         """Save pytrees with their digests in the background, unless there is a checkpoint of that step already.
+
+        When the last save is done, all its items but the largest are read back if it is `final`: the optimizer's state
+        may find no room beside what is still in memory. Otherwise only the smallest is, as there may be little time.
 
         Args:
             step: the run's step.
             items: the pytrees, by name.
             keep_older: delete no older checkpoint from now on.
+            final: whether these are the results of a run that is done.
 
         Raises:
             CheckpointError: this one or the one before it could not be written, as when the disk is full.
@@ -101,23 +103,20 @@ class Checkpoints:
         digests = {name: integrity.digests(tree) for name, tree in items.items()}
         record = {"version": DIGESTS_VERSION, "step": step, "items": digests}
         self._guarded(partial(self._storage.save, step, items, {DIGESTS: record}))
-        name = min(items, key=lambda name: sum(leaf.nbytes for leaf in jax.tree.leaves(items[name])))
-        self._last = step, name, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), items[name])
+        names = sorted(items, key=lambda name: sum(leaf.nbytes for leaf in jax.tree.leaves(items[name])))
+        names = names[: max(len(names) - 1, 1)] if final else names[:1]
+        self._last = step, {name: jax.tree.map(_like, items[name]) for name in names}
 
     def _read_back(self) -> None:
-        """Read the smallest item of the last save on process 0, which raises if it cannot be read. Collective."""
-        if self._last is None:
-            return
-        step, name, shapes = self._last
-        mesh = make_mesh(devices=jax.local_devices())
-        target = jax.tree.map(lambda leaf: leaf.update(sharding=replicated(mesh)), shapes)
+        """Read from the last save what `save` says, one item at a time. Collective.
 
-        def read() -> None:
-            with jax.set_mesh(mesh):
-                read_step(self._folder / str(step), {name: target})
-
+        Raises:
+            CheckpointError: it cannot be read, or differs from what was saved.
+        """
+        step, targets = self._last
         try:
-            run_on_process_0(read)
+            for name, target in targets.items():
+                read_together(self._folder / str(step), {name: target})
         except CheckpointError as error:
             raise CheckpointError(f"{error}, though nothing failed when it was written: use another disk.") from error
 
@@ -210,3 +209,7 @@ class Checkpoints:
                 f"a checkpoint cannot be written to {self._folder} ({reason(error)}), and {newest}: make room "
                 "and repeat the command."
             ) from error
+
+
+def _like(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

@@ -17,6 +17,7 @@ from mpdit_jax.config.ablation import ABLATIONS
 from mpdit_jax.config.base import base_config, clear_unused
 from mpdit_jax.config.checks import leaves
 from mpdit_jax.errors import ConfigError, first_line
+from mpdit_jax.io.paths import check_local
 from mpdit_jax.model.presets import PRESETS
 from mpdit_jax.runtime.cli import Parser, make_parser
 from mpdit_jax.validation import suggest
@@ -131,6 +132,7 @@ def shipped_configs() -> dict[str, str]:
 
 def _find_file(value: str) -> tuple[str, list[str]]:
     """The file of `--config=VALUE` and what its `get_config` is called with."""
+    check_local(value, ConfigError)
     path, colon, text = value.partition(":")
     folder, name = os.path.split(path.removesuffix(".py"))
     shipped = shipped_configs()

@@ -39,11 +39,13 @@ def record_dataset(workdir: Path, source: Source, *, trained: bool) -> None:
         CheckpointError: the run was trained on latents of another VAE or normalization, or on other examples.
         DataError: a new run's constants do not normalize its latents, see `check_normalization`.
     """
-    if not trained and source.latents is not None and source.measured is not None:
-        check_normalization(source.latents, *source.measured)
     unseen = unseen_classes(source.labels, len(source.class_names))
     info = DatasetInfo(tuple(source.class_names), source.latents, _identify(source.labels), unseen)
     stored = read_dataset_info(workdir) if trained else None
+    # A run that `convert` made names no VAE: what it continues on has to be checked like the data of a new run.
+    converted = stored is not None and stored.latents is not None and not stored.latents.vae_fingerprint
+    if (converted or not trained) and source.latents is not None and source.measured is not None:
+        check_normalization(source.latents, *source.measured)
     if stored is not None and not _agree(stored.latents, info.latents):
         raise CheckpointError(
             f"{workdir} was trained on latents of another VAE or normalization ({_say(stored.latents)}) than those of "

@@ -15,7 +15,7 @@ from mpdit_jax.io.idx import read_idx_pair
 from mpdit_jax.io.json_files import digest_of
 from mpdit_jax.io.npz import npz_checksums, read_npz
 from mpdit_jax.io.paths import expand
-from mpdit_jax.validation import layout_remedy, range_remedy
+from mpdit_jax.validation import dtype_remedy, layout_remedy, range_remedy
 
 Batch = dict[str, np.ndarray]
 """`y` int32 (n,), and `x` float32 (n, H, W, C) or, of latents, `mean` and `std` float16 (n, views, H, W, C)."""
@@ -125,7 +125,7 @@ def load_arrays(path: str = "", split: str = "train") -> Source:
         checksums = npz_checksums(path)  # of the file's directory: reading all of it takes long
     except ValueError as error:
         raise DataError(f"{path}: expected an .npz with arrays `images` and `labels` ({error}).") from error
-    remedy = layout_remedy(images.shape, "images")
+    remedy = layout_remedy(images.shape, "images") or dtype_remedy(images.dtype, "images")
     if remedy or images.ndim != 4 or images.dtype not in (np.uint8, np.float32) or labels.shape != images.shape[:1]:
         raise DataError(
             f"{path}: images {images.dtype} {images.shape}, labels {labels.shape}; "
@@ -244,7 +244,7 @@ def warn_of_unseen(labels: np.ndarray, class_names: Sequence[str], num_classes: 
         shown = ", ".join(names[:_MOST_SHOWN]) + ", …" * (len(names) > _MOST_SHOWN)
         warnings.warn(
             f"{origin}: {len(unseen)} of {num_classes} classes have no examples and are not trained "
-            f"({shown}){_from_one(labels)}.",
+            f"({shown}){_from_one(labels)}. Balanced draws leave them out. Add examples, or give fewer classes.",
             DataWarning,
             stacklevel=2,
         )

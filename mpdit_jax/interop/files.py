@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from mpdit_jax.errors import MissingExtraError, WeightsError, WeightsWarning, install_extra
 from mpdit_jax.interop.pickles import explain_refusal
+from mpdit_jax.io.paths import expand
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # What DataParallel, torch.compile, FSDP and activation checkpointing insert into names.
@@ -42,7 +43,7 @@ def read_weights(path: str | Path, key: str | None = None) -> Weights:
             several state dicts and none of them is clearly the one to use.
         MissingExtraError: PyTorch is needed and not installed.
     """
-    path = Path(path)
+    path = expand(path)
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected a .safetensors or a PyTorch .pt/.pth file.")
     if path.suffix == ".safetensors":

@@ -28,8 +28,9 @@ def expand(path: str | Path) -> Path:
     """Replace a leading `~` by the home folder.
 
     Raises:
-        InputError: this machine does not know that user.
+        InputError: this machine does not know that user, or `path` is a URL.
     """
+    check_local(str(path))
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

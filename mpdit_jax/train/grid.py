@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import FrozenConfigDict
 
-from mpdit_jax.data.sources import Source
+from mpdit_jax.data.sources import Source, unseen_classes
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import make_sampler
@@ -47,14 +47,20 @@ def guidance(config: FrozenConfigDict) -> float:
     return float(config.sample.guidance_scale) if config.model.null_class else 1.0
 
 
+def grid_classes(source: Source, num_classes: int, most: int = 10) -> np.ndarray:
+    """Return the first `most` classes that have examples, int (n,)."""
+    return np.setdiff1d(np.arange(num_classes), unseen_classes(source.labels, num_classes))[:most]
+
+
 def draw_grid(
     config: FrozenConfigDict,
     structure: Structure,
     decode: Decode | None,
+    classes: np.ndarray,
     ema_parameters: Parameters,
     stopped: Callable[[], bool],
 ) -> np.ndarray | None:
-    """Draw samples, one row a class, from the same noise every time; uint8 (H, W, 1 or 3).
+    """Draw samples, one row for each of `classes`, from the same noise every time; uint8 (H, W, 1 or 3).
 
     Collective. None for latents that nothing decodes, if `stopped` while they are decoded, and on every process but
     process 0.
@@ -67,14 +73,14 @@ def draw_grid(
         if jax.process_index() > 0:
             return None
         mesh = make_mesh(devices=jax.local_devices()[:1])
-    classes, per_class = min(config.model.num_classes, 10), config.sample.per_class
+    per_class = config.sample.per_class
     sampler = make_sampler(config.sample.solver, config.sample.steps, guidance(config))
     with jax.set_mesh(mesh):
-        labels = np.repeat(np.arange(classes), per_class)
+        labels = np.repeat(classes, per_class)
         pictures = np.asarray(sampler(merge(structure, ema_parameters), labels, seed_key(config.seed)))
     if decode is not None:
         rows = []
-        for row in np.split(pictures, classes):  # a VAE takes far more memory than the model
+        for row in np.split(pictures, len(classes)):  # a VAE takes far more memory than the model
             if stopped():
                 return None
             rows.append(np.asarray(decode(jnp.asarray(row))))

@@ -10,9 +10,10 @@ from mpdit_jax.checkpoint.workdir import lock_workdir
 from mpdit_jax.config.base import model_config, resolve
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.distributed.mesh import local_rows, make_mesh, place_batch
+from mpdit_jax.io.paths import expand
 from mpdit_jax.model.parameters import abstract
 from mpdit_jax.train.evaluator import Evaluator
-from mpdit_jax.train.grid import choose_decode, draw_grid
+from mpdit_jax.train.grid import choose_decode, draw_grid, grid_classes
 from mpdit_jax.train.optimizer import make_optimizer
 from mpdit_jax.train.policy import make_policy
 from mpdit_jax.train.prefetcher import Prefetcher
@@ -39,7 +40,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
     SIGTERM and SIGINT end the run after the step in hand, saved; the process ends if that takes longer than
     `config.checkpoint.grace`, or at once if no step was done yet, or on a second signal (see `PreemptionHandler`).
     """
-    workdir = Path(workdir)
+    workdir = expand(workdir)
     config = continued(resolve(config), workdir)
     mesh = make_mesh(**config.mesh)
     source = load_data(config, mesh)
@@ -59,7 +60,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         if done:
             return state
         train_step = jit_step(build_train_step(config, structure, optimizer, source.latents), target, mesh)
-        draw = partial(draw_grid, config, structure, decode)
+        draw = partial(draw_grid, config, structure, decode, grid_classes(source, model.num_classes))
         rows = local_rows(config.batch_size, mesh)
         data = Prefetcher(
             batches(source, config.batch_size, config.seed, start=step, rows=rows, threads=config.data.threads),

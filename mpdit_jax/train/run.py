@@ -162,7 +162,8 @@ class Run(Generic[S]):
             skipped = self.check(step, state)
             if not skipped or step == self._config.steps:
                 with self._watch.of("other"):
-                    self._checkpoints.save(step, self._policy.to_items(state))
+                    final = step == self._config.steps
+                    self._checkpoints.save(step, self._policy.to_items(state), final=final)
 
     def show(self: "Run[TrainState]", step: int, state: "TrainState", draw: Callable[..., np.ndarray | None]) -> None:
         """Write a grid of samples every `config.sample.every` steps; see `grid.draw_grid`."""

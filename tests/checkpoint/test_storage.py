@@ -36,16 +36,17 @@ def test_a_backslash_in_the_path_is_refused_before_anything_is_written(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_save_that_cannot_be_read_again_is_an_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("lost", "final"), [("progress", False), ("progress", True), ("average", True)])
+def test_a_save_that_cannot_be_read_again_is_an_error(tmp_path, monkeypatch, lost, final):
     """The last save is read back before a run says that it is done; here its arrays vanish after the save."""
     wait = Storage.wait
 
     def wait_and_lose(self):
         wait(self)
-        for path in (tmp_path / "checkpoints/1/progress").glob("*ocdbt"):
+        for path in (tmp_path / "checkpoints/1", lost).glob("*ocdbt"):
             path.unlink()
 
     monkeypatch.setattr(Storage, "wait", wait_and_lose)
     sentence = r"checkpoints/1 cannot be read .* though nothing failed when it was written"
     with pytest.raises(CheckpointError, match=sentence), Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(1, TREES)
+        checkpoints.save(1, {**TREES, "average": {"a": jnp.arange(3.0)}}, final=final)

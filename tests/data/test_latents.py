@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from mpdit_jax.data.info import record_dataset
+from mpdit_jax.data.info import DatasetInfo, record_dataset, write_dataset_info
 from mpdit_jax.data.latent_store import (
     LABELS,
     MANIFEST,
@@ -138,6 +138,10 @@ def test_the_papers_constants_have_to_fit(tmp_path, measured, fits):
         record_dataset(tmp_path, papers, trained=False)
     (tmp_path / "data.json").unlink()
     record_dataset(tmp_path, papers, trained=True)  # a run that has begun with these constants may continue
+    # Unless `convert` made it, which sees no latents and writes the paper's constants.
+    write_dataset_info(tmp_path, DatasetInfo((), LatentSpace(PAPER_MEAN, PAPER_STD, "")))
+    with pytest.raises(DataError, match=message):
+        record_dataset(tmp_path, papers, trained=True)
 
 
 def test_every_epoch_visits_each_example_once_in_a_new_order(store):

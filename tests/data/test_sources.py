@@ -98,7 +98,8 @@ def test_own_arrays(tmp_path):
 
 @pytest.mark.parametrize(("arrays", "sentence"), [
     ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.zeros(2, int)}, r"\(N, H, W, C\)"),
-    ({"images": np.zeros((2, 4, 4, 1), np.float64), "labels": np.zeros(2, int)}, "float64"),
+    ({"images": np.zeros((2, 4, 4, 1), np.float64), "labels": np.zeros(2, int)}, r"give images\.astype\(np\.float32"),
+    ({"images": np.zeros((2, 4, 4, 1), np.int64), "labels": np.zeros(2, int)}, r"give images\.astype\(np\.uint8"),
     ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.zeros(3, int)}, r"labels \(3,\)"),
     ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.zeros(2)}, "whole numbers"),
     ({"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.array([0, -1])}, "label -1"),
@@ -109,6 +110,7 @@ def test_own_arrays(tmp_path):
     ({"images": np.zeros((2, 8, 8), np.uint8), "labels": np.zeros(2, int)}, r"images\[\.\.\., None\] for grey"),
     ({"images": np.full((2, 4, 4, 3), 200, np.float32), "labels": np.zeros(2, int)}, "from 200 to 200;.*127.5 - 1"),
     ({"images": np.full((2, 4, 4, 1), 0.5, np.float32), "labels": np.zeros(2, int)}, r"give images \* 2 - 1"),
+    ({"images": np.full((2, 4, 4, 4), 0.5, np.float32), "labels": np.zeros(2, int)}, "without the channel of opacity"),
     ({"images": np.full((2, 4, 4, 1), -1.5, np.float32), "labels": np.zeros(2, int)}, "rescale them"),
     ({"images": np.full((2, 4, 4, 8), 99, np.float32), "labels": np.zeros(2, int)}, "give images / 127.5 - 1"),
     ({"pictures": np.zeros((2, 4, 4, 1), np.uint8)}, "`images` and `labels`"),

@@ -9,9 +9,11 @@ from pathlib import Path
 import jax
 import pytest
 
+import mpdit_jax as mp
 from mpdit_jax.config import base_config
 from mpdit_jax.config.base import resolve
-from mpdit_jax.errors import ConfigError, InputError
+from mpdit_jax.config.flags import load_config_file
+from mpdit_jax.errors import ConfigError, InputError, MPDiTError
 from mpdit_jax.io.atomic import atomic_write
 from mpdit_jax.runtime import signals
 from mpdit_jax.runtime.cli import Parser, run
@@ -79,6 +81,13 @@ def test_urls_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="gs:/bucket/x: expected a folder"), atomic_write(Path("gs://bucket/x")):
         pass
+    url = "gs://bucket/x.safetensors"
+    for open_url in (
+        mp.load_checkpoint, mp.load_torch, mp.load_vae, lambda url: mp.train(base_config(), url),
+        lambda url: mp.generate(url, 1), load_config_file,
+    ):  # fmt: skip
+        with pytest.raises(MPDiTError, match=r"gs://bucket/x\.safetensors: expected a folder or file"):
+            open_url(url)
     assert not list(tmp_path.iterdir())
 
 

@@ -386,7 +386,7 @@ def test_a_run_without_label_dropout_is_not_guided(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     config, mesh, (structure, parameters) = load_config(workdir), make_mesh(), split(mp.load_checkpoint(workdir))
     with jax.set_mesh(mesh):
-        assert draw_grid(config, structure, None, parameters, lambda: False) is not None
+        assert draw_grid(config, structure, None, np.arange(10), parameters, lambda: False) is not None
         log_startup(config, workdir, 0, 100, mesh, None, False)
     said = "grids are drawn without guidance (config.sample.guidance_scale=1.5), since config.label_dropout=0 trains no"
     assert said in capsys.readouterr().out

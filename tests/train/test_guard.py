@@ -6,6 +6,7 @@ import pytest
 
 from mpdit_jax.checkpoint.reader import list_steps
 from mpdit_jax.config.flags import make_config_parser, parse_with_config
+from mpdit_jax.data.sources import array_source
 from mpdit_jax.errors import DivergedError
 from mpdit_jax.train import grid, loop
 from tests.tiny import saved_arrays, train_arguments
@@ -82,6 +83,11 @@ def test_a_grid_of_a_model_that_diverges_does_not_end_the_run(tmp_path, monkeypa
     state = loop.train(tiny_config(tmp_path / "run", "--config.sample.every=2"), tmp_path / "run")
     assert int(state.step) == 8
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 4
+
+
+def test_a_grid_has_no_class_without_examples():
+    source = array_source(np.zeros((3, 8, 8, 1), np.uint8), np.array([1, 3, 3]), ("0", "1", "2", "3"))
+    assert grid.grid_classes(source, 5).tolist() == [1, 3]
 
 
 def test_a_batch_that_was_not_placed_is_refused(tmp_path, monkeypatch):
