@@ -5,12 +5,12 @@
 #
 # such as
 #
-#   bash launch/tpu_pod.sh my-v5e-256 us-west4-a --config=configs/fashion_mnist.py --workdir=/mnt/shared/runs/mine
+#   bash launch/tpu_pod.sh my-v5e-256 us-west4-a --config=mpdit_b_256 --workdir=/mnt/shared/runs/b --config.data.path=/mnt/shared/latents
 #   COMMAND=prepare bash launch/tpu_pod.sh my-v5e-256 us-west4-a --images=/mnt/shared/train --out=/mnt/shared/latents ...
 #
 # COMMAND=train (the default), prepare, sample or evaluate starts `python -m mpdit_jax.COMMAND`. --workdir and --out must
 # be on a file system that every machine mounts, such as Filestore; a bucket's gs:// name is none.
-# Expects on every machine a clone of the repository in ~/mpdit_jax with `pip install -e '.[tpu]'` done in ~/mpdit_jax/.venv.
+# Expects on every machine a clone of the repository in ~/mpdit_jax with `pip install -r requirements.txt -e '.[tpu]'` done in ~/mpdit_jax/.venv.
 # JAX finds the machines through the TPU's metadata server. Ctrl-C here, or a lost connection, stops a training on all
 # of them at its next line of output, saved; a preempted slice is continued by the same command. DRY_RUN=1 prints what would
 # be run.
