@@ -36,7 +36,13 @@ def attention_kernel(config: ModelConfig) -> Attend:
 
 def at_least_float32(x: jax.Array) -> jax.Array:
     """Cast to float32; float64 stays float64, in which tests compare derivatives with finite differences."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
+
+
+def of_one_dtype(*arrays: jax.Array) -> list[jax.Array]:
+    """Cast arrays to the widest of their dtypes; on CPUs results of products are wider than what they meet."""
+    widest = max((array.dtype for array in arrays), key=lambda dtype: dtype.itemsize)
+    return [array.astype(widest) for array in arrays]
 
 
 def operand_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
@@ -89,7 +95,7 @@ class HeadByHead:
 def _attend(qkv: jax.Array) -> jax.Array:
     """Map one head's query, key and value (3, B, T, d) to float32 (B, T, d)."""
     query, key, value = qkv
-    wide = jnp.promote_types(qkv.dtype, jnp.float32)
+    wide = qkv.dtype if qkv.dtype.itemsize >= 4 else jnp.float32
     logits = jnp.einsum("bqd,bkd->bqk", query, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))  # (B, T, T)
     sums = weights.sum(axis=-1, keepdims=True)  # (B, T, 1)

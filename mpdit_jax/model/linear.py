@@ -1,13 +1,15 @@
 """The model's linear layer: `nnx.Linear` with the paper's initialization and one precision rule."""
 
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer
 
-from mpdit_jax.model.kernels import operand_precision, product_dtype
+from mpdit_jax.model.kernels import at_least_float32, operand_precision, product_dtype
+
+ArraysT = TypeVar("ArraysT", bound=tuple[Any, ...])  # the arrays of flax's PromoteDtypeFn
 
 XAVIER_UNIFORM: Initializer = nnx.initializers.xavier_uniform()
 ZEROS: Initializer = nnx.initializers.zeros_init()
@@ -36,10 +38,22 @@ def linear(
         param_dtype=jnp.float32,
         dot_general=flat_dot_general,
         preferred_element_type=product_dtype(platform),
+        promote_dtype=operands if product_dtype(platform) is None else operands_of_a_wide_product,
         kernel_init=kernel_init,
         bias_init=bias_init,
         rngs=rngs,
     )
+
+
+def operands(arrays: ArraysT, /, *, dtype: Any = None, inexact: bool = True) -> ArraysT:
+    """Convert inputs, kernel and bias to the compute dtype."""
+    return cast(ArraysT, tuple(array.astype(dtype) for array in arrays))
+
+
+def operands_of_a_wide_product(arrays: ArraysT, /, *, dtype: Any = None, inexact: bool = True) -> ArraysT:
+    """Convert as `operands` does, and the rounded bias on to the float32 of the product that it is added to."""
+    inputs, kernel, bias = operands(arrays, dtype=dtype)
+    return cast(ArraysT, (inputs, kernel, at_least_float32(bias)))
 
 
 def flat_dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:

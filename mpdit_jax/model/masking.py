@@ -14,6 +14,7 @@ from mpdit_jax.distributed.mesh import constrain_batch
 from mpdit_jax.errors import InputError
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.embeddings import patchify
+from mpdit_jax.model.kernels import of_one_dtype
 from mpdit_jax.model.mpdit import MPDiT
 
 
@@ -46,13 +47,13 @@ def masked_velocity(
     prefix, decoder = embedding.tokens.shape[1], model.config.depths[0] - model.config.decoder_depth
     image = level.embed(x.astype(dtype))  # (B, N, D)
     visible = jnp.take_along_axis(image, kept[..., None], axis=1)  # (B, K, D)
-    tokens = jnp.concatenate([embedding.tokens, visible], axis=1)  # (B, m + K, D)
+    tokens = jnp.concatenate(of_one_dtype(embedding.tokens, visible), axis=1)  # (B, m + K, D)
     tokens = level.blocks(tokens, condition, slice(None, decoder))
     mask_token = model.mask_token[...].astype(dtype)[None, None]  # (1, 1, D)
     hidden = jnp.broadcast_to(mask_token + level.positions(dtype), image.shape)  # (B, N, D)
     classes, visible = tokens[:, :prefix], tokens[:, prefix:].astype(hidden.dtype)
     image = jax.vmap(lambda all_tokens, rows, values: all_tokens.at[rows].set(values))(hidden, kept, visible)
-    tokens = level.blocks(jnp.concatenate([classes, image], axis=1), condition, slice(decoder, None))
+    tokens = level.blocks(jnp.concatenate(of_one_dtype(classes, image), axis=1), condition, slice(decoder, None))
     return model.final_layer(tokens, condition)
 
 

@@ -29,7 +29,7 @@ from mpdit_jax.model.conditioning import CONDITIONS, MODULATIONS, ClassEmbedding
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.embeddings import GuidanceEmbedding, SinusoidalTime, patchify, sincos_positions, unpatchify
 from mpdit_jax.model.fno import FNOTime
-from mpdit_jax.model.kernels import at_least_float32
+from mpdit_jax.model.kernels import at_least_float32, of_one_dtype
 from mpdit_jax.model.linear import NORMAL_002, ZEROS, linear
 from mpdit_jax.model.upsample import Upsample
 
@@ -62,8 +62,8 @@ class Level(nnx.Module):
         """Map the tokens of the level before to those in front of this level's blocks, (B, m + N, D)."""
         image = self.embed(latents)  # (B, N, D), or (1, N, D) if the level has positions alone
         if self.upsample is None:
-            return jnp.concatenate([tokens, image], axis=1)
-        tokens = self.upsample(tokens)  # (B, m + N, D)
+            return jnp.concatenate(of_one_dtype(tokens, image), axis=1)
+        tokens, image = of_one_dtype(self.upsample(tokens), image)  # (B, m + N, D), (B, N, D)
         count = image.shape[1]
         return jnp.concatenate([tokens[:, :-count], tokens[:, -count:] + image], axis=1)
 
@@ -80,7 +80,8 @@ class Level(nnx.Module):
         if self.patch_embed is None:
             return positions
         patches = self.patch_embed(patchify(latents, self.patch))  # (B, N, D)
-        return positions + (patches if self.skip is None else self.skip(patches))
+        patches = patches if self.skip is None else self.skip(patches)
+        return positions.astype(patches.dtype) + patches  # products may be wider than the latents
 
     def positions(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Return the fixed sin-cos positions, (1, N, D)."""

@@ -15,6 +15,7 @@ from flax import nnx
 from mpdit_jax.distributed.mesh import constrain_batch
 from mpdit_jax.errors import InputError
 from mpdit_jax.model.conditioning import ClassEmbedding, TrunkTail
+from mpdit_jax.model.kernels import of_one_dtype
 from mpdit_jax.model.mpdit import MPDiT
 
 
@@ -32,7 +33,8 @@ def dropped_velocity(model: MPDiT, x: jax.Array, t: jax.Array, y: jax.Array, dro
     *trunk, tail = model.levels
     for level in trunk:
         tokens = level(tokens, x, condition, level.depth)
-    tokens = jnp.where(dropped[:, None, None], _enter_alone(tail, embedding, x), tail.enter(tokens, x))
+    alone, tokens = of_one_dtype(_enter_alone(tail, embedding, x), tail.enter(tokens, x))
+    tokens = jnp.where(dropped[:, None, None], alone, tokens)
     return model.final_layer(tail.transform(tokens, condition, 0), condition.tail)
 
 
@@ -98,4 +100,4 @@ def _condition(model: MPDiT, modulation: Any, embedding: ClassEmbedding) -> Trun
 
 def _enter_alone(tail: Any, embedding: ClassEmbedding, x: jax.Array) -> jax.Array:
     """Return the tokens (B, m + N, D) in front of the tail's blocks: class tokens, and patches of the tail's own."""
-    return jnp.concatenate([embedding.tokens, tail.embed(x)], axis=1)
+    return jnp.concatenate(of_one_dtype(embedding.tokens, tail.embed(x)), axis=1)

@@ -23,7 +23,7 @@ from flax import nnx
 
 from mpdit_jax.model.blocks import MLP, gelu, layer_norm
 from mpdit_jax.model.config import ModelConfig
-from mpdit_jax.model.kernels import operand_precision
+from mpdit_jax.model.kernels import of_one_dtype, operand_precision
 from mpdit_jax.model.linear import XAVIER_UNIFORM, linear
 
 CONV_KERNEL = 3  # side of the refining convolution
@@ -79,7 +79,7 @@ class NoRefine(nnx.Module):
 
     def __call__(self, classes: jax.Array, image: jax.Array) -> jax.Array:
         """Map class tokens (B, m, D) and image tokens (B, N, D) to (B, m + N, D)."""
-        return jnp.concatenate([classes, image], axis=1)
+        return jnp.concatenate(of_one_dtype(classes, image), axis=1)
 
 
 class LinearRefine(nnx.Module):
@@ -90,7 +90,7 @@ class LinearRefine(nnx.Module):
 
     def __call__(self, classes: jax.Array, image: jax.Array) -> jax.Array:
         """Map class tokens (B, m, D) and image tokens (B, N, D) to (B, m + N, D)."""
-        return self.linear(layer_norm(jnp.concatenate([classes, gelu(image)], axis=1)))
+        return self.linear(layer_norm(jnp.concatenate(of_one_dtype(classes, gelu(image)), axis=1)))
 
 
 class MLPRefine(nnx.Module):
@@ -101,7 +101,7 @@ class MLPRefine(nnx.Module):
 
     def __call__(self, classes: jax.Array, image: jax.Array) -> jax.Array:
         """Map class tokens (B, m, D) and image tokens (B, N, D) to (B, m + N, D)."""
-        return self.mlp(jnp.concatenate([classes, gelu(image)], axis=1), layer_norm)
+        return self.mlp(jnp.concatenate(of_one_dtype(classes, gelu(image)), axis=1), layer_norm)
 
 
 class ConvRefine(nnx.Module):
@@ -115,7 +115,7 @@ class ConvRefine(nnx.Module):
     def __call__(self, classes: jax.Array, image: jax.Array) -> jax.Array:
         """Map class tokens (B, m, D) and image tokens (B, N, D) to (B, m + N, D)."""
         image = self.conv(_as_grid(layer_norm(gelu(image)), self.grid))  # (B, H, W, D)
-        return jnp.concatenate([classes, _as_tokens(image)], axis=1)
+        return jnp.concatenate(of_one_dtype(classes, _as_tokens(image)), axis=1)
 
 
 class UpsamplerParts(NamedTuple):

@@ -93,7 +93,8 @@ def sample_latents(key: jax.Array, batch: Batch, space: LatentSpace) -> jax.Arra
 
     mean, std = of_view(batch["mean"]), of_view(batch["std"])
     sample = mean + std * jax.random.normal(noise_key, mean.shape)
-    return (sample - jnp.asarray(space.mean, jnp.float32)) / jnp.asarray(space.std, jnp.float32)
+    shift, scale = (jnp.asarray(each, jnp.float32)[None, None, None] for each in (space.mean, space.std))
+    return (sample - shift) / scale
 
 
 def drop_labels(key: jax.Array, labels: jax.Array, rate: float, null: int) -> jax.Array:

@@ -60,8 +60,8 @@ class GroupNorm(nnx.Module):
         count = height * width * per_group
         mean = self._group_sums(y.sum(1), per_group) / count  # (B, 1, C)
         variance = self._group_sums(jnp.square(y - mean).sum(1), per_group) / count  # (B, 1, C)
-        factor = jax.lax.rsqrt(variance + _NORM_EPSILON) * self.scale[...]
-        return ((y - mean) * factor + self.bias[...]).reshape(x.shape)
+        factor = jax.lax.rsqrt(variance + _NORM_EPSILON) * self.scale[...][None, None]
+        return ((y - mean) * factor + self.bias[...][None, None]).reshape(x.shape)
 
     def _group_sums(self, sums: jax.Array, per_group: int) -> jax.Array:
         """Sum (B, C) over each group and repeat the sums for its channels: (B, 1, C)."""
@@ -98,7 +98,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (..., inputs) to (..., outputs), in the dtype of `x`."""
         product = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision="highest")
-        return product + self.bias[...].astype(x.dtype)
+        return product + self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class AttentionBlock(nnx.Module):

@@ -74,13 +74,15 @@ def conv2d(
         and min(inputs, kernel.shape[3]) >= _MIN_CHANNELS
     )
     on_cpu = partial(_in_float32, _winograd_along_width if worthwhile else direct)
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=partial(_to_float32, direct)) + bias
+    return (
+        jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=partial(_to_float32, direct)) + bias[None, None, None]
+    )
 
 
 def upsample_conv2d(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """Upsample by 2 (nearest neighbour) and convolve with a 3x3 kernel; arguments and result as in `conv2d`."""
     on_cpu, elsewhere = partial(_in_float32, _upsample_conv_by_phase), partial(_to_float32, _repeat_then_conv)
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere) + bias
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere) + bias[None, None, None]
 
 
 def _in_float32(convolve: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:

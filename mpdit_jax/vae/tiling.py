@@ -68,8 +68,8 @@ def apply_tiled(
         row, column = place
         top, left = jnp.asarray(rows)[row], jnp.asarray(columns)[column]
         piece = jax.lax.dynamic_slice(x, (0, top * unit_in, left * unit_in, 0), (batch, *side, x.shape[3]))
-        weight = jnp.asarray(row_weights)[row][:, None, None] * jnp.asarray(column_weights)[column][:, None]
-        result = function(piece) * weight
+        of_row, of_column = jnp.asarray(row_weights)[row], jnp.asarray(column_weights)[column]
+        result = function(piece) * (of_row[None, :, None, None] * of_column[None, None, :, None])
         corner = (0, top * unit_out, left * unit_out, 0)
         before = jax.lax.dynamic_slice(total, corner, result.shape)
         return jax.lax.dynamic_update_slice(total, before + result, corner), None

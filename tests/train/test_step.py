@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 import mpdit_jax as mp
 from mpdit_jax.config import base_config, model_config, resolve
+from mpdit_jax.data.latents import LatentSpace
 from mpdit_jax.distributed.mesh import make_mesh, replicated
 from mpdit_jax.model.parameters import abstract
 from mpdit_jax.train.__main__ import main
@@ -18,17 +19,18 @@ from mpdit_jax.train.guard import NONFINITE_UPDATE
 from mpdit_jax.train.metric_window import window_means
 from mpdit_jax.train.optimizer import OPTIMIZERS, make_optimizer, make_schedule
 from mpdit_jax.train.state import abstract_state, create_state
-from mpdit_jax.train.step import build_train_step, jit_step, make_loss, make_noising, make_step
+from mpdit_jax.train.step import build_train_step, jit_step, make_loss, make_noising, make_step, sample_latents
 from tests.flow.toys import tiny_model
 from tests.tiny import train_arguments
 
 
-def small_config(**optimizer):
+def small_config(dtype="float32", **optimizer):
     config = base_config()
     config.batch_size = 8
     config.optimizer.update(optimizer)
     model = {"patch_sizes": (2, 1), "depths": (2, 1), "hidden_size": 16, "num_heads": 2, "input_size": (4, 4)}
     config.model.update(model | {"in_channels": 1, "num_classes": 3, "class_tokens": 1, "time_embedding": "sinusoidal"})
+    config.model.dtype = dtype
     return resolve(config)
 
 
@@ -242,11 +244,16 @@ def test_the_state_is_updated_in_place():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-def test_strict_promotion():
-    """Loss, gradient, step and sampler can be traced under JAX's strict rules, which users turn on to find mistakes."""
-    model, x, y, key = tiny_model(time_embedding="fno"), jnp.ones((2, 8, 8, 1)), jnp.arange(2), jax.random.key(0)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_strict_promotion(dtype):
+    """Everything can be traced under JAX's strict rules, which users turn on to find mistakes of their own."""
+    model, key = tiny_model(time_embedding="fno", dtype=dtype), jax.random.key(0)
+    x, y = jnp.ones((2, 8, 8, 1)), jnp.arange(2)
+    space = LatentSpace((0.5,), (2.0,), "")
+    moments = {name: jnp.ones((2, 2, 8, 8, 1), jnp.float16) for name in ("mean", "std")}
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         jax.eval_shape(jax.grad(lambda x: mp.flow_matching_loss(model, x, y, key=key)[0]), x)
         jax.eval_shape(lambda key: mp.make_sampler("heun", 2, 1.5)(model, y, key), key)
-        state, step, batch = prepare(small_config(), spike_factor=2.0)
+        state, step, batch = prepare(small_config(dtype), spike_factor=2.0)
         jax.eval_shape(step, state, batch)
+        jax.eval_shape(lambda moments: sample_latents(key, moments, space), moments)
