@@ -1,7 +1,7 @@
 """The digits' model fine-tuned as a flow map, which draws in one evaluation instead of 50 (docs/flow_map.md).
 
-    bash launch/quickstart.sh   # or: python -m mpdit_jax.train --config=configs/digits.py --workdir=runs/digits
-    python -m mpdit_jax.train --config=configs/digits_flow_map.py --workdir=runs/digits_flow_map
+    bash launch/quickstart.sh   # or: python -m mpdit_jax.train --config=digits --workdir=runs/digits
+    python -m mpdit_jax.train --config=digits_flow_map --workdir=runs/digits_flow_map
     python -m mpdit_jax.sample --workdir=runs/digits_flow_map --solver=flow_map --steps=1 --out=samples.png
 
 200 steps from the moving average of runs/digits, with the same model, optimizer and data.

@@ -5,7 +5,7 @@
 #
 # starts `python -m mpdit_jax.COMMAND ARGUMENTS` N times, such as
 #
-#   bash launch/local_multiprocess.sh 2 train --config=configs/digits.py --workdir=runs/two
+#   bash launch/local_multiprocess.sh 2 train --config=digits --workdir=runs/two
 #
 # Process 0 prints progress; the others print only errors. Ctrl-C and SIGTERM reach all of them; when one fails the others are
 # ended. On CPU every process has one device, or as many as DEVICES=... says; on a machine with accelerators give each

@@ -28,7 +28,7 @@ trap 'stopped=143; [ -z "$training" ] || kill -TERM "$training" 2>/dev/null || t
 # The subshell takes back what bash does to a background command: it would be deaf to Ctrl-C.
 (
   trap - INT TERM
-  exec "$VENV_PYTHON" -m mpdit_jax.train --config=configs/digits.py --workdir="$workdir"
+  exec "$VENV_PYTHON" -m mpdit_jax.train --config=digits --workdir="$workdir"
 ) &
 training=$!
 status=0
@@ -57,7 +57,7 @@ Next, from that folder:
   draw threes and fives:
     $VENV_PYTHON -m mpdit_jax.sample --workdir=$workdir --labels=3,5 --num_samples=16 --out=$workdir/3_and_5.png
   train with another learning rate:
-    $VENV_PYTHON -m mpdit_jax.train --config=configs/digits.py --workdir=runs/mine --config.optimizer.learning_rate=3e-4
+    $VENV_PYTHON -m mpdit_jax.train --config=digits --workdir=runs/mine --config.optimizer.learning_rate=3e-4
   train on 60,000 pictures of clothes:
-    $VENV_PYTHON -m mpdit_jax.train --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+    $VENV_PYTHON -m mpdit_jax.train --config=fashion_mnist --workdir=runs/fashion_mnist
 EOF
