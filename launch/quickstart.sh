@@ -28,7 +28,7 @@ trap 'stopped=143; [ -z "$training" ] || kill -TERM "$training" 2>/dev/null || t
 # The subshell takes back what bash does to a background command: it would be deaf to Ctrl-C.
 (
   trap - INT TERM
-  exec "$VENV_PYTHON" -m mpdit_jax.train --config=configs/digits.py --workdir="$workdir"
+  exec "$VENV_PYTHON" -m mpdit_jax.train --config=digits --workdir="$workdir"
 ) &
 training=$!
 status=0

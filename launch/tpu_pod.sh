@@ -5,12 +5,20 @@
 #
 # such as
 #
-#   bash launch/tpu_pod.sh my-v5e-256 us-west4-a --config=mpdit_b_256 --workdir=/mnt/shared/runs/b --config.data.path=/mnt/shared/latents
-#   COMMAND=prepare bash launch/tpu_pod.sh my-v5e-256 us-west4-a --images=/mnt/shared/train --out=/mnt/shared/latents ...
+#   COMMAND=prepare bash launch/tpu_pod.sh my-v5e-256 us-west4-a --images=/mnt/shared/imagenet/train \
+#     --vae=/mnt/shared/sd-vae-ft-ema --image_size=256 --flip=both --out=/mnt/shared/latents/imagenet256
+#   bash launch/tpu_pod.sh my-v5e-256 us-west4-a --config=mpdit_b_256 --workdir=/mnt/shared/runs/mpdit_b_256 \
+#     --config.data.path=/mnt/shared/latents/imagenet256
 #
+# The batch (config.batch_size, 1,024 in that config) has to be a multiple of the number of chips, 256 here.
 # COMMAND=train (the default), prepare, sample or evaluate starts `python -m mpdit_jax.COMMAND`. --workdir and --out must
 # be on a file system that every machine mounts, such as Filestore; a bucket's gs:// name is none.
-# Expects on every machine a clone of the repository in ~/mpdit_jax with `pip install -r requirements.txt -e '.[tpu]'` done in ~/mpdit_jax/.venv.
+# Expects on every machine a clone of the repository in ~/mpdit_jax, installed into ~/mpdit_jax/.venv. Once, after the
+# slice is made, with Python 3.11 or newer:
+#
+#   gcloud compute tpus tpu-vm ssh my-v5e-256 --zone=us-west4-a --worker=all --command="git clone URL ~/mpdit_jax && \
+#     cd ~/mpdit_jax && python3 -m venv .venv && .venv/bin/pip install -r requirements.txt -e '.[tpu]'"
+#
 # JAX finds the machines through the TPU's metadata server. Ctrl-C here, or a lost connection, stops a training on all
 # of them at its next line of output, saved; a preempted slice is continued by the same command. DRY_RUN=1 prints what would
 # be run.

@@ -15,6 +15,7 @@ from mpdit_jax.config import flags, resolve
 from mpdit_jax.evaluate import __main__ as evaluate
 from mpdit_jax.runtime.cli import Parser
 from mpdit_jax.sample.options import reject_unused_flags, sampler_from
+from mpdit_jax.sample.outputs import ROWS
 from tests.house import room_imports
 from tests.tiny import ROOT, command_main
 
@@ -72,15 +73,26 @@ def test_the_commands_of_a_page_are_accepted(page, monkeypatch):
     text = (ROOT / page).read_text()
     if page.startswith("mpdit_jax/"):  # the examples of a command's help
         text = text.partition('_EXAMPLES = """')[2].partition('"""')[0]
+    classes = {}  # of the runs that the page makes
     for command, words in commands(text):
         options, config = parsed(command, words, monkeypatch)
+        if command in ("train", "convert") and config is not None:
+            classes[getattr(options, "workdir", None) or options.out] = config.model.num_classes
         if command in ("train", "compile"):
             resolve(config)
         elif command in ("sample", "export"):
             sampler_from(options)
             reject_unused_flags(options)
+            if options.out.endswith(".png") and options.labels == "balanced" and not options.num_samples:
+                assert classes.get(options.workdir, 0) <= ROWS, f"{options.out} of {options.workdir} needs --labels"
         elif command == "evaluate":
             evaluate.check_flags(options, words)
+
+
+@pytest.mark.parametrize("page", [page for page in WITH_COMMANDS if page not in ("docs/soak.md", "docs/start.md")])
+def test_a_page_gives_the_configs_by_the_names_that_work_from_a_wheel_as_well(page):
+    """Start explains the other way; the page of the soak is the record of a run."""
+    assert "--config=configs/" not in (ROOT / page).read_text()
 
 
 def named(nav):

@@ -1,6 +1,7 @@
 """requirements.txt, setup.py and the tools' files agree with each other and with the package index; wheels work."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -49,6 +50,17 @@ def test_every_pin_is_exact_and_within_the_range_of_setup_py(setup_arguments, py
         (specifier,) = pin.specifier
         assert specifier.operator == "=="
         assert ranges[canonicalize_name(pin.name)].specifier.contains(specifier.version), pin
+
+
+def test_the_image_is_made_of_what_there_is(setup_arguments):
+    """The Dockerfile copies files that exist, all that an installation reads, and its extras and Python are ours."""
+    text = (ROOT / "launch/Dockerfile").read_text()
+    copied = [name for line in re.findall(r"^COPY (.+) \S+$", text, re.M) for name in line.split()]
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    assert {"requirements.txt", "setup.py", "pyproject.toml", "README.md", "mpdit_jax", "configs"} <= {*copied}
+    extras = {*re.findall(r"EXTRA=(\w+)", text), *re.findall(r"^# EXTRA is (\w+).*, (\w+) or (\w+)\.", text, re.M)[0]}
+    assert extras <= {*setup_arguments["extras_require"]}
+    assert re.findall(r"^FROM python:([\d.]+)", text, re.M)[0] in PYTHONS
 
 
 def test_only_the_package_is_packaged(setup_arguments):

@@ -114,7 +114,7 @@ def test_quickstart_trains_then_samples_then_says_where_things_are(checkout):
     ending = result.stdout.split("Done.")[1]
     for place in (str(checkout.root), "runs/digits/samples.png", "runs/digits/checkpoints", "runs/digits/tensorboard"):
         assert place in ending
-    assert "configs/fashion_mnist.py" in ending
+    assert "--config=fashion_mnist" in ending
 
 
 def test_quickstart_does_not_sample_after_a_failed_training(checkout):
