@@ -108,7 +108,7 @@ def test_quickstart_trains_then_samples_then_says_where_things_are(checkout):
     result = checkout.run("launch/quickstart.sh")
     assert result.returncode == 0, result.stderr
     train, sample = commands(checkout)
-    assert train == ["mpdit_jax.train", "--config=configs/digits.py", "--workdir=runs/digits"]
+    assert train == ["mpdit_jax.train", "--config=digits", "--workdir=runs/digits"]
     assert sample[0] == "mpdit_jax.sample"
     assert {"--workdir=runs/digits", "--guidance_scale=2.0", "--out=runs/digits/samples.png"} <= set(sample)
     ending = result.stdout.split("Done.")[1]
