@@ -15,9 +15,19 @@ from mpdit_jax.errors import MissingExtraError, WeightsError, WeightsWarning, in
 from mpdit_jax.interop.pickles import explain_refusal
 from mpdit_jax.io.paths import expand
 
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
 # What DataParallel, torch.compile, FSDP and activation checkpointing insert into names.
 _WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+_WEIGHTS = "(?:models?|net(?:work)?|unet|weights?|param(?:eter)?s?|state|dict)"
+# Words in the name of a moving average; "exp_avg" is an optimizer's.
+_AVERAGE = re.compile(
+    rf"(?<![a-z])(?:ema|swa|shadow|polyak)(?:{_WEIGHTS}|(?![a-z]))|{_WEIGHTS}(?:ema|swa)(?![a-z])|averag"
+    r"|(?<![a-z])(?<!exp_)avg(?![a-z])",
+    re.IGNORECASE,
+)
+# Entries of a checkpoint that hold arrays, and no network.
+_NO_NETWORK = re.compile("optim|sched|scaler|rng|random", re.IGNORECASE)
 
 
 class Weights(NamedTuple):
@@ -53,43 +63,31 @@ def read_weights(path: str | Path, key: str | None = None) -> Weights:
             return Weights(normalize_state_dict(safetensors.numpy.load_file(path), str(path)), metadata, key)
         except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise WeightsError(f"{path} is not a readable safetensors file ({error}); download it again.") from error
-    if path.suffix in _TORCH_SUFFIXES:
+    if path.suffix in TORCH_FILES:
         return normalize_weights(_read_torch(path), str(path), key)
-    raise WeightsError(f"{path}: unknown type {path.suffix!r}; expected .safetensors or {', '.join(_TORCH_SUFFIXES)}.")
+    raise WeightsError(f"{path}: unknown type {path.suffix!r}; expected .safetensors or {', '.join(TORCH_FILES)}.")
 
 
 def normalize_weights(content: Mapping[str, Any], source: str, key: str | None = None) -> Weights:
     """Convert a state dict, or the one to use of a checkpoint with several, to float32 numpy arrays.
 
     Of several, `key` selects one; without it, the moving average (a key such as "ema" or "model_ema") is taken, and
-    otherwise "model" or "state_dict". One that lies a level deeper is named like "ema.model". A WeightsWarning names a
-    choice that is not obvious.
+    otherwise "model" or "state_dict". A state dict may be nested once more, as in {"ema": {"shadow": …}}. A
+    WeightsWarning names a choice that is not obvious.
     """
-    inner = {
-        f"{name}.{part}": value
-        for name, values in content.items()
-        if isinstance(values, Mapping)
-        for part, value in values.items()
-        if isinstance(value, Mapping)
-    }
-    content = {**content, **inner}
-    held = [
-        name
-        for name, value in content.items()
-        if isinstance(name, str) and isinstance(value, Mapping) and any(map(_is_array, value.values()))
-    ]
+    held = _state_dicts(content)
     if not held:
         return Weights(normalize_state_dict(content, source), {}, key)
     metadata = content["metadata"] if isinstance(content.get("metadata"), Mapping) else {}
     rest = None if key in held else key  # a key that names no state dict is a prefix of entry names
-    having = [name for name in held if rest and any(str(entry).startswith(f"{rest}.") for entry in content[name])]
-    chosen = choose(having or held, None if having else key, source)
+    having = [name for name in held if rest and any(str(entry).startswith(f"{rest}.") for entry in held[name])]
+    chosen = choose(having or [*held], None if having else key, source)
     for name, value in content.items():
-        empty = name not in held and (value is None or isinstance(value, Mapping | list))
+        empty = value is None or (isinstance(value, Mapping | list) and not {name, *_inner(name, value)} & {*held})
         if key is None and empty and _is_average(name) and not _is_average(chosen):
             text = f"{source}: {name!r} holds no state dict; {chosen!r} is taken, which is no moving average."
             warnings.warn(text, WeightsWarning, stacklevel=2)
-    return Weights(normalize_state_dict(content[chosen], source), metadata, rest)
+    return Weights(normalize_state_dict(held[chosen], source), metadata, rest)
 
 
 def choose(names: Sequence[str], key: str | None, source: str) -> str:
@@ -103,21 +101,20 @@ def choose(names: Sequence[str], key: str | None, source: str) -> str:
             raise WeightsError(f"key={key!r}: {source} has no such state dict; it has {known}.")
         return key
     averages = [name for name in names if _is_average(name)]
-    usual = [name for name in ("", "model", "state_dict") if name in names][:1]
-    found = averages or usual or names
+    usual = ([name for name in names if name.rpartition(".")[2] == word] for word in ("", "model", "state_dict"))
+    found = averages or next((same for same in usual if same), [*names])
     if len(found) > 1:
         kind = "moving averages" if averages else "state dicts"
         raise WeightsError(
             f"{source} has several {kind} ({', '.join(found)}): choose one by key, such as key={found[0]!r}."
         )
+    others = ", ".join(repr(name) for name in names if name != found[0])
+    instead = f"; key= selects another ({others})" if others else ""
     if averages and found != ["ema"]:
-        others = ", ".join(repr(name) for name in names if name != found[0])
-        instead = f"; key= selects another ({others})" if others else ""
         warnings.warn(f"{source}: the moving average {found[0]!r} is taken{instead}.", WeightsWarning, stacklevel=2)
-    if not averages and len(names) > 1:
-        others = ", ".join(repr(name) for name in names if name != found[0])
-        taken = f"{found[0]!r} is taken" if found[0] else "the one without a name is taken"
-        text = f"{source}: {taken}, which is no moving average; key= selects another ({others})."
+    elif others and not averages:
+        taken = f"{found[0]!r} is taken" if found[0] else "the entries without a prefix are taken"
+        text = f"{source}: {taken}, by its name no moving average{instead}."
         warnings.warn(text, WeightsWarning, stacklevel=2)
     return found[0]
 
@@ -179,9 +176,33 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
     return content
 
 
+def _state_dicts(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The state dicts by name; where several are nested in one entry, by the entry's name, a dot and their own."""
+    held: dict[str, Mapping[str, Any]] = {}
+    for name, value in content.items():
+        if isinstance(name, str) and isinstance(value, Mapping) and not _NO_NETWORK.search(name):
+            inner = {} if _has_weights(value) else _inner(name, value)
+            found = [*inner.values()] or [value]
+            if len(found) > 1:
+                held |= inner
+            elif _has_weights(found[0]):
+                held[name] = found[0]
+    return held
+
+
+def _inner(name: str, value: Any) -> dict[str, Mapping[str, Any]]:
+    """The state dicts in the entry `name` of a checkpoint, such as {"shadow": …} in {"decay": 0.99, "shadow": …}."""
+    inner = value.items() if isinstance(value, Mapping) else ()
+    return {f"{name}.{key}": part for key, part in inner if isinstance(part, Mapping) and _has_weights(part)}
+
+
+def _has_weights(value: Mapping[str, Any]) -> bool:
+    return any(_is_array(entry) and len(entry.shape) > 0 for entry in value.values())
+
+
 def _is_average(name: object) -> bool:
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name)).lower()  # emaModel is ema_model
-    return re.search(r"(?<![a-z])(?:ema|swa|shadow)(?![a-z])|averag", words) is not None
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", str(name))  # emaModel, EMAModel
+    return _AVERAGE.search(words) is not None
 
 
 def _is_array(value: Any) -> bool:

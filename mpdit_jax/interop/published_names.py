@@ -1,6 +1,7 @@
 """The published PyTorch state dict: name, shape and layout of every entry, and our parameter that it corresponds to."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -107,6 +108,10 @@ def trained_entries(config: ModelConfig) -> Iterator[Entry]:
         f"model.time_embedding={config.time_embedding!r} has no published PyTorch names: only MPDiT (shared, "
         "tokens) and DiT (per_block, vector, one level, sinusoidal) have them."
     )
+
+
+# Entries of every DiT and MPDiT, which show the prefix that a wrapping module puts in front of its network's names.
+EVERY_MODEL = re.compile(r"(?:(.+)\.)?(?:x_embedder\.proj|final_layer\.linear)\.weight")
 
 
 def is_dit(names: Iterable[str]) -> bool:

@@ -15,6 +15,7 @@ from mpdit_jax.interop.infer import infer_config, is_table
 from mpdit_jax.interop.native_files import PUBLISHED, from_native, stored_config
 from mpdit_jax.interop.published_names import (
     CLASS_TABLE,
+    EVERY_MODEL,
     expected_shapes,
     is_dit,
     is_mpdit,
@@ -28,10 +29,10 @@ from mpdit_jax.model.presets import PRESETS, preset_config
 
 StateDict = dict[str, np.ndarray]
 
-# Entries of every DiT and MPDiT, which show the prefix that a wrapping module puts in front of its network's names.
-_EVERY_MODEL = re.compile(r"(?:(.+)\.)?(?:x_embedder\.proj|final_layer\.linear)\.weight")
-_AUXILIARY = re.compile(r"projectors\..+|initted|step")  # REPA's projectors, the counters of ema-pytorch
-# Numbers of classes that data sets have: a table with so many rows may lack the row of the null class.
+# REPA's projectors and ema-pytorch's counters, which may have an axis; other counters have none and any name.
+_AUXILIARY = re.compile(r"projectors\..+|n_averaged|initted|step")
+# Numbers of classes that data sets have: a table with so many rows may lack the row of the null class, and one with a
+# row more has it.
 _USUAL_CLASSES = (10, 100, 1000)
 
 
@@ -66,7 +67,8 @@ def load_torch(
             the convention is unknown or missing; several state dicts may be meant; or an argument contradicts the file.
         MissingExtraError: a PyTorch file, and PyTorch is not installed.
 
-    A WeightsWarning says which of several state dicts is taken, and which entries are left out.
+    A WeightsWarning says which of several state dicts is taken, which entries are left out, and that the last row of a
+    class table with an unusual number of rows is taken for the null class.
     """
     return load_with_metadata(source, num_heads, convention, num_classes, key)[0]
 
@@ -133,18 +135,22 @@ def to_torch(model: MPDiT) -> StateDict:
 
 def _network(state: StateDict, key: str | None, origin: str) -> StateDict:
     """Return the entries of one network, without its owner's prefix and without known auxiliary entries."""
-    prefixes = dict.fromkeys(match[1] or "" for name in state if (match := _EVERY_MODEL.fullmatch(name)))
+    prefixes = dict.fromkeys(match[1] or "" for name in state if (match := EVERY_MODEL.fullmatch(name)))
     prefix = choose([*prefixes] or [""], key, origin)
     start = f"{prefix}." if prefix else ""
     network = {name.removeprefix(start): array for name, array in state.items() if name.startswith(start)}
-    # Numbers without dimensions, such as AveragedModel's n_averaged, are no weights of any network here.
-    network = {name: array for name, array in network.items() if array.ndim and not _AUXILIARY.fullmatch(name)}
+    network = {name: array for name, array in network.items() if not _is_auxiliary(name, array)}
     left_out = [name for name in state if not name.startswith(start) or name.removeprefix(start) not in network]
     if left_out:
         more = f" and {len(left_out) - 1} more entries" if len(left_out) > 1 else ""
         text = f"{origin}: {left_out[0]}{more} left out, because the model has no such entry."
         warnings.warn(text, WeightsWarning, stacklevel=3)
     return network
+
+
+def _is_auxiliary(name: str, array: np.ndarray) -> bool:
+    """Whether an entry is none of a network's; a damaged weight or bias of one value is, and is to be named."""
+    return _AUXILIARY.fullmatch(name) is not None or (array.ndim == 0 and not name.endswith((".weight", ".bias")))
 
 
 def _infer(
@@ -198,10 +204,10 @@ def _check_classes(state: StateDict, num_classes: int | None, origin: str) -> bo
             f"{origin} has {rows} rows in its class table, perhaps without a null class: give num_classes={rows} if it "
             f"was trained without label dropout, or num_classes={rows - 1} if the last row is the null class."
         )
-    if num_classes is None and rows and rows - 1 not in _USUAL_CLASSES:
+    if num_classes is None and rows > 1 and rows - 1 not in _USUAL_CLASSES:
         text = (
-            f"{origin}: the {rows} rows of its class table are taken for {rows - 1} classes and the null class; if it "
-            f"was trained without label dropout, give num_classes={rows}."
+            f"{origin} has {rows} rows in its class table: its last row is taken for the null class. If it was trained "
+            f"without label dropout, give num_classes={rows}; num_classes={rows - 1} confirms the null class."
         )
         warnings.warn(text, WeightsWarning, stacklevel=4)
     if num_classes is not None and rows and num_classes not in (rows, rows - 1):

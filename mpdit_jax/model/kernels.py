@@ -73,7 +73,8 @@ class AllHeads:
     def __call__(self, qkv: jax.Array) -> jax.Array:
         """Map qkv (B, T, 3, heads, d) to (B, T, heads, d)."""
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # each (B, T, heads, d)
-        return jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)
+        with jax.numpy_dtype_promotion("standard"):  # JAX scales bfloat16 logits by a float32
+            return jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)
 
 
 @dataclasses.dataclass(frozen=True)

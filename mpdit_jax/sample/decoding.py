@@ -47,5 +47,5 @@ def make_decode(
         raise InputError(f"{workdir} was trained on latents: give {argument}=FOLDER, the VAE they come from{known}.")
     loaded = load_vae(vae or None, dtype=dtype, mesh=make_mesh(devices=jax.local_devices()), tiling=tiles(tile))
     check_fingerprint(loaded, space.vae_fingerprint, f"{argument}={vae}", f"{workdir} was trained on latents of")
-    mean, std = jnp.asarray(space.mean, jnp.float32), jnp.asarray(space.std, jnp.float32)
+    mean, std = (jnp.asarray(values, jnp.float32)[None, None, None] for values in (space.mean, space.std))
     return lambda latents: decode_all(loaded, latents * std + mean)

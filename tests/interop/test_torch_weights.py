@@ -9,6 +9,7 @@ import safetensors.numpy
 import mpdit_jax as mp
 from mpdit_jax.errors import InputError, MissingExtraError, WeightsError, WeightsWarning
 from mpdit_jax.interop import files
+from mpdit_jax.interop.native_files import save_native
 from mpdit_jax.sample.exporting import export_sampler
 
 TABLE = "y_embedder.embedding_table.weight"
@@ -188,9 +189,10 @@ def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
     ("ema_model", "the moving average 'ema_model' is taken"),
     ("state_dict_ema", "the moving average 'state_dict_ema' is taken"),
     ("averaged_model", "the moving average 'averaged_model' is taken"),
-    ("emaModel", "the moving average 'emaModel' is taken"),
-    ("shadow", "the moving average 'shadow' is taken"),
-    ("swa_state_dict", "the moving average 'swa_state_dict' is taken"),
+    *((name, f"the moving average '{name}' is taken") for name in (
+        "emaModel", "EMAModel", "modelEMA", "model_EMA", "EMA", "emamodel", "ema1", "params_ema", "g_ema", "netEma",
+        "shadow", "shadow_params", "swa_model", "swaModel", "SWA", "averaging", "model_avg", "avg_model", "polyak",
+    )),
 ])  # fmt: skip
 def test_the_moving_average_of_a_checkpoint_is_taken(state, raw, average, note, recwarn):
     """A warning names a key other than "ema"."""
@@ -200,16 +202,26 @@ def test_the_moving_average_of_a_checkpoint_is_taken(state, raw, average, note, 
     assert_same(raw, mp.to_torch(mp.load_torch(content, num_heads=4, key="model")))
 
 
-def test_a_state_dict_a_level_deeper_is_found(state, raw):
-    """A moving average is not missed because it lies deeper than the raw weights."""
-    assert_same(state, mp.to_torch(mp.load_torch({"state": {"model": state}, "epoch": 3}, num_heads=4)))
-    with pytest.warns(WeightsWarning, match=r"the moving average 'ema\.module' is taken"):
-        assert_same(state, mp.to_torch(mp.load_torch({"model": raw, "ema": {"module": state, "n": 3}}, num_heads=4)))
+@pytest.mark.parametrize("name", ["schema", "cinema", "remat", "exp_avg", "teacher", "emailed", "swap"])
+def test_what_is_taken_beside_another_network_is_named(state, raw, name, recwarn):
+    """A name that is not that of an average may still be one, so that the choice is said."""
+    content = {"model": raw, name: state, "rng": {"cpu": np.zeros(3)}, "optimizer": {"exp_avg": state}}
+    assert_same(raw, mp.to_torch(mp.load_torch(content, num_heads=4)))
+    sentence = f"'model' is taken, by its name no moving average; key= selects another ('{name}')."
+    assert [str(one.message) for one in recwarn] == [f"state dict: {sentence}"]
 
 
-def test_weights_that_are_no_average_are_not_taken_silently(state, raw):
-    with pytest.warns(WeightsWarning, match=r"'model' is taken, which is no moving average; key= selects .*'smoothed'"):
-        assert_same(state, mp.to_torch(mp.load_torch({"model": state, "smoothed": raw}, num_heads=4)))
+@pytest.mark.parametrize(("content", "key"), [
+    (lambda state, raw: {"model": raw, "ema": {"decay": np.float32(0.9), "num_updates": 3, "shadow": state}}, "ema"),
+    (lambda state, raw: {"model": raw, "emaModel": {"module": state}}, "emaModel"),
+    (lambda state, raw: {"state": {"model": raw, "ema": state}, "epoch": 3}, "state.ema"),
+    (lambda state, raw: {"model": raw, "ema": state | {"decay": 0.9, "num_updates": np.int64(3)}}, "ema"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*(is taken|left out)")
+def test_an_average_that_is_nested_once_more_is_found(state, raw, content, key):
+    content = content(state, raw)
+    for chosen in (None, key):
+        assert_same(state, mp.to_torch(mp.load_torch(content, num_heads=4, key=chosen)))
 
 
 def test_an_average_that_is_not_there_is_named(state):
@@ -238,7 +250,7 @@ def test_wrappers_of_a_model_or_a_block_do_not_matter(state, part):
 @pytest.mark.parametrize(("prefix", "beside", "left_out"), [
     ("", {"projectors.0.0.weight": np.zeros((2, 2))}, r"projectors\.0\.0\.weight left out"),  # REPA
     ("", {"n_averaged": np.int64(3)}, "n_averaged left out"),  # AveragedModel
-    ("", {"decay": np.float32(0.9), "num_updates": np.int64(3)}, "decay and 1 more entries left out"),
+    ("", {"decay": 0.999, "num_updates": np.int64(3)}, "decay and 1 more entries left out"),  # LitEma
     ("model.", {"vae.x": np.zeros(2), "vae.y": np.zeros(2)}, r"vae\.x and 1 more entries left out"),  # Lightning
     ("ema_model.module.", {"initted": np.True_, "step": np.int64(3)}, "initted and 1 more entries left out"),
 ])  # fmt: skip
@@ -260,8 +272,6 @@ def test_one_of_the_networks_of_a_module_is_chosen_as_one_of_a_checkpoint_is(sta
 
 def test_a_class_table_may_have_no_null_class(state):
     """Ten rows may be ten classes, or nine and the null class, so that the number is asked for."""
-    with pytest.warns(WeightsWarning, match="the 9 rows of its class table are taken for 8 classes and the null class"):
-        mp.load_torch({**state, TABLE: state[TABLE][:9]}, num_heads=4)
     ten = {**state, TABLE: state[TABLE][:10]}
     with pytest.raises(WeightsError, match=r"has 10 rows .* give num_classes=10 if .* num_classes=9"):
         mp.load_torch(ten, num_heads=4)
@@ -281,6 +291,22 @@ def test_a_class_table_may_have_no_null_class(state):
         export_sampler(mp.make_sampler(steps=1, guidance_scale=2.0), model, ("cpu",), 1)
     mp.make_sampler(steps=1, guidance_scale=2.0)(model, [3], key, negative_labels={3: 5})
     mp.make_sampler(steps=1, guidance_scale=2.0)(model, [3], key, guide=model)
+
+
+@pytest.mark.parametrize(("rows", "said"), [(7, True), (9, True), (11, False)])
+def test_an_unusual_class_table_is_taken_to_have_a_null_class_and_that_is_said(state, rows, said, tmp_path, recwarn):
+    few = {**state, TABLE: state[TABLE][:rows]}
+    model = mp.load_torch(few, num_heads=4)
+    sentence = (
+        f"state dict has {rows} rows in its class table: its last row is taken for the null class. If it was trained "
+        f"without label dropout, give num_classes={rows}; num_classes={rows - 1} confirms the null class."
+    )
+    assert [str(one.message) for one in recwarn] == [sentence] * said
+    save_native(tmp_path / "model.safetensors", model, 1)
+    for source, more in ((few, {"num_classes": rows - 1}), (tmp_path / "model.safetensors", {})):
+        recwarn.clear()
+        assert mp.load_torch(source, **({"num_heads": 4} | more)).config.num_classes == rows - 1
+        assert not recwarn.list
 
 
 @pytest.mark.parity

@@ -17,7 +17,6 @@ from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import ConfigError, WeightsError
 from mpdit_jax.flow.flow_map import FlowMapLoss, draw_jumps
 from mpdit_jax.flow.objective import flow_matching_loss
-from mpdit_jax.interop.native_files import build_metadata
 from mpdit_jax.model.parameters import abstract, split
 from mpdit_jax.train.__main__ import main
 from mpdit_jax.train.init_from import initialize_from
@@ -338,19 +337,6 @@ def test_other_classes_have_new_embeddings_and_the_rest_is_taken(flow_run, capsy
 def test_weights_of_another_model_are_refused(flow_run, tmp_path):
     with pytest.raises(ConfigError, match=r"has another model than config.model: .* there and .* here"):
         main(train_arguments(tmp_path / "run", f"--config.init_from={flow_run}", *MAP, "--config.model.hidden_size=32"))
-
-
-def test_the_same_parameters_of_a_model_that_computes_something_else_are_refused(flow_run, tmp_path):
-    def train(origin, *more):
-        main(train_arguments(tmp_path / "run", f"--config.init_from={origin}", *TWO_LEVELS, *more))
-
-    with pytest.raises(ConfigError, match=r"num_heads=2 there and 4 here.*Set config\.model as there"):
-        train(flow_run, "--config.model.num_heads=4")
-    model, sit = load_checkpoint(flow_run), tmp_path / "sit.safetensors"
-    metadata = {**build_metadata(model, 8), "model": json.dumps(vars(model.config) | {"convention": "sit"})}
-    safetensors.numpy.save_file({name: np.asarray(leaf) for name, leaf in split(model)[1].items()}, sit, metadata)
-    with pytest.raises(ConfigError, match=r"is of convention 'sit': expected weights of a velocity"):
-        train(sit)
 
 
 def test_weights_that_need_more_arguments_are_to_be_converted_first(flow_run, tmp_path):

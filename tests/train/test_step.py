@@ -13,24 +13,32 @@ import mpdit_jax as mp
 from mpdit_jax.config import base_config, model_config, resolve
 from mpdit_jax.data.latents import LatentSpace
 from mpdit_jax.distributed.mesh import make_mesh, replicated
-from mpdit_jax.model.parameters import abstract
+from mpdit_jax.model.masking import draw_kept
+from mpdit_jax.model.parameters import abstract, split
 from mpdit_jax.train.__main__ import main
 from mpdit_jax.train.guard import NONFINITE_UPDATE
 from mpdit_jax.train.metric_window import window_means
 from mpdit_jax.train.optimizer import OPTIMIZERS, make_optimizer, make_schedule
 from mpdit_jax.train.state import abstract_state, create_state
-from mpdit_jax.train.step import build_train_step, jit_step, make_loss, make_noising, make_step, sample_latents
+from mpdit_jax.train.step import (
+    NoisyBatch,
+    build_train_step,
+    jit_step,
+    make_loss,
+    make_noising,
+    make_step,
+    sample_latents,
+)
 from tests.flow.toys import tiny_model
 from tests.tiny import train_arguments
 
 
-def small_config(dtype="float32", **optimizer):
+def small_config(**optimizer):
     config = base_config()
     config.batch_size = 8
     config.optimizer.update(optimizer)
     model = {"patch_sizes": (2, 1), "depths": (2, 1), "hidden_size": 16, "num_heads": 2, "input_size": (4, 4)}
     config.model.update(model | {"in_channels": 1, "num_classes": 3, "class_tokens": 1, "time_embedding": "sinusoidal"})
-    config.model.dtype = dtype
     return resolve(config)
 
 
@@ -244,16 +252,47 @@ def test_the_state_is_updated_in_place():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_strict_promotion(dtype):
-    """Everything can be traced under JAX's strict rules, which users turn on to find mistakes of their own."""
-    model, key = tiny_model(time_embedding="fno", dtype=dtype), jax.random.key(0)
-    x, y = jnp.ones((2, 8, 8, 1)), jnp.arange(2)
-    space = LatentSpace((0.5,), (2.0,), "")
-    moments = {name: jnp.ones((2, 2, 8, 8, 1), jnp.float16) for name in ("mean", "std")}
+@pytest.fixture
+def strict():
+    """JAX's strict rules, which users turn on to find mistakes of their own."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        jax.eval_shape(jax.grad(lambda x: mp.flow_matching_loss(model, x, y, key=key)[0]), x)
-        jax.eval_shape(lambda key: mp.make_sampler("heun", 2, 1.5)(model, y, key), key)
-        state, step, batch = prepare(small_config(dtype), spike_factor=2.0)
-        jax.eval_shape(step, state, batch)
-        jax.eval_shape(lambda moments: sample_latents(key, moments, space), moments)
+        yield
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fields", [
+    {"time_embedding": "fno", "upsampler": "linear_conv"},
+    {"platform": "gpu", "upsampler": "linear_mlp", "flow_map": True, "guidance_max": 4.0},
+    {"condition": "vector", "modulation": "per_block", "class_tokens": 16, "upsampler": "conv_transpose"},
+])  # fmt: skip
+def test_strict_promotion(dtype, fields):
+    """Loss, gradient and sampler can be traced under JAX's strict rules."""
+    model, x, y, key = tiny_model(dtype=dtype, **fields), jnp.ones((2, 8, 8, 1)), jnp.arange(2), jax.random.key(0)
+    jax.eval_shape(jax.grad(lambda x: mp.flow_matching_loss(model, x, y, key=key)[0]), x)
+    for solver in ("heun", "dpmpp_2m"):
+        jax.eval_shape(lambda key, solver=solver: mp.make_sampler(solver, 2, 1.5)(model, y, key), key)
+
+
+@pytest.mark.usefixtures("strict")
+def test_strict_promotion_of_a_step():
+    state, step, batch = prepare(small_config(), spike_factor=2.0)
+    jax.eval_shape(step, state, batch)
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_strict_promotion_of_the_losses(dtype):
+    """Samples of latents, hidden tokens, and a trunk that is left out."""
+    small = {"in_channels": 1, "input_size": 8, "depths": (3,), "patch_sizes": (2,), "decoder_depth": 1, "dtype": dtype}
+    model, key = tiny_model(**small), jax.random.key(0)
+    structure, parameters = split(model)
+    moments = jnp.ones((2, 2, 8, 8, 1), jnp.float16)
+    space = LatentSpace((0.5,), (2.0,), "")
+    x = sample_latents(key, {"mean": moments, "std": moments}, space)
+    noisy = NoisyBatch(x, jnp.arange(2), jnp.full(2, 0.5), x, kept=draw_kept(key, model.config, 0.5, 2))
+    jax.eval_shape(jax.grad(make_loss(structure, 0.1), has_aux=True), parameters, noisy)
+    model = tiny_model(dtype=dtype)
+    structure, parameters = split(model)
+    noisy = noisy._replace(kept=None, dropped=jnp.array([True, False]))
+    jax.eval_shape(jax.grad(make_loss(structure), has_aux=True), parameters, noisy)
