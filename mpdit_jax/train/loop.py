@@ -10,7 +10,6 @@ from mpdit_jax.checkpoint.workdir import lock_workdir
 from mpdit_jax.config.base import model_config, resolve
 from mpdit_jax.data.pipeline import batches
 from mpdit_jax.distributed.mesh import local_rows, make_mesh, place_batch
-from mpdit_jax.io.paths import expand
 from mpdit_jax.model.parameters import abstract
 from mpdit_jax.train.evaluator import Evaluator
 from mpdit_jax.train.grid import choose_decode, draw_grid, grid_classes
@@ -40,7 +39,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
     SIGTERM and SIGINT end the run after the step in hand, saved; the process ends if that takes longer than
     `config.checkpoint.grace`, or at once if no step was done yet, or on a second signal (see `PreemptionHandler`).
     """
-    workdir = expand(workdir)
+    workdir = Path(workdir)
     config = continued(resolve(config), workdir)
     mesh = make_mesh(**config.mesh)
     source = load_data(config, mesh)

@@ -23,6 +23,7 @@ from mpdit_jax.distributed.collectives import (
 from mpdit_jax.distributed.mesh import check_batch
 from mpdit_jax.errors import ConfigError
 from mpdit_jax.io.json_files import parse_json
+from mpdit_jax.io.paths import check_local
 from mpdit_jax.model.accounting import count, training_flops
 from mpdit_jax.model.config import ModelConfig
 from mpdit_jax.model.parameters import abstract
@@ -37,7 +38,12 @@ from mpdit_jax.train.writers import METRICS_FILE
 
 
 def continued(config: FrozenConfigDict, workdir: Path) -> FrozenConfigDict:
-    """The config to train with: a run that was started before `ema.warmup` goes on without a warm-up. Collective."""
+    """Return the config to train with: a run that was started before `ema.warmup` goes on without it. Collective.
+
+    Raises:
+        InputError: the workdir is a URL.
+    """
+    check_local(str(workdir))
     if not any_process(jax.process_index() == 0 and config.ema.warmup and _is_older_than_warmup(workdir)):
         return config
     if jax.process_index() == 0:
