@@ -66,12 +66,12 @@ class WeightsWarning(UserWarning):
 
 
 def install_extra(extra: str) -> str:
-    """How to install an extra of setup.py, in words: no package index has mpdit_jax, so no one command fits all."""
+    """Say how to install an extra of setup.py, in words: no package index has mpdit_jax, so no one command fits all."""
     return f"install mpdit_jax with its extra [{extra}] (in a clone: pip install -e '.[{extra}]')"
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a library's error, for use in a message; the class name if the error has no text."""
+    """Return the first line of a library's error, for use in a message; the class name if the error has no text."""
     text = str(error.args[0] if len(error.args) == 1 else error)  # str() of a KeyError adds quotes
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:

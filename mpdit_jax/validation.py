@@ -20,7 +20,7 @@ def suggest(name: str, known: Collection[str]) -> str:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, NumPy's included; True and False are not."""
+    """Return whether a value is a whole number, NumPy's included; True and False are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -37,12 +37,12 @@ def check_image_size(pixels: Any, name: str, least: int = 1) -> None:
 
 
 def is_real(value: Any) -> bool:
-    """Whether a value is a real number, NumPy's included; True and False are not."""
+    """Return whether a value is a real number, NumPy's included; True and False are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def layout_remedy(shape: Sequence[int], name: str) -> str:
-    """How to bring images of this shape to (N, H, W, C), with `: ` in front; "" if they may have that layout."""
+    """Say how to bring images of this shape to (N, H, W, C), with `: ` in front; "" if they may have that layout."""
     if len(shape) == 3:
         return f": add the axis of channels by {name}[..., None] for grey images, or [None] for a single one"
     if len(shape) != 4:
@@ -54,7 +54,7 @@ def layout_remedy(shape: Sequence[int], name: str) -> str:
 
 
 def dtype_remedy(dtype: np.dtype[Any], name: str) -> str:
-    """How to bring images of this dtype to uint8 or float32, with `: ` in front; "" if there is no way."""
+    """Say how to bring images of this dtype to uint8 or float32, with `: ` in front; "" if there is no way."""
     if dtype.kind == "f" and dtype != np.float32:
         return f": give {name}.astype(np.float32)"
     return (
@@ -63,7 +63,7 @@ def dtype_remedy(dtype: np.dtype[Any], name: str) -> str:
 
 
 def range_remedy(least: float, most: float, channels: int = 0) -> str:
-    """How to bring floats between `least` and `most` to the range of images or latents; "" if they may be in it.
+    """Say how to bring floats between `least` and `most` to the range of images or latents; "" if they may be in it.
 
     Whole sets with 1 or 3 channels are images in [-1, 1]. Others may be latents, or a few bright images.
     """

@@ -21,7 +21,7 @@ Digests = dict[str, str]
 
 
 def digests(tree: Any) -> Digests:
-    """The digests of all arrays of a pytree, sharded in any way. Collective."""
+    """Return the digests of all arrays of a pytree, which may be sharded in any way. Collective."""
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
               for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}  # fmt: skip
     if not leaves:
@@ -34,12 +34,12 @@ def digests(tree: Any) -> Digests:
 
 
 def differing(saved: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """The names whose digests differ, those that are in only one of both included."""
+    """Return the names whose digests differ or that only one of both has."""
     return [name for name in sorted({*saved, *found}) if saved.get(name) != found.get(name)]
 
 
 def _everywhere(leaf: jax.Array) -> Sharding | None:
-    """The sharding of the sums: replicated over the mesh."""
+    """Return the sharding of the sums: replicated over the mesh."""
     sharding = leaf.sharding
     return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
 
@@ -51,7 +51,7 @@ def _summed(where: Sharding | None) -> Callable[[list[jax.Array]], jax.Array]:
 
 @jax.jit  # a state has many arrays of few shapes: each shape is traced once
 def _sums(x: jax.Array) -> jax.Array:
-    """The two sums, uint32 (2,). Operations of `lax` are traced several times faster than those of `jnp`."""
+    """Return the two sums, uint32 (2,). Operations of `lax` are traced several times faster than those of `jnp`."""
     bits = _bits(x)
     position, stride = lax.full(bits.shape, 0, jnp.uint32), 1
     for axis in reversed(range(bits.ndim)):
@@ -65,7 +65,7 @@ def _sums(x: jax.Array) -> jax.Array:
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    """The entries as uint32; those of 8 bytes as two along a new last axis."""
+    """Return the entries as uint32; those of 8 bytes as two along a new last axis."""
     if x.dtype == jnp.bool_:
         return lax.convert_element_type(x, jnp.uint32)
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
@@ -73,7 +73,7 @@ def _bits(x: jax.Array) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """The finalizer of MurmurHash3 (public domain): a bijection of 32 bits in which each depends on all."""
+    """Apply the finalizer of MurmurHash3 (public domain): a bijection of 32 bits in which each depends on all."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = lax.mul(_fold(x, shift), np.uint32(factor))
     return _fold(x, 16)

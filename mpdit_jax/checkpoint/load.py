@@ -21,7 +21,7 @@ CONFIG = "config.json"
 
 
 def run_around(folder: str | Path) -> Path | None:
-    """The run among whose checkpoints a folder lies; None if it lies elsewhere or is the workdir of a run itself."""
+    """Return the run whose checkpoints a folder lies among; None if it lies elsewhere or is a workdir itself."""
     path = Path(folder).absolute()
     runs = [at.parent for at in (path, *path.parents) if at.name == CHECKPOINTS and not (path / CONFIG).is_file()]
     return next((run for run in runs if (run / CONFIG).is_file() and numbered_folders(run)), None)

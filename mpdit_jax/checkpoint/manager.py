@@ -74,7 +74,7 @@ class Checkpoints:
                 self._guarded(self._storage.close)
 
     def latest_step(self) -> int | None:
-        """Step of the newest finished checkpoint."""
+        """Return the step of the newest finished checkpoint."""
         return max(list_steps(self._workdir), default=None)
 
     def save(self, step: int, items: Mapping[str, Any], *, keep_older: bool = False, final: bool = False) -> None:

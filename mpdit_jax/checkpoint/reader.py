@@ -23,26 +23,26 @@ _PASSING = (
 
 
 def list_steps(workdir: str | Path) -> list[int]:
-    """Steps of the finished checkpoints in a workdir, ascending."""
+    """Return the steps of the finished checkpoints in a workdir, ascending."""
     folder = Path(workdir) / CHECKPOINTS
     return sorted(step for step in numbered_folders(workdir) if is_complete(folder / str(step)))
 
 
 def newest_in_words(workdir: str | Path) -> str:
-    """The newest finished checkpoint in words, such as "the checkpoint of step 300"."""
+    """Return the newest finished checkpoint in words, such as "the checkpoint of step 300"."""
     steps = list_steps(workdir)
     return f"the checkpoint of step {steps[-1]}" if steps else "no checkpoint yet"
 
 
 def numbered_folders(workdir: str | Path) -> set[int]:
-    """Steps of all folders named like a checkpoint, damaged or not."""
+    """Return the steps of all folders named like a checkpoint, damaged or not."""
     folder = Path(workdir) / CHECKPOINTS
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return {int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name))}
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint has digests, and every part that Orbax lists."""
+    """Return whether a checkpoint has digests, and every part that Orbax lists."""
     try:
         return _has_its_parts(folder)
     except OSError:
@@ -60,7 +60,7 @@ def _has_its_parts(folder: Path) -> bool:
 
 
 def incomplete(folder: Path) -> str:
-    """The words for a checkpoint that lacks a part."""
+    """Return the words for a checkpoint that lacks a part."""
     return f"the checkpoint {folder} is incomplete"
 
 
@@ -97,7 +97,7 @@ def read_step(folder: Path, targets: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _restore(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The items, and the record of digests they should have."""
+    """Return the items, and the record of digests they should have."""
     try:
         if not _has_its_parts(folder):
             raise CheckpointError(incomplete(folder))
@@ -117,7 +117,7 @@ def _restore(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    """The step and the digests that were recorded when the checkpoint was saved."""
+    """Return the step and the digests that were recorded when the checkpoint was saved."""
     record: dict[str, Any] = parse_json((folder / DIGESTS / _DIGESTS_FILE).read_text())
     if record["version"] > DIGESTS_VERSION:
         raise UnavailableError(

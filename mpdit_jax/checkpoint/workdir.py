@@ -52,7 +52,7 @@ class LockedWorkdir:
 
 
 def compare_configs(workdir: Path, config: FrozenConfigDict) -> Mapping[str, tuple[Any, Any]]:
-    """The fields in which a run's config contradicts the one stored in its workdir, see `Compare`."""
+    """Return the fields in which a run's config contradicts the one stored in its workdir, see `Compare`."""
     return differences(load_config(workdir), config)
 
 

@@ -114,7 +114,7 @@ ABLATIONS = [name for name, row in ROWS.items() if row.table != _LARGE]
 
 
 def ablation_config(name: str) -> ConfigDict:
-    """The paper's recipe for its comparisons with one row's model: ImageNet at 256x256 pixels, 80 epochs.
+    """Return the paper's recipe for its comparisons with one row's model: ImageNet at 256x256 pixels, 80 epochs.
 
     Raises:
         ConfigError: no such row; the message names the nearest, or all.
@@ -140,7 +140,7 @@ def ablation_config(name: str) -> ConfigDict:
 
 
 def list_rows() -> str:
-    """A line on every row that `ablation_config` trains: its model, the paper's figures and the note."""
+    """Return a line on every row that `ablation_config` trains: its model, the paper's figures and the note."""
     lines = [
         "Rows of the paper's tables. Parameters, GFLOPs and FID are the paper's, not ours. Train one with",
         "  python -m mpdit_jax.train --config=ablation:NAME --workdir=runs/NAME",

@@ -28,7 +28,7 @@ _BEFORE = {"ema": {"warmup": False}}
 
 
 def base_config() -> ConfigDict:
-    """Every field there is, with the paper's recipe as the default. A file in `configs/` starts from this.
+    """Return every field there is, with the paper's recipe as the default. A file in `configs/` starts from this.
 
     Model fields left at None come from `model.preset`; without a preset, from the defaults of `ModelConfig`.
     """
@@ -132,7 +132,7 @@ def base_config() -> ConfigDict:
 
 
 def defaults() -> dict[str, Any]:
-    """Every field of `base_config` by its path, such as "optimizer.learning_rate", with its default."""
+    """Return every field of `base_config` by its path, such as "optimizer.learning_rate", with its default."""
     return dict(leaves(base_config().to_dict()))
 
 
@@ -142,7 +142,7 @@ def shared_values(config: ConfigDict) -> dict[str, str]:
 
 
 def resolve(config: ConfigDict) -> FrozenConfigDict:
-    """A complete, checked copy, its model fields filled from the preset.
+    """Check a config and return a complete copy, with the model fields of the preset filled in.
 
     Raises:
         ConfigError: an impossible field; the message names it, its value and what was expected.
@@ -170,22 +170,22 @@ def _check_decided(config: ConfigDict, decided: Mapping[str, bool]) -> None:
 
 
 def model_config(config: FrozenConfigDict) -> ModelConfig:
-    """The ModelConfig of a resolved config."""
+    """Return the ModelConfig of a resolved config."""
     return ModelConfig(**{key: value for key, value in config.model.items() if key != "preset"})
 
 
 def data_identity(data: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
-    """The fields of `config.data` that decide the examples; saved statistics of the data are stored under them."""
+    """Return the fields of `config.data` that decide the examples. Statistics of the data are stored under them."""
     return {name: value for name, value in data.to_dict().items() if name != "threads"}
 
 
 def to_json(config: FrozenConfigDict | ConfigDict) -> str:
-    """The config as indented JSON with sorted keys; tuples become lists."""
+    """Return the config as indented JSON with sorted keys; tuples become lists."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def from_json(text: str) -> FrozenConfigDict:
-    """Inverse of `to_json`, checked again; a missing field gets the value of `_BEFORE` or today's default.
+    """Invert `to_json` and check the config again. A missing field gets the value of `_BEFORE` or today's default.
 
     Raises:
         ConfigError: not JSON, or not a config of this version.
@@ -224,7 +224,7 @@ def differences(stored: FrozenConfigDict, new: FrozenConfigDict) -> dict[str, tu
 
 
 def _with_floats(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which whole numbers of fields of type float are floats."""
+    """Return a copy in which whole numbers of fields of type float are floats."""
     found = dict(config)
     for name, default in base.items():
         if isinstance(default, dict):

@@ -158,7 +158,7 @@ def _get(config: ConfigDict, path: str) -> Any:
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a tree of dicts by its path, such as "optimizer.learning_rate"."""
+    """Return every value of a tree of dicts by its path, such as "optimizer.learning_rate"."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")

@@ -15,12 +15,12 @@ ALIASES = {"fid": "fd", "sfid": "sfd"}
 
 
 def metric_names(text: str) -> list[str]:
-    """The names in a list with commas, as given."""
+    """Return the names in a list with commas, as given."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def choose_metrics(text: str, features: str) -> tuple[str, ...]:
-    """The metrics in a list with commas, aliases resolved; without a text the usual ones of the extractor.
+    """Return the metrics in a list with commas, aliases resolved; without a text the usual ones of the extractor.
 
     Raises:
         InputError: an unknown metric, or FID with a network other than Inception.

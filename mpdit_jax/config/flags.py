@@ -44,7 +44,7 @@ _READERS: dict[type, tuple[Callable[[str], Any], str]] = {
 def make_config_parser(
     command: str, description: str, examples: str, base: Callable[[], ConfigDict] = base_config
 ) -> Parser:
-    """A parser for `python -m mpdit_jax.COMMAND` that takes a config, see `parse_with_config`.
+    """Return a parser for `python -m mpdit_jax.COMMAND` that takes a config, see `parse_with_config`.
 
     Its help lists every field of `base()` with its default.
     """
@@ -78,7 +78,7 @@ def parse_with_config(parser: Parser, arguments: Sequence[str]) -> tuple[argpars
 
 
 def split_config_words(parser: Parser, words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
-    """The value of `--config`, or None, and the text of each `--config.PATH` by its path; the last of a flag wins.
+    """Return the value of `--config` or None, and the text of each `--config.PATH` by its path; the last one wins.
 
     Any other word ends the command by the parser's error.
     """
@@ -96,7 +96,7 @@ def split_config_words(parser: Parser, words: Sequence[str]) -> tuple[str | None
 
 
 def load_config_file(value: str) -> ConfigDict:
-    """The config of `--config=VALUE`: what `get_config()` returns, or `get_config("TEXT")` of a value `FILE:TEXT`.
+    """Return the config of `--config=VALUE`: the result of `get_config()`, or of `get_config("TEXT")` for `FILE:TEXT`.
 
     Args:
         value: a Python file, which may import its neighbours, or the name of a config that mpdit_jax ships.
@@ -124,14 +124,14 @@ def load_config_file(value: str) -> ConfigDict:
 
 
 def shipped_configs() -> dict[str, str]:
-    """The files of the configs that mpdit_jax ships, by name; a wheel has them in the package, a clone beside it."""
+    """Return the files of the shipped configs by name. A wheel has them in the package, a clone beside it."""
     package = Path(__file__).parents[1]
     folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
     return {path.stem: str(path) for path in sorted(folder.glob("*.py"))}
 
 
 def _find_file(value: str) -> tuple[str, list[str]]:
-    """The file of `--config=VALUE` and what its `get_config` is called with."""
+    """Return the file of `--config=VALUE` and what its `get_config` is called with."""
     check_local(value, ConfigError)
     path, colon, text = value.partition(":")
     folder, name = os.path.split(path.removesuffix(".py"))

@@ -53,7 +53,7 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """The images at `indices` (n,): uint8 (n, H, W, C)."""
+        """Return the images at `indices` (n,): uint8 (n, H, W, C)."""
 
 
 @dataclasses.dataclass(frozen=True)

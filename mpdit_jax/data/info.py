@@ -28,7 +28,7 @@ class DatasetInfo:
 
 
 def unseen_by(info: DatasetInfo, num_classes: int) -> tuple[int, ...]:
-    """The classes of a model with `num_classes` that had no examples in a run's data; () where no class has a name."""
+    """Return the classes below `num_classes` that had no examples in a run's data; () where no class has a name."""
     return (*info.unseen, *range(len(info.class_names), num_classes)) if info.class_names else ()
 
 
@@ -66,7 +66,7 @@ def write_dataset_info(workdir: Path, info: DatasetInfo) -> None:
 
 
 def identity(source: Source) -> dict[str, str]:
-    """Values of a source that must match on every process, in words."""
+    """Return the values of a source that must match on every process, in words."""
     return {"data": _identify(source.labels), "latents": _say(source.latents)}
 
 
@@ -101,7 +101,7 @@ def from_json(text: str) -> DatasetInfo:
 
 
 def _agree(stored: LatentSpace | None, found: LatentSpace | None) -> bool:
-    """Whether the latent spaces match; a record without a fingerprint, made by convert, matches any VAE."""
+    """Return whether the latent spaces match; a record without a fingerprint, made by convert, matches any VAE."""
     if stored is not None and found is not None and not stored.vae_fingerprint:
         return stored == dataclasses.replace(found, vae_fingerprint="")
     return stored == found

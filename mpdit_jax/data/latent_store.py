@@ -74,7 +74,7 @@ class Manifest:
 
 
 def record_dtype(latent_shape: tuple[int, int, int], views: int, key_bytes: int) -> np.dtype:
-    """The layout of a record: float16 `mean` and `std` (views, h, w, C), int32 `label`, UTF-8 `key`; little-endian."""
+    """Return the little-endian layout of a record: float16 `mean` and `std` (views, h, w, C), int32 `label`, `key`."""
     shape = (views, *latent_shape)
     return np.dtype([("mean", "<f2", shape), ("std", "<f2", shape), ("label", "<i4"), ("key", f"S{key_bytes}")])
 
@@ -130,7 +130,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def _is_sound(shard: Shard) -> bool:
-    """Whether a shard has possible numbers, and a name that stays in the folder."""
+    """Return whether a shard has possible numbers, and a name that stays in the folder."""
     plain = isinstance(shard.name, str) and re.fullmatch(r"[^/\\\0]*[^/\\\0.][^/\\\0]*", shard.name) is not None
     return plain and all(isinstance(size, int) and size >= 0 for size in (shard.examples, shard.bytes))
 

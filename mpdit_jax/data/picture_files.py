@@ -75,5 +75,5 @@ def find_labelled_pictures(root: Path, also: Collection[str] = ()) -> tuple[list
 
 
 def is_left_out(name: str) -> bool:
-    """Whether a file or folder is hidden, or a known leftover of another program."""
+    """Return whether a file or folder is hidden, or a known leftover of another program."""
     return name.startswith(".") or name.lower() in _LEFTOVERS

@@ -78,7 +78,7 @@ class Pictures:
         return np.stack(found)
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The images at `indices` (n,) to train on: `x` float32 (n, H, W, C) in [-1, 1]."""
+        """Return the images at `indices` (n,) to train on: `x` float32 (n, H, W, C) in [-1, 1]."""
         return {"x": self.read(indices).astype(np.float32) / 127.5 - 1}
 
     def _decode_or_name(self, index: int) -> np.ndarray:
@@ -126,7 +126,7 @@ def open_folder(root: Path, *, classes: bool = False, rejected: Mapping[str, int
 
 
 def file_sizes(root: Path, keys: Iterable[str]) -> dict[str, int]:
-    """Bytes of files below a folder, by name; -1 for one that is not there."""
+    """Return the bytes of files below a folder, by name; -1 for one that is not there."""
     return {key: _size_and_time(root / key)[0] for key in keys}
 
 
@@ -191,7 +191,7 @@ def open_tfds(name: str, split: str) -> Pictures:
 
 
 def key_bytes_of(key: str) -> bytes:
-    """A key as a store holds it: UTF-8, or the file system's own bytes of a name that is not."""
+    """Return a key as a store holds it: UTF-8, or the file system's own bytes of a name that is not."""
     return key.encode("utf-8", "surrogateescape")
 
 
@@ -202,7 +202,7 @@ def _digest(keys: Sequence[str], labels: np.ndarray) -> str:
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
-    """Bytes and time of change of a file; -1 for a link whose target is gone."""
+    """Return the bytes and time of change of a file; -1 for a link whose target is gone."""
     try:
         known = path.stat()
     except OSError:

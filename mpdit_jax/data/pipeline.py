@@ -37,7 +37,7 @@ def batches(
 
 
 def batch_at(source: Batched, batch_size: int, seed: int, step: int) -> Batch:
-    """The whole batch of one step, for a replay."""
+    """Return the whole batch of one step, for a replay."""
     return source.batch(Order(len(source), seed).batch(step, batch_size))
 
 

@@ -34,7 +34,7 @@ class Batched(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """The examples at `indices` (n,)."""
+        """Return the examples at `indices` (n,)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Source:
         return len(self.labels)
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """The examples at `indices` (n,)."""
+        """Return the examples at `indices` (n,)."""
         rows = indices if self.rows is None else self.rows[indices]
         return {**self.read(rows), "y": self.labels[indices].astype(np.int32)}
 
     def take(self, indices: np.ndarray) -> "Source":
-        """The part of the examples at `indices` (n,), in any order and as often as wanted."""
+        """Return the part of the examples at `indices` (n,), in any order and as often as wanted."""
         return dataclasses.replace(self, labels=self.labels[indices], rows=rows_of(self)[indices])
 
 
@@ -231,7 +231,7 @@ def check_fits(source: Source, input_shape: tuple[int, int, int], num_classes: i
 
 
 def unseen_classes(labels: np.ndarray, num_classes: int) -> tuple[int, ...]:
-    """The classes from 0 to `num_classes` - 1 that are not among `labels` (n,)."""
+    """Return the classes from 0 to `num_classes` - 1 that are not among `labels` (n,)."""
     return tuple(
         np.flatnonzero(np.bincount(labels.astype(np.int64), minlength=num_classes)[:num_classes] == 0).tolist()
     )

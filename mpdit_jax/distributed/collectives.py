@@ -62,7 +62,7 @@ def barrier(place: str) -> None:
 
 
 def gather(value: Any, place: str = "gather") -> list[Any]:
-    """The `value` of every process, which JSON can hold, in the processes' order."""
+    """Return the `value` of every process, which JSON can hold, in the processes' order."""
     if jax.process_count() == 1:
         return [value]
     barrier(place)  # a collective of CPUs that one process begins late fails, see `barrier`
@@ -130,12 +130,12 @@ def first_sentence(sentence: str, place: str) -> str:
 
 
 def count_machines() -> int:
-    """The number of machines that the processes run on, told apart by host names."""
+    """Return the number of machines that the processes run on, told apart by host names."""
     return len(set(gather(socket.gethostname())))
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` holds on any process."""
+    """Return whether `flag` holds on any process."""
     return any(gather(bool(flag)))
 
 
@@ -151,7 +151,7 @@ class StopVote:
         self._next, self._last_step, self._last_time = 0, 0, time.monotonic()
 
     def asked(self, flag: bool, step: int) -> bool:
-        """Whether to end before `step`; call it before every step.
+        """Return whether to end before `step`; call it before every step.
 
         Args:
             flag: whether this process was asked to stop.

@@ -191,13 +191,13 @@ def with_auto_axes(
 
 
 def _explicit_mesh(tree: Any) -> AbstractMesh | None:
-    """The mesh with Explicit axes that is set, or that an array of a tree lies on."""
+    """Return the mesh with Explicit axes that is set, or that an array of a tree lies on."""
     arrays = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
     meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(array).sharding.mesh for array in arrays)]
     return next((mesh for mesh in meshes if mesh.explicit_axes), None)
 
 
 def _split_rows(array: Any) -> Any:
-    """The Explicit axes that split an array's first dimension, as a part of a PartitionSpec; None for none."""
+    """Return the Explicit axes that split an array's first dimension, as a part of a PartitionSpec; None for none."""
     spec = jax.typeof(array).sharding.spec if isinstance(array, jax.Array) else PartitionSpec()
     return spec[0] if len(spec) else None

@@ -105,13 +105,13 @@ def _check(coordinator_address: str, num_processes: int, process_id: int) -> Non
 
 
 def _is_launched(environment: Mapping[str, str]) -> bool:
-    """Whether SLURM or Open MPI has started more than this process."""
+    """Return whether SLURM or Open MPI has started more than this process."""
     step = all(environment.get(name) for name in _SLURM_STEP) and environment["SLURM_NTASKS"] != "1"
     return step or environment.get("OMPI_COMM_WORLD_SIZE", "1") != "1"
 
 
 def _local_device_ids(environment: Mapping[str, str]) -> list[int] | None:
-    """The local GPUs that JAX is to use: [] (all) for the only process of a node, None (one each) for several."""
+    """Return the local GPUs for JAX: [] (all) for the only process of a node, None (one each) for several."""
     a_task_a_node = environment.get("SLURM_NTASKS") == environment.get("SLURM_STEP_NUM_NODES", "")
     return [] if a_task_a_node or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" else None
 
@@ -187,7 +187,7 @@ def _listen(port: int, count: int) -> socket.socket:
 
 
 def may_be_lost(error: BaseException) -> bool:
-    """Whether an error looks like one that collectives and barriers raise when a process is lost."""
+    """Return whether an error looks like one that collectives and barriers raise when a process is lost."""
     return re.search("Gloo|NCCL|Barrier|coordination service", str(error)) is not None
 
 
@@ -207,7 +207,7 @@ def end_failed(error: BaseException, status: int) -> NoReturn:
 
 
 def code_fingerprint() -> str:
-    """The first digits of a SHA-256 over this package's source files, to tell two installations apart.
+    """Return the first digits of a SHA-256 over this package's source files, to tell two installations apart.
 
     Configs are left out: a wheel has them inside the package, a checkout beside it.
     """

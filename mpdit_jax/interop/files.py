@@ -177,7 +177,7 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
 
 
 def _state_dicts(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The state dicts by name; where several are nested in one entry, by the entry's name, a dot and their own."""
+    """Return the state dicts by name. Several in one entry have the name of the entry, a dot and their own."""
     held: dict[str, Mapping[str, Any]] = {}
     for name, value in content.items():
         if isinstance(name, str) and isinstance(value, Mapping) and not _NO_NETWORK.search(name):
@@ -191,7 +191,7 @@ def _state_dicts(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _inner(name: str, value: Any) -> dict[str, Mapping[str, Any]]:
-    """The state dicts in the entry `name` of a checkpoint, such as {"shadow": …} in {"decay": 0.99, "shadow": …}."""
+    """Return the state dicts in the entry `name`, such as "shadow" in {"decay": 0.99, "shadow": …}."""
     inner = value.items() if isinstance(value, Mapping) else ()
     return {f"{name}.{key}": part for key, part in inner if isinstance(part, Mapping) and _has_weights(part)}
 

@@ -149,7 +149,7 @@ def _network(state: StateDict, key: str | None, origin: str) -> StateDict:
 
 
 def _is_auxiliary(name: str, array: np.ndarray) -> bool:
-    """Whether an entry is none of a network's; a damaged weight or bias of one value is, and is to be named."""
+    """Return whether an entry belongs to no network. A weight or bias of one value does, and is reported as damaged."""
     return _AUXILIARY.fullmatch(name) is not None or (array.ndim == 0 and not name.endswith((".weight", ".bias")))
 
 

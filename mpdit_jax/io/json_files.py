@@ -20,7 +20,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def is_json_with(path: Path, names: Collection[str]) -> bool:
-    """Whether a file is a JSON object with these fields: one of ours, not of another project under the same name."""
+    """Return whether a file is a JSON object with these fields, unlike one of another project with the same name."""
     try:
         return set(parse_json(path.read_text())) >= set(names)
     except (OSError, ValueError, TypeError):
@@ -28,5 +28,5 @@ def is_json_with(path: Path, names: Collection[str]) -> bool:
 
 
 def digest_of(content: Any) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a plain value's JSON; used in the names of derived files."""
+    """Return 16 hexadecimal digits of the SHA-256 of a plain value's JSON, for the names of derived files."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

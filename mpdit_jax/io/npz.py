@@ -48,12 +48,12 @@ def read_npz(path: str | Path, names: Sequence[str]) -> list[np.ndarray]:
 
 
 def npz_names(path: str | Path) -> set[str]:
-    """The names of the arrays of an `.npz`; raises ValueError if it is none."""
+    """Return the names of the arrays of an `.npz`. Raise ValueError if it is none."""
     return {name.removesuffix(".npy") for name in npz_checksums(path)}
 
 
 def npz_checksums(path: str | Path) -> dict[str, tuple[int, int]]:
-    """Bytes and CRC-32 of each file in an `.npz`, from its directory alone; raises ValueError if it is none."""
+    """Return bytes and CRC-32 of each file in an `.npz`, from its directory alone. Raise ValueError if it is none."""
     with _archive(path) as archive:
         return {entry.filename: (entry.file_size, entry.CRC) for entry in archive.infolist()}
 
@@ -89,7 +89,7 @@ def read_npy(path: str | Path) -> np.ndarray:
 
 
 def _checked(file: IO[bytes], size: int) -> np.ndarray:
-    """The array of an open file of `size` bytes; its header is compared with that before anything is allocated."""
+    """Return the array of an open file, after comparing its header with the `size` of the file in bytes."""
     shape, fortran_order, dtype = _header(file)
     count = math.prod(shape)
     if dtype.hasobject:
@@ -116,5 +116,5 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def _memory() -> int:
-    """Bytes of memory that this machine has."""
+    """Return the bytes of memory that this machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

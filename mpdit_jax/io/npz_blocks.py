@@ -18,7 +18,7 @@ class NpzBlocks:
         self.folder, self._names = folder, tuple(names)
 
     def has(self, number: int) -> bool:
-        """Whether that block is finished."""
+        """Return whether that block is finished."""
         return self._file(number).is_file()
 
     def write(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
@@ -27,7 +27,7 @@ class NpzBlocks:
             np.savez(file, **{name: arrays[name] for name in self._names})  # type: ignore[arg-type]  # allow_pickle
 
     def read(self, number: int) -> dict[str, np.ndarray]:
-        """A finished block; raises InputError if it is missing or damaged."""
+        """Return a finished block. Raise InputError if it is missing or damaged."""
         path = self._file(number)
         try:
             return dict(zip(self._names, read_npz(path, self._names), strict=True))

@@ -45,7 +45,7 @@ def check_place(path: Path, *, folder: bool) -> None:
 
 
 def reason(error: Exception) -> str:
-    """The system's own words inside a library's error message, or the message's first line if there are none."""
+    """Return the system's own words inside a library's error message, or the message's first line if there are none."""
     text = str(error)
     for code in REFUSALS:
         if os.strerror(code) in text:

@@ -121,7 +121,7 @@ def save_gif(path: str | Path, frames: Sequence[np.ndarray], milliseconds: int =
 
 
 def to_pil(picture: np.ndarray) -> Image.Image:
-    """A PIL image of uint8 (H, W, 1 or 3)."""
+    """Return a PIL image of uint8 (H, W, 1 or 3)."""
     return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
 
 

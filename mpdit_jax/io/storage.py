@@ -39,7 +39,7 @@ class Storage:
         self._manager = ocp.CheckpointManager(_LiteralPath(folder), options=options, handler_registry=_handlers())
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints there are."""
+        """Return the steps of the checkpoints there are."""
         return list(self._manager.all_steps())
 
     def save(self, step: int, trees: Mapping[str, Any], records: Mapping[str, Any]) -> None:
@@ -77,7 +77,7 @@ class ItemReader:
         self._checkpointer.close()
 
     def restore(self, item: Path, target: Any) -> Any:
-        """The arrays of an item, of the shapes, dtypes and shardings in `target`."""
+        """Return the arrays of an item, of the shapes, dtypes and shardings in `target`."""
         return self._checkpointer.restore(_LiteralPath(item), args=ocp.args.StandardRestore(target))
 
 
@@ -100,7 +100,7 @@ def check_storable(folder: Path) -> None:
 
 
 def _meet(*, key: str, timeout_ms: int) -> None:
-    """The barrier of the threads that write.
+    """Wait at a barrier for the threads of all processes that write.
 
     Orbax calls it even after a thread failed to write, and the other processes would wait forever. It then raises the
     failure, so that this process ends, and JAX ends the others.
@@ -114,7 +114,7 @@ def _meet(*, key: str, timeout_ms: int) -> None:
 
 
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    """The handlers that write a checkpoint's items."""
+    """Return the handlers that write a checkpoint's items."""
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SMALLEST_PART)
     types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()

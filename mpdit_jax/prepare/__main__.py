@@ -20,7 +20,7 @@ _EXAMPLES = """\
 
 
 def make_prepare_parser() -> Parser:
-    """The command's arguments."""
+    """Return the command's arguments."""
     parser = make_parser(
         "prepare",
         "Encode images with a VAE into a store of latents: ArrayRecord shards and a manifest. Images are cropped to "

@@ -46,7 +46,7 @@ class Plan:
         return max(len(key_bytes_of(key)) for key in self.images.keys)
 
     def settings(self) -> dict[str, Any]:
-        """The settings that decide every byte of the shards."""
+        """Return the settings that decide every byte of the shards."""
         return {
             "image_size": self.image_size,
             "flip": self.flip,
@@ -60,12 +60,12 @@ class Plan:
         }
 
     def shard_names(self) -> list[str]:
-        """The shards' files, in order."""
+        """Return the shards' files, in order."""
         count = -(-len(self.images) // self.shard_size)
         return [f"shard-{number:05d}-of-{count:05d}.array_record" for number in range(count)]
 
     def rows(self, number: int) -> range:
-        """The indices of a shard's images."""
+        """Return the indices of a shard's images."""
         return range(number * self.shard_size, min((number + 1) * self.shard_size, len(self.images)))
 
     def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -99,7 +99,7 @@ def _system_errors() -> Iterator[None]:
 
 
 def read_report(path: Path) -> Report | None:
-    """The report of a shard if it is finished and still there at its full length."""
+    """Return the report of a shard if it is finished and still there at its full length."""
     try:
         stored = parse_json(report_path(path).read_text())
         shard = Shard(**stored.pop("shard"))

@@ -173,7 +173,7 @@ def _finish(plan: Plan, out: Path) -> None:
 
 
 def _needs_repair(out: Path) -> bool:
-    """Whether a finished store lost files; if so, its manifest is removed and it counts as unfinished."""
+    """Return whether a finished store lost files; if so, its manifest is removed and it counts as unfinished."""
     read_manifest(out)
     try:
         LatentStore(out)
@@ -185,7 +185,7 @@ def _needs_repair(out: Path) -> bool:
 
 
 def _statistics(reports: Sequence[Report]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of samples from the posteriors: Var z = E[μ² + σ²] − E[μ]²."""
+    """Return mean and standard deviation of each channel of posterior samples: Var z = E[μ² + σ²] − E[μ]²."""
     positions = sum(report.positions for report in reports)
     mean = np.sum([report.total for report in reports], axis=0) / positions
     square = np.sum([report.total_square for report in reports], axis=0) / positions

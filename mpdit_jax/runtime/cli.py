@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(command: str, description: str, examples: str, *, package: str = "mpdit_jax") -> Parser:
-    """A parser for `python -m PACKAGE.COMMAND` whose help ends with examples.
+    """Return a parser for `python -m PACKAGE.COMMAND` whose help ends with examples.
 
     Args:
         command: the module's name inside the package.
@@ -86,7 +86,7 @@ def add_tile_option(parser: argparse.ArgumentParser) -> None:
 
 
 def stopped_line(command: str, arguments: Sequence[str], step: int, steps: int) -> str:
-    """The last lines of a stopped training: how far it has come, and the command that continues it."""
+    """Return the last lines of a stopped training: how far it has come, and the command that continues it."""
     again = shlex.join([sys.executable, "-m", f"mpdit_jax.{command}", *arguments])
     saved = "saved" if step else "with nothing trained yet"
     return f"stopped at step {step} of {steps}, {saved}; continue with:\n  {again}"
@@ -164,7 +164,7 @@ def _explain(error: BaseException, resumable: bool) -> int:
 
 
 def _missing_platform(error: BaseException) -> str:
-    """The sentence for an error that says that JAX cannot use the platform of JAX_PLATFORMS here; "" for others."""
+    """Return a sentence if an error says that JAX cannot use the platform of JAX_PLATFORMS here, else ""."""
     if not isinstance(error, AssertionError) and not str(error).startswith("Unable to initialize backend"):
         return ""  # an AssertionError is what a plugin that is not installed looks like
     try:
@@ -185,7 +185,7 @@ def _send_nowhere(stream: TextIO) -> None:
 
 
 def _is_read(stream: TextIO) -> bool:
-    """Whether a stream still has a reader: false for a pipe that broke and a terminal that was closed."""
+    """Return whether a stream still has a reader: false for a pipe that broke and a terminal that was closed."""
     try:
         os.write(stream.fileno(), b"")
     except OSError as error:

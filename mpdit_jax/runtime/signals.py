@@ -35,7 +35,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def stopped_status() -> int:
-    """The exit status of a training that was stopped and can be continued: MPDIT_JAX_STOPPED_STATUS, or 0.
+    """Return the exit status of a training that was stopped and can be continued: MPDIT_JAX_STOPPED_STATUS, or 0.
 
     Kubernetes and other schedulers take 0 for the end of the work and start it again after any other status.
 
@@ -49,7 +49,7 @@ def stopped_status() -> int:
 
 
 def this_command() -> str:
-    """The command line of this process, for a shell."""
+    """Return the command line of this process, for a shell."""
     return shlex.join([sys.executable, *sys.orig_argv[1:]])
 
 
@@ -210,11 +210,11 @@ class _Outliving:
         return self._stream.encoding
 
     def fileno(self) -> int:
-        """The stream's file descriptor."""
+        """Return the stream's file descriptor."""
         return self._stream.fileno()
 
     def isatty(self) -> bool:
-        """Whether the stream is a terminal."""
+        """Return whether the stream is a terminal."""
         return self._stream.isatty()
 
     def write(self, text: str) -> int:

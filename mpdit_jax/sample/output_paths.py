@@ -25,7 +25,7 @@ class OutputPaths:
         return None if self.gif is None else self.gif.with_suffix(".png")
 
     def files(self) -> list[Path]:
-        """Every file that process 0 writes."""
+        """Return every file that process 0 writes."""
         return [path for path in (self.out, self.sheet, self.gif, self.strip) if path is not None]
 
     def check(self) -> None:

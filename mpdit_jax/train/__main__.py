@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def how_to_draw(workdir: Path) -> str:
-    """The command that draws from a run, which needs the VAE of latents and shows few of many classes."""
+    """Return the command that draws from a run, with the VAE of latents, and with a few labels of many classes."""
     from mpdit_jax.checkpoint.load import load_config
     from mpdit_jax.data.info import read_dataset_info
     from mpdit_jax.sample.outputs import ROWS

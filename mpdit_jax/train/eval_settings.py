@@ -42,7 +42,7 @@ def note_settings(path: Path, step: int, settings: Mapping[str, str | int]) -> s
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The stored entries; none where the file is missing or damaged."""
+    """Return the stored entries; none where the file is missing or damaged."""
     try:
         found = parse_json(path.read_text())
         return [{"from_step": int(entry["from_step"]), "settings": dict(entry["settings"])} for entry in found]

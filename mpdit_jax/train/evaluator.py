@@ -91,11 +91,11 @@ class Evaluator:
             self._check()
 
     def due(self, step: int) -> bool:
-        """Whether a run is evaluated after that step."""
+        """Return whether a run is evaluated after that step."""
         return _due(self._config, step)
 
     def pending(self, step: int) -> bool:
-        """Whether the evaluation of that step is due and was cut off. Collective."""
+        """Return whether the evaluation of that step is due and was cut off. Collective."""
         return is_missing(self._config, self._metrics_file.parent, step)
 
     def __call__(self, step: int, ema_parameters: Parameters, say: Callable[[str], None]) -> dict[str, float]:
@@ -128,7 +128,7 @@ class Evaluator:
         return found
 
     def _evaluate(self, extractor: Extractor, real: Statistics, model: Any, scale: float) -> dict[str, float]:
-        """The metrics of fresh samples, as far as enough of them are finite."""
+        """Draw samples and return their metrics, as far as enough of the samples are finite."""
         settings = self._config.eval
         labels = balanced_labels(np.unique(self._source.labels), settings.num_samples)
         sampler = make_sampler(settings.solver, settings.steps, scale)
@@ -153,7 +153,7 @@ class Evaluator:
             return merge(self._structure, parameters)
 
     def _deciding_settings(self, extractor: Extractor, real: Statistics) -> dict[str, str | int]:
-        """The settings that change the metrics and are not part of their names."""
+        """Return the settings that change the metrics and are not part of their names."""
         settings = self._config.eval
         return {
             "extractor": f"{extractor.name} {extractor.fingerprint[:12]}",
@@ -202,7 +202,7 @@ class Evaluator:
         self._reference.check(self._extractor, self._shape)
 
     def _prepare(self) -> tuple[Extractor, Statistics]:
-        """The extractor and the real images' statistics under it, made when first asked for."""
+        """Return the extractor and the real images' statistics under it, made when first asked for."""
         if self._extractor is None:
             self._extractor = self._make_extractor()
         if self._real is None:
@@ -234,7 +234,7 @@ class Evaluator:
                 other.unlink()  # of an earlier reference or extractor
 
     def _own_images(self) -> ImageSet:
-        """The run's own data, decoded by the VAE that decodes its samples."""
+        """Return the run's own data, decoded by the VAE that decodes its samples."""
 
         def find(store: Path, fingerprint: str) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
             space, decode = self._source.latents, self._decode
@@ -289,7 +289,7 @@ class Evaluator:
 
 
 def is_missing(config: ConfigDict | FrozenConfigDict, workdir: Path, step: int) -> bool:
-    """Whether the evaluation of that step is due and not in the run's log. Collective."""
+    """Return whether the evaluation of that step is due and not in the run's log. Collective."""
     return _due(config, step) and any_process(jax.process_index() == 0 and not _has_line(workdir / METRICS_FILE, step))
 
 

@@ -20,13 +20,13 @@ from mpdit_jax.vae import PIXELS
 
 
 def choose_decode(config: FrozenConfigDict, workdir: Path, source: Source) -> Decode | None:
-    """The decoder of grids and evaluations; None for images, and for latents without `config.sample.vae`."""
+    """Return the decoder of grids and evaluations; None for images, and for latents without `config.sample.vae`."""
     pixels = source.latents is not None and source.latents.vae_fingerprint == PIXELS
     return make_decode(str(workdir), config.sample.vae) if config.sample.vae or pixels else None
 
 
 def why_no_grid(config: FrozenConfigDict, decode: Decode | None) -> str:
-    """Why grids that were asked for cannot be drawn; "" otherwise."""
+    """Say why grids that the config asks for cannot be drawn; "" if they can."""
     if not config.sample.every or decode is not None:
         return ""
     if config.data.name == "latents":

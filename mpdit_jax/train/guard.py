@@ -19,7 +19,7 @@ _WARM = 100  # accepted steps before a norm can be called a spike: early ones fa
 
 
 def new_guard() -> Guard:
-    """The guard before the first step."""
+    """Return the guard before the first step."""
     return {
         "accepted": jnp.zeros((), jnp.int32),
         "gradient_norm": jnp.zeros((), jnp.float32),
@@ -28,7 +28,7 @@ def new_guard() -> Guard:
 
 
 def should_apply(guard: Guard, loss: jax.Array, gradient_norm: jax.Array, spike_factor: float) -> jax.Array:
-    """Whether to apply a step with this loss and gradient norm (scalars), a boolean scalar."""
+    """Return whether to apply a step with this loss and gradient norm (scalars), a boolean scalar."""
     good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     if not spike_factor:
         return good
@@ -37,7 +37,7 @@ def should_apply(guard: Guard, loss: jax.Array, gradient_norm: jax.Array, spike_
 
 
 def update(guard: Guard, applied: jax.Array, finite: jax.Array, gradient_norm: jax.Array) -> Guard:
-    """The guard after a step that was applied or not, with an update that was finite or not (boolean scalars)."""
+    """Return the guard after a step; whether it was applied, and its update finite, are boolean scalars."""
     mean = _DECAY * guard["gradient_norm"] + (1 - _DECAY) * gradient_norm
     return {
         "accepted": guard["accepted"] + applied.astype(jnp.int32),

@@ -102,12 +102,12 @@ def _read(origin: str) -> tuple[Mapping[str, Any], ModelConfig]:
 
 
 def _with_null_row(table: jax.Array, theirs: Any) -> jax.Array:
-    """A class table whose last row, that of the null class, is the last row of another."""
+    """Return a class table with the last row, that of the null class, of another."""
     row = np.asarray(theirs[-1], table.dtype)
     return jax.jit(lambda table: table.at[-1].set(row), out_shardings=table.sharding)(table)
 
 
 def _placed(array: Any, leaf: jax.Array) -> jax.Array:
-    """An array on this process's devices or host, laid out like `leaf`."""
+    """Return an array on this process's devices or host, laid out like `leaf`."""
     values = np.asarray(array, leaf.dtype)
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index])

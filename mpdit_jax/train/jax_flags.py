@@ -14,7 +14,7 @@ FLAGS_FILE = "jax_flags.json"
 
 
 def number_flags() -> dict[str, Any]:
-    """The present values of the flags, by name."""
+    """Return the present values of the flags, by name."""
     config: Any = jax.config  # has these attributes at run time only
     return {
         "jax_enable_x64": config.jax_enable_x64,

@@ -107,7 +107,7 @@ class LossSpikes:
         self._mean, self._seen = math.nan, 0
 
     def describe(self, values: Mapping[str, float]) -> str:
-        """A sentence about the window if it spikes, else ""."""
+        """Return a sentence about the window if it spikes, else ""."""
         if "loss" not in values or "largest_loss" not in values:
             return ""
         mean, largest = self._mean, values["largest_loss"]

@@ -21,7 +21,7 @@ NAMED_SKIPS = 8  # skipped steps that a window remembers by number; more are onl
 
 
 def empty_window(more: Sequence[str] = ()) -> Window:
-    """A window before its first step, with metrics of its objective beside METRICS."""
+    """Return a window before its first step, with metrics of its objective beside METRICS."""
     names = (*METRICS, *more, "steps", "skipped", "largest_loss")
     scalars = {name: jnp.zeros((), jnp.float32) for name in names}
     buckets = {name: jnp.zeros(TIME_BUCKETS, jnp.float32) for name in ("time_loss", "time_examples")}
@@ -65,7 +65,7 @@ def add_step(
 
 
 def skipped_steps(window: Mapping[str, np.ndarray]) -> list[int]:
-    """The numbers of the first skipped steps of the window."""
+    """Return the numbers of the first skipped steps of the window."""
     return [int(number) for number in window["skipped_steps"] if number]
 
 

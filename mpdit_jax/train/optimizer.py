@@ -11,7 +11,7 @@ _MUON_RMS = 0.2  # RMS of an update relative to the learning rate, as AdamW's is
 
 
 def make_optimizer(config: FrozenConfigDict) -> optax.GradientTransformation:
-    """The optimizer of `config.optimizer`; the paper's is AdamW at a constant rate, unclipped (section 4.1)."""
+    """Return the optimizer of `config.optimizer`; the paper's is AdamW at a constant rate, unclipped (section 4.1)."""
     optimizer = OPTIMIZERS[config.name](config, make_schedule(config))
     if config.clip_norm:
         return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
@@ -19,7 +19,7 @@ def make_optimizer(config: FrozenConfigDict) -> optax.GradientTransformation:
 
 
 def make_schedule(config: FrozenConfigDict) -> optax.Schedule:
-    """The learning rate as a function of the step: linear from zero for `warmup_steps`, then the named schedule."""
+    """Return the learning rate as a function of the step: linear for `warmup_steps`, then the named schedule."""
     after = SCHEDULES[config.schedule](config)
     if not config.warmup_steps:
         return after

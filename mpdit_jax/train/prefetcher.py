@@ -31,7 +31,7 @@ class Prefetcher:
                 self._ready = error
 
     def take(self) -> PlacedBatch:
-        """The next batch; DataError if it could not be read."""
+        """Return the next batch. Raise DataError if it cannot be read."""
         self.prefetch()
         ready, self._ready = self._ready, None
         if isinstance(ready, DataError):

@@ -39,7 +39,7 @@ class Profiler:
             yield
 
     def ends_at(self, step: int) -> bool:
-        """Whether step number `step` is the last to record; call `finish` when the devices are done with it."""
+        """Return whether step number `step` is the last to record; call `finish` when the devices are done with it."""
         return self._recording and step >= self._end
 
     def finish(self) -> None:

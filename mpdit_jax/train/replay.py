@@ -87,7 +87,7 @@ def replay(config: ConfigDict | FrozenConfigDict, workdir: str | Path, number: i
 
 
 def _newest_before(workdir: Path, number: int, targets: Mapping[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest whole checkpoint of a step before `number`, None for the initial state; and sentences about it."""
+    """Return the newest whole checkpoint before step `number`, None for the initial state, and notes about it."""
     lines = []
     for step in reversed([step for step in list_steps(workdir) if 0 < step < number]):
         try:
@@ -107,7 +107,7 @@ def _take_apart(
     optimizer: optax.GradientTransformation,
     accumulation: int,
 ) -> tuple[list[str], bool]:
-    """A line for each stage of the step, and whether all of it is finite, the norms included."""
+    """Return a line for each stage of the step, and whether all of it is finite, the norms included."""
     drawn = {name: array for name, array in noisy._asdict().items() if array is not None}
     differentiate = partial(steps.accumulated, loss, parts=accumulation)
     value, _, gradients = jax.jit(differentiate)(state.parameters, noisy)

@@ -83,7 +83,7 @@ class Run(Generic[S]):
         self._open.__exit__(*error)
 
     def restore(self, target: S) -> tuple[int, S] | None:
-        """The newest whole checkpoint as (step, state), laid out like `target`; None if there is none."""
+        """Return the newest whole checkpoint as (step, state), laid out like `target`; None if there is none."""
         restored = self._checkpoints.restore_newest(self._policy.to_items(target))
         for note in (self._locked.note, *(restored.notes if restored is not None else ())):
             if note and jax.process_index() == 0:
@@ -104,15 +104,15 @@ class Run(Generic[S]):
         self._profiler = self._open.enter_context(profiler)
 
     def stopped(self) -> bool:
-        """Whether this process was asked to stop; the others are not asked."""
+        """Return whether this process was asked to stop; the others are not asked."""
         return self._stop.name is not None
 
     def should_stop(self, step: int) -> bool:
-        """Whether any process was asked to stop; true on all of them before the same step."""
+        """Return whether any process was asked to stop; true on all of them before the same step."""
         return self._vote.asked(self.stopped(), step)
 
     def take(self, data: Prefetcher, step: int, state: S) -> dict[str, jax.Array]:
-        """The next batch; before a DataError ends the run, the state is saved."""
+        """Return the next batch. If it cannot be read, save the state before the DataError ends the run."""
         with self._watch.of("data_wait"):
             try:
                 return data.take()
@@ -202,7 +202,7 @@ class Run(Generic[S]):
             self._save_now(step, state)
 
     def check(self, step: int, state: S) -> int:
-        """The number of steps skipped in a row up to this one.
+        """Return the number of steps skipped in a row up to this one.
 
         Raises:
             CheckpointError: the workdir was deleted or replaced.

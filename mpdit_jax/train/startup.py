@@ -61,7 +61,7 @@ def _is_older_than_warmup(workdir: Path) -> bool:
 
 
 def load_data(config: FrozenConfigDict, mesh: Mesh) -> Source:
-    """The data of a run, which fit its model, its mesh and the other processes' data.
+    """Load the data of a run and check that they fit its model, its mesh and the other processes' data.
 
     Raises:
         ConfigError: the batch, the model or its attention does not fit the devices or the data.
@@ -86,13 +86,13 @@ def record_data(workdir: Path, source: Source, step: int) -> None:
 def first_state(
     config: FrozenConfigDict, model: ModelConfig, optimizer: optax.GradientTransformation, target: TrainState
 ) -> TrainState:
-    """The state before the first step of a config's run, laid out like `target`."""
+    """Return the state before the first step of a config's run, laid out like `target`."""
     state = create_state(model, optimizer, target, config.seed)
     return initialize_from(state, config.init_from, model) if config.init_from else state
 
 
 def make_stopwatch(config: FrozenConfigDict, mesh: Mesh) -> Stopwatch:
-    """A stopwatch that knows the operations of a step and the devices' peak; every process must call this."""
+    """Return a stopwatch that knows the operations of a step and the devices' peak; every process must call this."""
     model = model_config(config)
     machines = count_machines() if mesh.devices.flat[0].platform == "cpu" else 1  # other peaks are published
     peak = run_on_process_0(partial(peak_flops, mesh, model.dtype, machines))
@@ -129,7 +129,7 @@ def log_startup(
 
 
 def describe_average(config: FrozenConfigDict) -> str:
-    """A sentence where the moving average will hold more than 5 % of the initial weights at the end, else ""."""
+    """Return a sentence where the moving average will hold more than 5 % of the initial weights at the end, else ""."""
     share = config.ema_decay**config.steps
     if config.ema.warmup or share <= 0.05:
         return ""

@@ -37,7 +37,7 @@ class TrainState:
 
 
 def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:
-    """The state before the first step; the EMA starts at the initial parameters."""
+    """Return the state before the first step; the EMA starts at the initial parameters."""
     _, parameters = split(build_model(config, jax.random.key(seed)))
     return _state(config, optimizer, parameters, seed)
 
@@ -57,12 +57,12 @@ def _state(
 
 
 def objective_metrics(config: ModelConfig) -> tuple[str, ...]:
-    """Names of the metrics that a model's objective logs beside those of every run."""
+    """Return the names of the metrics that a model's objective logs beside those of every run."""
     return FLOW_MAP_METRICS if config.flow_map else ()
 
 
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state; allocates nothing."""
+    """Return the shapes, dtypes and shardings of the state; allocates nothing."""
     _, parameters = abstract(config)
     shapes = jax.eval_shape(partial(_state, config, optimizer), parameters, jnp.uint32(0))
     return jax.tree_util.tree_map_with_path(
@@ -73,14 +73,14 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
 def create_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, target: TrainState, seed: int
 ) -> TrainState:
-    """The initial state, laid out like `target`, an `abstract_state`: no device ever holds more than its share."""
+    """Return the initial state laid out like `target` (see `abstract_state`). No device holds more than its share."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     create = jax.jit(partial(initial_state, config, optimizer), out_shardings=shardings)
     return create(jnp.uint32(seed))
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
-    """The state as the named parts of a checkpoint, of which a sampler reads the moving average alone."""
+    """Return the state as the named parts of a checkpoint, of which a sampler reads the moving average alone."""
     return {
         "parameters": state.parameters,
         "ema_parameters": state.ema_parameters,
@@ -90,7 +90,7 @@ def to_items(state: TrainState) -> dict[str, Any]:
 
 
 def from_items(items: dict[str, Any]) -> TrainState:
-    """Inverse of `to_items`."""
+    """Invert `to_items`."""
     return TrainState(
         parameters=items["parameters"],
         ema_parameters=items["ema_parameters"],

@@ -105,7 +105,7 @@ def drop_labels(key: jax.Array, labels: jax.Array, rate: float, null: int) -> ja
 def make_loss(
     structure: Structure, mask_loss_weight: float = 0.0, flow_map_loss: FlowMapLoss | None = None
 ) -> LossFunction:
-    """The flow-matching loss of a model's parameters, or the loss of a flow map.
+    """Return the flow-matching loss of a model's parameters, or the loss of a flow map.
 
     With hidden tokens it is the mean over the kept tokens plus `mask_loss_weight` times the mean over the hidden ones.
     Their noise cannot be known, and what can be learned of their velocity is minus the image: MaskDiT's reconstruction.
@@ -131,7 +131,7 @@ def make_loss(
 
 
 def config_loss(config: FrozenConfigDict, structure: Structure) -> LossFunction:
-    """The loss of a config's objective."""
+    """Return the loss of a config's objective."""
     if config.objective == "flow_matching":
         return make_loss(structure, config.mask_loss_weight)
     settings = config.flow_map
@@ -166,7 +166,7 @@ def make_step(
     accumulation: int = 1,
     spike_factor: float = 0.0,
 ) -> Step:
-    """The update as a pure function of (state, batch), not jitted.
+    """Return the update as a pure function of (state, batch), not jitted.
 
     Args:
         noising, loss, optimizer, ema_decay: the parts of the step.
@@ -217,7 +217,7 @@ def make_step(
 def accumulated(
     loss: LossFunction, parameters: Parameters, noisy: NoisyBatch, parts: int
 ) -> tuple[jax.Array, LossAux, Parameters]:
-    """Mean loss, its LossAux and the mean gradient, from `parts` equal parts of the batch one at a time."""
+    """Return the mean loss, its LossAux and the mean gradient, from `parts` equal parts of the batch one at a time."""
     gradient = jax.value_and_grad(loss, has_aux=True)
     if parts == 1:
         (value, aux), gradients = gradient(parameters, noisy)

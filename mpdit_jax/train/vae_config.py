@@ -19,7 +19,7 @@ _CONTINUABLE = ("checkpoint.", "log.", "profile.")  # groups that may change; 0.
 
 
 def base_vae_config() -> ConfigDict:
-    """Every field there is. A file in `configs/` starts from this."""
+    """Return every field there is. A file in `configs/` starts from this."""
     config = ConfigDict()
     config.seed = 0  # initialization, data order, samples of the posteriors
     config.batch_size = 64
@@ -50,7 +50,7 @@ def base_vae_config() -> ConfigDict:
 
 
 def resolve_vae(config: ConfigDict | FrozenConfigDict) -> FrozenConfigDict:
-    """A checked copy.
+    """Return a checked copy.
 
     Raises:
         ConfigError: an unknown field or an impossible value.
@@ -75,7 +75,7 @@ def resolve_vae(config: ConfigDict | FrozenConfigDict) -> FrozenConfigDict:
 
 
 def autoencoder_config(config: ConfigDict | FrozenConfigDict) -> AutoencoderConfig:
-    """The architecture."""
+    """Return the architecture."""
     fields = config.model.to_dict()
     return AutoencoderConfig(**fields, out_channels=fields["in_channels"])
 
