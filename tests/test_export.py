@@ -80,6 +80,7 @@ def export(workdir, path, *arguments, steps=("--steps=4",)):
     return path
 
 
+@pytest.mark.slow
 def test_any_batch(workdir, tmp_path, capsys, jax_alone):
     file = export(workdir, tmp_path / "sampler.bin", "--guidance_scale=2")
     assert "export.deserialize" in capsys.readouterr().out
@@ -89,6 +90,7 @@ def test_any_batch(workdir, tmp_path, capsys, jax_alone):
         assert relative_error(run_elsewhere(jax_alone, tmp_path, file, count, scale), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_an_adaptive_solver(workdir, tmp_path, jax_alone):
     """The program runs without diffrax."""
     solver = ["--solver=tsit5", "--rtol=1e-3", "--atol=1e-3", "--platforms=cpu,tpu"]

@@ -188,6 +188,7 @@ def test_smaller_settings_recompute_as_little_as_they_can():
     assert full == pytest.approx(4 / 3 * plain, rel=0.02)  # the blocks are repeated
 
 
+@pytest.mark.slow
 def test_compiled_operations_agree_with_the_analytic_count():
     """The operations of the compiled products are within 3 % of the analytic count, for every remat policy."""
     config = base_config()
@@ -311,6 +312,7 @@ def test_the_command_on_virtual_devices():
     assert report["sampler"]["sent"] == 0
 
 
+@pytest.mark.slow
 def test_a_flow_maps_config_is_compiled_with_its_own_solver(monkeypatch, capsys):
     """The sampler of configs/digits_flow_map.py is one evaluation, and its step the one with the forward derivative."""
     monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices: None)
@@ -327,6 +329,7 @@ def test_a_flow_maps_config_is_compiled_with_its_own_solver(monkeypatch, capsys)
     assert 1.1 < step["compiled_flops"] / step["flops"] < 1.3  # half of the batch has a forward derivative
 
 
+@pytest.mark.slow
 def test_refusals():
     config = f"--config={ROOT / 'configs/digits.py'}"
     cases = [

@@ -112,6 +112,7 @@ def test_variants_keep_their_config(tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_converted_workdir(tmp_path, capsys):
     """Training continues from the weights and the step of the file, with the given config."""
     from mpdit_jax.interop.native_files import save_native
@@ -151,6 +152,7 @@ def latents_run(path, fingerprint):
     return workdir, space
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["safetensors", pytest.param("pt", marks=pytest.mark.parity)])
 @pytest.mark.usefixtures("no_sums")
 def test_what_decoding_needs_travels_with_a_model(tmp_path, tiny_vae, tiny_parameters, ending):
@@ -164,6 +166,7 @@ def test_what_decoding_needs_travels_with_a_model(tmp_path, tiny_vae, tiny_param
     assert np.array_equal(*decoded)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_sums")
 def test_latents_of_published_weights_are_normalized_as_in_the_paper(tmp_path, capsys, tiny_parameters):
     """The command says so, and any VAE with four channels decodes them. Training continues on latents of that scale."""
@@ -199,6 +202,7 @@ def test_nothing_is_assumed_of_other_latents(tmp_path, capsys):
         make_decode(str(tmp_path / "run"), "some/vae")
 
 
+@pytest.mark.slow
 def test_a_model_without_a_null_class_stays_one(tmp_path):
     """Its run has no label dropout, and a config with label dropout is refused."""
     from mpdit_jax.convert.checksum import checksum

@@ -221,6 +221,7 @@ def config_of(store, steps=2):
     return config
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_sampling_needs_and_refuses_another_vae(store, tmp_path):
     from mpdit_jax.sample.decoding import make_decode
     from mpdit_jax.train.loop import train

@@ -269,6 +269,7 @@ def test_an_interrupted_pass_continues_at_its_next_block(files, tmp_path, extrac
     np.testing.assert_array_equal(again.features, extractor(np.asarray(images.images))["pool"])
 
 
+@pytest.mark.slow
 def test_a_run_is_drawn_and_compared_for_several_settings_in_one_go(tmp_path, classifier_file, capsys):
     workdir = make_workdir(tmp_path / "run")
     arguments = [

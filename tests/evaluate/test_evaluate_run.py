@@ -117,6 +117,7 @@ def test_a_limited_number_of_a_runs_own_images_is_read(workdir, monkeypatch):
     assert images.about["of"] == 898
 
 
+@pytest.mark.slow
 def test_a_run_on_latents_is_decoded_by_its_vae(tmp_path, capsys, monkeypatch, tiny_inception):
     as_inception(monkeypatch, tiny_inception)
     vae = make_vae(tmp_path / "vae", seed=0)

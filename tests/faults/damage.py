@@ -6,7 +6,7 @@ import os
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-MUTATIONS = int(os.environ.get("MPDIT_JAX_MUTATIONS", "1200"))
+MUTATIONS = int(os.environ.get("MPDIT_JAX_MUTATIONS", "800"))
 
 
 def bulk(count):

@@ -25,7 +25,7 @@ from tests.faults.configs import TINY, mutated
 from tests.faults.damage import MUTATIONS, REAL, TUPLE, WHOLE, WORD, bulk
 from tests.tiny import ROOT
 
-RUNS = int(os.environ.get("MPDIT_JAX_RUNS", "4"))
+RUNS = int(os.environ.get("MPDIT_JAX_RUNS", "3"))
 VALUE = st.one_of(WHOLE, REAL, WORD, TUPLE, st.booleans(), st.none(), st.just({}), st.just([1]))
 FIELD = st.sampled_from([*defaults(), "model.hiden_size", "unknown", "optimizer"])
 # Values of the field's own type: with others, hardly a config would pass the checks of types.
@@ -101,6 +101,7 @@ def try_config(changes):
     return True
 
 
+@pytest.mark.slow
 def test_configs_are_traced_or_refused():
     outcome = {True: 0, False: 0}
 

@@ -235,6 +235,7 @@ def test_manifests(tmp_path):
     survives(path, path.read_bytes(), lambda path: LatentStore(folder), DataError)
 
 
+@pytest.mark.slow
 def test_files_of_a_workdir(finished, tmp_path):
     """A damaged config.json or data.json is read, or refused by a CheckpointError."""
     for name in ("config.json", "data.json"):

@@ -82,6 +82,7 @@ def with_skips(tmp_path_factory):
     return workdir, done.stdout
 
 
+@pytest.mark.slow
 def test_a_bad_batch_is_left_out_and_named(with_skips):
     workdir, stdout = with_skips
     assert "was not finite or spiked: step 5 (batch 4), 6 (batch 5); see why with --replay_step=5" in stdout
@@ -90,6 +91,7 @@ def test_a_bad_batch_is_left_out_and_named(with_skips):
     assert all(np.isfinite(line["loss"]) for line in lines)
 
 
+@pytest.mark.slow
 def test_replay_says_what_is_wrong(with_skips, bad_data, capsys):
     """The replay of step 5 starts from the checkpoint of step 4 and writes nothing."""
     workdir, _ = with_skips
@@ -117,6 +119,7 @@ def test_replay_of_a_sound_step(with_skips, bad_data, capsys):
     assert 0 < loss < 10
 
 
+@pytest.mark.slow
 def test_replay_of_norms_that_overflow(tmp_path, capsys):
     """The replay names norms that overflow although every entry of the update is finite."""
     more = ["--config.optimizer.learning_rate=1e30", "--config.guard.abort_after=100", "--config.guard.spike_factor=0"]
@@ -130,6 +133,7 @@ def test_replay_of_norms_that_overflow(tmp_path, capsys):
     assert stdout.endswith("step 1 (batch 0) ends the run\n")
 
 
+@pytest.mark.slow
 def test_replay_takes_the_batch_in_the_parts_that_the_run_takes(with_skips, bad_data, capsys):
     """The replay accumulates gradients as the run does, as a whole batch may not fit into memory."""
     parts = "--config.gradient_accumulation=4"
@@ -167,6 +171,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path, bad_data, capsys):
     assert list_steps(workdir)[-1] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped_by", ["a signal", "data"])
 def test_stopping_among_steps_that_are_left_out_keeps_the_good_checkpoint(tmp_path, bad_data, monkeypatch, stopped_by):
     """The cause may be in the parameters, so the last good checkpoint is kept too, although keep=1."""

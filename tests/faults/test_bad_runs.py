@@ -18,7 +18,7 @@ from mpdit_jax.train.loop import train
 from tests.faults.configs import mutated
 from tests.faults.damage import bulk
 
-RUNS = int(os.environ.get("MPDIT_JAX_RUNS", "12"))
+RUNS = int(os.environ.get("MPDIT_JAX_RUNS", "9"))
 GROUPS = ("sample", "eval", "checkpoint", "log", "profile", "data", "mesh", "guard")
 FIELDS = [field for field in defaults() if field.partition(".")[0] in GROUPS]
 # Grids, evaluations and checkpoints are all on, and small.

@@ -63,6 +63,7 @@ def test_a_classifier(tmp_path):
     survives(path, path.read_bytes(), load_classifier, WeightsError, count=FEW)
 
 
+@pytest.mark.slow
 def test_a_vae(tmp_path):
     folder = make_vae(tmp_path / "vae", seed=0)
     errors = (ConfigError, WeightsError)

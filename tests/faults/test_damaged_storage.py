@@ -227,6 +227,7 @@ def test_a_flipped_bit_is_never_loaded(finished, tmp_path):
     assert_same_bits(expected, restore(copy)[1])
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_one_before(finished, tmp_path):
     """One sentence tells of the damage, and the run ends in the bits of a run without damage."""
     copy, newest = copy_of(finished, tmp_path)

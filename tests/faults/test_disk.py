@@ -56,6 +56,7 @@ def at_step_ten(fork_server, workdir, saved_every):
     return child
 
 
+@pytest.mark.slow
 def test_disk_full(fork_server, small_disk, tmp_path):
     """The run ends with a sentence and undamaged checkpoints, and with more room continues to the same bits."""
     place, remount = small_disk
@@ -72,6 +73,7 @@ def test_disk_full(fork_server, small_disk, tmp_path):
     assert (tmp_path / "other" / "metrics.jsonl").read_bytes() == (place / "run" / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow(fork_server, tmp_path):
     """A limit on the size of files, as a quota sets it, ends the run at its first checkpoint with a sentence."""
     limited = ["--config.model.hidden_size=64"]
@@ -112,6 +114,7 @@ def test_read_only_directory(fork_server, small_disk):
     assert before == sorted(path for path in place.rglob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replaced", [False, True])
 def test_workdir_deleted_during_the_run(fork_server, tmp_path, replaced):
     """The run ends at its next line of the log, and writes nothing into a folder of the same name."""
@@ -128,6 +131,7 @@ def test_workdir_deleted_during_the_run(fork_server, tmp_path, replaced):
     assert [path.name for path in workdir.glob("*")] == (["notes.txt"] if replaced else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replaced", [False, True])
 def test_workdir_deleted_with_all_that_is_in_it(fork_server, tmp_path, replaced):
     """A save in progress may make its own folders again; nothing else is written."""
@@ -165,6 +169,7 @@ def test_what_takes_the_workdirs_place_gets_nothing_of_the_old_run(tmp_path, mon
     assert not list(workdir.iterdir())
 
 
+@pytest.mark.slow
 def test_the_owner_of_a_lock_is_named(fork_server, tmp_path):
     """The second run names the first; a killed first run leaves no lock that has to be removed."""
     workdir, long = tmp_path / "run", ["--config.steps=100000", "--config.log.every=10"]

@@ -44,6 +44,7 @@ def kill_and_finish(fork_server, command, arguments, progress, total):
     return fork_server.run(command, arguments)
 
 
+@pytest.mark.slow
 def test_sample(fork_server, tmp_path):
     workdir = make_workdir(tmp_path / "run")
     arguments = [f"--workdir={workdir}", "--steps=8", "--batch_size=2", "--num_samples=800"]
@@ -61,6 +62,7 @@ def test_sample(fork_server, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.npz", "run", "undisturbed.npz"]
 
 
+@pytest.mark.slow
 def test_prepare(fork_server, tmp_path):
     folder, draw = tmp_path / "images", np.random.default_rng(0)
     for name in ("one", "two"):
@@ -96,6 +98,7 @@ def leave_litter(folder):
         (folder / f".{name}.k1ll3d_0.tmp").write_text("half")
 
 
+@pytest.mark.slow
 def test_evaluate_a_run(fork_server, classifier, tmp_path):
     """Finished settings are not drawn again, nor finished blocks of an unfinished setting."""
     workdir, found = make_workdir(tmp_path / "run"), tmp_path / "found"

@@ -209,6 +209,7 @@ def test_another_run_on_the_same_port_does_no_harm(tmp_path):
     assert [process.returncode for process in both] == [0, 0], outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["an error", "a bug"])
 def test_an_error_of_one_ends_all(fault):
     """The process ends with its error without waiting, and JAX ends the process that waits for it."""

@@ -61,6 +61,7 @@ def test_before_the_first_step(fork_server, tmp_path):
     assert list_steps(tmp_path / "run") in ([], [1], [2])  # as a rule the signal comes before the first step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_vae_before_its_first_step(fork_server, tmp_path, number):
     """SIGTERM ends it at once; Ctrl-C ends it before its first step or after it."""
@@ -82,6 +83,7 @@ def test_a_vae_before_its_first_step(fork_server, tmp_path, number):
         assert "with nothing trained yet" in child.text() or "SIGTERM: no step was done since" in child.text()
 
 
+@pytest.mark.slow
 def test_saved_within_the_grace_period(fork_server, tmp_path):
     workdir = tmp_path / "run"
     child = fork_server.start("train", train_arguments(workdir, *LONG, "--config.checkpoint.grace=60"))
@@ -94,6 +96,7 @@ def test_saved_within_the_grace_period(fork_server, tmp_path):
     assert f"stopped at step {step} of 100000, saved; continue with:" in child.text()
 
 
+@pytest.mark.slow
 def test_another_status_for_schedulers_to_whom_0_is_the_end(tmp_path):
     """MPDIT_JAX_STOPPED_STATUS=75 replaces status 0, after which Kubernetes would not start the run again."""
     process = start("train", train_arguments(tmp_path / "run", *LONG), extra={"MPDIT_JAX_STOPPED_STATUS": "75"})
@@ -113,6 +116,7 @@ def test_a_status_that_is_none(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_whoever_reads_the_output_goes_away(tmp_path):
     """A broken pipe, as of a lost connection, stops the run: it is saved, and prints nothing about it."""
     workdir = tmp_path / "run"
@@ -143,6 +147,7 @@ threading.Thread(target=fill, daemon=True).start()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [(1,), (1, 2)])
 def test_a_disk_that_takes_no_more_of_the_output(tmp_path, streams):
     """A full disk under the output stops the run: it is saved in its workdir on another disk."""
@@ -165,6 +170,7 @@ def read_until(terminal, mark):
         said += os.read(terminal, 1024)
 
 
+@pytest.mark.slow
 def test_the_terminal_is_closed(tmp_path):
     """SIGHUP and failing prints, as when a laptop is shut, stop the run: it is saved."""
     workdir = tmp_path / "run"
@@ -182,6 +188,7 @@ def test_the_terminal_is_closed(tmp_path):
     assert 0 < step < 100_000
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_on_whoever_ignores_it(tmp_path):
     """Under nohup without a file for the output, the first failing print stops the run: it is saved."""
     workdir = tmp_path / "run"
@@ -198,6 +205,7 @@ def test_a_terminal_that_is_closed_on_whoever_ignores_it(tmp_path):
     assert list_steps(workdir)
 
 
+@pytest.mark.slow
 def test_a_grace_period_that_is_too_short(fork_server, tmp_path):
     """The run ends in time and says so, and the older checkpoint is unchanged."""
     workdir = tmp_path / "run"
@@ -211,6 +219,7 @@ def test_a_grace_period_that_is_too_short(fork_server, tmp_path):
     assert_same_bits(before, saved_arrays(workdir, 4))
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(fork_server, tmp_path):
     """The second signal may come during the last save; the run continues from the checkpoint before it."""
     workdir = tmp_path / "run"
@@ -245,6 +254,7 @@ ocp.PyTreeCheckpointHandler.finalize = slow
 """
 
 
+@pytest.mark.slow
 def test_a_second_signal_in_the_middle_of_a_save(fork_server, tmp_path):
     workdir = tmp_path / "run"
     fork_server.run("train", train_arguments(workdir, "--config.steps=4"))

@@ -50,6 +50,7 @@ def broken(state):
     return state._replace(parameters=jax.tree.map(lambda leaf: leaf * jnp.nan, state.parameters))
 
 
+@pytest.mark.slow
 def test_broken_parameters_are_not_saved(arguments, tmp_path, monkeypatch):
     disturb(monkeypatch, 3, broken)
     with pytest.raises(DivergedError, match="the loss or the parameters of step 3 are not finite"):
@@ -57,6 +58,7 @@ def test_broken_parameters_are_not_saved(arguments, tmp_path, monkeypatch):
     assert list_steps(tmp_path / "run") == [1, 2]
 
 
+@pytest.mark.slow
 def test_broken_parameters_are_not_saved_when_asked_to_stop(arguments, tmp_path, monkeypatch):
     def stopped(state):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -69,6 +71,7 @@ def test_broken_parameters_are_not_saved_when_asked_to_stop(arguments, tmp_path,
     assert list_steps(tmp_path / "run") == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [["--config.checkpoint.every=3"], []], ids=["at a checkpoint", "at the end"])
 def test_a_folder_in_its_place_is_left_alone(arguments, tmp_path, monkeypatch, more):
     def replaced(state):

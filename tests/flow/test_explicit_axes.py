@@ -111,6 +111,7 @@ def errors():
     return {case: error for line in done.stdout.splitlines() for case, error in json.loads(line).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_on_eight_devices(errors, case):
     assert errors[case] == ""

@@ -175,6 +175,7 @@ def test_renoising_reaches_the_spread_of_t():
     np.testing.assert_allclose(noise_std**2 + (signal * np.array([0.0, 0.3])) ** 2, 0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", LEVELS)
 def test_the_sampler_makes_the_jumps_of_the_model(levels):
     model = tiny_model(**LEVELS[levels])
@@ -230,6 +231,7 @@ def guided_model():
     return tiny_model(**LEVELS[2], flow_map=True, guidance_max=4.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [2.5, [1.0, 2.0, 4.0]])
 def test_the_guidance_scale_is_an_input_and_needs_one_pass(scale, recwarn):
     """The sampler's jumps and velocities are single calls of the model, with the scale as its argument."""

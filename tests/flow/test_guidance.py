@@ -111,6 +111,7 @@ def test_autoguidance_by_the_model_itself_is_classifier_free_guidance():
     assert relative_error(found, sampler(model, labels, KEY)) < 1e-5
 
 
+@pytest.mark.slow
 def test_parts_and_the_plain_call_agree():
     """A model with the call signature alone and the same model with separate parts draw the same latents."""
     model = tiny_model()

@@ -24,6 +24,7 @@ def model():
     return merge(structure, {k: v + 0.05 * jax.random.normal(keys[k], v.shape) for k, v in parameters.items()})
 
 
+@pytest.mark.slow
 def test_steps_counts_evaluations(model):
     """`steps=4` agrees with four Euler updates in a loop."""
     z = jax.random.normal(jax.random.key(3), (2, 8, 4, 4))

@@ -21,6 +21,7 @@ def model():
     return tiny_model()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["euler", "euler_maruyama"])
 def test_an_image_does_not_depend_on_its_batch(model, solver):
     sampler = mp.make_sampler(solver, steps=5, guidance_scale=2.0)
@@ -50,6 +51,7 @@ def test_a_key_of_another_implementation_gives_noise_that_depends_on_the_image_a
     assert np.array_equal(sampler(model, LABELS, jax.random.PRNGKey(7)), sampler(model, LABELS, KEY))
 
 
+@pytest.mark.slow
 def test_images_are_the_same_in_x64_mode():
     sampler, adaptive = mp.make_sampler("euler_maruyama", steps=4), mp.make_sampler("tsit5", rtol=1e-2, atol=1e-2)
     expected = sampler(GaussianModel(), [0, 1, 2], KEY)
@@ -73,6 +75,7 @@ def test_indices_are_numbers_of_images(model):
     sampler(model, LABELS, KEY, indices=np.arange(8) + 2**32 - 9)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_an_image_depends_on_its_batch_by_no_more_than_docs_say():
     model = tiny_model(hidden_size=128, num_heads=4, depths=(3, 2))
     sampler = mp.make_sampler(steps=50, guidance_scale=2.0, precision="bfloat16")
@@ -84,6 +87,7 @@ def test_in_bfloat16_an_image_depends_on_its_batch_by_no_more_than_docs_say():
     assert found < 2**-8, found
 
 
+@pytest.mark.slow
 def test_an_adaptive_image_does_not_depend_on_its_batch(model):
     sampler = mp.make_sampler("tsit5", guidance_scale=2.0, rtol=1e-4, atol=1e-4)
     whole = sampler(model, LABELS, KEY)
@@ -139,6 +143,7 @@ def test_shapes_of_traced_labels_are_checked(model, labels, sentence):
         jax.eval_shape(lambda labels: mp.make_sampler(steps=3)(model, labels, KEY), labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [
     {"solver": "euler", "guidance_interval": (0.2, 0.8)},
     {"solver": "dpmpp_2m"},

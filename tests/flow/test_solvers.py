@@ -96,6 +96,7 @@ def test_an_odd_count_keeps_second_order(float64):
         assert np.log2(coarse / fine) == pytest.approx(2, abs=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dopri5", "tsit5"])
 def test_adaptive_solvers_meet_their_tolerance(float64, method):
     loose, tight = (error(Adaptive(method, rtol=tol, atol=tol), UniformGrid(), 1) for tol in (1e-4, 1e-8))
@@ -103,6 +104,7 @@ def test_adaptive_solvers_meet_their_tolerance(float64, method):
     assert tight < loose < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dopri5", "tsit5"])
 def test_order_of_adaptive_solvers(float64, monkeypatch, method):
     """With constant step sizes. The ODE is faster than `growth`, so that the error is far above rounding."""
@@ -140,6 +142,7 @@ def test_adaptive_evaluations_are_counted(method):
     assert len(seen) == int(solution.evaluations.max()) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [*FIXED, "dopri5", "tsit5"])
 def test_gaussian_data_are_recovered(solver):
     """With the exact velocity of Gaussian data, samples have the data's mean and covariance."""
@@ -151,6 +154,7 @@ def test_gaussian_data_are_recovered(solver):
     assert np.abs(np.cov(z.T) - COVARIANCE).max() < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diffusion", DIFFUSIONS)
 def test_every_diffusion_keeps_the_density(diffusion):
     sampler = mp.make_sampler("euler_maruyama", steps=400, diffusion=diffusion, start=0.99, end=0.01)
@@ -159,6 +163,7 @@ def test_every_diffusion_keeps_the_density(diffusion):
     assert np.abs(np.cov(z.T) - COVARIANCE).max() < 0.08
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diffusion", ["SBDM", "sigma"])
 def test_golden_euler_maruyama(golden, diffusion):
     model, increments = mp.load_torch(golden.group("state/"), num_heads=4), golden.images("em_noise")
@@ -198,6 +203,7 @@ def test_time_grids():
     assert np.allclose(ShiftedGrid(1.0).times(5), UniformGrid().times(5))
 
 
+@pytest.mark.slow
 def test_the_path_runs_from_the_noise_to_the_latents():
     model = tiny_model(flow_map=True)
     noise = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))

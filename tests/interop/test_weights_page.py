@@ -16,6 +16,7 @@ from tests.vae.conftest import TINY, random_parameters
 PAGE = (ROOT / "docs/weights.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_sit_becomes_pictures(monkeypatch, tmp_path):
     """Run the page's code on a small SiT and a small VAE, with other labels and steps."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -29,6 +29,7 @@ def inputs(model, batch=3):
     return x, jnp.linspace(0.1, 0.9, batch), jnp.arange(batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [
     {"patch_sizes": (4, 2), "depths": (2, 1)},
     {"patch_sizes": (4, 2, 1), "depths": (1, 1, 1)},

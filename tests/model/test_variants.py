@@ -66,6 +66,7 @@ def test_parameters_are_counted_and_laid_out(name):
         assert ("fsdp" in spec) == (path.endswith(".kernel") or path == "class_embedding.table"), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_gradients_reach_every_parameter(name):
     """All weights are random, because gradients do not pass through weights that are zero."""
@@ -118,6 +119,7 @@ def unrolled(body, carry, stacked):
     return carry, None
 
 
+@pytest.mark.slow
 def test_the_scaled_fno_is_the_same_size_at_every_width():
     """From width 16 to 128, the paper's output and gradient grow more than tenfold."""
     sizes = {

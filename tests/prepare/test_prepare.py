@@ -212,6 +212,7 @@ def shards(out):
     return {path.name: path.stat().st_mtime_ns for path in sorted(out.glob("shard-*"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repaired", [False, True])
 def test_a_refused_store_continues_without_the_removed_images(broken, vae_folder, tmp_path, repaired):
     out = tmp_path / "out"

@@ -59,6 +59,7 @@ def distance(out, *arguments):
     return row["metrics"]["FD(classifier)"]
 
 
+@pytest.mark.slow
 def test_a_store_of_latents_is_decoded_by_its_vae(stores, features, samples, vae_folder, other_vae, tmp_path):
     store = LatentStore(stores / "latents")
     decoded = np.asarray(load_vae(vae_folder).decode(store.moments(np.arange(12))[0][:, 0].astype(np.float32)))
@@ -113,6 +114,7 @@ def evaluated(workdir):
     return line["eval/FD(classifier)/guidance_1"]
 
 
+@pytest.mark.slow
 def test_a_run_on_latents_is_evaluated_on_its_way(stores, features, vae_folder, tmp_path, monkeypatch):
     """The reference is the run's own data, or a store given by name, which holds the same images here."""
     store, workdir, asked = stores / "latents", tmp_path / "run", []
@@ -140,6 +142,7 @@ def test_a_reference_of_another_vae_is_refused_before_the_training(stores, featu
         Evaluator(config, tmp_path, source, None, load_vae(vae_folder).decode, lambda: False)
 
 
+@pytest.mark.slow
 def test_a_store_that_was_prepared_again_is_another_set(stores, features, vae_folder, tmp_path):
     """The digests in its manifest tell it from a store of the same VAE, labels and sizes."""
     again, known = shutil.copytree(stores / "latents", tmp_path / "again"), []
@@ -156,6 +159,7 @@ def test_a_store_that_was_prepared_again_is_another_set(stores, features, vae_fo
     assert not set(known[0]) & set(known[1])
 
 
+@pytest.mark.slow
 def test_the_default_reference_of_a_run_is_what_it_was_trained_on(stores, features, vae_folder, tmp_path):
     """A store's part that `data.max_examples` and `data.class_balance` choose is the reference, as with images."""
     workdir, config = tmp_path / "run", config_of(stores / "latents", 2, features[1], vae=vae_folder)
@@ -178,6 +182,7 @@ def test_the_vaes_precision_and_tiles_are_part_of_what_a_set_is(stores, vae_fold
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_on_pixels_is_evaluated_and_drawn_without_a_vae(stores, features, tmp_path):
     workdir = tmp_path / "run"
     train(config_of(stores / "pixels", 3, features[3]), workdir)

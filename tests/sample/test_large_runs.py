@@ -96,6 +96,7 @@ def test_processes_with_other_weights_do_not_draw_together(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_is_continued(workdir, tmp_path, signal_number):
     arguments = ["-m", "mpdit_jax.sample", f"--workdir={workdir}", "--steps=60", "--batch_size=4", "--num_samples=400"]
@@ -153,6 +154,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_many_devices_draw_the_same(workdir, tmp_path):
     process = start("-c", MANY_DEVICES, workdir, tmp_path / "four.npz", devices=4)
     text, _ = process.communicate()

@@ -392,6 +392,7 @@ def test_a_run_without_label_dropout_is_not_guided(tmp_path, capsys):
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_generate_decodes_what_a_run_was_trained_on(tmp_path):
     """A store's pixels need no VAE, and latents need the VAE that data.json names."""
     workdir = make_workdir(tmp_path / "run", in_channels=3)

@@ -32,6 +32,7 @@ def test_help_says_how(capsys):
         assert part in text
 
 
+@pytest.mark.slow
 def test_training_draws_grids(workdir):
     for step in (4, 8):
         assert Image.open(workdir / "samples" / f"{step:08d}.png").size == (8 * 42 + 2, 10 * 42 + 2)
@@ -95,6 +96,7 @@ def test_wrong_arguments(workdir, tmp_path, monkeypatch, capsys, arguments, sent
     assert not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.slow
 def test_empty_workdir(tmp_path):
     status, _, stderr = run("sample", [f"--workdir={tmp_path}", "--out=x.png"])
     assert status == 1
@@ -129,6 +131,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_checkpoint_without_config_is_not_adopted(workdir, tmp_path):
     import shutil
 

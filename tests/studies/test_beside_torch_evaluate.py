@@ -26,6 +26,7 @@ print(before, peak_memory())
 """
 
 
+@pytest.mark.slow
 def test_no_more_than_blocks_of_the_distances_are_in_memory():
     """The measurement runs in a process of its own, so that its peak memory is that of precision and recall alone."""
     told = subprocess.run([sys.executable, "-c", _GROWTH], env=environment(), stdout=subprocess.PIPE, check=True)

@@ -17,6 +17,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_reports_rates_and_memory(folder, capsys):
     arguments = ["vae", f"--vae={folder}", "--image_size=32", "--batch_size=2", "--repeats=2", "--format=json"]
     assert benchmark.main(arguments) == 0
@@ -32,6 +33,7 @@ def test_reports_rates_and_memory(folder, capsys):
         assert max(report["relative_difference"].values()) < 1e-3
 
 
+@pytest.mark.slow
 def test_prints_a_table(folder, capsys):
     assert benchmark.main(["vae", f"--vae={folder}", "--image_size=16", "--repeats=1"]) == 0
     output = capsys.readouterr().out

@@ -60,6 +60,7 @@ def test_models_of_one_size_and_one_budget():
         token_budget.main(["--budget=0"])
 
 
+@pytest.mark.slow
 def test_a_short_run_is_measured():
     """A run of twenty steps records the means of ten steps each."""
     found = fno_width._measure_training({"init": "scaled", "width": 8, "steps": 20, "seed": 0})
@@ -78,6 +79,7 @@ def reckless():
     return Trainer(config)
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_an_error(reckless):
     with pytest.raises(DivergedError, match="in 10 steps with seed 5, an update made of finite gradients was not"):
         list(reckless.states(5))
@@ -169,6 +171,7 @@ def test_every_part_of_the_flow_map_study_has_models_that_differ(part):
     )
 
 
+@pytest.mark.slow
 def test_flow_maps_are_trained_from_stored_flow_models_and_measured(tmp_path, monkeypatch):
     """A map that takes the guidance scale starts from the flow model; an interrupted study trains neither again."""
     zoo = Zoo(tmp_path, "")

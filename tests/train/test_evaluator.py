@@ -59,6 +59,7 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_evaluations_have_lines_of_their_own_and_curves(undisturbed):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -459,6 +460,7 @@ def test_too_few_samples_are_warned_of():
     assert "the reference's 150 images are fewer than the 200 features of inception: FID comes out too high" in said
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_what_is_evaluated(undisturbed, tmp_path, monkeypatch):
     """This holds after a step and for an evaluation that is repeated at a start."""
     seen, evaluate = [], evaluator.Evaluator.__call__

@@ -98,6 +98,7 @@ def test_the_loss_is_the_equation(p, guidance):
     np.testing.assert_allclose(metrics["time_derivative"], rms.mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_gradient_passes_through_the_target():
     """The gradient at p = 0 is that of squared errors against a fixed target."""
     x, noise = np.random.default_rng(0).standard_normal((2, 4, 8, 8, 1)).astype(np.float32)
@@ -144,6 +145,7 @@ def test_half_of_the_batch_jumps_and_the_rest_is_the_flow_models():
     assert mapped.w is None
 
 
+@pytest.mark.slow
 def test_guidance_scales_are_drawn_and_their_embedding_is_trained():
     """Scales are uniform in log w, everything else is drawn as without them, and the new weights leave zero."""
     config = map_config(guidance_max=4.0)
@@ -163,6 +165,7 @@ def test_guidance_scales_are_drawn_and_their_embedding_is_trained():
     assert window_means(jax.device_get(state.window))["jump_error"] > 0
 
 
+@pytest.mark.slow
 def test_accumulation_keeps_pairs_together():
     def trained(parts):
         config = map_config(eps=1e-4)
@@ -254,6 +257,7 @@ def flow_run(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_flow_model_goes_on_as_a_map_and_back(flow_run, tmp_path, capsys):
     workdir = tmp_path / "map"
     start = [f"--config.init_from={flow_run}", *MAP]
@@ -267,6 +271,7 @@ def test_a_flow_model_goes_on_as_a_map_and_back(flow_run, tmp_path, capsys):
     assert not load_checkpoint(back).config.flow_map
 
 
+@pytest.mark.slow
 def test_a_flow_model_starts_a_map_that_takes_the_guidance_scale(flow_run):
     """The embedding of the scale, which the flow model lacks, starts at zero; any other missing name is refused."""
     flow = load_checkpoint(flow_run)
@@ -285,6 +290,7 @@ def test_a_flow_model_starts_a_map_that_takes_the_guidance_scale(flow_run):
         initialize_from(more, str(flow_run), config)
 
 
+@pytest.mark.slow
 def test_a_map_resumes_to_the_same_bits_and_logs_its_errors(flow_run, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     arguments = [f"--config.init_from={flow_run}", *MAP, "--config.log.every=2"]
@@ -320,6 +326,7 @@ def test_bad_configs(tmp_path, arguments, sentence):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_other_classes_have_new_embeddings_and_the_rest_is_taken(flow_run, capsys):
     source = load_checkpoint(flow_run)
     model = dataclasses.replace(source.config, num_classes=4)
@@ -335,6 +342,7 @@ def test_other_classes_have_new_embeddings_and_the_rest_is_taken(flow_run, capsy
     assert "has 10 classes, and this run 4: their embeddings start anew" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_weights_of_another_model_are_refused(flow_run, tmp_path):
     with pytest.raises(ConfigError, match=r"has another model than config.model: .* there and .* here"):
         main(train_arguments(tmp_path / "run", f"--config.init_from={flow_run}", *MAP, "--config.model.hidden_size=32"))

@@ -18,6 +18,7 @@ def tiny_config(workdir, *more):
     return parse_with_config(parser, train_arguments(workdir, *more))[1]
 
 
+@pytest.mark.slow
 def test_the_last_good_checkpoint_outlives_a_run_that_breaks(tmp_path, monkeypatch):
     """From the sixth batch on the data are not finite: steps 6 to 8 are skipped, and step 4 is kept."""
     workdir, batches = tmp_path / "run", loop.batches
@@ -34,6 +35,7 @@ def test_the_last_good_checkpoint_outlives_a_run_that_breaks(tmp_path, monkeypat
     assert all(np.isfinite(array).all() for array in saved_arrays(workdir, 4).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seen_at", "fields"), [
     (2, ["--config.steps=3", "--config.checkpoint.every=1", "--config.log.every=5"]),  # the checkpoint
     (2, ["--config.steps=2", "--config.checkpoint.every=1", "--config.log.every=1"]),  # the last step
@@ -54,6 +56,7 @@ def test_an_update_that_overflows_is_never_saved(tmp_path, seen_at, fields):
     assert max(np.abs(array).max() for array in saved_arrays(workdir, 1).values()) < 1e3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log_every", [20, 6])  # the run of steps 5 to 7 is seen in one window, or cut by its end
 def test_skips_in_a_row_count_though_later_steps_are_good(tmp_path, monkeypatch, log_every):
     """Steps skipped between two lines of the log end the run at the next line."""
@@ -90,6 +93,7 @@ def test_a_grid_has_no_class_without_examples():
     assert grid.grid_classes(source, 5).tolist() == [1, 3]
 
 
+@pytest.mark.slow
 def test_a_batch_that_was_not_placed_is_refused(tmp_path, monkeypatch):
     """jax.transfer_guard is on around the step, so that arrays on the host are not copied to the devices unnoticed."""
     monkeypatch.setattr(loop, "place_batch", lambda batch, *_: dict(batch))

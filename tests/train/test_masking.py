@@ -86,6 +86,7 @@ def config_of(**changes):
     return config
 
 
+@pytest.mark.slow
 def test_a_masked_step_is_repeatable_and_reaches_the_mask_token():
     config = resolve(config_of())
     mesh, optimizer = make_mesh(devices=jax.devices()[:1]), make_optimizer(config.optimizer)

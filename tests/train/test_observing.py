@@ -42,6 +42,7 @@ def told(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_the_time_of_a_step_is_told_apart(told):
     events = EventAccumulator(str(told / "tensorboard")).Reload()
     curves = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
@@ -87,6 +88,7 @@ def test_weights_and_biases_not_installed_is_one_sentence(monkeypatch):
         check_wandb("mine")
 
 
+@pytest.mark.slow
 def test_weights_and_biases_without_a_login_is_one_sentence(tmp_path):
     nobody = {"HOME": str(tmp_path), "WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none")}
     arguments = train_arguments(tmp_path / "run", "--config.log.wandb_project=mine")
@@ -171,6 +173,7 @@ def test_only_a_device_that_is_done_waits_for_data():
         assert watch.lap()["seconds_data_wait"] == pytest.approx(waited, abs=0.1)
 
 
+@pytest.mark.slow
 def test_the_next_batch_is_waited_for_beside_the_step(tmp_path, monkeypatch):
     """Otherwise the time of a working device would count as waiting."""
     calls = []
@@ -206,6 +209,7 @@ def test_a_cpus_peak_counts_once_a_machine(monkeypatch):
     assert [peak_flops(mesh, "float32", machines) for machines in (1, 2)] == [10.0, 20.0]
 
 
+@pytest.mark.slow
 def test_a_continued_run_finds_its_programs_compiled_and_survives_their_damage(tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

@@ -123,6 +123,7 @@ def test_processes_with_other_data_are_told_apart(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "missing"), [(2, 1), (2, 0), (4, 2)])
 def test_a_process_that_never_joins(tmp_path, count, missing):
     port = free_port()
@@ -143,6 +144,7 @@ def test_a_process_that_never_joins(tmp_path, count, missing):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_with_other_configs_are_told_apart(tmp_path, count):
     port = free_port()

@@ -28,6 +28,7 @@ def undisturbed(tmp_path_factory):
     return workdir, stdout
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves_behind(undisturbed):
     workdir, stdout = undisturbed
     assert "levels.0.blocks.layers.mlp.inner.kernel" in stdout  # --parameter_table
@@ -61,6 +62,7 @@ def test_event_files_hold_scalars_and_config(undisturbed):
     )
 
 
+@pytest.mark.slow
 def test_continued_run_is_bitwise_equal(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     assert run("train", train_arguments(workdir, "--config.steps=4"))[0] == 0
@@ -71,6 +73,7 @@ def test_continued_run_is_bitwise_equal(undisturbed, tmp_path):
     assert_same_bits(saved_arrays(undisturbed[0], 8), saved_arrays(workdir, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_by_a_signal(tmp_path, number):
     """The step in hand is finished and saved, the status is 0, and the printed command continues to the same bits."""
@@ -100,6 +103,7 @@ def test_stopped_by_a_signal(tmp_path, number):
     assert (other / "metrics.jsonl").read_text() == (workdir / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_says_that_it_begins_again(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed[0], workdir, ignore=shutil.ignore_patterns("4", "8"))
@@ -113,6 +117,7 @@ def test_a_run_killed_before_its_first_checkpoint_says_that_it_begins_again(undi
     assert (workdir / "metrics.jsonl").read_text() == (undisturbed[0] / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_gone_keeps_its_record(undisturbed, tmp_path):
     """The log of lost checkpoints cannot be made again, so that it is renamed and not overwritten."""
     workdir = shutil.copytree(undisturbed[0], tmp_path / "run", ignore=shutil.ignore_patterns("4", "8"))
@@ -133,6 +138,7 @@ def test_checkpoints_on_a_disk_that_is_not_mounted(undisturbed, tmp_path):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_finished_run_says_so_and_changes_nothing(undisturbed):
     workdir, _ = undisturbed
     before = {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*") if path.is_file()}
@@ -177,6 +183,7 @@ def test_somebody_elses_data_are_not_overwritten(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["data.json"]
 
 
+@pytest.mark.slow
 def test_damaged_facts_of_the_data_are_written_anew_as_the_error_says(undisturbed, tmp_path):
     workdir = shutil.copytree(undisturbed[0], tmp_path / "run")
     whole = (workdir / "data.json").read_bytes()
@@ -188,6 +195,7 @@ def test_damaged_facts_of_the_data_are_written_anew_as_the_error_says(undisturbe
     assert (workdir / "data.json").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_folder_that_a_killed_conversion_left_is_cleared_or_left_alone(tmp_path):
     for name in (".model.safetensors.k1ll3d_0.tmp", ".config.json.k1ll3d_0.tmp"):
         (tmp_path / name).mkdir()
@@ -211,12 +219,14 @@ def test_another_model_is_refused_with_the_difference(undisturbed):
     assert list_steps(workdir) == [4, 8]
 
 
+@pytest.mark.slow
 def test_keeps_the_newest_and_every_nth(tmp_path):
     keep = ["--config.checkpoint.every=1", "--config.checkpoint.keep=2", "--config.checkpoint.keep_every=3"]
     assert run("train", train_arguments(tmp_path / "run", *keep))[0] == 0
     assert list_steps(tmp_path / "run") == [3, 6, 7, 8]
 
 
+@pytest.mark.slow
 def test_two_trainings_do_not_share_a_workdir(tmp_path):
     """The second is refused while the first runs, and the first goes on."""
     workdir, long = tmp_path / "run", ["--config.steps=3000", "--config.log.every=50", "--config.checkpoint.every=1000"]
@@ -234,6 +244,7 @@ def test_two_trainings_do_not_share_a_workdir(tmp_path):
     assert "saved; continue with" in stdout
 
 
+@pytest.mark.slow
 def test_a_diverged_state_is_never_saved(tmp_path):
     more = ["--config.optimizer.learning_rate=1e30", "--config.log.every=8", "--config.checkpoint.every=1"]
     more += ["--config.guard.abort_after=3"]
@@ -245,6 +256,7 @@ def test_a_diverged_state_is_never_saved(tmp_path):
     assert list_steps(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_a_config_without_checkpoints_binds_nothing(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()

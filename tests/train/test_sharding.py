@@ -23,6 +23,7 @@ def one_device(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "fsdp"), [(-1, 1), (1, 8), (4, 2)])
 def test_eight_devices_give_the_same_run(one_device, tmp_path, monkeypatch, data, fsdp):
     monkeypatch.setenv("JAX_LOG_COMPILES", "1")
@@ -37,6 +38,7 @@ def test_eight_devices_give_the_same_run(one_device, tmp_path, monkeypatch, data
     assert_near(saved_arrays(workdir, STEPS), saved_arrays(one_device, STEPS))
 
 
+@pytest.mark.slow
 def test_muon_in_parts_on_eight_devices_gives_the_run_of_one(tmp_path):
     """Muon multiplies whole matrices, of which each device holds a part, and clips by their common norm."""
     muon = [*LONG, "--config.steps=10", "--config.batch_size=16", "--config.optimizer.name=muon"]
@@ -50,6 +52,7 @@ def test_muon_in_parts_on_eight_devices_gives_the_run_of_one(tmp_path):
     assert_near(saved_arrays(apart, 10), saved_arrays(alone, 10))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_continues_on_one(one_device, tmp_path):
     workdir, mesh = tmp_path / "run", ["--config.mesh.data=2", "--config.mesh.fsdp=4"]
     assert run("train", train_arguments(workdir, *LONG, *mesh, "--config.steps=10"), devices=8)[0] == 0
@@ -59,6 +62,7 @@ def test_a_checkpoint_of_eight_devices_continues_on_one(one_device, tmp_path):
     assert_near(saved_arrays(workdir, STEPS), saved_arrays(one_device, STEPS))
 
 
+@pytest.mark.slow
 def test_eight_devices_draw_what_one_draws(one_device, tmp_path):
     """A checkpoint is loaded, and a grid drawn, on any number of devices."""
     found = {}
@@ -73,6 +77,7 @@ def test_eight_devices_draw_what_one_draws(one_device, tmp_path):
     assert found[1].std() > 10
 
 
+@pytest.mark.slow
 def test_fsdp_really_divides_the_state(tmp_path):
     """On 8 devices no device holds more than its share of the large arrays."""
     script = """
@@ -94,6 +99,7 @@ print(share / whole)
     assert 1 / 8 <= share < 0.35  # an eighth, and the small replicated arrays
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_state_on_eight_devices_is_updated_in_place(optimizer):
     """No device copies a buffer of the state, with clipping and accumulation (one device: tests/train/test_step.py)."""

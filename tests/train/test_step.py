@@ -60,6 +60,7 @@ def trained(steps, config, **options):
     return state
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_whole_batch():
     # eps as in tests/tiny.py: Adam must not divide rounding by rounding.
     whole, parts = (trained(20, small_config(eps=1e-4), accumulation=count) for count in (1, 4))
@@ -71,6 +72,7 @@ def test_accumulation_is_the_whole_batch():
     assert len([name for name in found if name.startswith("loss_t")]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
 def test_a_step_that_is_not_finite_changes_nothing(value):
     state, step, batch = prepare(small_config())
@@ -90,6 +92,7 @@ def test_a_step_that_is_not_finite_changes_nothing(value):
     assert state.window["skipped"] == 1
 
 
+@pytest.mark.slow
 def test_the_average_warms_up():
     """At step s the decay is (1 + s) / (10 + s), and 0.9 once that is larger; a skipped step averages nothing."""
     state, step, batch = prepare(small_config(), ema_warmup=True)
@@ -102,6 +105,7 @@ def test_the_average_warms_up():
         np.testing.assert_allclose(state.ema_parameters[name], expected, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup", [True, False])
 def test_a_config_decides_whether_the_average_warms_up(warmup):
     config = ConfigDict(small_config())
@@ -127,6 +131,7 @@ def test_a_finite_gradient_gives_a_finite_update(name, clip_norm):
             assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, state))), (scale, sign)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [{"learning_rate": 1e38}, {"eps": 1e-45}])
 def test_an_update_that_is_not_finite_is_the_end(optimizer):
     """The window remembers the update, whatever steps follow."""
@@ -137,6 +142,7 @@ def test_an_update_that_is_not_finite_is_the_end(optimizer):
     assert window_means(jax.device_get(state.window)) == {"skipped": 2.0}  # the first was made
 
 
+@pytest.mark.slow
 def test_a_spike_is_left_out_once_the_norms_are_known():
     state, step, batch = prepare(small_config(), spike_factor=5.0)
     spike = {**batch, "x": batch["x"] * 100}
@@ -159,6 +165,7 @@ def test_schedules():
     assert [float(linear(step)) for step in (0, 5, 10, 11)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
 
 
+@pytest.mark.slow
 def test_the_learning_rate_warms_up():
     state, step, batch = prepare(small_config(warmup_steps=10))
     start = jax.device_get(state.parameters)
@@ -168,6 +175,7 @@ def test_the_learning_rate_warms_up():
     assert any(not np.array_equal(state.parameters[name], array) for name, array in start.items())
 
 
+@pytest.mark.slow
 def test_the_learning_rate_of_the_log_is_that_of_the_last_step(tmp_path):
     more = ["--config.optimizer.warmup_steps=8", "--config.log.every=1", "--config.steps=3"]
     assert main(train_arguments(tmp_path / "run", *more)) == 0
@@ -176,6 +184,7 @@ def test_the_learning_rate_of_the_log_is_that_of_the_last_step(tmp_path):
     assert lines[0]["update_norm"] == 0 < lines[1]["update_norm"]
 
 
+@pytest.mark.slow
 def test_clipping_bounds_what_the_optimizer_sees():
     """Adam's first moment after one step is (1 - b1) times the gradient, here of norm 1e-3."""
     state, step, batch = prepare(small_config(clip_norm=1e-3))
@@ -186,6 +195,7 @@ def test_clipping_bounds_what_the_optimizer_sees():
     assert jax.device_get(state.window)["gradient_norm"] > 0.1  # logged before it is cut
 
 
+@pytest.mark.slow
 def test_muon_heeds_eps():
     """Adam's eps applies to parameters that are no block's matrix: a large eps makes their updates tiny."""
     change = []
@@ -196,6 +206,7 @@ def test_muon_heeds_eps():
     assert change[1] < 1e-3 * change[0]
 
 
+@pytest.mark.slow
 def test_muon_turns_the_blocks_matrices():
     """Muon's updates have nearly equal singular values, and AdamW's do not."""
     spread = {}

@@ -147,6 +147,7 @@ def test_two_word_flags(tmp_path):
         train.main(arguments)
 
 
+@pytest.mark.slow
 def test_a_diverged_run_ends_with_a_sentence(tmp_path):
     more = ["--config.optimizer.learning_rate=1e30", "--config.log.every=2", "--config.guard.abort_after=2"]
     arguments = train_arguments(tmp_path / "run", *more)

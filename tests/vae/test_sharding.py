@@ -41,6 +41,7 @@ print("passed")
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_agree_with_one_without_communication():
     done = subprocess.run([sys.executable, "-c", _ON_EIGHT_DEVICES], env=environment(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

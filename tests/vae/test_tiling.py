@@ -36,6 +36,7 @@ def test_an_image_no_larger_than_a_tile_is_not_cut(tiny_vae, tiny_parameters):
     np.testing.assert_array_equal(tiled.encode(images)[0], tiny_vae.encode(images)[0])
 
 
+@pytest.mark.slow
 def test_tiled_is_close_to_untiled(tiny_vae, tiny_parameters):
     # A texture that is the same all over, so that a tile's group norms see what the image's see.
     rows, columns = np.mgrid[:192, :256] * 2 * np.pi / 16

@@ -53,6 +53,7 @@ def test_bfloat16_is_close_and_keeps_float32_parameters(tiny_vae, tiny_parameter
     assert 1e-5 < error < 5e-2  # really computed in bfloat16
 
 
+@pytest.mark.slow
 def test_works_inside_a_jit_and_gives_gradients(tiny_vae):
     latents = random_images(1, 4, 4, 4)
 
@@ -68,6 +69,7 @@ def test_works_inside_a_jit_and_gives_gradients(tiny_vae):
     assert abs(slope / np.linalg.norm(gradient) - 1) < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
