@@ -27,8 +27,10 @@ python=${PYTHON:-$root/.venv/bin/python}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-12355} JAX_NUM_PROCESSES=$count
 if [ -n "${DEVICES:-}" ]; then
-  export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$DEVICES"
+  XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$DEVICES"
 fi
+# On CPUs, processes exchange data through gloo, which mixes up collectives that they begin in different orders.
+export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 logs=$(mktemp -d)
 processes=()

@@ -152,6 +152,9 @@ def join_flags(port, count, index):
     return [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}"]
 
 
+# On CPUs, processes exchange data through gloo, which mixes up collectives that they begin in different orders; without
+# this flag a flow map's step in bfloat16 ended that way. launch/local_multiprocess.sh sets it as well.
+IN_ONE_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 _JOINED = """
 import argparse, os, time
 import jax
@@ -179,7 +182,8 @@ def start_joined(body, count=2):
     return [
         subprocess.Popen(
             [sys.executable, "-c", script, *join_flags(port, count, index), "--heartbeat_timeout=10"],
-            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment() | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {IN_ONE_ORDER}"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for index in range(count)
     ]  # fmt: skip

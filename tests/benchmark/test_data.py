@@ -6,6 +6,7 @@ from mpdit_jax.benchmark import __main__ as benchmark
 from mpdit_jax.errors import InputError
 
 
+@pytest.mark.slow
 def test_reports_both_rates_and_the_first_batch(capsys):
     small = ["data", "--examples=64", "--many=5000", "--batch_size=16", "--repeats=1"]
     assert benchmark.main([*small, "--format=json"]) == 0

@@ -60,6 +60,7 @@ def golden(tmp_path_factory):
     return path, mp.load_torch(path, num_heads=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["own.safetensors", pytest.param("named.pt", marks=pytest.mark.parity)])
 def test_a_disk_without_room(golden, tmp_path, name):
     """PyTorch reports a full disk by an error of its own, which becomes the same sentence."""
@@ -77,6 +78,7 @@ def test_a_disk_without_room(golden, tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_all_the_way_round(golden, tmp_path, capsys):
     """A model keeps its bits through a published file, a workdir, our file, a PyTorch file and our file again."""
@@ -191,6 +193,7 @@ def test_latents_of_published_weights_are_normalized_as_in_the_paper(tmp_path, c
     assert read_dataset_info(out).latents == found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_sums")
 def test_nothing_is_assumed_of_other_latents(tmp_path, capsys):
     from mpdit_jax.interop.native_files import save_native
@@ -333,6 +336,7 @@ def test_what_is_predicted_is_never_lost(tmp_path, capsys):
             mp.load_torch(file, convention="nonsense")
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_a_dit_of_ours_becomes_a_run_of_its_config(tmp_path, capsys):
     """A DiT's file without metadata becomes a run of the given config, which records heads and convention."""

@@ -251,6 +251,7 @@ def test_latents_of_another_shape_are_refused(store, tmp_path):
         train(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_over_an_epoch(tmp_path):
     """The first epoch opens every shard and reads every record; 19 more show whether one record in 100 is kept."""
     store = make_store(tmp_path / "store", count=4096, shape=(32, 32, 4), views=1, shard_size=32)

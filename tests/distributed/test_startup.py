@@ -235,6 +235,7 @@ def test_signals_end_the_wait(late_and_waiting):
         assert process.stderr.readline() == f"{number.name}: stopped; the same command continues:\n"
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_start():
     """SIGINT ends process 0 while it waits inside JAX for the others to join."""
     script = textwrap.dedent(

@@ -149,6 +149,7 @@ def test_a_safetensors_of_a_published_file_is_the_same_network(tmp_path, incepti
     assert fingerprints == {build_inception(from_torch(state, "")).fingerprint}
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_parity_with_torch_fidelity(tmp_path, inception_state, images):
     import_torchvision()

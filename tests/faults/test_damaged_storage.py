@@ -200,6 +200,7 @@ def test_what_may_be_sound_is_not_set_aside(finished, tmp_path, monkeypatch, ref
     assert not (copy / "damaged_checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_never_loaded(finished, tmp_path):
     """With a flipped bit in any file, the arrays are those that were saved, or the checkpoint is refused."""
     seed = random.SystemRandom().randrange(2**32)

@@ -121,6 +121,7 @@ def test_evaluate_a_run(fork_server, classifier, tmp_path):
     assert_same_files(tmp_path / "expected", found)
 
 
+@pytest.mark.slow
 def test_evaluate_images(fork_server, classifier, tmp_path):
     """The numbers and the saved statistics are those of an undisturbed evaluation."""
     draw = np.random.default_rng(0)

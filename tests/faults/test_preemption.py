@@ -50,6 +50,7 @@ def test_while_libraries_are_imported(tmp_path, number, status):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_before_the_first_step(fork_server, tmp_path):
     """SIGTERM ends a run without a step at once, also while XLA compiles."""
     alone = "--config.model.hidden_size=24"  # no other test has compiled its step

@@ -38,7 +38,7 @@ def test_commands_are_those_of_the_parser(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     commands = re.findall(r"^python -m mpdit_jax\.convert (.*)$", PAGE, re.M)
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         with pytest.raises(mp.MPDiTError, match="no such file"):
             convert.main(shlex.split(command))

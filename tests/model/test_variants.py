@@ -177,6 +177,7 @@ def test_a_linear_upsampler_is_a_transposed_convolution_without_overlap():
     assert config.grid(1) == (4, 4)
 
 
+@pytest.mark.slow
 def test_every_sharding_rule_matches_a_parameter():
     """Each sharding rule is the first match of some parameter of some variant."""
     configs = [preset_config("mpdit_b", **{**SMALL, **fields}) for fields in VARIANTS.values()]

@@ -51,6 +51,7 @@ def test_the_batch_size_does_not_matter(workdir, tmp_path):
     assert np.abs(one - many).max() <= 1
 
 
+@pytest.mark.slow
 def test_pictures(workdir, tmp_path):
     arguments = [f"--out={tmp_path}/a.png", "--labels=3,5", "--num_samples=6", f"--png_folder={tmp_path}/single"]
     assert run(workdir, *arguments, f"--grid={tmp_path}/sheet.png", "--trajectory", "--steps=12") == 0

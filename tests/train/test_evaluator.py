@@ -81,6 +81,7 @@ def test_evaluations_have_lines_of_their_own_and_curves(undisturbed):
     assert len(list((undisturbed / "evaluation").glob("real_*.npz"))) == 1
 
 
+@pytest.mark.slow
 def test_a_run_stopped_within_an_evaluation_makes_up_for_it(undisturbed, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     # As SIGTERM does: the evaluation of step 4 ends with nothing, and the run after that step.
@@ -119,6 +120,7 @@ def test_a_run_stopped_within_its_last_evaluation_is_not_done(undisturbed, tmp_p
     assert (workdir / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_stopped_while_it_looks_at_real_images_makes_up_for_it(undisturbed, tmp_path, monkeypatch):
     read = reference.SourceImages.read
 

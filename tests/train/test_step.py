@@ -251,6 +251,7 @@ def test_no_second_state_lies_beside_the_first():
     assert temporaries < 3.1 * 4 * width * width
 
 
+@pytest.mark.slow
 def test_the_state_is_updated_in_place():
     """The state is donated: every buffer is reused and none is copied."""
     config = small_config()

@@ -125,6 +125,7 @@ def test_unwritable_workdir(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_errors_leave_the_process_as_one_line(tmp_path):
     status, stdout, stderr = run("train", train_arguments(tmp_path / "run", "--config.steps=0"))
     assert (status, stdout) == (1, "")

@@ -66,6 +66,7 @@ def make_inputs(config, side):
     return images, 3 * random_images(2, side // factor, 2 * side // factor, config.latent_channels, seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [TINY, SIXTEEN, NO_ATTENTION], ids=["tiny", "sixteen_channels", "no_attention"])
 def test_encode_and_decode(torch, tmp_path, config):
     model, inputs = make_reference(torch, config, tmp_path), make_inputs(config, 32)
