@@ -139,7 +139,8 @@ def _check_config(workdir: Path, config: FrozenConfigDict, compare: Compare) -> 
         raise CheckpointError(f"{workdir} has checkpoints but no {CONFIG}; restore that file or use another workdir.")
     if changed := compare(workdir, config):
         lines = [f"  config.{path}: {old!r} in the run, {new!r} now" for path, (old, new) in changed.items()]
-        fits = all(path.removeprefix("model.") in ADAPTABLE for path in changed if path.startswith("model."))
+        adapted = {*ADAPTABLE, "null_class", "guidance_max"}  # the last two by label_dropout and by a new embedding
+        fits = all(path.removeprefix("model.") in adapted for path in changed if path.startswith("model."))
         start = f" (with --config.init_from={shlex.quote(str(workdir))} it starts from this run's weights)"
         raise CheckpointError(
             f"{workdir} holds a run of another config:\n"

@@ -14,7 +14,7 @@ from mpdit_jax.checkpoint.workdir import lock_workdir
 from mpdit_jax.config.base import ADAPTABLE, base_config, model_config, resolve
 from mpdit_jax.convert.checksum import Checksum, checksum
 from mpdit_jax.data.info import DatasetInfo, from_json, read_dataset_info, to_json, write_dataset_info
-from mpdit_jax.data.latents import PAPER_MEAN, PAPER_STD, LatentSpace, load_latents
+from mpdit_jax.data.latents import PAPER_MEAN, PAPER_STD, LatentSpace, check_normalization, load_latents
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import CheckpointError, ConfigError, InputError, MissingExtraError, WeightsError, install_extra
 from mpdit_jax.interop.native_files import PUBLISHED, build_metadata, save_native, stored_step
@@ -170,7 +170,7 @@ def _write_workdir(out: Path, found: Found, config: ConfigDict | None) -> str:
             "; to train it from these weights, write --out=weights.safetensors without --config, and train with "
             "--config.init_from=weights.safetensors"
         )
-        start = start if {*differing} <= {*ADAPTABLE} else ""
+        start = start if {*differing} <= {*ADAPTABLE, "null_class", "guidance_max"} else ""
         hint = "" if model.null_class == theirs["null_class"] else " (config.label_dropout decides null_class)"
         raise ConfigError(f"--config is of another model: {', '.join(differing.values())}{hint}{start}.")
     mesh, optimizer = make_mesh(devices=jax.local_devices()[:1]), make_optimizer(resolved.optimizer)
@@ -183,7 +183,7 @@ def _write_workdir(out: Path, found: Found, config: ConfigDict | None) -> str:
         ema_parameters=jax.tree.map(jnp.copy, parameters),
     )
     with lock_workdir(out, resolved), Checkpoints(out, keep=1) as checkpoints:
-        checkpoints.save(found.step, to_items(state))
+        checkpoints.save(found.step, to_items(state), final=True)
         if data is not None:
             write_dataset_info(out, data)
     return note
@@ -196,6 +196,7 @@ def _dataset_info(found: Found, config: FrozenConfigDict) -> tuple[DatasetInfo |
         return found.data, ""
     if data.path and expand(data.path).is_dir():
         store, space = load_latents(data.path, data.normalization)
+        check_normalization(space, store.manifest.latent_mean, store.manifest.latent_std)
         return DatasetInfo(tuple(store.manifest.class_names), space), f"; latents normalized as in {data.path}"
     if data.normalization in ("manifest", "vae") or config.model.in_channels != len(PAPER_MEAN):
         return None, "; its latents cannot be decoded: their normalization needs the --config.data.path of the latents"

@@ -83,7 +83,9 @@ def normalize_weights(content: Mapping[str, Any], source: str, key: str | None =
     having = [name for name in held if rest and any(str(entry).startswith(f"{rest}.") for entry in held[name])]
     chosen = choose(having or [*held], None if having else key, source)
     for name, value in content.items():
-        empty = value is None or (isinstance(value, Mapping | list) and not {name, *_inner(name, value)} & {*held})
+        empty = value is None or (
+            isinstance(value, Mapping | list | tuple) and not {name, *_inner(name, value)} & {*held}
+        )
         if key is None and empty and _is_average(name) and not _is_average(chosen):
             text = f"{source}: {name!r} holds no state dict; {chosen!r} is taken, which is no moving average."
             warnings.warn(text, WeightsWarning, stacklevel=2)
@@ -129,7 +131,10 @@ def normalize_state_dict(mapping: Mapping[str, Any], source: str) -> dict[str, n
         # To numpy, bfloat16 is not of a floating kind.
         if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
             raise WeightsError(f"{source}: entry {name!r} has dtype {array.dtype}; expected numbers.")
-        arrays[_WRAPPERS.sub("", name)] = array.astype(np.float32)
+        plain = _WRAPPERS.sub("", name)
+        if plain in arrays:
+            raise WeightsError(f"{source}: {plain!r} is there twice, once as {name!r}; give the file of one network.")
+        arrays[plain] = array.astype(np.float32)
     return arrays
 
 
@@ -182,11 +187,10 @@ def _state_dicts(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     for name, value in content.items():
         if isinstance(name, str) and isinstance(value, Mapping) and not _NO_NETWORK.search(name):
             inner = {} if _has_weights(value) else _inner(name, value)
-            found = [*inner.values()] or [value]
-            if len(found) > 1:
+            if len(inner) > 1 or (inner and _is_average(next(iter(inner))) and not _is_average(name)):
                 held |= inner
-            elif _has_weights(found[0]):
-                held[name] = found[0]
+            elif inner or _has_weights(value):
+                held[name] = next(iter(inner.values()), value)
     return held
 
 

@@ -12,7 +12,9 @@ REFUSALS = (
     errno.ESTALE, errno.ENAMETOOLONG,
 )  # fmt: skip
 """Error numbers of a file system that refuses an operation."""
-_URL = re.compile(r"(^|[=:,])([a-z][a-z0-9+.-]*://|(gs|s3|az|hf|https?):/)", re.IGNORECASE)  # pathlib drops a slash
+_URL = re.compile(
+    r"(^|[=:,])([a-z][a-z0-9+.-]*://|(gs|s3|r2|az|abfss?|wasbs?|hdfs|hf|ftp|file|https?):/)", re.IGNORECASE
+)  # pathlib drops a slash
 
 
 def check_local(text: str, error: type[MPDiTError] = InputError) -> None:

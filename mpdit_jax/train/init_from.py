@@ -1,6 +1,7 @@
 """Starting a run from the weights of another run or of a file (`config.init_from`)."""
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,8 +94,9 @@ def _read(origin: str) -> tuple[Mapping[str, Any], ModelConfig]:
             model = load_torch(path)
         except WeightsError as error:
             raise WeightsError(
-                f"config.init_from: {error} If that needs num_heads, convention or num_classes, give them to `python "
-                f"-m mpdit_jax.convert --source={origin} --out=weights.safetensors`, and start from its file."
+                f"config.init_from: {error} If that needs num_heads, convention, num_classes or key, give them to "
+                f"`python -m mpdit_jax.convert --source={shlex.quote(origin)} --out=weights.safetensors`, and start from "
+                "its file."
             ) from error
     else:
         raise ConfigError(f"config.init_from={origin}: expected the workdir of a run, or a file of weights.")

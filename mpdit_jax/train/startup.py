@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from mpdit_jax.checkpoint.load import CONFIG
 from mpdit_jax.checkpoint.reader import numbered_folders
 from mpdit_jax.config.base import model_config, resolve
+from mpdit_jax.config.effects import without_effect
 from mpdit_jax.data.info import identity, record_dataset
 from mpdit_jax.data.sources import Source, check_fits, load_source
 from mpdit_jax.distributed.collectives import (
@@ -123,7 +124,7 @@ def log_startup(
         f"{mesh.size} {mesh.devices.flat[0].platform} device(s){several}",
         flush=True,
     )
-    for note in (describe_average(config), why_no_grid(config, decode)):
+    for note in (describe_average(config), why_no_grid(config, decode), without_effect(config)):
         if note:
             print(note, flush=True)
 

@@ -224,6 +224,17 @@ def test_an_average_that_is_nested_once_more_is_found(state, raw, content, key):
         assert_same(state, mp.to_torch(mp.load_torch(content, num_heads=4, key=chosen)))
 
 
+def test_an_average_in_an_entry_of_another_name_is_found(state, raw):
+    with pytest.warns(WeightsWarning, match=r"the moving average 'extra\.ema' is taken"):
+        assert_same(state, mp.to_torch(mp.load_torch({"model": raw, "extra": {"ema": state}}, num_heads=4)))
+
+
+def test_two_networks_whose_names_become_equal_are_refused(state, raw):
+    both = state | {f"_orig_mod.{name}": array for name, array in raw.items()}
+    with pytest.raises(WeightsError, match="is there twice, once as '_orig_mod"):
+        mp.load_torch(both, num_heads=4)
+
+
 def test_an_average_that_is_not_there_is_named(state):
     with pytest.warns(WeightsWarning, match="'ema' holds no state dict; 'model' is taken, which is no moving average"):
         assert_same(state, mp.to_torch(mp.load_torch({"model": state, "ema": None}, num_heads=4)))

@@ -54,7 +54,8 @@ def test_no_flag_takes_a_url(name, first):
 
 
 @pytest.mark.parametrize(
-    "word", ["s3://b/x", "https://host/x", "hf://me/x", "--images=idx:gs://b", "--a=classifier:S3://x"]
+    "word",
+    ["s3://b/x", "https://host/x", "hf://me/x", "hdfs:/x", "file:///x", "--images=idx:gs://b", "--a=classifier:S3://x"],
 )
 def test_what_is_a_url(word):
     with pytest.raises(InputError, match="not a URL"):
