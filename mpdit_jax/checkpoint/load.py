@@ -37,7 +37,8 @@ def load_config(workdir: str | Path) -> FrozenConfigDict:
     if path.parent.is_file():
         raise CheckpointError(
             f"{workdir} is a file, and a workdir is a folder: `python -m mpdit_jax.convert "
-            f"--source={shlex.quote(str(workdir))} --out=FOLDER` makes one of an MPDiT's weights; docs/weights.md shows how to sample a DiT or SiT."
+            f"--source={shlex.quote(str(workdir))} --out=FOLDER` makes one of an MPDiT's weights; docs/weights.md "
+            "shows how to sample a DiT or SiT."
         )
     if run := run_around(workdir):
         raise CheckpointError(

@@ -95,8 +95,8 @@ def _read(origin: str) -> tuple[Mapping[str, Any], ModelConfig]:
         except WeightsError as error:
             raise WeightsError(
                 f"config.init_from: {error} If that needs num_heads, convention, num_classes or key, give them to "
-                f"`python -m mpdit_jax.convert --source={shlex.quote(origin)} --out=weights.safetensors`, and start from "
-                "its file."
+                f"`python -m mpdit_jax.convert --source={shlex.quote(origin)} --out=weights.safetensors`, and start "
+                "from its file."
             ) from error
     else:
         raise ConfigError(f"config.init_from={origin}: expected the workdir of a run, or a file of weights.")
