@@ -158,6 +158,9 @@ def _live(request, files):
     for number, file in zip((1, 2), files, strict=True):
         os.dup2(file, number)
         os.close(file)
+    # The server's own streams were perhaps a file's, in which one can seek, unlike in a pipe.
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])

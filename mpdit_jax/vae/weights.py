@@ -68,9 +68,7 @@ def load_folder(folder: str | Path) -> tuple[AutoencoderConfig, Parameters]:
     missing = [] if (folder / CONFIG_FILE).is_file() else [CONFIG_FILE]
     missing += [] if weights else [" or ".join(WEIGHTS_FILES[:2])]
     if weights is None or missing:
-        raise WeightsError(
-            f"{folder}: missing {' and '.join(missing)} (rename a variant of it to that); {_describe_folder(folder)}."
-        )
+        raise WeightsError(f"{folder}: missing {' and '.join(missing)}; {_describe_folder(folder)}.")
     config = read_config(folder / CONFIG_FILE)
     state = _read_shards(weights) if weights.suffix == ".json" else read_state_dict(weights)
     return config, from_diffusers(state, config, str(weights))
