@@ -5,11 +5,13 @@ import resource
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from mpdit_jax.convert.forms import _dataset_info
 from mpdit_jax.data.info import DatasetInfo, record_dataset, write_dataset_info
 from mpdit_jax.data.latent_store import (
     LABELS,
@@ -136,6 +138,9 @@ def test_the_papers_constants_have_to_fit(tmp_path, measured, fits):
     message = rf"means 5\.81, .* 4\.17, .*these latents have means {measured[0][0]:.3g}, .*set it to 'manifest'"
     with pytest.raises(DataError, match=message):
         record_dataset(tmp_path, papers, trained=False)
+    data = SimpleNamespace(name="latents", path=str(folder), normalization="paper")
+    with pytest.raises(DataError, match=message):  # `convert` would record the constants together with the VAE
+        _dataset_info(SimpleNamespace(data=None), SimpleNamespace(data=data))
     (tmp_path / "data.json").unlink()
     record_dataset(tmp_path, papers, trained=True)  # a run that has begun with these constants may continue
     # Unless `convert` made it, which sees no latents and writes the paper's constants.
