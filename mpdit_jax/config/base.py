@@ -14,10 +14,11 @@ from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.model.config import ModelConfig, drop_unused
 from mpdit_jax.model.presets import PRESETS, preset_config
 
-# Fields that a continued run may change. Every other field decides the numbers of the run from its first step.
+# Fields that a continued run may change. Every other field decides the numbers of the run from its first step; so do
+# the constants of data.normalization, which data.json keeps.
 CONTINUABLE = (
     "steps", "checkpoint", "gradient_accumulation", "log", "profile", "sample", "eval", "guard.abort_after", "mesh",
-    "data.path", "data.threads", "model.remat", "model.attention", "model.platform",
+    "data.path", "data.normalization", "data.threads", "model.remat", "model.attention", "model.platform",
 )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def base_config() -> ConfigDict:
     config.data.name = "digits"  # digits | fashion_mnist | arrays | latents
     config.data.path = ""  # folder or file of the data; "" for the default of the source
     config.data.split = "train"  # part of the data set
-    config.data.normalization = "paper"  # constants that normalize latents: paper | manifest | vae
+    config.data.normalization = "auto"  # constants that normalize latents: auto | paper | manifest | vae
     config.data.max_examples = 0  # number of examples, evenly spread over the set; 0 for all
     config.data.class_balance = False  # draw every class equally often
     config.data.threads = 1  # reading threads; they change no batch

@@ -29,6 +29,20 @@ _RULES = (
         ("data.normalization", "sample.vae"), "config.data.name='latents'",
         lambda config: config.data.name == "latents",
     ),
+    _Rule(
+        ("flow_map.guidance_until",), "config.flow_map.guidance above 0 or config.model.guidance_max above 1",
+        lambda config: config.flow_map.guidance > 0 or config.model.guidance_max > 1,
+    ),
+    _Rule(("profile.start",), "config.profile.steps above 0", lambda config: config.profile.steps > 0),
+    _Rule(
+        ("sample.solver", "sample.steps", "sample.guidance_scale", "sample.per_class"), "config.sample.every above 0",
+        lambda config: config.sample.every > 0,
+    ),
+    _Rule(
+        ("sample.vae",), "config.sample.every or config.eval.every above 0",
+        lambda config: config.sample.every > 0 or config.eval.every > 0,
+    ),
+    _Rule(("eval.",), "config.eval.every above 0", lambda config: config.eval.every > 0),
     _Rule(("data.path",), "another config.data.name than 'digits'", lambda config: config.data.name != "digits"),
     _Rule(
         ("data.split",), "config.data.name='digits' or 'fashion_mnist', for other data have no splits",

@@ -111,13 +111,22 @@ def load_config_file(value: str) -> ConfigDict:
     module = sys.modules["config_file"] = importlib.util.module_from_spec(spec)
     folder = os.path.dirname(os.path.abspath(file))
     sys.path.insert(0, folder)
+    before = {*sys.modules}
     try:
         spec.loader.exec_module(module)
         config = module.get_config(*texts)
     except Exception as error:  # a config file is the user's own code and can fail in any way
-        raise ConfigError(f"--config={value}: {first_line(error)}") from error
+        problem = first_line(error)
+        if "relative import" in problem:
+            problem = "a config imports its neighbour by name, `import other` for other.py, and not by `from . import`"
+        raise ConfigError(f"--config={value}: {problem}") from error
     finally:
         sys.path.remove(folder)
+        # A config of another folder may have a neighbour of the same name.
+        for name in {*sys.modules} - before:
+            origin = getattr(sys.modules[name], "__file__", None)  # modules of C code and namespaces have none
+            if origin is not None and os.path.dirname(os.path.abspath(origin)) == folder:
+                del sys.modules[name]
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"--config={value}: get_config() must return a ConfigDict, got {config!r}.")
     return config.lock()

@@ -196,7 +196,7 @@ def _dataset_info(found: Found, config: FrozenConfigDict) -> tuple[DatasetInfo |
         return found.data, ""
     if data.path and expand(data.path).is_dir():
         store, space = load_latents(data.path, data.normalization)
-        check_normalization(space, store.manifest.latent_mean, store.manifest.latent_std)
+        check_normalization(space, (store.manifest.latent_mean, store.manifest.latent_std))
         return DatasetInfo(tuple(store.manifest.class_names), space), f"; latents normalized as in {data.path}"
     if data.normalization in ("manifest", "vae") or config.model.in_channels != len(PAPER_MEAN):
         return None, "; its latents cannot be decoded: their normalization needs the --config.data.path of the latents"

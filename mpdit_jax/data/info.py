@@ -45,11 +45,12 @@ def record_dataset(workdir: Path, source: Source, *, trained: bool) -> None:
     # A run that `convert` made names no VAE: what it continues on has to be checked like the data of a new run.
     converted = stored is not None and stored.latents is not None and not stored.latents.vae_fingerprint
     if (converted or not trained) and source.latents is not None and source.measured is not None:
-        check_normalization(source.latents, *source.measured)
+        check_normalization(source.latents, source.measured)
     if stored is not None and not _agree(stored.latents, info.latents):
         raise CheckpointError(
             f"{workdir} was trained on latents of another VAE or normalization ({_say(stored.latents)}) than those of "
-            f"config.data.path ({_say(info.latents)}): give the latents it was trained on, or use another --workdir."
+            f"config.data.path ({_say(info.latents)}): give the latents and the config.data.normalization it was "
+            "trained with, or use another --workdir."
         )
     if stored is not None and stored.labels not in (None, info.labels):
         raise CheckpointError(

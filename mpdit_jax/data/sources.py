@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mpdit_jax.data.latents import LatentSpace, load_latents
+from mpdit_jax.data.latents import LatentSpace, Statistics, load_latents
 from mpdit_jax.errors import DataError, DataWarning
 from mpdit_jax.io.idx import read_idx_pair
 from mpdit_jax.io.json_files import digest_of
@@ -48,7 +48,7 @@ class Source:
     contents: str = ""  # a digest that differs where the files hold other examples under the same labels
     latents: LatentSpace | None = None  # how the examples relate to a VAE's latents; None for images
     rows: np.ndarray | None = None  # int (N,): rows of the whole set; None for all
-    measured: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean and std of each channel of latents
+    measured: Statistics | None = None  # of latents
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -195,7 +195,7 @@ def load_source(
     path: str,
     split: str,
     *,
-    normalization: str = "paper",
+    normalization: str = "auto",
     max_examples: int = 0,
     class_balance: bool = False,
     threads: int = 1,

@@ -10,7 +10,7 @@ from flax import nnx
 
 from mpdit_jax.distributed.mesh import with_auto_axes
 from mpdit_jax.errors import ConfigError, InputError
-from mpdit_jax.flow.inputs import check_convention, check_labels
+from mpdit_jax.flow.inputs import check_convention, check_labels, is_traced
 from mpdit_jax.flow.protocols import ClassConditional, Velocity
 from mpdit_jax.validation import range_remedy
 
@@ -89,20 +89,30 @@ def flow_matching_loss(
         The loss, a float32 scalar, and the loss of each example (B,), of which it is the mean.
 
     Raises:
-        InputError: the key is missing, shapes do not match, a label is out of range (unless traced), a NumPy array `x`
-            has the range of images in 0 to 255, or the model's convention is not "velocity".
+        InputError: the key is missing, shapes do not match, the model's convention is not "velocity", a label is out of
+            range, or `x` has the range of images in 0 to 255. The last two are not seen in traced values.
     """
     check_convention(model)
     if key is None and (t is None or noise is None):
         raise InputError("flow_matching_loss needs key=… unless both t=… and noise=… are given.")
-    if isinstance(x, np.ndarray) and x.size and (remedy := range_remedy(x.min(), x.max())):
-        raise InputError(f"x ranges from {x.min()} to {x.max()}: expected [-1, 1] or normalized latents; {remedy}.")
+    _check_range(x)
     module, arrays = model if isinstance(model, nnx.Module) else None, (x, y, key, t, noise)
 
     def loss(module: nnx.Module | None, *arrays: Any) -> tuple[jax.Array, jax.Array]:
         return _loss(model if module is None else cast(Velocity, module), times, *arrays)
 
     return with_auto_axes(loss, (module,), arrays, batched=(x, y, t, noise), out=(-1, 0))
+
+
+def _check_range(x: jax.typing.ArrayLike) -> None:
+    """Raise InputError for values that are neither images in [-1, 1] nor latents. Traced ones are not known."""
+    if is_traced(x) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return
+    values = np.asarray(x)
+    if values.size and (remedy := range_remedy(float(values.min()), float(values.max()))):
+        raise InputError(
+            f"x ranges from {values.min()} to {values.max()}: expected [-1, 1] or normalized latents; {remedy}."
+        )
 
 
 def _loss(

@@ -108,10 +108,11 @@ def choose(names: Sequence[str], key: str | None, source: str) -> str:
     if len(found) > 1:
         kind = "moving averages" if averages else "state dicts"
         raise WeightsError(
-            f"{source} has several {kind} ({', '.join(found)}): choose one by key, such as key={found[0]!r}."
+            f"{source} has several {kind} ({', '.join(found)}): choose one by key, such as key={found[0]!r} (convert: "
+            f"--key={found[0]})."
         )
     others = ", ".join(repr(name) for name in names if name != found[0])
-    instead = f"; key= selects another ({others})" if others else ""
+    instead = f"; key=… (convert: --key) selects another: {others}" if others else ""
     if averages and found != ["ema"]:
         warnings.warn(f"{source}: the moving average {found[0]!r} is taken{instead}.", WeightsWarning, stacklevel=2)
     elif others and not averages:

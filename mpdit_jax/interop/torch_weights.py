@@ -199,15 +199,16 @@ def _check_classes(state: StateDict, num_classes: int | None, origin: str) -> bo
     """Return whether the class table has a row for the null class. Raise WeightsError if only the caller can tell."""
     table = state.get(CLASS_TABLE, np.zeros(0))
     rows = len(table) if table.ndim == 2 else 0
+    flag = " (convert: --num_classes)"
     if num_classes is None and rows in _USUAL_CLASSES:
         raise WeightsError(
             f"{origin} has {rows} rows in its class table, perhaps without a null class: give num_classes={rows} if it "
-            f"was trained without label dropout, or num_classes={rows - 1} if the last row is the null class."
+            f"was trained without label dropout, or {rows - 1} if the last row is the null class{flag}."
         )
     if num_classes is None and rows > 1 and rows - 1 not in _USUAL_CLASSES:
         text = (
             f"{origin} has {rows} rows in its class table: its last row is taken for the null class. If it was trained "
-            f"without label dropout, give num_classes={rows}; num_classes={rows - 1} confirms the null class."
+            f"without label dropout, give num_classes={rows}; {rows - 1} confirms the null class{flag}."
         )
         warnings.warn(text, WeightsWarning, stacklevel=4)
     if num_classes is not None and rows and num_classes not in (rows, rows - 1):

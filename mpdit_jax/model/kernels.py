@@ -7,13 +7,15 @@ GPUs and TPUs run the plain formulas, compiled by XLA. CPUs run variants that ar
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from mpdit_jax.errors import DeviceWarning
 from mpdit_jax.model.config import ModelConfig
+
+_LARGEST_CUDNN_HEAD = 128  # of the backward pass on every generation of GPUs
 
 Attend: TypeAlias = Callable[[jax.Array], jax.Array]
 """A function from qkv (B, T, 3, heads, d) to (B, T, heads, d). Hashable, as a part of the model's structure."""
@@ -23,15 +25,30 @@ def attention_kernel(config: ModelConfig) -> Attend:
     """Return the softmax attention for the config's platform; XLA's, with a DeviceWarning, where cuDNN's cannot run."""
     platform = _platform(config.platform)
     if config.attention == "cudnn":
-        if platform == jax.default_backend() == "gpu" and config.dtype == "bfloat16":
+        obstacle = _cudnn_obstacle(config, platform)
+        if not obstacle:
             return AllHeads("cudnn")
         warnings.warn(
-            f"model.attention='cudnn' needs an NVIDIA GPU and bfloat16, and this is {config.dtype} on "
-            f"{jax.default_backend()}: 'xla' is used, which agrees up to rounding.",
+            f"model.attention='cudnn' needs {obstacle}: 'xla' is used, which agrees up to rounding.",
             DeviceWarning,
             stacklevel=2,
         )
     return HeadByHead(config.dtype) if platform == "cpu" else AllHeads("xla")
+
+
+def _cudnn_obstacle(config: ModelConfig, platform: str) -> str:
+    """Return what cuDNN's attention needs and this machine or model has not, or "" if it can run."""
+    if not platform == jax.default_backend() == "gpu" or config.dtype != "bfloat16":
+        return f"an NVIDIA GPU and bfloat16, and this is {config.dtype} on {jax.default_backend()}"
+    device: Any = jax.local_devices()[0]
+    if "cuda" not in device.client.platform_version:
+        return f"an NVIDIA GPU, and this is {device.device_kind}"
+    if tuple(map(int, device.compute_capability.split("."))) < (8, 0):
+        return f"a GPU of the Ampere generation or later, and this is {device.device_kind}"
+    head_size = config.hidden_size // config.num_heads
+    if head_size % 8 or head_size > _LARGEST_CUDNN_HEAD:
+        return f"heads whose size is a multiple of 8, at most {_LARGEST_CUDNN_HEAD}, and this model's is {head_size}"
+    return ""
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:

@@ -1,6 +1,10 @@
-"""JAX's flags that change numbers: a run stores them, and continues under the same flags only."""
+"""JAX's flags that change numbers: a run stores them, and continues under the same flags only.
+
+JAX's version and XLA's flags may change the rounding. They are stored as well, and a change of them is printed.
+"""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,16 @@ def number_flags() -> dict[str, Any]:
     }
 
 
+def rounding_settings() -> dict[str, str]:
+    """Return what may change the rounding of results, and nothing else: JAX's version and XLA's flags, by name."""
+    variables = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "NVIDIA_TF32_OVERRIDE")}
+    return {"JAX's version": jax.__version__, **variables}
+
+
 def record_flags(workdir: Path, *, trained: bool) -> None:
     """Store the flags in a run's workdir; check first, if it has `trained` steps, that they are those stored there.
 
-    A run without the record, of an older version, is accepted.
+    A run without the record, of an older version, is accepted. A change in `rounding_settings` is printed.
 
     Raises:
         CheckpointError: a flag has another value than in the run, or the record is damaged.
@@ -48,5 +58,10 @@ def record_flags(workdir: Path, *, trained: bool) -> None:
             f"{workdir} was trained with {values}, which changes its numbers: continue it with {how} in the "
             "environment, or use another --workdir."
         )
+    rounding = rounding_settings()
+    for name, value in rounding.items():
+        if stored.get(name, value) != value:
+            now_and_then = f"{value or 'not set'} now and was {stored[name] or 'not set'}"
+            print(f"{name} is {now_and_then}: results may differ in rounding")
     with atomic_write(path) as file:
-        file.write((json.dumps(stored | now, indent=1) + "\n").encode())
+        file.write((json.dumps(stored | now | rounding, indent=1) + "\n").encode())

@@ -55,7 +55,7 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         evaluator = Evaluator(config, workdir, source, structure, decode, run.stopped)
         unevaluated = evaluator.pending(step)  # an earlier start ended in the middle of its evaluation
         done = step >= config.steps and not unevaluated
-        log_startup(config, workdir, step, len(source), mesh, decode, done)
+        log_startup(config, workdir, step, source, mesh, decode, done)
         if done:
             return state
         train_step = jit_step(build_train_step(config, structure, optimizer, source.latents), target, mesh)

@@ -14,6 +14,7 @@ from mpdit_jax.checkpoint.reader import numbered_folders
 from mpdit_jax.config.base import model_config, resolve
 from mpdit_jax.config.effects import without_effect
 from mpdit_jax.data.info import identity, record_dataset
+from mpdit_jax.data.latents import normalization_of
 from mpdit_jax.data.sources import Source, check_fits, load_source
 from mpdit_jax.distributed.collectives import (
     any_process,
@@ -101,7 +102,7 @@ def make_stopwatch(config: FrozenConfigDict, mesh: Mesh) -> Stopwatch:
 
 
 def log_startup(
-    config: FrozenConfigDict, workdir: Path, step: int, images: int, mesh: Mesh, decode: Decode | None, done: bool
+    config: FrozenConfigDict, workdir: Path, step: int, source: Source, mesh: Mesh, decode: Decode | None, done: bool
 ) -> None:
     """Print on process 0 what a run begins or continues with and which settings have no effect, or that it is done."""
     if jax.process_index() > 0:
@@ -119,14 +120,24 @@ def log_startup(
     parameters, macs = count(model_config(config))
     several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     print(
-        f"{'continuing' if step else 'starting'} at step {step} in {workdir}: {images:,} images, "
+        f"{'continuing' if step else 'starting'} at step {step} in {workdir}: {len(source):,} images, "
         f"{parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} GMACs a forward pass, "
         f"{mesh.size} {mesh.devices.flat[0].platform} device(s){several}",
         flush=True,
     )
-    for note in (describe_average(config), why_no_grid(config, decode), without_effect(config)):
+    notes = _describe_latents(source), describe_average(config), why_no_grid(config, decode), without_effect(config)
+    for note in notes:
         if note:
             print(note, flush=True)
+
+
+def _describe_latents(source: Source) -> str:
+    """Return a sentence on the constants that normalize latents; "" for images."""
+    if source.latents is None or source.measured is None:
+        return ""
+    name = normalization_of(source.latents, source.measured)
+    constants = {"paper": "the paper's constants", "manifest": "the constants measured on them"}
+    return f"latents are normalized by {constants.get(name, 'the factors of their VAE')} (normalization {name!r})"
 
 
 def describe_average(config: FrozenConfigDict) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 from mpdit_jax.errors import MissingExtraError, WeightsError, install_extra
 from mpdit_jax.io.paths import expand
-from mpdit_jax.vae.weights import CONFIG_FILE, WEIGHTS_FILES
+from mpdit_jax.vae.weights import CONFIG_FILE, WEIGHTS_FILES, shard_names
 
 # owner/name, optionally followed by folders inside the repository.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w-][\w.-]*)*")
@@ -47,17 +47,20 @@ def _download(name: str) -> Path:
     repo_id, subfolder = f"{owner}/{repository}", "/".join(inside) or None
     try:
         config = hf_hub_download(repo_id, CONFIG_FILE, subfolder=subfolder)
-        *files, last = (file for file in WEIGHTS_FILES if not file.endswith(".json"))
+        *files, last = WEIGHTS_FILES
         for file in files:
             try:
-                hf_hub_download(repo_id, file, subfolder=subfolder)
+                weights = hf_hub_download(repo_id, file, subfolder=subfolder)
                 break
             except LocalEntryNotFoundError:  # no network, and the file is not in the cache
                 raise
             except EntryNotFoundError:
                 continue
         else:
-            hf_hub_download(repo_id, last, subfolder=subfolder)
+            weights = hf_hub_download(repo_id, last, subfolder=subfolder)
+        if weights.endswith(".json"):
+            for shard in shard_names(Path(weights)):
+                hf_hub_download(repo_id, shard, subfolder=subfolder)
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise WeightsError(

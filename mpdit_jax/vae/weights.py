@@ -31,7 +31,16 @@ CONFIG_FILE = "config.json"
 # Names of the weights, the best first. An index lists the files of weights that are split.
 WEIGHTS_FILES = tuple(
     f"diffusion_pytorch_model{ending}"
-    for ending in (".safetensors", ".bin", ".safetensors.index.json", ".fp16.safetensors", ".fp16.bin")
+    for ending in (
+        ".safetensors",
+        ".bin",
+        ".safetensors.index.json",
+        ".bin.index.json",
+        ".fp16.safetensors",
+        ".fp16.bin",
+        ".safetensors.index.fp16.json",
+        ".bin.index.fp16.json",
+    )
 )
 
 # (our part, diffusers' part) of names, where they differ; the last parts are handled separately.
@@ -68,7 +77,7 @@ def load_folder(folder: str | Path) -> tuple[AutoencoderConfig, Parameters]:
     missing = [] if (folder / CONFIG_FILE).is_file() else [CONFIG_FILE]
     missing += [] if weights else [" or ".join(WEIGHTS_FILES[:2])]
     if weights is None or missing:
-        raise WeightsError(f"{folder}: missing {' and '.join(missing)}; {_describe_folder(folder)}.")
+        raise WeightsError(f"{folder}: missing {' and '.join(missing)}; {_describe_folder(folder, not weights)}.")
     config = read_config(folder / CONFIG_FILE)
     state = _read_shards(weights) if weights.suffix == ".json" else read_state_dict(weights)
     return config, from_diffusers(state, config, str(weights))
@@ -119,15 +128,19 @@ def fingerprint(parameters: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _read_shards(index: Path) -> StateDict:
-    """Read the files that an index lists; those of another folder are refused."""
+def shard_names(index: Path) -> list[str]:
+    """Return the names of the files that an index lists; raises WeightsError if one is of another folder."""
     try:
         names = sorted({str(name) for name in parse_json(index.read_text(encoding="utf-8-sig"))["weight_map"].values()})
         if not all(Path(name).name == name for name in names):
             raise ValueError("it lists files of other folders")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise WeightsError(f"{index} is no readable index of weights ({error}); download it again.") from error
-    return {name: array for file in names for name, array in read_state_dict(index.parent / file).items()}
+    return names
+
+
+def _read_shards(index: Path) -> StateDict:
+    return {name: array for file in shard_names(index) for name, array in read_state_dict(index.parent / file).items()}
 
 
 def _diffusers_name(path: str) -> str:
@@ -173,10 +186,14 @@ def _check_entries(state: Mapping[str, np.ndarray], config: AutoencoderConfig, s
         )
 
 
-def _describe_folder(folder: Path) -> str:
+def _describe_folder(folder: Path, without_weights: bool) -> str:
     if not folder.is_dir():
         return "there is no such folder"
     if (folder / "vae" / CONFIG_FILE).is_file():
         return f"this looks like a whole pipeline, so pass {folder / 'vae'}"
     names = sorted(path.name for path in folder.iterdir())
-    return f"the folder holds {', '.join(names[:8]) or 'nothing'}{' and more' if len(names) > 8 else ''}"
+    held = f"the folder holds {', '.join(names[:8]) or 'nothing'}{' and more' if len(names) > 8 else ''}"
+    others = [name for name in names if name.endswith((".safetensors", ".bin"))] if without_weights else []
+    if len(others) == 1:
+        held += f"; if {others[0]} has the weights, rename it to diffusion_pytorch_model{Path(others[0]).suffix}"
+    return held

@@ -130,7 +130,10 @@ def test_the_papers_constants_have_to_fit(tmp_path, measured, fits):
     folder = make_store(tmp_path / "store", shape=(4, 4, 4))
     stored = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(stored | dict(zip(("latent_mean", "latent_std"), measured, strict=True))))
-    papers, own = (load_source("latents", str(folder), "train", normalization=name) for name in ("paper", "manifest"))
+    papers, own, chosen = (
+        load_source("latents", str(folder), "train", normalization=name) for name in ("paper", "manifest", "auto")
+    )
+    assert chosen.latents == (papers if fits else own).latents
     record_dataset(tmp_path, own, trained=False)
     if fits:
         record_dataset(tmp_path, papers, trained=False)
@@ -147,6 +150,15 @@ def test_the_papers_constants_have_to_fit(tmp_path, measured, fits):
     write_dataset_info(tmp_path, DatasetInfo((), LatentSpace(PAPER_MEAN, PAPER_STD, "")))
     with pytest.raises(DataError, match=message):
         record_dataset(tmp_path, papers, trained=True)
+
+
+def test_the_vaes_own_factors_have_to_fit(store, tmp_path):
+    folder = shutil.copytree(store, tmp_path / "store")
+    stored = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(stored | {"scaling_factor": 1.0}))
+    source = load_source("latents", str(folder), "train", normalization="vae")
+    with pytest.raises(DataError, match=r"normalization='vae' has means -1, -1 and .*deviations 1, 1, .*to 'manifest'"):
+        record_dataset(tmp_path, source, trained=False)
 
 
 def test_every_epoch_visits_each_example_once_in_a_new_order(store):

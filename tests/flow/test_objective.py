@@ -50,6 +50,8 @@ def test_refusals():
         mp.flow_matching_loss(model, np.zeros((2, 4, 4, 4)), [1, 99], key=jax.random.key(0))
     with pytest.raises(InputError, match=r"x ranges from 0 to 255: expected \[-1, 1\] .*give images / 127\.5 - 1"):
         mp.flow_matching_loss(model, np.arange(256).reshape(4, 4, 4, 4), [1] * 4, key=jax.random.key(0))
+    with pytest.raises(InputError, match=r"x ranges from 0\.0 to 255\.0: .*give images / 127\.5 - 1"):
+        mp.flow_matching_loss(model, jnp.arange(256.0).reshape(4, 4, 4, 4), [1] * 4, key=jax.random.key(0))
     with pytest.raises(ConfigError, match="std=0"):
         LogitNormal(0.0, 0.0)
 

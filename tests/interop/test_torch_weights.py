@@ -185,7 +185,7 @@ def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("average", "note"), [
     ("ema", None),
-    ("model_ema1", r"the moving average 'model_ema1' is taken; key= selects another \('model'\)"),
+    ("model_ema1", r"the moving average 'model_ema1' is taken; key=… .convert: --key. selects another: 'model'"),
     ("ema_model", "the moving average 'ema_model' is taken"),
     ("state_dict_ema", "the moving average 'state_dict_ema' is taken"),
     ("averaged_model", "the moving average 'averaged_model' is taken"),
@@ -207,7 +207,7 @@ def test_what_is_taken_beside_another_network_is_named(state, raw, name, recwarn
     """A name that is not that of an average may still be one, so that the choice is said."""
     content = {"model": raw, name: state, "rng": {"cpu": np.zeros(3)}, "optimizer": {"exp_avg": state}}
     assert_same(raw, mp.to_torch(mp.load_torch(content, num_heads=4)))
-    sentence = f"'model' is taken, by its name no moving average; key= selects another ('{name}')."
+    sentence = f"'model' is taken, by its name no moving average; key=… (convert: --key) selects another: '{name}'."
     assert [str(one.message) for one in recwarn] == [f"state dict: {sentence}"]
 
 
@@ -284,7 +284,7 @@ def test_one_of_the_networks_of_a_module_is_chosen_as_one_of_a_checkpoint_is(sta
 def test_a_class_table_may_have_no_null_class(state):
     """Ten rows may be ten classes, or nine and the null class, so that the number is asked for."""
     ten = {**state, TABLE: state[TABLE][:10]}
-    with pytest.raises(WeightsError, match=r"has 10 rows .* give num_classes=10 if .* num_classes=9"):
+    with pytest.raises(WeightsError, match=r"has 10 rows .* give num_classes=10 if .*, or 9 if"):
         mp.load_torch(ten, num_heads=4)
     with pytest.raises(
         WeightsError, match=r"num_classes=12: state dict has 10 rows in its class table; expected 9, or 10"
@@ -310,7 +310,7 @@ def test_an_unusual_class_table_is_taken_to_have_a_null_class_and_that_is_said(s
     model = mp.load_torch(few, num_heads=4)
     sentence = (
         f"state dict has {rows} rows in its class table: its last row is taken for the null class. If it was trained "
-        f"without label dropout, give num_classes={rows}; num_classes={rows - 1} confirms the null class."
+        f"without label dropout, give num_classes={rows}; {rows - 1} confirms the null class (convert: --num_classes)."
     )
     assert [str(one.message) for one in recwarn] == [sentence] * said
     save_native(tmp_path / "model.safetensors", model, 1)

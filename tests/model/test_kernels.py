@@ -1,6 +1,7 @@
 """Each platform's arithmetic gives the same values."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -55,10 +56,26 @@ def test_kernels_are_chosen_by_platform(monkeypatch):
     assert here == attention_kernel(ModelConfig(platform=jax.default_backend()))
     with pytest.raises(ConfigError, match=r"model\.platform='cuda'.*auto, cpu, gpu, tpu"):
         ModelConfig(platform="cuda")
+
+
+@pytest.mark.parametrize(("card", "fields", "obstacle"), [
+    ("NVIDIA A100 cuda 8.0", {}, ""),
+    ("NVIDIA H100 cuda 9.0", {"hidden_size": 1152, "num_heads": 16}, ""),
+    ("NVIDIA A100 cuda 8.0", {"dtype": "float32"}, "an NVIDIA GPU and bfloat16, and this is float32 on gpu"),
+    ("Tesla V100 cuda 7.0", {}, "a GPU of the Ampere generation or later, and this is Tesla V100"),
+    ("AMD MI300X rocm 9.4", {}, "an NVIDIA GPU, and this is AMD MI300X"),
+    ("NVIDIA A100 cuda 8.0", {"hidden_size": 48}, "a multiple of 8, at most 128, and this model's is 4"),
+    ("NVIDIA A100 cuda 8.0", {"num_heads": 4}, "a multiple of 8, at most 128, and this model's is 192"),
+])  # fmt: skip
+def test_cudnn_attention_is_used_where_it_can_run(monkeypatch, recwarn, card, fields, obstacle):
+    *kind, platform, capability = card.split()
+    client = SimpleNamespace(platform_version=f"{platform} 12090")
+    device = SimpleNamespace(device_kind=" ".join(kind), compute_capability=capability, client=client)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert attention_kernel(ModelConfig(attention="cudnn", dtype="bfloat16")) == AllHeads("cudnn")
-    with pytest.warns(DeviceWarning, match="this is float32 on gpu: 'xla' is used"):
-        assert attention_kernel(ModelConfig(attention="cudnn")) == AllHeads("xla")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    kernel = attention_kernel(ModelConfig(**{"attention": "cudnn", "dtype": "bfloat16"} | fields))
+    assert kernel == AllHeads("xla" if obstacle else "cudnn")
+    assert [obstacle in str(one.message) for one in recwarn.list] == [True] * bool(obstacle)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of a machine without a GPU")

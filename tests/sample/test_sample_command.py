@@ -366,6 +366,7 @@ def test_a_run_without_label_dropout_is_not_guided(tmp_path, capsys):
     """Commands refuse before they draw. The run's own grids are drawn without guidance, and the start says so."""
     from mpdit_jax import export
     from mpdit_jax.checkpoint.load import load_config
+    from mpdit_jax.data.sources import load_digits
     from mpdit_jax.distributed.mesh import make_mesh
     from mpdit_jax.evaluate.__main__ import make_evaluate_parser
     from mpdit_jax.evaluate.runs import prepare_run
@@ -388,7 +389,7 @@ def test_a_run_without_label_dropout_is_not_guided(tmp_path, capsys):
     config, mesh, (structure, parameters) = load_config(workdir), make_mesh(), split(mp.load_checkpoint(workdir))
     with jax.set_mesh(mesh):
         assert draw_grid(config, structure, None, np.arange(10), parameters, lambda: False) is not None
-        log_startup(config, workdir, 0, 100, mesh, None, False)
+        log_startup(config, workdir, 0, load_digits(), mesh, None, False)
     said = "grids are drawn without guidance (config.sample.guidance_scale=1.5), since config.label_dropout=0 trains no"
     assert said in capsys.readouterr().out
 

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import mpdit_jax as mp
 from mpdit_jax.checkpoint.workdir import lock_workdir
 from mpdit_jax.config import base_config, resolve, to_json
+from mpdit_jax.data.sources import load_digits
 from mpdit_jax.distributed.mesh import make_mesh
 from mpdit_jax.errors import CheckpointError
 from mpdit_jax.sample.__main__ import make_sample_parser
@@ -54,7 +55,7 @@ def test_an_average_that_keeps_its_first_weights_is_announced(decay, steps, warm
 ])  # fmt: skip
 def test_grids_that_cannot_be_drawn_are_announced(tmp_path, capsys, fields, sentence):
     mesh = make_mesh(devices=jax.devices()[:1])
-    log_startup(config_with(**fields), tmp_path, 0, 10, mesh, None, False)
+    log_startup(config_with(**fields), tmp_path, 0, load_digits(), mesh, None, False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("starting at step 0")
     assert len(lines) == 1 + bool(sentence)
@@ -83,6 +84,23 @@ def test_a_run_continues_under_its_own_jax_flags(tmp_path, monkeypatch, flag, va
     (tmp_path / FLAGS_FILE).write_text("[")
     with pytest.raises(CheckpointError, match="is damaged"):
         record_flags(tmp_path, trained=True)
+
+
+def test_a_run_says_that_it_continues_with_other_rounding(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_one")
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    record_flags(tmp_path, trained=False)
+    record_flags(tmp_path, trained=True)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    monkeypatch.delenv("XLA_FLAGS")
+    record_flags(tmp_path, trained=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "XLA_FLAGS is not set now and was --xla_one: results may differ in rounding",
+        "NVIDIA_TF32_OVERRIDE is 1 now and was not set: results may differ in rounding",
+    ]
+    record_flags(tmp_path, trained=True)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_run_without_the_field_goes_on_without_a_warm_up(tmp_path, capsys):

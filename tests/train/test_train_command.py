@@ -116,6 +116,13 @@ def test_a_config_file_imports_its_neighbour_and_takes_a_word(tmp_path):
     )
     assert load_config_file(f"{tmp_path / 'mine.py'}:7").steps == 7
     assert str(tmp_path) not in sys.path
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/neighbour_of_mine.py").write_text("from mpdit_jax.config import base_config as other\n")
+    (tmp_path / "more/mine.py").write_text("from neighbour_of_mine import other as get_config\n")
+    assert load_config_file(str(tmp_path / "more/mine.py")).steps == 300_000  # its own neighbour, of the same name
+    (tmp_path / "mine.py").write_text("from .neighbour_of_mine import base_config as get_config\n")
+    with pytest.raises(ConfigError, match="a config imports its neighbour by name, `import other`"):
+        load_config_file(str(tmp_path / "mine.py"))
 
 
 def test_unwritable_workdir(tmp_path, monkeypatch, capsys):

@@ -1,3 +1,4 @@
+import json
 import sys
 import types
 
@@ -35,7 +36,7 @@ def hub(monkeypatch, tmp_path):
             raise EntryNotFoundError(f"404 {filename}")
         path = tmp_path / "snapshot" / (subfolder or "") / filename
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        path.write_text(state.files[filename] if isinstance(state.files, dict) else "")
         return str(path)
 
     package, errors = types.ModuleType("huggingface_hub"), types.ModuleType("huggingface_hub.errors")
@@ -60,6 +61,14 @@ def test_takes_other_weights_where_there_is_no_safetensors_and_a_folder_inside(h
     folder = locate("owner/pipeline/vae")
     assert sorted(path.name for path in folder.iterdir()) == sorted(hub.files)
     assert {(repo, inside) for repo, _, inside in hub.asked} == {("owner/pipeline", "vae")}
+
+
+@pytest.mark.parametrize("ending", [".safetensors.index.json", ".safetensors.index.fp16.json"])
+def test_fetches_the_files_that_an_index_lists(hub, ending):
+    shards = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = json.dumps({"weight_map": dict(zip(("a", "b"), shards, strict=True))})
+    hub.files = {"config.json": "{}", f"diffusion_pytorch_model{ending}": index, **dict.fromkeys(shards, "")}
+    assert sorted(path.name for path in locate(NAME).iterdir()) == sorted(hub.files)
 
 
 @pytest.mark.parametrize("error", [LocalEntryNotFoundError("no connection"), HfHubHTTPError("401"), OSError("reset")])

@@ -114,6 +114,9 @@ def test_says_which_files_are_missing(tmp_path, folder):
     (folder / "config.json").unlink()
     with pytest.raises(WeightsError, match=rf"missing config\.json; the folder holds {WEIGHTS}"):
         load_vae(folder)
+    (folder / WEIGHTS).rename(folder / "vae.bf16.safetensors")
+    with pytest.raises(WeightsError, match=rf"; if vae\.bf16\.safetensors has the weights, rename it to {WEIGHTS}"):
+        load_vae(folder)
     pipeline = _made(tmp_path / "pipeline")
     _made(pipeline / "vae").joinpath("config.json").write_text("{}")
     with pytest.raises(WeightsError, match=r"whole pipeline, so pass .*vae"):
@@ -141,16 +144,20 @@ def test_bin_without_pytorch_names_the_extra(folder, monkeypatch):
         load_vae(folder)
 
 
-@pytest.mark.parametrize("name", ["diffusion_pytorch_model.fp16.safetensors", "index"])
+@pytest.mark.parametrize(
+    "name",
+    ["diffusion_pytorch_model.fp16.safetensors", ".index.json", ".index.fp16.json"],
+    ids=["fp16", "index", "both"],
+)
 def test_reads_the_files_that_diffusers_writes_otherwise(folder, tiny_parameters, name):
     """Weights in half precision alone, and weights that are split into several files."""
-    if name == "index":
+    if "index" in name:
         state = to_diffusers(tiny_parameters)
         shards = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": sorted(state)[i::2] for i in range(2)}
         for shard, names in shards.items():
             safetensors.numpy.save_file({entry: np.ascontiguousarray(state[entry]) for entry in names}, folder / shard)
         index = {"weight_map": {entry: shard for shard, names in shards.items() for entry in names}}
-        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index), encoding="utf-8-sig")
+        (folder / f"{WEIGHTS}{name}").write_text(json.dumps(index), encoding="utf-8-sig")
         (folder / WEIGHTS).unlink()
     else:
         (folder / WEIGHTS).rename(folder / name)
