@@ -115,4 +115,4 @@ def load_classifier(path: str | Path) -> Classifier:
 
 
 def _linear(layer: Conv, x: jax.Array) -> jax.Array:
-    return jnp.matmul(x, layer.kernel[0, 0], precision=jax.lax.Precision.HIGHEST) + layer.bias[...]
+    return jnp.matmul(x, layer.kernel[0, 0], precision=jax.lax.Precision.HIGHEST) + layer.bias[None]

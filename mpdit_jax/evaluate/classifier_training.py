@@ -67,7 +67,8 @@ def train_classifier(
         parameters: nnx.State, state: optax.OptState, x: jax.Array, y: jax.Array
     ) -> tuple[nnx.State, optax.OptState, jax.Array]:
         value, gradients = jax.value_and_grad(loss)(parameters, x, y)
-        updates, state = optimizer.update(gradients, state)
+        with jax.numpy_dtype_promotion("standard"):  # Optax takes powers of integers
+            updates, state = optimizer.update(gradients, state)
         return optax.apply_updates(parameters, updates), state, value
 
     value = jnp.zeros(())

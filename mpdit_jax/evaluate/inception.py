@@ -62,7 +62,7 @@ class Inception(nnx.Module):
         x = self.mixed_7c(self.mixed_7b(x))  # (B, 8, 8, 2048)
         pool = x.mean(axis=(1, 2))  # (B, 2048)
         unbiased = jnp.matmul(pool, self.fc.kernel[0, 0], precision=jax.lax.Precision.HIGHEST)
-        return InceptionOutputs(pool, spatial.reshape(len(x), -1), unbiased + self.fc.bias[...], unbiased)
+        return InceptionOutputs(pool, spatial.reshape(len(x), -1), unbiased + self.fc.bias[None], unbiased)
 
 
 def _chain(x: jax.Array, *convolutions: Conv) -> jax.Array:

@@ -34,7 +34,7 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, H, W, inputs) to (B, H', W', outputs), in true float32 on every device."""
         stride, layout, exact = (self.stride, self.stride), ("NHWC", "HWIO", "NHWC"), jax.lax.Precision.HIGHEST
-        return self.bias[...] + jax.lax.conv_general_dilated(
+        return self.bias[None, None, None] + jax.lax.conv_general_dilated(
             x, self.kernel[...], stride, self.padding, None, None, layout, self.groups, precision=exact
         )
 
@@ -43,7 +43,7 @@ def pointwise(x: jax.Array, convolutions: Sequence[Conv]) -> list[jax.Array]:
     """Apply several 1x1 convolutions to one input in one matrix product."""
     kernel = jnp.concatenate([conv.kernel[0, 0] for conv in convolutions], axis=1)  # (inputs, all outputs)
     flat = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, precision=jax.lax.Precision.HIGHEST)  # (B·H·W, all outputs)
-    flat += jnp.concatenate([conv.bias[...] for conv in convolutions])
+    flat += jnp.concatenate([conv.bias[...] for conv in convolutions])[None]
     ends = np.cumsum([conv.bias.shape[0] for conv in convolutions])[:-1]
     return jnp.split(flat.reshape(*x.shape[:-1], -1), ends, axis=-1)
 
@@ -52,7 +52,7 @@ def average_pool(x: jax.Array) -> jax.Array:
     """Return 3x3 means at every position, without the padding at the border."""
     sums = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
     rows, columns = (np.convolve(np.ones(n), np.ones(3), "same") for n in x.shape[1:3])
-    return sums / np.outer(rows, columns).astype(np.float32)[:, :, None]
+    return sums / np.outer(rows, columns).astype(np.float32)[None, :, :, None]
 
 
 def max_pool(x: jax.Array, stride: int, padding: str) -> jax.Array:

@@ -150,7 +150,8 @@ def _make_update(
     def update(state: VAEState, x: jax.Array) -> VAEState:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         gradients, metrics = jax.grad(loss, has_aux=True)(state.parameters, x, key)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state)
+        with jax.numpy_dtype_promotion("standard"):  # Optax takes powers of integers
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer_state)
         parameters = optax.apply_updates(state.parameters, updates)
         return VAEState(state.step + 1, parameters, optimizer_state, metrics)
 

@@ -1,9 +1,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from ml_collections import FrozenConfigDict
 
 from mpdit_jax.errors import ConfigError, InputError
+from mpdit_jax.train.vae import _initial_state, _make_update
 from mpdit_jax.vae import VAE, AutoencoderConfig, Tiling
 from mpdit_jax.vae.autoencoder import mean_and_std
 from tests.conftest import relative_error
@@ -147,3 +150,12 @@ def test_strict_promotion(tiny_parameters, dtype, tiling):
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         assert jax.eval_shape(vae._encode, vae.parameters, images)[0].shape == latents.shape
         assert jax.eval_shape(vae._decode, vae.parameters, latents).shape == images.shape
+
+
+def test_strict_promotion_in_training():
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, 4))
+    update = _make_update(TINY, optimizer, FrozenConfigDict({"seed": 0, "kl_weight": 1e-6}))
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        state = jax.eval_shape(lambda: _initial_state(TINY, optimizer, 0))
+        after = jax.eval_shape(update, state, jax.ShapeDtypeStruct((2, 16, 16, 3), "float32"))
+    assert jax.tree.map(lambda leaf: leaf.shape, after) == jax.tree.map(lambda leaf: leaf.shape, state)
