@@ -26,7 +26,7 @@ def count(model: HasConfig | ModelConfig) -> tuple[int, int]:
     Returns:
         params: parameters as PyTorch counts them, the frozen position table of every level included.
         macs: multiply-adds of the matrix products of one forward pass of one example. Attention counts at the sequence
-            length of each block; norms, activations and FFTs count as zero.
+            length of each block; norms, activations and Fourier transforms count as zero.
 
     Raises:
         InputError: `model` is neither a model nor a ModelConfig.
