@@ -97,6 +97,14 @@ EXTRAS = {
     "cuda": ["jax[cuda13]"],
     "cuda12": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
+    # Compiling for GPUs on a machine without one: XLA's compiler, of JAX's version, and NVIDIA's assembler.
+    "gpu-compile": [
+        "jax-cuda12-pjrt>=0.10.2,<0.11; python_version < '3.12'",
+        "nvidia-cuda-nvcc-cu12>=12.9.86,<13; python_version < '3.12'",
+        "jax-cuda13-pjrt>=0.12.0.1,<0.13; python_version >= '3.12'",
+        "nvidia-cuda-nvcc>=13.0,<14; python_version >= '3.12'",
+        "nvidia-nvvm>=13.0,<14; python_version >= '3.12'",
+    ],
 }
 
 setup(

@@ -1,7 +1,8 @@
 """Floating-point operations of a compiled program's matrix products, read from its HLO text.
 
-XLA writes a product as a `dot`, but for TPUs mostly as a `convolution`. A dilated window can represent the batch
-dimensions of a product, so window positions on padding or on the gaps between dilated entries are not counted.
+XLA writes a product as a `dot`, but for TPUs mostly as a `convolution`, and for GPUs as a call of cuBLAS. A dilated
+window can represent the batch dimensions of a product, so window positions on padding or on the gaps between dilated
+entries are not counted.
 """
 
 import re
@@ -9,17 +10,40 @@ from math import prod
 
 from mpdit_jax.compile.hlo import Visit, dimensions, walk
 
+_CUBLAS = re.compile(r'custom_call_target="__cublas\$(?:lt\$matmul|gemm)')
+
 
 def product_flops(text: str) -> int:
-    """Count one chip's operations in the matrix products of `compiled.as_text()`: 2 per multiply-add; a loop's body
+    """Count one device's operations in the matrix products of `compiled.as_text()`: 2 per multiply-add; a loop's body
     counts as often as it runs.
     """
-    counters = {"dot": _dot, "convolution": _convolution}
-    return sum(
-        2 * visit.times * counters[visit.instruction.operation](visit)
-        for visit in walk(text)
-        if visit.instruction.operation in counters
-    )
+    return sum(product_flops_by_library(text).values())
+
+
+def product_flops_by_library(text: str) -> dict[str, int]:
+    """Return the operations of `product_flops` by what computes them: "cuBLAS", "Triton" or "XLA"."""
+    counters = {"dot": _dot, "convolution": _convolution, "custom-call": _library_call}
+    found = dict.fromkeys(("cuBLAS", "Triton", "XLA"), 0)
+    for visit in walk(text):
+        if (counter := counters.get(visit.instruction.operation)) is not None:
+            found[_library(visit)] += 2 * visit.times * counter(visit)
+    return found
+
+
+def _library(visit: Visit) -> str:
+    if visit.instruction.operation == "custom-call":
+        return "cuBLAS"
+    return "Triton" if any('"kind":"__triton' in caller.rest for caller in visit.callers) else "XLA"
+
+
+def _library_call(visit: Visit) -> int:
+    """Count the multiply-adds of a call of cuBLAS, and 0 for a call of anything else."""
+    if not _CUBLAS.search(visit.instruction.rest):
+        return 0
+    contracted = re.search(r'"lhs_contracting_dimensions":\[([^]]*)\]', visit.instruction.rest)
+    axes = re.findall(r"\d+", contracted[1]) if contracted else []
+    left = _operands(visit)[0]
+    return prod(dimensions(visit.instruction.shape)[0]) * prod(left[int(axis)] for axis in axes)
 
 
 def _operands(visit: Visit) -> list[tuple[int, ...]]:

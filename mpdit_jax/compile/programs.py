@@ -14,11 +14,13 @@ from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from mpdit_jax.compile.collectives import traffic
-from mpdit_jax.compile.flops import product_flops
+from mpdit_jax.compile.environment import find_cuda_compiler
+from mpdit_jax.compile.flops import product_flops_by_library
+from mpdit_jax.compile.gpus import Cluster, target_config
 from mpdit_jax.config.base import model_config
 from mpdit_jax.data.latents import LatentSpace
 from mpdit_jax.distributed.mesh import batch_sharding, check_batch, replicated
-from mpdit_jax.errors import ConfigError, MissingExtraError, install_extra
+from mpdit_jax.errors import ConfigError, MissingExtraError, first_line, install_extra
 from mpdit_jax.flow.randomness import seed_key
 from mpdit_jax.flow.sampler import make_sampler
 from mpdit_jax.model.config import ModelConfig
@@ -34,7 +36,7 @@ _VIEWS = 2  # views per image in a store made with --flip=both
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Memory, operations and traffic of a compiled program, per chip."""
+    """Memory, operations and traffic of a compiled program, per device."""
 
     arguments: int  # bytes of the arguments, such as parameters and optimizer state
     temporaries: int  # bytes of temporaries; the compiler's early estimate if `refused`
@@ -42,9 +44,14 @@ class Program:
     peak: int  # bytes in all; donated buffers count once
     compiled_flops: int | None  # operations of the matrix products, recomputation included; None if `refused`
     collectives: dict[str, int] | None  # bytes of the arrays that collectives move, by kind; None if `refused`
-    sent: float | None  # bytes that the chip sends; None if `refused`
+    sent: float | None  # bytes that the device sends inside its host or slice; None if `refused`
     seconds_to_compile: float  # seconds of lowering and compiling on this machine
     refused: bool = False  # whether the compiler gave up because the chip's memory is too small
+    # Bytes that it sends to other hosts, which are not in `sent`; None if `refused`.
+    crossed: float | None = 0.0
+    products: dict[str, int] | None = None  # `compiled_flops` by what computes them, such as cuBLAS
+    overlapped: int = 0  # collectives of a GPU's program that run beside its computation
+    waited_for: int = 0  # those that do not
 
 
 def topology_devices(topology: str) -> list[jax.Device]:
@@ -70,8 +77,30 @@ def topology_devices(topology: str) -> list[jax.Device]:
         raise ConfigError(f"--topology={topology}: libtpu refuses it ({reason[:200]}).") from error
 
 
-def compile_step(config: FrozenConfigDict, mesh: Mesh) -> Program:
-    """Compile the train step of a config. Raise ConfigError if the batch does not divide over the mesh."""
+def gpu_devices(cluster: Cluster, topology: str) -> list[jax.Device]:
+    """Return the devices of GPUs that need not exist; `prepare(gpus=True)` comes first.
+
+    Raise MissingExtraError if their compiler is not installed, and ConfigError if it refuses the topology.
+    """
+    target = target_config(cluster.card, find_cuda_compiler().version)
+    jax.devices()  # JAX finds its plugins
+    try:
+        description = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=topology,
+            target_config=target,
+            topology=f"1x{cluster.hosts}x{cluster.per_host}",
+        )
+        return list(description.devices)
+    except Exception as error:  # as above
+        raise ConfigError(f"--topology={topology}: XLA refuses it ({first_line(error)[:200]}).") from error
+
+
+def compile_step(config: FrozenConfigDict, mesh: Mesh, per_host: int = 0) -> Program:
+    """Compile the train step of a config. Raise ConfigError if the batch does not divide over the mesh.
+
+    `per_host` is the number of devices of a host; 0 if all are linked alike.
+    """
     check_batch(config.batch_size, mesh, config.gradient_accumulation)
     model, optimizer = _model_for(config, mesh), make_optimizer(config.optimizer)
     state = abstract_state(model, optimizer, mesh)
@@ -89,10 +118,10 @@ def compile_step(config: FrozenConfigDict, mesh: Mesh) -> Program:
     else:
         batch |= {name: batch_array((_VIEWS, *example), jnp.float16) for name in ("mean", "std")}
     with jax.set_mesh(mesh):
-        return _compile(mesh.size, jit_step(step, state, mesh), state, batch)
+        return _compile(mesh.size, per_host, jit_step(step, state, mesh), state, batch)
 
 
-def compile_sampler(config: FrozenConfigDict, mesh: Mesh, batch_size: int) -> Program:
+def compile_sampler(config: FrozenConfigDict, mesh: Mesh, batch_size: int, per_host: int = 0) -> Program:
     """Compile the guided sampler of a config with replicated parameters. Raise ConfigError as `compile_step`."""
     check_batch(batch_size, mesh)
     structure, shapes = abstract(_model_for(config, mesh))
@@ -106,7 +135,7 @@ def compile_sampler(config: FrozenConfigDict, mesh: Mesh, batch_size: int) -> Pr
     labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=split)
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole)
     with jax.set_mesh(mesh):
-        return _compile(mesh.size, jax.jit(draw, out_shardings=split), parameters, labels, seed)
+        return _compile(mesh.size, per_host, jax.jit(draw, out_shardings=split), parameters, labels, seed)
 
 
 def _model_for(config: FrozenConfigDict, mesh: Mesh) -> ModelConfig:
@@ -115,7 +144,7 @@ def _model_for(config: FrozenConfigDict, mesh: Mesh) -> ModelConfig:
     return model.replace(platform="gpu" if platform == "cpu" else platform) if model.platform == "auto" else model
 
 
-def _compile(chips: int, function: Any, *arguments: Any) -> Program:
+def _compile(chips: int, per_host: int, function: Any, *arguments: Any) -> Program:
     start = time.perf_counter()
     lowered = function.lower(*arguments)
     try:
@@ -125,15 +154,19 @@ def _compile(chips: int, function: Any, *arguments: Any) -> Program:
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    moved = traffic(text, chips)
+    moved, products = traffic(text, chips, per_host), product_flops_by_library(text)
     return Program(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         results=memory.output_size_in_bytes,
         peak=total - memory.alias_size_in_bytes,
-        compiled_flops=product_flops(text),
+        compiled_flops=sum(products.values()),
         collectives=moved.by_kind,
         sent=moved.sent,
+        crossed=moved.crossed,
+        products=products,
+        overlapped=moved.overlapped,
+        waited_for=moved.waited_for,
         seconds_to_compile=seconds,
     )
 
@@ -150,7 +183,7 @@ def _refused(message: str, arguments: Any, seconds: float) -> Program:
         peak, temporaries = used, max(used - size, 0)
     else:
         raise ConfigError(f"the compiler refuses this program: {message.strip().splitlines()[0][:300]}")
-    return Program(size, temporaries, 0, peak, None, None, None, seconds, refused=True)
+    return Program(size, temporaries, 0, peak, None, None, None, seconds, refused=True, crossed=None)
 
 
 def _parse_size(pattern: str, message: str) -> int | None:

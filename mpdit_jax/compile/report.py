@@ -8,11 +8,13 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from mpdit_jax.compile.gpus import Card
 from mpdit_jax.compile.programs import Program
 from mpdit_jax.config.base import model_config
 from mpdit_jax.model.accounting import count_macs, recomputed_macs, training_flops
 from mpdit_jax.runtime.hardware import GIB, Chip
 
+_POOL_NOTE = ", JAX's pool (0.75 of the memory)"
 _MIN_IMAGES_PER_PART = 8  # per chip, without remat `full`; at 64 coarse tokens they make 512 rows of a product
 
 
@@ -30,13 +32,21 @@ def sampler_flops(config: FrozenConfigDict, batch_size: int) -> float:
     return 2.0 * count_macs(model) * batch_size * config.sample.steps * passes
 
 
-def describe(program: Program, flops: float, chips: int, chip: Chip | None) -> dict[str, Any]:
-    """Return a program's figures per chip. `flops` are its operations on all chips; `chip` is None if it is unknown."""
+def describe(program: Program, flops: float, chips: int, chip: Chip | Card | None) -> dict[str, Any]:
+    """Return a program's figures per device.
+
+    Args:
+        program: the compiled program.
+        flops: its operations on all devices.
+        chips: number of devices.
+        chip: kind of the devices; None if it is unknown.
+    """
     report: dict[str, Any] = {**dataclasses.asdict(program), "flops": flops / chips}
     if chip is not None:
         report["hbm"] = chip.hbm
         report["fits"] = not program.refused and program.peak <= chip.hbm
-        bounds = chip.bounds(flops / chips, program.arguments + program.results, program.sent or 0)
+        moved = program.arguments + program.results
+        bounds = chip.bounds(flops / chips, moved, program.sent or 0, program.crossed or 0)
         report["bound_by"], report["bound_seconds"] = max(bounds.items(), key=lambda item: item[1])
     return report
 
@@ -93,26 +103,34 @@ def _with_settings(config: FrozenConfigDict, remat: str, fsdp: int, parts: int) 
     return " ".join(flags), FrozenConfigDict(changed)
 
 
-def as_text(name: str, report: dict[str, Any]) -> str:
-    """Format one program's report as lines of text."""
+def as_text(name: str, report: dict[str, Any], device: str = "chip") -> str:
+    """Format one program's report as lines of text; `device` is the word for what it runs on."""
     lines = [
-        f"{name}, per chip",
+        f"{name}, per {device}",
         f"  arguments    {report['arguments'] / GIB:8.2f} GiB",
         f"  temporaries  {report['temporaries'] / GIB:8.2f} GiB",
         f"  peak         {report['peak'] / GIB:8.2f} GiB",
     ]
     if "hbm" in report:
         verdict = "fits" if report["fits"] else "does NOT fit"
-        lines[-1] += f"  {verdict} {report['hbm'] / GIB:.2f} GiB"
+        lines[-1] += f"  {verdict} {report['hbm'] / GIB:.2f} GiB{_POOL_NOTE * (device == 'GPU')}"
     if report["refused"]:
         lines[2] += "  by the compiler's early estimate, after which it gave up"
     lines.append(f"  analytic     {report['flops'] / 1e12:8.3f} TFLOP")
     if report["compiled_flops"] is not None:
         lines.append(f"  compiled     {report['compiled_flops'] / 1e12:8.3f} TFLOP in matrix products")
+        if device == "GPU" and report["products"]:
+            shares = {name: flops / report["compiled_flops"] for name, flops in report["products"].items() if flops}
+            lines[-1] += ": " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
     if report["collectives"] is not None:
         moved = {kind: size for kind, size in report["collectives"].items() if size}
         listed = ", ".join(f"{kind} {size / GIB:.3f} GiB" for kind, size in moved.items()) or "none"
-        lines.append(f"  collectives  {listed}; sent {report['sent'] / GIB:.3f} GiB")
+        sent = f"sent {report['sent'] / GIB:.3f} GiB"
+        if device == "GPU":
+            sent += f" by NVLink, {report['crossed'] / GIB:.3f} GiB by network"
+        lines.append(f"  collectives  {listed}; {sent}")
+        if report["overlapped"] + report["waited_for"]:
+            lines.append(f"               {report['overlapped']} overlap with products, {report['waited_for']} do not")
     if "bound_seconds" in report:
         lines.append(
             f"  bound        {1e3 * report['bound_seconds']:8.2f} ms by {report['bound_by']}: no less time at "

@@ -28,11 +28,14 @@ class Chip:
     dimensions: int  # dimensions of a topology, such as 2 for 16x16
     pod: int  # chips of the largest slice
 
-    def bounds(self, flops: float, moved: float, sent: float) -> dict[str, float]:
+    def bounds(self, flops: float, moved: float, sent: float, crossed: float = 0.0) -> dict[str, float]:
         """Return a lower bound on a program's time, in seconds, for each resource of the chip.
 
-        `flops` are the operations of matrix products, `moved` the bytes read from and written to the chip's memory,
-        `sent` the bytes sent to other chips.
+        Args:
+            flops: operations of matrix products.
+            moved: bytes read from and written to the chip's memory.
+            sent: bytes sent to other chips.
+            crossed: bytes sent over a network, which a slice of a pod does not use.
         """
         return {
             "matrix products": flops / self.flops,
@@ -71,7 +74,10 @@ def topology_chip(topology: str) -> Chip:
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
     known = ", ".join(CHIPS)
     if match is None or match[1] not in CHIPS:
-        raise ConfigError(f"--topology={topology}: expected CHIP:SIZE with a chip of {known}, such as v5e:16x16.")
+        raise ConfigError(
+            f"--topology={topology}: expected CHIP:SIZE with a chip of {known}, such as v5e:16x16, or GPUs such as "
+            "a100:8 (also a100-40gb, h100, h200, b200)."
+        )
     chip = CHIPS[match[1]]
     if match[2].count("x") + 1 != chip.dimensions:
         example = "x".join(["4"] * chip.dimensions)

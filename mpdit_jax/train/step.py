@@ -5,6 +5,7 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import optax
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
@@ -257,6 +258,12 @@ def moving_average(average: Parameters, parameters: Parameters, decay: float | j
 # XLA's CPU backend copies parameters and moments before it overwrites them, unless this analysis shows that it need
 # not. (Leave it out for a jaxlib that says "No such compile option".)
 _CPU_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
+# Collectives run beside products; up to Ampere XLA else waits for each. Of jaxlib 0.10, Triton's products cannot be
+# compiled for this step on Hopper ("Couldn't find output tile sizes", openxla/xla#36792); cuBLAS computes all instead.
+_GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True} | (
+    {"xla_gpu_enable_triton_gemm": False} if jaxlib.__version__.startswith("0.10.") else {}
+)
+_OPTIONS = {"cpu": _CPU_OPTIONS, "gpu": _GPU_OPTIONS}
 
 
 def jit_step(step: Step, state: TrainState, mesh: Mesh) -> Step:
@@ -270,5 +277,5 @@ def jit_step(step: Step, state: TrainState, mesh: Mesh) -> Step:
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=shardings,
         donate_argnums=0,
-        compiler_options=_CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None,
+        compiler_options=_OPTIONS.get(mesh.devices.flat[0].platform),
     )

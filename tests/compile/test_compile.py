@@ -82,7 +82,7 @@ print(json.dumps(dataclasses.astuple(traffic(compiled.as_text(), 8))))
 """
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(8), check=True)
-    found, sent = json.loads(done.stdout)
+    found, sent, *_ = json.loads(done.stdout)
     # The gradient of five matrices is summed once, inside the loop or after it.
     assert found["all-reduce"] == pytest.approx(5 * 32 * 32 * 4, rel=0.01)
     assert sent == 2 * found["all-reduce"] * 7 / 8
@@ -207,14 +207,14 @@ def test_the_nearest_setting_that_fits_is_looked_for(monkeypatch, capsys):
     """On this chip only the last candidate fits."""
     tried = []
 
-    def compiled(config, mesh):
+    def compiled(config, mesh, per_host):
         tried.append((config.model.remat, config.gradient_accumulation))
         peak = 2**30 if tried[-1] == ("full", 2) else 17 * 2**30
         return Program(2**20, peak - 2**20, 2**20, peak, 10, dict.fromkeys(("all-reduce", "all-gather"), 0), 0, 1.0)
 
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_step", compiled)
     monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology: jax.devices()[:1])
-    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices: None)
+    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices, gpus: None)
     arguments = [f"--config={ROOT / 'configs/digits.py'}", "--topology=v5e:1x1", "--no_sampler"]
     assert compile_command([*arguments, "--format=json"]) == 1  # the config itself does not fit
     report = json.loads(capsys.readouterr().out)
@@ -232,19 +232,19 @@ def test_candidates_whose_state_alone_does_not_fit_are_skipped(monkeypatch, caps
     """On two chips: 32 GiB of state per chip with fsdp=1, 16 GiB with fsdp=2, 17 GiB of the sampler's parameters."""
     tried, sampled = [], []
 
-    def step(config, mesh):
+    def step(config, mesh, per_host):
         tried.append(config.mesh.fsdp)
         state = 2**35 // config.mesh.fsdp
         return Program(state, 2**20, state, state + 2**20, None, None, None, 1.0, refused=True)
 
-    def sampler(config, mesh, batch_size):
+    def sampler(config, mesh, batch_size, per_host):
         sampled.append(batch_size)
         return Program(17 * 2**30, 2**20, 2**20, 17 * 2**30 + 2**20, 10, {}, 0, 1.0)
 
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_step", step)
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_sampler", sampler)
     monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology: jax.devices()[:1] * 2)
-    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices: None)
+    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices, gpus: None)
     assert compile_command([f"--config={ROOT / 'configs/digits.py'}", "--topology=v5e:1x2"]) == 1
     out = capsys.readouterr().out
     assert tried == [1, 2]  # neither is tried with another remat policy or with gradient accumulation
@@ -262,14 +262,14 @@ def test_a_wrong_number_of_devices_is_refused():
 def test_the_largest_batch_to_sample_that_fits_is_looked_for(monkeypatch, capsys):
     """The batch of eight is halved twice, until it fits."""
 
-    def compiled(config, mesh, batch_size):
+    def compiled(config, mesh, batch_size, per_host):
         peak = batch_size * 2**33
         return Program(2**20, peak - 2**20, 2**20, peak, 10, {}, 0, 1.0)
 
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_sampler", compiled)
-    monkeypatch.setattr("mpdit_jax.compile.measure.compile_step", lambda *_: compiled(*_, 1))
+    monkeypatch.setattr("mpdit_jax.compile.measure.compile_step", lambda *_: compiled(*_[:2], 1, 0))
     monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology: jax.devices()[:1])
-    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices: None)
+    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices, gpus: None)
     arguments = [f"--config={ROOT / 'configs/digits.py'}", "--topology=v6e:1x1", "--format=json"]
     assert compile_command(arguments) == 1
     out, err = capsys.readouterr()
@@ -315,7 +315,7 @@ def test_the_command_on_virtual_devices():
 @pytest.mark.slow
 def test_a_flow_maps_config_is_compiled_with_its_own_solver(monkeypatch, capsys):
     """The sampler of configs/digits_flow_map.py is one evaluation, and its step the one with the forward derivative."""
-    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices: None)
+    monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices, gpus: None)
     smaller_model = ["--config.model.depths=1,1", "--config.batch_size=4", "--config.model.remat=none"]
     assert (
         compile_command(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from mpdit_jax.compile.collectives import KINDS, Traffic, traffic
-from mpdit_jax.compile.flops import product_flops
+from mpdit_jax.compile.flops import product_flops, product_flops_by_library
 from mpdit_jax.compile.hlo import dimensions, sizes, walk
 from mpdit_jax.errors import ConfigError
 
@@ -70,7 +70,7 @@ def test_a_tpu_ring_runs_as_often_as_its_index_steps():
 def test_an_asynchronous_gather_counts_once():
     gathered, permuted = 160 * 8 * 2, 4 * 72 * 96 * 2
     expected = {**dict.fromkeys(KINDS, 0), "all-gather": gathered, "collective-permute": permuted}
-    assert traffic(TPU, 16) == Traffic(expected, gathered * 15 / 16 + permuted)
+    assert traffic(TPU, 16) == Traffic(expected, gathered * 15 / 16 + permuted, 0.0, 0, 0)
     assert product_flops(TPU) == 2 * 4 * 4 * 8
 
 
@@ -87,9 +87,66 @@ def test_groups_of_chips(groups, members):
     assert traffic(text, 64).sent == pytest.approx(2 * 256 * (members - 1) / members)
 
 
+@pytest.mark.parametrize(("groups", "near", "hosts"), [
+    ("{{0,1,8,9},{2,3,10,11}}", 2, 2), ("[2,32]<=[64]", 8, 4), ("[8,8]<=[8,8]T(1,0)", 1, 8), ("{}", 8, 8),
+    ("[16,4]<=[2,2,16]T(2,1,0)", 1, 4), ("mesh['data'=8,'fsdp'=8] {'fsdp'}", 8, 1),
+    ("mesh['data'=8,'fsdp'=8] {'data'}", 1, 8), ("mesh['data'=16,'fsdp'=4] {'data'}", 2, 8),
+    ("mesh['a'=8,'b'=8], device_ids=([8,8]T(1,0)) {'a'}", 8, 1), ("mesh['a'=64] {'a':(4)16}", 8, 2),
+])  # fmt: skip
+def test_traffic_between_hosts(groups, near, hosts):
+    """Of 64 devices on 8 hosts. Devices of a host pass on what one of them has got from each other host."""
+    line = f"  ROOT %sum = f32[64]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add"
+    moved = traffic(f"HloModule m\n\nENTRY %main (x: f32[64]) -> f32[64] {{\n{line}\n}}\n", 64, per_host=8)
+    assert moved.sent == pytest.approx(2 * 256 * (near - 1) / near)
+    assert moved.crossed == pytest.approx(2 * 256 * (hosts - 1) / (near * hosts))
+
+
+# Text in the style of XLA's compiler for GPUs: products by cuBLAS, one of them in a loop, and by Triton.
+GPU = """HloModule step
+
+%gemm_fusion (a: bf16[4,8], b: bf16[8,2]) -> bf16[4,2] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  %b = bf16[8,2]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[4,2]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%body (p: (bf16[16,6], bf16[6,10])) -> (bf16[16,6], bf16[6,10]) {
+  %p = (bf16[16,6]{1,0}, bf16[6,10]{1,0}) parameter(0)
+  %x = bf16[16,6]{1,0} get-tuple-element(%p), index=0
+  %y = bf16[6,10]{1,0} get-tuple-element(%p), index=1
+  %call = (bf16[16,10]{1,0}, s8[4194304]{0}) custom-call(%x, %y), custom_call_target="__cublas$lt$matmul", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],\
+"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]}}}
+  ROOT %again = (bf16[16,6]{1,0}, bf16[6,10]{1,0}) tuple(%x, %y)
+}
+
+ENTRY %main (a: bf16[4,8], b: bf16[8,2], z: (bf16[16,6], bf16[6,10])) -> bf16[4,2] {
+  %a.1 = bf16[4,8]{1,0} parameter(0)
+  %b.1 = bf16[8,2]{1,0} parameter(1)
+  %z = (bf16[16,6]{1,0}, bf16[6,10]{1,0}) parameter(2)
+  %loop = (bf16[16,6]{1,0}, bf16[6,10]{1,0}) while(%z), condition=%c, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
+  %other = bf16[4,2]{1,0} custom-call(%a.1), custom_call_target="xla_ffi_python_gpu_callback"
+  %started = bf16[4,2]{1,0} all-reduce-start(%other), replica_groups={{0,1}}, to_apply=%add, \
+backend_config={"collective_backend_config":{"is_sync":false}}
+  %ended = bf16[4,2]{1,0} all-reduce-done(%started)
+  %waited = bf16[4,2]{1,0} all-reduce(%ended), replica_groups={{0,1}}, to_apply=%add, \
+backend_config={"collective_backend_config":{"is_sync":true}}
+  ROOT %fusion = bf16[4,2]{1,0} fusion(%a.1, %b.1), kind=kCustom, calls=%gemm_fusion, \
+backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}
+}
+"""
+
+
+def test_a_gpus_products_and_collectives():
+    assert product_flops_by_library(GPU) == {"cuBLAS": 2 * 3 * 16 * 10 * 6, "Triton": 2 * 4 * 2 * 8, "XLA": 0}
+    moved = traffic(GPU, 2, per_host=8)
+    assert (moved.overlapped, moved.waited_for, moved.by_kind["all-reduce"]) == (1, 1, 2 * 16)
+
+
 def test_groups_of_another_kind_are_refused():
     line = "  ROOT %sum = f32[64]{0} all-reduce(%x), replica_groups=<new>, to_apply=%add"
-    with pytest.raises(ConfigError, match="groups chips in a way that is not known here"):
+    with pytest.raises(ConfigError, match="groups devices in a way that is not known here"):
         traffic(f"HloModule m\n\nENTRY %main (x: f32[64]) -> f32[64] {{\n{line}\n}}\n", 64)
 
 
