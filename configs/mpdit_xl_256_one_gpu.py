@@ -8,9 +8,9 @@ Four parts of 64 images fit a card of 40 GB. --config.gradient_accumulation=8 fi
 `python -m mpdit_jax.compile --config=mpdit_xl_256_one_gpu --topology=a100-40gb:1 --no_sampler` a step needs
 19.8 GiB, 14.6 GiB in eight parts and 50.4 GiB in one. JAX's pool has three quarters of a card's memory.
 
-No step of an A100 is shorter than 0.28 s at published peaks, so that an epoch takes 23 minutes or more; its real time has
-not been measured. The learning rate is the paper's for batches of 256, at 512x512 pixels. The paper trains with batches
-of 1,024 on 8 GPUs (mpdit_xl_256), and this config has not been trained yet.
+No step of an A100 is shorter than 0.28 s at published peaks, so that an epoch takes 23 minutes or more; its real time
+has not been measured. The learning rate is the paper's for batches of 256, at 512x512 pixels. The paper trains with
+batches of 1,024 on 8 GPUs (mpdit_xl_256), and this config has not been trained yet.
 """
 
 from ml_collections import ConfigDict

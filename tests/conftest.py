@@ -11,6 +11,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes longer than everything that is computed. The processes that tests start inherit it, so that the bits
 # of one can be compared with those of another.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+# Nor do tests need to know from which line of Python an operation comes; finding out takes a tenth of their time.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # One part per program instead of 32, and, up to jaxlib 0.10, the emitters of single operations in place of those of
 # fused loops, which go through MLIR and take four fifths of a small program's compilation. Later versions have no other
 # emitters, and end the process at a flag they do not know. CI's jobs `parity` and `optimized` run without these flags.

@@ -13,6 +13,7 @@ from mpdit_jax.runtime.cli import run
 _EXAMPLES = """\
   python -m mpdit_jax.compile --config=mpdit_xl_256 --topology=v5e:16x16
   python -m mpdit_jax.compile --config=mpdit_xl_256 --topology=v4:4x4x4 --config.mesh.fsdp=16
+  python -m mpdit_jax.compile --config=mpdit_xl_256 --topology=v5e:8x8 --slices=2 --config.mesh.fsdp=16
   python -m mpdit_jax.compile --config=mpdit_xl_256 --topology=a100-40gb:8 --config.mesh.fsdp=8
   python -m mpdit_jax.compile --config=mpdit_b_256 --topology=h100:8x8 --format=json
 """
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         help="v4, v5e, v5p, v6e chips, such as v5e:16x16, or a100, a100-40gb, h100, h200, b200 GPUs, such as a100:8 "
         "or h100:2x4 (hosts x GPUs)",
     )
+    parser.add_argument("--slices", type=int, default=1, help="number of slices of TPU chips, linked by a network (1)")
     parser.add_argument("--devices", type=int, default=0, help="number of virtual CPU devices")
     parser.add_argument("--sample_batch", type=int, default=0, help="images the sampler draws (default: 8 per device)")
     parser.add_argument("--no_sampler", action="store_true", help="compile the train step alone")
@@ -51,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     report = measure(
         config,
         topology=options.topology,
+        slices=options.slices,
         devices=options.devices,
         sample_batch=options.sample_batch,
         sampler=not options.no_sampler,

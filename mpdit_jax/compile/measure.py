@@ -27,7 +27,7 @@ class Target(NamedTuple):
 
     devices: list[jax.Device]
     chip: Chip | Card | None  # their kind; None if it is unknown
-    per_host: int  # devices of a host; 0 if all are linked alike
+    per_host: int  # devices of a host, or of a slice of a TPU pod; 0 if all are linked alike
     noun: str  # the word for one of them
 
 
@@ -35,6 +35,7 @@ def measure(
     config: ConfigDict | FrozenConfigDict,
     *,
     topology: str = "",
+    slices: int = 1,
     devices: int = 0,
     sample_batch: int = 0,
     sampler: bool = True,
@@ -46,6 +47,7 @@ def measure(
     Args:
         config: an experiment's config, see `mpdit_jax.config.base_config`.
         topology: TPU topology such as v5e:16x16, or GPUs such as a100:8; default JAX's own devices.
+        slices: number of slices of a TPU topology, linked by a network; the data axis goes over them.
         devices: without a topology, the number of devices that JAX must have; 0 for any number.
         sample_batch: number of images the sampler draws; default 8 per chip.
         sampler: also compile the sampler.
@@ -56,7 +58,7 @@ def measure(
         ConfigError: an unknown topology, or a mesh or batch size that does not fit it.
         MissingExtraError: libtpu or XLA's compiler for GPUs is not installed.
     """
-    target, resolved = _target(topology), resolve(config)
+    target, resolved = _target(topology, slices), resolve(config)
     available = target.devices
     if devices and len(available) != devices:
         raise ConfigError(f"--devices={devices}: JAX has {len(available)}; unset XLA_FLAGS and JAX_PLATFORMS.")
@@ -67,7 +69,11 @@ def measure(
     mesh = make_mesh(**resolved.mesh, devices=available)
     sample_batch = sample_batch or 8 * mesh.size
     check_batch(sample_batch, mesh, name="--sample_batch")  # before minutes of compilation
-    where = topology or f"{mesh.size} {'virtual CPU ' if devices else ''}devices"
+    where = (
+        f"{slices} x {topology}"
+        if slices > 1
+        else topology or f"{mesh.size} {'virtual CPU ' if devices else ''}devices"
+    )
     shape = f"data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}"
     chips = f"{mesh.size} {target.noun}{'s' * (mesh.size > 1)}"
     log(f"{where}: {chips} as {shape}, batches of {resolved.batch_size}, remat {resolved.model.remat}")
@@ -80,14 +86,17 @@ def measure(
     return report
 
 
-def _target(topology: str) -> Target:
+def _target(topology: str, slices: int) -> Target:
     """Return what a topology describes; without one, JAX's own devices."""
+    cluster = parse_cluster(topology)
+    if slices != 1 and (cluster is not None or not topology or slices < 1):
+        raise ConfigError(f"--slices={slices}: expected 1 or more, of a TPU's --topology such as v5e:16x16.")
     if not topology:
         return Target(jax.devices(), None, 0, "chip")
-    if (cluster := parse_cluster(topology)) is not None:
+    if cluster is not None:
         return Target(gpu_devices(cluster, topology), cluster.card, cluster.per_host, "GPU")
-    chip = topology_chip(topology)
-    return Target(topology_devices(topology), chip, 0, "chip")
+    chip, devices = topology_chip(topology), topology_devices(topology, slices)
+    return Target(devices, chip, len(devices) // slices if slices > 1 else 0, "chip")
 
 
 def _step(config: FrozenConfigDict, mesh: Mesh, target: Target, search: bool, log: Log) -> Measurement:

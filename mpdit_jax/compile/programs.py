@@ -54,8 +54,8 @@ class Program:
     waited_for: int = 0  # those that do not
 
 
-def topology_devices(topology: str) -> list[jax.Device]:
-    """Return the devices of a TPU topology, none of which need exist.
+def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
+    """Return the devices of several slices of a TPU topology, none of which need exist.
 
     Raise MissingExtraError if libtpu is not installed, and ConfigError if it does not know the topology.
     """
@@ -64,12 +64,14 @@ def topology_devices(topology: str) -> list[jax.Device]:
             f"--topology={topology} needs libtpu: {install_extra('tpu')}, or give --devices (no TPU is needed)."
         )
     # On a real v4, JAX sees the two cores of a chip as one device ("megacore").
-    cores = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    more: dict[str, Any] = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    if slices > 1:
+        more["num_slices"] = slices
     try:
         rows, columns, *_ = map(int, topology.partition(":")[2].split("x"))
         host = (min(rows, 2), min(columns, 2), 1)  # by default libtpu assumes hosts of 2x2 chips and refuses fewer
         description = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, chips_per_host_bounds=host, **cores
+            platform="tpu", topology_name=topology, chips_per_host_bounds=host, **more
         )
         return list(description.devices)
     except Exception as error:  # libtpu has no exceptions of its own

@@ -126,8 +126,8 @@ def as_text(name: str, report: dict[str, Any], device: str = "chip") -> str:
         moved = {kind: size for kind, size in report["collectives"].items() if size}
         listed = ", ".join(f"{kind} {size / GIB:.3f} GiB" for kind, size in moved.items()) or "none"
         sent = f"sent {report['sent'] / GIB:.3f} GiB"
-        if device == "GPU":
-            sent += f" by NVLink, {report['crossed'] / GIB:.3f} GiB by network"
+        if device == "GPU" or report["crossed"]:
+            sent += f" by {'NVLink' if device == 'GPU' else 'links'}, {report['crossed'] / GIB:.3f} GiB by network"
         lines.append(f"  collectives  {listed}; {sent}")
         if report["overlapped"] + report["waited_for"]:
             lines.append(f"               {report['overlapped']} overlap with products, {report['waited_for']} do not")

@@ -27,6 +27,7 @@ class Chip:
     ici_bandwidth: float  # bytes per second from one chip over all its links
     dimensions: int  # dimensions of a topology, such as 2 for 16x16
     pod: int  # chips of the largest slice
+    network: float = math.inf  # bytes per second from one chip to other slices; inf where no figure is published
 
     def bounds(self, flops: float, moved: float, sent: float, crossed: float = 0.0) -> dict[str, float]:
         """Return a lower bound on a program's time, in seconds, for each resource of the chip.
@@ -35,21 +36,23 @@ class Chip:
             flops: operations of matrix products.
             moved: bytes read from and written to the chip's memory.
             sent: bytes sent to other chips.
-            crossed: bytes sent over a network, which a slice of a pod does not use.
+            crossed: bytes sent to other slices.
         """
         return {
             "matrix products": flops / self.flops,
             "memory": moved / self.hbm_bandwidth,
             "links": sent / self.ici_bandwidth,
+            "network": crossed / self.network,
         }
 
 
 # https://cloud.google.com/tpu/docs/system-architecture-tpu-vm; less what the runtime reserves, such as 0.25 GiB on v5e.
+# Network: that of a pod (6.4 Tbit/s on v5e, 25.6 on v6e) over its chips.
 CHIPS = {
     "v4": Chip("TPU v4", 275e12, int(31.75 * GIB), 1228e9, 300e9, 3, 4096),
-    "v5e": Chip("TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, 2, 256),
+    "v5e": Chip("TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, 2, 256, 3.125e9),
     "v5p": Chip("TPU v5", 459e12, int(95.0 * GIB), 2765e9, 600e9, 3, 8960),
-    "v6e": Chip("TPU v6 lite", 918e12, int(31.25 * GIB), 1638e9, 400e9, 2, 256),
+    "v6e": Chip("TPU v6 lite", 918e12, int(31.25 * GIB), 1638e9, 400e9, 2, 256, 12.5e9),
 }
 
 # bfloat16 operations per second without sparsity, from NVIDIA's data sheets, by the beginning of the device kind.

@@ -213,7 +213,7 @@ def test_the_nearest_setting_that_fits_is_looked_for(monkeypatch, capsys):
         return Program(2**20, peak - 2**20, 2**20, peak, 10, dict.fromkeys(("all-reduce", "all-gather"), 0), 0, 1.0)
 
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_step", compiled)
-    monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology: jax.devices()[:1])
+    monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology, slices: jax.devices()[:1])
     monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices, gpus: None)
     arguments = [f"--config={ROOT / 'configs/digits.py'}", "--topology=v5e:1x1", "--no_sampler"]
     assert compile_command([*arguments, "--format=json"]) == 1  # the config itself does not fit
@@ -243,7 +243,7 @@ def test_candidates_whose_state_alone_does_not_fit_are_skipped(monkeypatch, caps
 
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_step", step)
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_sampler", sampler)
-    monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology: jax.devices()[:1] * 2)
+    monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology, slices: jax.devices()[:1] * 2)
     monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices, gpus: None)
     assert compile_command([f"--config={ROOT / 'configs/digits.py'}", "--topology=v5e:1x2"]) == 1
     out = capsys.readouterr().out
@@ -268,7 +268,7 @@ def test_the_largest_batch_to_sample_that_fits_is_looked_for(monkeypatch, capsys
 
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_sampler", compiled)
     monkeypatch.setattr("mpdit_jax.compile.measure.compile_step", lambda *_: compiled(*_[:2], 1, 0))
-    monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology: jax.devices()[:1])
+    monkeypatch.setattr("mpdit_jax.compile.measure.topology_devices", lambda topology, slices: jax.devices()[:1])
     monkeypatch.setattr("mpdit_jax.compile.__main__.prepare", lambda devices, gpus: None)
     arguments = [f"--config={ROOT / 'configs/digits.py'}", "--topology=v6e:1x1", "--format=json"]
     assert compile_command(arguments) == 1

@@ -135,3 +135,12 @@ def test_a_step_on_two_hosts():
 def test_one_folder_of_a_namespace():
     assert environment._folder("no_such_module_here.inner") is None
     assert environment._folder("mpdit_jax.compile") == Path(environment.__file__).parent
+
+
+@pytest.mark.parametrize(("topology", "slices"), [("a100:8", 2), ("v5e:2x2", 0), ("", 2)])
+def test_slices_are_of_tpus(topology, slices):
+    from mpdit_jax.compile.measure import measure
+    from mpdit_jax.config import base_config
+
+    with pytest.raises(ConfigError, match=f"--slices={slices}: expected 1 or more, of a TPU's --topology"):
+        measure(base_config(), topology=topology, slices=slices)

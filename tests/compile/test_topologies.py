@@ -49,6 +49,14 @@ def test_every_kind_of_chip(topology):
     assert 0 < step["bound_seconds"] < 1e-2
 
 
+def test_two_slices():
+    """The gradients are summed in each slice first, so that a chip sends 1/4 of them to the other slice."""
+    step = compiled("v5e:2x2", "--slices=2")["step"]
+    gradients = step["arguments"] / 4
+    assert step["fits"]
+    assert 0 < step["crossed"] < step["sent"] < 2 * gradients
+
+
 def test_the_sampler():
     """Every chip has all parameters and both passes of guidance, so nothing is sent."""
     sampler = compiled("v5e:2x2", only_step=False)["sampler"]

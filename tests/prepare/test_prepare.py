@@ -291,7 +291,7 @@ def edit(out, **fields):
 
 def test_the_papers_constants_are_for_four_channels(finished):
     with pytest.raises(MPDiTError, match="have 2: set it to 'manifest'"):
-        load_source("latents", str(finished), "train")
+        load_source("latents", str(finished), "train", normalization="paper")
 
 
 def test_zero_images_and_unknown_places(tmp_path, vae_folder):
