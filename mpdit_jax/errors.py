@@ -16,7 +16,7 @@ class ConfigError(MPDiTError, ValueError):
 
 
 class InputError(MPDiTError, ValueError):
-    """An array handed to a function has the wrong shape, dtype or range."""
+    """An argument, flag, array or file is invalid, or a file cannot be read or written."""
 
 
 class DataError(MPDiTError, ValueError):
@@ -50,11 +50,11 @@ class ProcessError(MPDiTError, RuntimeError):
 
 
 class DamageWarning(UserWarning):
-    """A damaged checkpoint could not be used, and an older one was."""
+    """A damaged checkpoint was ignored, and an older one is used."""
 
 
 class DataWarning(UserWarning):
-    """Some files of a data set are left out, or some lines of a log; the message says which."""
+    """Files of a data set or lines of a log are left out, or classes have no examples; the message says which."""
 
 
 class DeviceWarning(UserWarning):

@@ -48,7 +48,7 @@ def layout_remedy(shape: Sequence[int], name: str) -> str:
     if len(shape) != 4:
         return ""
     _, height, width, channels = shape
-    # Channels-last images that are not square have few channels: 8 x 32 pixels of 32 channels are none.
+    # Channels-last images that are not square have few channels: (8, 32, 32) is taken for 8 channels of 32 x 32 pixels.
     first = height != width and channels > 4 and (width == channels or height <= 4)
     return f": the channels are first, give {name}.transpose(0, 2, 3, 1)" if first else ""
 

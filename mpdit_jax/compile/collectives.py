@@ -47,6 +47,8 @@ def traffic(text: str, chips: int, per_host: int = 0) -> Traffic:
     synchronous = [0, 0]
     for visit in walk(text):
         operation = visit.instruction.operation
+        if operation == "send" and "megascale" in visit.instruction.rest:  # to another slice, by the hosts
+            crossed += visit.times * sizes(visit.instruction.shape)[0]
         kind = operation.removesuffix("-start")
         if kind not in KINDS or _is_repeated(visit):
             continue

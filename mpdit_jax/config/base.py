@@ -14,8 +14,8 @@ from mpdit_jax.io.json_files import parse_json
 from mpdit_jax.model.config import ModelConfig, drop_unused
 from mpdit_jax.model.presets import PRESETS, preset_config
 
-# Fields that a continued run may change. Every other field decides the numbers of the run from its first step; so do
-# the constants of data.normalization, which data.json keeps.
+# Fields that a continued run may change. Every other field decides the numbers of the run from its first step.
+# data.normalization may change by name only: data.json keeps its constants, which must stay the same.
 CONTINUABLE = (
     "steps", "checkpoint", "gradient_accumulation", "log", "profile", "sample", "eval", "guard.abort_after", "mesh",
     "data.path", "data.normalization", "data.threads", "model.remat", "model.attention", "model.platform",
@@ -49,8 +49,11 @@ def base_config() -> ConfigDict:
     config.flow_map.p = 1.0  # power of the adaptive weight of an example; 0 for the plain squared error
     config.flow_map.guidance = 0.0  # g: one pass acts as a guidance scale of 1 / (1 - g); or see model.guidance_max
     config.flow_map.guidance_until = 0.7  # largest t that is guided
-    config.flow_map.start_times = (0.4, 1.0)  # mean and std of two logits: t is the larger time, r the smaller
-    config.flow_map.end_times = (-1.2, 1.0)
+    config.flow_map.start_times = (
+        0.4,
+        1.0,
+    )  # mean and std of the logit of one time; t is the larger of two, r the smaller
+    config.flow_map.end_times = (-1.2, 1.0)  # mean and std of the logit of the other time
 
     config.mask_ratio = 0.0  # fraction of tokens hidden from the trunk in training; needs model.decoder_depth
     config.mask_loss_weight = 0.1  # weight of the hidden tokens' loss
@@ -103,7 +106,7 @@ def base_config() -> ConfigDict:
     config.log.wandb_project = ""  # project of Weights & Biases to log to as well (extra [wandb])
 
     config.profile = ConfigDict()  # steps recorded for TensorBoard's profile page
-    config.profile.start = 10  # first recorded step; compilation is over by then
+    config.profile.start = 10  # steps before the recording, so that compilation is not recorded
     config.profile.steps = 0  # number of recorded steps; 0 for none
 
     config.sample = ConfigDict()
@@ -202,7 +205,7 @@ def from_json(text: str) -> FrozenConfigDict:
 
 
 def clear_unused(model: ConfigDict, keep: Collection[str] = ()) -> None:
-    """Set fields of `config.model` that its model does not use to None, but for those to keep.
+    """Set to None every field of `config.model` that the model does not use, except those in `keep`.
 
     Raises:
         ConfigError: an impossible model.

@@ -77,7 +77,7 @@ def check_values(config: ConfigDict) -> None:
     for path, value in leaves(config.to_dict()):
         if isinstance(value, int) and path != "seed":
             expect(config, path, value < 2**31, "below 2**31, the limit of 32-bit counters")
-    expect(config, "checkpoint.grace", config.checkpoint.grace <= 10**7, "some minutes, in seconds")
+    expect(config, "checkpoint.grace", config.checkpoint.grace <= 10**7, "seconds, at most 10,000,000")
     for path in ("optimizer.learning_rate", "optimizer.eps", "time.std"):
         expect(config, path, _get(config, path) > 0, "a positive number")
     for path in ("ema_decay", "optimizer.b1", "optimizer.b2", "mask_ratio", "trunk_drop"):
@@ -96,7 +96,7 @@ def check_values(config: ConfigDict) -> None:
     ):
         _expect_name(config, path, known)
     ends = config.optimizer.schedule == "constant" or config.optimizer.decay_steps >= 1
-    wanted = f"how many steps after the warm-up the {config.optimizer.schedule} schedule takes to end_learning_rate"
+    wanted = f"1 or more: the number of steps that the {config.optimizer.schedule} schedule takes after the warm-up"
     expect(config, "optimizer.decay_steps", ends, wanted)
     for path in ("flow_map.start_times", "flow_map.end_times"):
         values = _get(config, path)
@@ -106,7 +106,7 @@ def check_values(config: ConfigDict) -> None:
     if bool(config.mask_ratio) != bool(config.model.decoder_depth):
         raise ConfigError(
             f"config.mask_ratio={config.mask_ratio} with config.model.decoder_depth={config.model.decoder_depth}: "
-            "masked training needs both, such as 0.75 and 2 (of one level: patch_sizes=(2,)), and any other neither."
+            "set both for masked training, such as 0.75 and 2 (one level only: patch_sizes=(2,)), or leave both at 0."
         )
     if config.objective == "flow_map":
         _check_flow_map(config)
@@ -125,7 +125,7 @@ def _check_flow_map(config: ConfigDict) -> None:
         expect(config, "model.guidance_max", config.model.guidance_max == 1, "1 without label_dropout: no null class")
     expect(config, "flow_map.guidance_until", 0 <= config.flow_map.guidance_until <= 1, "a time from 0 to 1")
     pairs = config.batch_size // config.gradient_accumulation
-    expect(config, "batch_size", pairs % 2 == 0, "an even number a part: a flow map trains on pairs of examples")
+    expect(config, "batch_size", pairs % 2 == 0, "an even number of examples in each part: a flow map trains on pairs")
     expect(config, "model.attention", config.model.attention != "cudnn", "'xla': cuDNN's has no forward derivative")
     for path in ("mask_ratio", "trunk_drop"):
         expect(config, path, not _get(config, path), "0 with objective='flow_map'")

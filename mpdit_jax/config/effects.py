@@ -1,4 +1,4 @@
-"""Settings that were given and have no effect beside the others, which the start of a run names."""
+"""Settings that have no effect in combination with the others; the start of a run names them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -45,7 +45,7 @@ _RULES = (
     _Rule(("eval.",), "config.eval.every above 0", lambda config: config.eval.every > 0),
     _Rule(("data.path",), "another config.data.name than 'digits'", lambda config: config.data.name != "digits"),
     _Rule(
-        ("data.split",), "config.data.name='digits' or 'fashion_mnist', for other data have no splits",
+        ("data.split",), "config.data.name='digits' or 'fashion_mnist' (other data have no splits)",
         lambda config: config.data.name in ("digits", "fashion_mnist") or config.data.split in ("train", "all"),
     ),
     _Rule(

@@ -63,13 +63,13 @@ def check_eval(config: Any) -> None:
         raise ConfigError(f"config.eval.preprocessing={config.preprocessing!r}: expected one of {expected}.")
     if config.features != "inception" and config.preprocessing != "tensorflow":
         raise ConfigError(
-            f"config.eval.preprocessing={config.preprocessing} is of the Inception network, and "
+            f"config.eval.preprocessing={config.preprocessing} is for features=inception only, and this is "
             f"config.eval.features={config.features}: leave it at tensorflow, or set features to inception."
         )
     if config.features != "inception" and "sfd" in metrics:
         raise ConfigError(
-            f"config.eval.metrics={config.metrics}: sfd is of the spatial features that Inception has, and "
-            f"config.eval.features={config.features} has none; leave sfd out."
+            f"config.eval.metrics={config.metrics}: sfd needs spatial features, which only Inception has, and "
+            f"this is config.eval.features={config.features}: leave sfd out."
         )
     fewest = fewest_images(metrics)
     if config.num_samples < fewest:

@@ -22,7 +22,7 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     The orientation that a camera notes is not applied, as in every published reference batch.
 
     Raises:
-        InputError: several frames, numbers that are no brightness, or a size that no photograph has.
+        InputError: several frames, pixel values that are no 8- or 16-bit numbers, or too many pixels.
     """
     short, long = sorted(image.size)
     if short * long > _MOST_PIXELS or long > _LONGEST * max(short, 1):

@@ -23,7 +23,7 @@ class DatasetInfo:
 
     class_names: tuple[str, ...]  # in label order
     latents: LatentSpace | None  # None for a model of images
-    labels: str | None = None  # number of examples and a digest of their labels in order; None if nothing is bound
+    labels: str | None = None  # number of examples and a digest of their labels in order; None: any labels will do
     unseen: tuple[int, ...] = ()  # classes among `class_names` without examples; runs of 0.1.0 do not record them
 
 
@@ -33,7 +33,7 @@ def unseen_by(info: DatasetInfo, num_classes: int) -> tuple[int, ...]:
 
 
 def record_dataset(workdir: Path, source: Source, *, trained: bool) -> None:
-    """Record a run's data in its workdir; check first, if it has `trained` steps, that they are those recorded there.
+    """Record a run's data in its workdir. If it has `trained`, check first that they are the recorded ones.
 
     Raises:
         CheckpointError: the run was trained on latents of another VAE or normalization, or on other examples.
@@ -42,7 +42,7 @@ def record_dataset(workdir: Path, source: Source, *, trained: bool) -> None:
     unseen = unseen_classes(source.labels, len(source.class_names))
     info = DatasetInfo(tuple(source.class_names), source.latents, _identify(source.labels), unseen)
     stored = read_dataset_info(workdir) if trained else None
-    # A run that `convert` made names no VAE: what it continues on has to be checked like the data of a new run.
+    # A run made by `convert` records no VAE, so that its data are checked like those of a new run.
     converted = stored is not None and stored.latents is not None and not stored.latents.vae_fingerprint
     if (converted or not trained) and source.latents is not None and source.measured is not None:
         check_normalization(source.latents, source.measured)

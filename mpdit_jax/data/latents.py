@@ -15,8 +15,8 @@ PAPER_MEAN = (5.81, 3.25, 0.12, -2.15)
 """The paper's means of Stable Diffusion's unscaled latents on ImageNet, one a channel."""
 PAPER_STD = (4.17, 4.62, 3.71, 3.28)
 """The paper's standard deviations of the same latents."""
-# Normalized by fitting constants, a channel has mean 0 and standard deviation 1. Other pictures than ImageNet's move
-# Stable Diffusion's latents by less than this; those of SDXL's VAE, also of 4 channels, are beyond two of the limits.
+# Limits of a channel's mean and standard deviation after normalization, which are 0 and 1 if the constants fit. Latents
+# of Stable Diffusion's VAE stay within them for other pictures than ImageNet's. SDXL's, also of 4 channels, exceed two.
 _LARGEST_MEAN, _STDS = 1.5, (0.4, 2.0)
 
 

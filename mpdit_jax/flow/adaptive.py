@@ -27,7 +27,8 @@ class Adaptive:
     """A Runge–Kutta method of order 5 whose step sizes follow an error estimate, separately for each image.
 
     An image therefore does not depend on the rest of its batch; a batch takes as long as its slowest image. The
-    integration is split at the ends of the guidance interval. An image that needs more than 4,096 steps becomes NaN.
+    integration is split at the ends of the guidance interval. An image that needs more than 4,096 steps in
+    one part becomes NaN.
     """
 
     method: str = "dopri5"  # "dopri5" (Dormand–Prince) or "tsit5" (Tsitouras)

@@ -3,7 +3,7 @@
 The average velocity u equals the velocity at r = t. Differentiating (t - r) u = z_t - z_r along the path gives the
 identity that training enforces (MeanFlow, arXiv 2505.13447):
 
-    u = v - (t - r) du/dt,    du/dt = v du/dz + du/dt at fixed z and r,  one Jacobian-vector product.
+    u = v - (t - r) du/dt,    du/dt = v ∂u/∂z + ∂u/∂t,    by one Jacobian-vector product.
 
 The linear path and its velocity v = n - x are those of objective.py.
 """
@@ -32,8 +32,8 @@ class FlowMapSolver:
     four steps, and useless at one.
 
     Attributes:
-        churn: share of each time of arrival that is replaced by fresh noise: the jump goes to (1 - churn) t' and noise
-            brings the latents back to t'. 0 is deterministic; 1 jumps to the data every time (consistency sampling).
+        churn: a jump to the end time r goes on to (1 - churn) r, and fresh noise brings the latents back to r. 0 is
+            deterministic; 1 jumps to the data every time (consistency sampling).
     """
 
     churn: float = 0.0
@@ -120,7 +120,7 @@ class FlowMapLoss:
             x: clean latents (B, H, W, C), B even.
             y: labels (B,).
             t: times (B,).
-            r: times of arrival (B,); r = t in rows 1, 3, …
+            r: end times (B,); r = t in rows 1, 3, …
             noise: standard normal (B, H, W, C).
             w: guidance scales (B,) of a model that takes them.
         """

@@ -119,7 +119,7 @@ def guided_field(
         negatives: labels to guide away from, (B,).
         scale: guidance scale, () or (B,); 1 is no guidance.
         interval: times (low, high) at which to guide; elsewhere there is no second pass.
-        guide: the model of the worse velocity; default `model`, or a single pass if the model takes the scale.
+        guide: weaker model to guide away from; default `model`, or one pass if it takes the scale as an input.
     """
     field: Field
     if guide is None and takes_scale(model):

@@ -102,7 +102,7 @@ class DeclaresConvention(Protocol):
 
 @runtime_checkable
 class DeclaresNullClass(Protocol):
-    """A model that declares whether its null class was trained. A model without it is taken to have one."""
+    """A model that declares whether its null class was trained. Of others that is assumed."""
 
     @property
     def null_class(self) -> bool:

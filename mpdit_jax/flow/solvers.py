@@ -43,7 +43,7 @@ class Solver(Protocol):
             grid: time grid.
             steps: number of velocity evaluations.
             increments: noise of a stochastic solver's steps.
-            record: also return the latents at every time of the grid.
+            record: also return the latents at every time of the grid, or at those that an adaptive solver chose.
         """
 
 

@@ -227,7 +227,7 @@ class ModelConfig:
 
     @property
     def tail_depth(self) -> int:
-        """Number of last blocks that a flow map conditions on the time of arrival: the last level, or of one level a
+        """Number of last blocks that a flow map conditions on the end time r: the last level's; of a single level, a
         quarter of its blocks (at least one).
         """
         return self.depths[-1] if len(self.depths) > 1 else max(1, self.depths[0] // 4)

@@ -67,10 +67,10 @@ class SinusoidalTime(nnx.Module):
 
 
 class GuidanceEmbedding(nnx.Module):
-    """A zero-initialized linear map of sinusoids of 1 - 1/w, where w is the guidance scale that the model acts as.
+    """A zero-initialized linear map of sinusoids of 1 - 1/w, where w is the guidance scale of the velocity.
 
-    The scale as an input is improved MeanFlow's (arXiv 2512.02012), where it has tokens of its own. Here it is added to
-    the time vector, and changes nothing before training.
+    Improved MeanFlow (arXiv 2512.02012) gives this input tokens of its own. Here it is added to the time vector, and
+    changes nothing before training.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:

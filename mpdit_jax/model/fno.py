@@ -78,8 +78,8 @@ class SpectralConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, grid, width) float32 to the same shape; every product is in float32.
 
-        The transforms are products with small matrices. XLA would not split an FFT over the devices of a batch, and
-        GPUs and TPUs take longer for 32 points than for a product.
+        The transforms are products with small matrices. XLA does not split an FFT over the devices of a batch, and on
+        GPUs and TPUs one of 32 points is slower than a product.
         """
         forward, inverse = (jnp.asarray(matrix, x.dtype) for matrix in fourier_matrices(x.shape[1], self.modes))
         real, imaginary = self.real[...], self.imaginary[...]  # (in, out, modes)
@@ -92,7 +92,7 @@ class SpectralConv(nnx.Module):
         return product("cmn,bmco->bno", inverse, mixed)  # (B, grid, out)
 
     def mean(self, x: jax.Array) -> jax.Array:
-        """Return the mean over the grid of `self(x)` from that of x (B, width): its constant mode, which is real."""
+        """Return the grid mean of `self(x)`, given the grid mean of x (B, width), which is mode 0 and real."""
         return jnp.matmul(x * self.gain, self.real[..., 0], precision=jax.lax.Precision.HIGHEST)
 
 
@@ -109,7 +109,7 @@ class FNOLayer(nnx.Module):
         return self.spectral(x) + self.pointwise(x * self.gain)
 
     def mean(self, x: jax.Array) -> jax.Array:
-        """Return the mean over the grid of `self(x)` from that of x (B, width)."""
+        """Return the grid mean of `self(x)`, given the grid mean of x (B, width)."""
         return self.spectral.mean(x) + self.pointwise(x * self.gain)
 
 
@@ -120,7 +120,7 @@ def fourier_matrices(points: int, modes: int) -> tuple[np.ndarray, np.ndarray]:
     `forward @ x`, and `np.einsum("cmn,cm->n", inverse, spectrum)` is `irfft` of it, with zeros for the other modes.
     """
     angle = 2 * np.pi / points * np.outer(np.arange(modes), np.arange(points))
-    # Each mode stands for itself and its conjugate, except the constant and, of an even number of points, the highest.
+    # Each mode stands for itself and its conjugate, except mode 0 and, if `points` is even, the highest mode.
     alone = (np.arange(modes) * 2) % points == 0  # these are real
     forward = np.stack([np.cos(angle), np.where(alone[:, None], 0.0, -np.sin(angle))])  # (2, modes, points)
     return forward, forward * np.where(alone, 1.0, 2.0)[:, None] / points
@@ -145,8 +145,8 @@ class FNOTime(nnx.Module):
         *inner, last = self.layers
         for layer in inner:
             x = jax.nn.gelu(layer(x), approximate=False)
-        # The mean over the grid, taken before the last layer: the same values, and exactly no gradient for its modes
-        # that have no effect.
+        # Averaging over the grid before the last layer gives the same values, and gradients of exactly zero for weights
+        # of that layer's other modes, which have no effect.
         return self.project(last.mean(x.mean(axis=1)) * self.gain)  # (B, D)
 
 

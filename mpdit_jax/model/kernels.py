@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from mpdit_jax.errors import DeviceWarning
 from mpdit_jax.model.config import ModelConfig
 
-_LARGEST_CUDNN_HEAD = 128  # of the backward pass on every generation of GPUs
+_LARGEST_CUDNN_HEAD = 128  # that its backward pass takes on every generation of GPUs
 
 Attend: TypeAlias = Callable[[jax.Array], jax.Array]
 """A function from qkv (B, T, 3, heads, d) to (B, T, heads, d). Hashable, as a part of the model's structure."""
@@ -57,7 +57,7 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 
 def of_one_dtype(*arrays: jax.Array) -> list[jax.Array]:
-    """Cast arrays to the widest of their dtypes; on CPUs results of products are wider than what they meet."""
+    """Cast arrays to the widest of their dtypes: on CPUs, products of bfloat16 are float32 (see `product_dtype`)."""
     widest = max((array.dtype for array in arrays), key=lambda dtype: dtype.itemsize)
     return [array.astype(widest) for array in arrays]
 
@@ -66,8 +66,8 @@ def operand_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
     """Return the precision of products of operands of `dtype`: HIGHEST from 4 bytes on, else None.
 
     With HIGHEST, TPUs and GPUs do not round float32 operands to bfloat16 or TF32. Products of bfloat16 operands are the
-    same without it. Where a float32 gradient meets a bfloat16 operand, in the backward pass of attention, HIGHEST would
-    be a float32 product, which GPUs compute without their tensor cores; it is rounded instead.
+    same without it. In the backward pass of attention a float32 gradient meets a bfloat16 operand: HIGHEST would be a
+    float32 product there, which GPUs compute without their tensor cores, and so the gradient is rounded instead.
     """
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype).itemsize >= 4 else None
 

@@ -51,7 +51,7 @@ def operands(arrays: ArraysT, /, *, dtype: Any = None, inexact: bool = True) -> 
 
 
 def operands_of_a_wide_product(arrays: ArraysT, /, *, dtype: Any = None, inexact: bool = True) -> ArraysT:
-    """Convert as `operands` does, and the rounded bias on to the float32 of the product that it is added to."""
+    """Convert as `operands` does, then cast the rounded bias to float32, the dtype of the product it is added to."""
     inputs, kernel, bias = operands(arrays, dtype=dtype)
     return cast(ArraysT, (inputs, kernel, at_least_float32(bias)))
 

@@ -59,7 +59,7 @@ class Level(nnx.Module):
         return self.transform(self.enter(tokens, latents), condition, trunk_depth)
 
     def enter(self, tokens: jax.Array, latents: jax.Array) -> jax.Array:
-        """Map the tokens of the level before to those in front of this level's blocks, (B, m + N, D)."""
+        """Map the previous level's tokens to the input tokens of this level's blocks, (B, m + N, D)."""
         image = self.embed(latents)  # (B, N, D), or (1, N, D) if the level has positions alone
         if self.upsample is None:
             return jnp.concatenate(of_one_dtype(tokens, image), axis=1)
@@ -266,13 +266,13 @@ class MPDiT(nnx.Module):
         return self._with(self.config.replace(platform=platform))
 
     def _with(self, config: ModelConfig) -> "MPDiT":
-        """Return a model of `config`, whose parameters have the same shapes, with these parameters."""
+        """Return a model of `config` with this model's parameters, which must have the same shapes."""
         structure = nnx.graphdef(nnx.eval_shape(lambda: MPDiT(config, nnx.Rngs(params=0))))
         return nnx.merge(structure, nnx.state(self))
 
 
 def check_arrival(r: jax.typing.ArrayLike, t: jax.Array) -> jax.Array:
-    """Return the times of arrival as float32 (B,). Raise InputError for another shape, or r outside [0, t]."""
+    """Return the end times as float32 (B,). Raise InputError for another shape, or r outside [0, t]."""
     r = jnp.asarray(r, jnp.float32)
     if r.shape != t.shape:
         raise InputError(f"r {r.shape}: expected one time for each of t {t.shape}.")

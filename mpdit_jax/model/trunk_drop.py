@@ -20,7 +20,7 @@ from mpdit_jax.model.mpdit import MPDiT
 
 
 def dropped_velocity(model: MPDiT, x: jax.Array, t: jax.Array, y: jax.Array, dropped: jax.Array) -> jax.Array:
-    """Return the velocity, of the tail alone for the examples that are `dropped`, bool (B,).
+    """Return the velocity; where `dropped`, bool (B,), an example goes through the tail alone, without the trunk.
 
     Raise InputError as the model does, and if it has no tail that could work alone.
     """

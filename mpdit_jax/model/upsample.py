@@ -27,7 +27,7 @@ from mpdit_jax.model.kernels import of_one_dtype, operand_precision
 from mpdit_jax.model.linear import XAVIER_UNIFORM, linear
 
 CONV_KERNEL = 3  # side of the refining convolution
-TRANSPOSED_KERNEL = 2  # side of the transposed convolution, times its stride
+TRANSPOSED_KERNEL = 2  # side of the transposed convolution, in units of its stride
 
 
 class Geometry(NamedTuple):

@@ -24,7 +24,7 @@ def make_sample_parser() -> Parser:
 
     parser = make_parser(
         "sample",
-        "Draw images from a checkpoint of a run. The labels take turns; a picture has one row a label. "
+        "Draw images from a checkpoint of a run. Labels are used in turn; a .png has one row per label. "
         "Finished blocks are kept in a folder beside --out until all are done: after any interruption the same command "
         "continues.",
         _EXAMPLES,
@@ -36,7 +36,9 @@ def make_sample_parser() -> Parser:
     )
     parser.add_argument("--num_samples", type=int, help="images in all (default: 8 a label)")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on seed, i and its label (default: 0)")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time, a block (default: %(default)s)")
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="images drawn at a time, one block (default: %(default)s)"
+    )
     parser.add_argument("--png_folder", default="", metavar="FOLDER", help="write each image as FOLDER/INDEX_LABEL.png")
     parser.add_argument(
         "--grid",

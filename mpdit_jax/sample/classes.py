@@ -45,8 +45,8 @@ class Classes:
         """Return labels int64 (n,) from whole numbers, or from text; warn of classes without training examples.
 
         Text is an index ("3"), a range ("0-3"), a class name, "null" for the null class, or several with commas between
-        them. A number is an index first. A whole number never means the null class. Raises InputError for anything
-        else, in which `argument` names the flag or argument, and `others` are more words that it takes.
+        them. In text, a number is an index before it is a class name. A whole number never means the null class. Raises
+        InputError for anything else, in which `argument` names the flag or argument, `others` are more words for it.
         """
         values = np.atleast_1d(np.asarray(labels))
         if values.dtype.kind in "US":
@@ -58,7 +58,7 @@ class Classes:
             check_labels(values, len(self.names))
         if jax.process_index() == 0 and (unseen := np.intersect1d(values, self.unseen).tolist()):
             warnings.warn(
-                f"{self.describe(unseen)}: without training examples, so the pictures show no such class.",
+                f"{self.describe(unseen)}: no training examples, so that the pictures do not show it.",
                 DataWarning,
                 stacklevel=2,
             )

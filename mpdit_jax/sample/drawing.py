@@ -79,7 +79,7 @@ def draw_blocks(drawing: Drawing, folder: BlockFolder, each: Callable[[Block], N
 
 
 def own_blocks(total: int, size: int) -> dict[int, np.ndarray]:
-    """Return this process's blocks of `total` rows by number; block b belongs to process b modulo their number."""
+    """Return this process's blocks of `total` rows by number; block b is that of process b % process_count."""
     numbers = range(jax.process_index(), -(-total // size), jax.process_count())
     return {number: np.arange(number * size, min((number + 1) * size, total)) for number in numbers}
 

@@ -71,7 +71,9 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
         help="euler_maruyama: constant | SBDM | sigma | decreasing | increasing-decreasing (default: sigma)",
     )
     group.add_argument("--churn", type=float, help="flow_map: share of fresh noise after each jump (default: 0)")
-    group.add_argument("--diffusion_norm", type=float, help="euler_maruyama: factor on the noise (default: 1)")
+    group.add_argument(
+        "--diffusion_norm", type=float, help="euler_maruyama: norm of the diffusion coefficient w(t) (default: 1)"
+    )
     group.add_argument("--precision", help="float32 | bfloat16 (default: what the model was trained in)")
 
 

@@ -34,8 +34,8 @@ def main(arguments: Sequence[str]) -> int:
         "--replay_step",
         type=int,
         metavar="N",
-        help="run step N of the log again, from the checkpoint before it, and say what in it is not finite; writes "
-        "nothing, status 3 if it does not count",
+        help="repeat step N from the checkpoint before it and report values that are not finite; writes nothing, and "
+        "exits with status 3 if the step is skipped or diverges",
     )
     parser.add_argument("--parameter_table", action="store_true", help="print a table of every parameter first")
     add_flags(parser)

@@ -1,6 +1,6 @@
 """The history of a run's evaluation settings, since points of a curve do not compare if a setting changed in between.
 
-WORKDIR/evaluation/settings.json    [{"from_step": 1000, "settings": {…}}, …], the later ones where they changed
+WORKDIR/evaluation/settings.json    [{"from_step": 1000, "settings": {…}}, …], one entry for every change
 """
 
 import glob
@@ -36,9 +36,7 @@ def note_settings(path: Path, step: int, settings: Mapping[str, str | int]) -> s
         for name in sorted({*before, *settings})
         if before.get(name) != settings.get(name)
     )
-    return (
-        f"evaluations from step {step} on do not compare with those before, though their names are the same: {changed}"
-    )
+    return f"evaluations from step {step} on cannot be compared with earlier ones of the same name: {changed}"
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ class Evaluator:
         self._config, self._source, self._structure, self._decode = config, source, structure, decode
         self._folder, self._metrics_file = workdir / "evaluation", workdir / METRICS_FILE
         self._metrics = choose_metrics(settings.metrics, settings.features)
-        # Every process draws and extracts on its own devices: their mesh is set for that, and not for collectives.
+        # Every process draws and extracts features on its own devices, under this mesh. Collectives run outside it.
         alone = jax.process_count() == 1
         self._mesh = jax.sharding.get_mesh() if alone else make_mesh(devices=jax.local_devices())
         self._compute = partial(compute_statistics, batch_size=settings.batch_size, stopped=stopped, mesh=self._mesh)
@@ -178,7 +178,9 @@ class Evaluator:
                     "config.eval.every of a run on latents: set config.sample.vae, which decodes samples."
                 )
             if trained_here:
-                raise ConfigError("config.eval.features='classifier' is of images: give classifier:FILE, or another.")
+                raise ConfigError(
+                    "config.eval.features='classifier' needs images, not latents: give classifier:FILE, or another."
+                )
             with jax.set_mesh(self._mesh):
                 self._shape = self._own_images().shape
         if trained_here:
@@ -248,7 +250,7 @@ class Evaluator:
     def _make_extractor(self) -> Extractor:
         settings, size = self._config.eval, self._config.eval.batch_size
         if settings.features == "classifier":
-            # Named after what it is trained by, so that other settings or other images train another.
+            # The file is named by a digest of data and settings, so that a change of either trains a new classifier.
             data = [data_identity(self._config.data), self._source.contents]
             decides = [*data, settings.classifier_steps, self._config.seed]
             path = self._folder / f"classifier_{name_from_process_0(digest_of(decides))}.safetensors"

@@ -85,5 +85,5 @@ def draw_grid(
                 return None
             rows.append(np.asarray(decode(jnp.asarray(row))))
         pictures = np.concatenate(rows)
-    # Black where the model has diverged for now: the guard judges steps, and a picture must not end the run.
+    # Values that are not finite are shown as black: the guard judges divergence, and a grid must not end the run.
     return images.grid(images.to_uint8(np.where(np.isfinite(pictures), pictures, -1)), per_class)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 Guard: TypeAlias = dict[str, jax.Array]
-"""`accepted`, the number of applied steps, and `skipped_in_a_row`, at least `NONFINITE_UPDATE` after an update that was
-not finite, int32; `gradient_norm`, the running mean without bias correction, float32."""
+"""`accepted` int32: number of applied steps. `skipped_in_a_row` int32: number of steps skipped since the last applied
+one, or at least `NONFINITE_UPDATE` after a non-finite update. `gradient_norm` float32: uncorrected running mean."""
 
 _DECAY = 0.99  # of the running mean of gradient norms
 NONFINITE_UPDATE = 2**30  # ends the run whatever config.guard.abort_after is
@@ -37,7 +37,7 @@ def should_apply(guard: Guard, loss: jax.Array, gradient_norm: jax.Array, spike_
 
 
 def update(guard: Guard, applied: jax.Array, finite: jax.Array, gradient_norm: jax.Array) -> Guard:
-    """Return the guard after a step; whether it was applied, and its update finite, are boolean scalars."""
+    """Return the guard after a step. `applied` and `finite` (of its update) are boolean scalars."""
     mean = _DECAY * guard["gradient_norm"] + (1 - _DECAY) * gradient_norm
     return {
         "accepted": guard["accepted"] + applied.astype(jnp.int32),

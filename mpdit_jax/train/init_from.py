@@ -78,7 +78,7 @@ def initialize_from(state: TrainState, origin: str, model: ModelConfig) -> Train
     if other_classes and jax.process_index() == 0:
         print(
             f"config.init_from={origin} has {len(arrays[_TABLE]) - 1} classes, and this run {len(ours[_TABLE]) - 1}: "
-            "their embeddings start anew, the other parameters are taken"
+            "the class embeddings are drawn anew; the null class's and all other parameters are loaded"
         )
     average = jax.tree.map(jnp.copy, parameters)  # donated buffers may not be shared
     return dataclasses.replace(state, parameters=parameters, ema_parameters=average)
@@ -104,12 +104,12 @@ def _read(origin: str) -> tuple[Mapping[str, Any], ModelConfig]:
 
 
 def _with_null_row(table: jax.Array, theirs: Any) -> jax.Array:
-    """Return a class table with the last row, that of the null class, of another."""
+    """Return `table` with its last row, the null class, taken from the table `theirs`."""
     row = np.asarray(theirs[-1], table.dtype)
     return jax.jit(lambda table: table.at[-1].set(row), out_shardings=table.sharding)(table)
 
 
 def _placed(array: Any, leaf: jax.Array) -> jax.Array:
-    """Return an array on this process's devices or host, laid out like `leaf`."""
+    """Give `array`, which is on this process's devices or host, the dtype and sharding of `leaf`."""
     values = np.asarray(array, leaf.dtype)
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index])

@@ -36,7 +36,7 @@ def rounding_settings() -> dict[str, str]:
 
 
 def record_flags(workdir: Path, *, trained: bool) -> None:
-    """Store the flags in a run's workdir; check first, if it has `trained` steps, that they are those stored there.
+    """Store the flags in a run's workdir. If it has `trained`, check first that they equal the stored ones.
 
     A run without the record, of an older version, is accepted. A change in `rounding_settings` is printed.
 

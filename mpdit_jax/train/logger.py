@@ -50,7 +50,7 @@ class RunLogger:
     ) -> None:
         """Write the values of a window that ends at `step`, and its timings, which `metrics.jsonl` leaves out.
 
-        The first `skipped` steps are printed; `values["skipped"]` counts them all.
+        `skipped` has the first skipped steps, which are printed; `values["skipped"]` is the number of all of them.
         """
         self._write(step, values, timings)
         if "loss" in values:
@@ -101,7 +101,8 @@ class RunLogger:
 class LossSpikes:
     """Finds windows whose largest loss stands out from the mean losses of the windows before."""
 
-    FACTOR, WARM, DECAY = 3.0, 5, 0.9  # times the running mean; windows before the first verdict; of the running mean
+    # A spike is FACTOR times the running mean, of decay DECAY; the first WARM windows are none.
+    FACTOR, WARM, DECAY = 3.0, 5, 0.9
 
     def __init__(self) -> None:
         self._mean, self._seen = math.nan, 0

@@ -36,8 +36,8 @@ def train(config: ConfigDict | FrozenConfigDict, workdir: str | Path) -> TrainSt
         ConfigError, DataError, CheckpointError, InputError: see each class; raised before anything is overwritten.
         DivergedError: too many steps in a row had to be left out, or an update was not finite.
 
-    SIGTERM and SIGINT end the run after the step in hand, saved; the process ends if that takes longer than
-    `config.checkpoint.grace`, or at once if no step was done yet, or on a second signal (see `PreemptionHandler`).
+    On SIGTERM or SIGINT the run finishes its step, saves and returns. The process ends if that takes longer than
+    `config.checkpoint.grace`, and at once before the first step or on a second signal (see `PreemptionHandler`).
     """
     workdir = Path(workdir)
     config = continued(resolve(config), workdir)

@@ -40,7 +40,7 @@ def add_step(
     per_example: jax.Array,  # their losses (B,)
     skipped_in_a_row: jax.Array,  # the guard's count after the step, int32
 ) -> Window:
-    """Return the window with one more step. A skipped or non-finite step adds only to its count, number and loss."""
+    """Return the window with one more step. Skipped and non-finite steps add to the counts and largest loss."""
     bucket = jnp.clip(jnp.floor(t * TIME_BUCKETS).astype(jnp.int32), 0, TIME_BUCKETS - 1)
     # A product with one-hot rows rather than a scatter: it adds in the same order on every mesh.
     rows = jax.nn.one_hot(bucket, TIME_BUCKETS, dtype=jnp.float32)  # (B, TIME_BUCKETS)

@@ -34,7 +34,7 @@ def make_policy(config: FrozenConfigDict, mesh: Mesh) -> Policy[TrainState]:
 
     def check(step: int, state: TrainState, newest: Callable[[], str]) -> int:
         most, now = map(int, jax.device_get((state.window["most_skipped_in_a_row"], state.guard["skipped_in_a_row"])))
-        skipped = max(most, now)  # since the last line of the log, though a later step was applied
+        skipped = max(most, now)  # most in a row since the last log line, even if a later step was applied
         if skipped >= NONFINITE_UPDATE:
             raise DivergedError(
                 f"by step {step}, an update made of finite gradients was not finite or its squares overflowed, and "

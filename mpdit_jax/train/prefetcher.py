@@ -11,7 +11,7 @@ PlacedBatch = dict[str, jax.Array]
 
 
 class Prefetcher:
-    """An iterator that keeps one batch ahead: call `prefetch` after dispatching a step, before waiting for its result.
+    """Keeps one batch ready on the devices: call `prefetch` after dispatching a step, before waiting for its result.
 
     Args:
         batches: on the host, endless.

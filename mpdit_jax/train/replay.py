@@ -80,7 +80,7 @@ def replay(config: ConfigDict | FrozenConfigDict, workdir: str | Path, number: i
         loss = steps.config_loss(config, structure)
         found, sound = _take_apart(state, host, noisy, loss, optimizer, config.gradient_accumulation)
         skipped = int(train_step(state, batch).guard["skipped_in_a_row"])
-    verdict = "counts" if not skipped else "ends the run" if skipped >= NONFINITE_UPDATE else "is left out"
+    verdict = "is applied" if not skipped else "ends the run" if skipped >= NONFINITE_UPDATE else "is skipped"
     if sound and skipped and config.guard.spike_factor:
         verdict += f": its gradient norm spikes (config.guard.spike_factor={config.guard.spike_factor:g})"
     return Replay([*lines, *found, f"step {number} (batch {number - 1}) {verdict}"], sound and not skipped)
@@ -123,7 +123,7 @@ def _take_apart(
     if not finite:
         lines.append(_origin(differentiate, state, noisy))
     elif overflowing:
-        lines.append(f"every entry is finite, and of {' and '.join(overflowing)} the squares overflow float32")
+        lines.append(f"every entry is finite, but the squares of {' and '.join(overflowing)} overflow float32")
     return lines, finite and not overflowing
 
 

@@ -49,9 +49,9 @@ class Policy(Generic[S]):
 class Run(Generic[S]):
     """One training run; a context manager that holds the workdir, handles signals and opens the checkpoints.
 
-    Every process calls the methods in the loop's order, and each does what is due after a step, if anything. Before
-    they write, they check that the workdir still belongs to the run and that the policy accepts the state. `step` is
-    always the number of finished steps.
+    Every process calls the methods in the order of the training loop. A method does its work only where it is due after
+    a step. Before it writes, it checks that the workdir still belongs to the run and that the policy accepts the state.
+    `step` is always the number of finished steps.
 
     Args:
         config: resolved, with `steps`, `batch_size` and the groups `checkpoint`, `log` and `profile`.
@@ -104,11 +104,11 @@ class Run(Generic[S]):
         self._profiler = self._open.enter_context(profiler)
 
     def stopped(self) -> bool:
-        """Return whether this process was asked to stop; the others are not asked."""
+        """Return whether this process was asked to stop, without communication with the others."""
         return self._stop.name is not None
 
     def should_stop(self, step: int) -> bool:
-        """Return whether any process was asked to stop; true on all of them before the same step."""
+        """Return whether any process was asked to stop. All get True before the same step. Collective."""
         return self._vote.asked(self.stopped(), step)
 
     def take(self, data: Prefetcher, step: int, state: S) -> dict[str, jax.Array]:
@@ -191,7 +191,7 @@ class Run(Generic[S]):
             found = evaluator(step, state.ema_parameters, self._logger.say)
             self._logger.evaluation(step, found)
             if not found:
-                self._logger.say(f"the evaluation of step {step} was cut off: the same command makes up for it")
+                self._logger.say(f"the evaluation of step {step} was interrupted: the same command repeats it")
             return_freed()
 
     def save_on_stop(self, step: int, state: S) -> None:
@@ -222,4 +222,4 @@ class Run(Generic[S]):
     def _newest(self) -> str:
         self._checkpoints.wait()
         kept = self._checkpoints.latest_step()
-        return f"the newest checkpoint is of {'no step' if kept is None else f'step {kept}'}"
+        return "there is no checkpoint" if kept is None else f"the newest checkpoint is of step {kept}"

@@ -34,7 +34,7 @@ class NoisyBatch(NamedTuple):
     t: jax.Array  # (B,)
     noise: jax.Array  # (B, H, W, C)
     kept: jax.Array | None = None  # (B, K), the tokens that the trunk sees; None for all
-    r: jax.Array | None = None  # (B,), the times of arrival of a flow map; None for flow matching
+    r: jax.Array | None = None  # (B,), end times of a flow map; None for flow matching
     w: jax.Array | None = None  # (B,), guidance scales of a flow map that takes them as an input
     dropped: jax.Array | None = None  # (B,) bool, whether the tail sees no trunk; None for never
 
@@ -49,7 +49,7 @@ Step: TypeAlias = Callable[[TrainState, Batch], TrainState]
 
 
 def make_noising(config: FrozenConfigDict, latents: LatentSpace | None = None) -> Noising:
-    """Draw everything random of a step: label dropout, times, noise, latents, hidden tokens.
+    """Return the function that draws what is random in a step: label dropout, times, noise, latents, hidden tokens.
 
     `latents` is the space of the batches' moments; None if they hold images.
     """
@@ -109,7 +109,8 @@ def make_loss(
     """Return the flow-matching loss of a model's parameters, or the loss of a flow map.
 
     With hidden tokens it is the mean over the kept tokens plus `mask_loss_weight` times the mean over the hidden ones.
-    Their noise cannot be known, and what can be learned of their velocity is minus the image: MaskDiT's reconstruction.
+    The noise of hidden tokens cannot be predicted, so that the best prediction of their velocity is minus the image
+    (MaskDiT).
     """
 
     def loss(parameters: Parameters, noisy: NoisyBatch) -> tuple[jax.Array, LossAux]:
@@ -258,8 +259,8 @@ def moving_average(average: Parameters, parameters: Parameters, decay: float | j
 # XLA's CPU backend copies parameters and moments before it overwrites them, unless this analysis shows that it need
 # not. (Leave it out for a jaxlib that says "No such compile option".)
 _CPU_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
-# Collectives run beside products; up to Ampere XLA else waits for each. Of jaxlib 0.10, Triton's products cannot be
-# compiled for this step on Hopper ("Couldn't find output tile sizes", openxla/xla#36792); cuBLAS computes all instead.
+# With the first flag collectives overlap with matrix products; else XLA waits for each up to Ampere. jaxlib 0.10 cannot
+# compile this step's products with Triton for Hopper ("Couldn't find output tile sizes"), so cuBLAS computes them.
 _GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True} | (
     {"xla_gpu_enable_triton_gemm": False} if jaxlib.__version__.startswith("0.10.") else {}
 )

@@ -15,9 +15,9 @@ from mpdit_jax.runtime.hardware import GIB
 class Stopwatch:
     """Splits this process's wall-clock time between two lines of the log; a context manager.
 
-    The devices work while the host prepares the next step. Only the time in which the host waits for data after the
-    devices have finished the step before counts as waiting; the time that is neither waiting nor other work (saving,
-    drawing, evaluating) is the devices'. If it is nearly all, the input pipeline keeps up.
+    The devices work while the host prepares the next step. Data wait is the time in which the host waits for data while
+    the devices are idle. Time that is neither data wait nor other work (saving, drawing, evaluating) is device time. If
+    nearly all is device time, the input pipeline keeps up.
 
     Args:
         batch_size: images a step.
@@ -41,7 +41,7 @@ class Stopwatch:
 
     @contextmanager
     def of(self, part: Literal["data_wait", "other"]) -> Iterator[None]:
-        """Count what runs inside for `part`."""
+        """Add the time of the enclosed block to `part`."""
         start = time.perf_counter()
         try:
             yield
@@ -52,7 +52,7 @@ class Stopwatch:
             self._spent[part] += max(end - start, 0.0)
 
     def step(self, result: Any) -> None:
-        """Count a dispatched step by its `result`, which the next step must not take over.
+        """Count a dispatched step by its `result`, whose buffer must not be donated to the next step.
 
         The first step compiles: it is waited for and left out.
         """

@@ -142,7 +142,7 @@ def _make_update(
         mean, std = mean_and_std(model.moments(x))
         sample = mean + std * jax.random.normal(key, mean.shape)
         reconstruction = jnp.abs(model.decode(sample) - x).mean()
-        # The divergence of a diagonal Gaussian from the standard normal, a latent value.
+        # KL divergence of a diagonal Gaussian from N(0, 1), averaged over latent values.
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * jnp.log(std)).mean()
         total = reconstruction + config.kl_weight * kl
         return total, {"loss": total, "reconstruction": reconstruction, "kl": kl}

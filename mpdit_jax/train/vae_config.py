@@ -25,7 +25,7 @@ def base_vae_config() -> ConfigDict:
     config.batch_size = 64
     config.steps = 1_000
     config.learning_rate = 1e-3  # of Adam, decayed to 0 by a cosine
-    config.kl_weight = 1e-3  # of the KL divergence a latent value, beside the mean absolute error of a pixel
+    config.kl_weight = 1e-3  # weight of the KL per latent value; the other loss is the mean absolute error per pixel
 
     config.data = ConfigDict()
     config.data.images = "idx:/usr/share/datasets/fashion-mnist"  # as --images of prepare
@@ -34,7 +34,7 @@ def base_vae_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.in_channels = 1  # 1 for grey, 3 for RGB
-    config.model.block_out_channels = (16, 32, 32)  # one a resolution, each half of the one before
+    config.model.block_out_channels = (16, 32, 32)  # channels at each resolution, each of half the previous side
     config.model.layers_per_block = 1
     config.model.latent_channels = 4
     config.model.norm_num_groups = 8

@@ -217,7 +217,7 @@ def test_classes_without_training_examples_are_drawn_by_name_alone(capsys):
     assert parse_labels("balanced", 4, classes, 0).tolist() == [0, 2, 0, 2]
     assert set(parse_labels("random", 50, classes, 0)) == {0, 2}
     assert "leaves out classes without training examples: 1 (dog)\n" in capsys.readouterr().out
-    with pytest.warns(DataWarning, match=r"1 \(dog\): without training examples"):
+    with pytest.warns(DataWarning, match=r"1 \(dog\): no training examples"):
         assert parse_labels("dog,cat", 2, classes, 0).tolist() == [1, 0]
     assert classes.find_pairs({"cat": "null", "2": "0"}, "--negative_labels") == {0: 3, 2: 0}
     with pytest.raises(InputError, match="--negative_labels: 0,2 is more than one class"):

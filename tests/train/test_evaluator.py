@@ -114,7 +114,7 @@ def test_a_run_stopped_within_its_last_evaluation_is_not_done(undisturbed, tmp_p
     monkeypatch.setenv("MPDIT_JAX_STOPPED_STATUS", "75")
     assert main(train_arguments(workdir, *EVAL)) == 75
     said = capsys.readouterr().out
-    assert "the evaluation of step 8 was cut off: the same command makes up for it" in said
+    assert "the evaluation of step 8 was interrupted: the same command repeats it" in said
     assert "stopped at step 8 of 8, saved; continue with:" in said
     assert main(train_arguments(workdir, *EVAL)) == 0
     assert (workdir / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
@@ -164,9 +164,9 @@ def test_one_curve_of_two_kinds_is_told_and_noted(undisturbed, tmp_path, capsys)
         said, noted = capsys.readouterr().out, json.loads(settings.read_text())
         assert noted[0] == first
         assert len(noted) == 1 + bool(more)
-        assert ("do not compare" in said) == bool(more)
+        assert ("cannot be compared" in said) == bool(more)
         if more:
-            assert "evaluations from step 8 on do not compare with those before" in said
+            assert "evaluations from step 8 on cannot be compared with earlier ones" in said
             assert re.search(
                 r"extractor classifier \w{12} instead of classifier \w{12}, num_samples 20 instead of 24", said
             )
@@ -185,7 +185,7 @@ def test_other_images_under_the_same_labels_are_looked_at_anew(undisturbed, tmp_
     before, now = ({path.name for path in (of / "evaluation").iterdir()} for of in (undisturbed, workdir))
     assert len(now - before) == 2  # a classifier, and what it sees
     said = capsys.readouterr().out
-    assert "evaluations from step 8 on do not compare with those before" in said
+    assert "evaluations from step 8 on cannot be compared with earlier ones" in said
     assert re.search(r"extractor classifier \w{12} instead of .*, reference \w{16} instead of \w{16}", said)
 
 
@@ -264,8 +264,8 @@ def test_a_finished_run_makes_up_for_its_last_evaluation(undisturbed, tmp_path, 
     ("--config.eval.reference=COLOURED", "has images of 3 channel(s) and the samples have 1: expected the same"),
     ("--config.eval.reference=MOMENTS", "holds statistics, and this run trains its own classifier: give images"),
     ("--config.eval.preprocessing=adm", "config.eval.preprocessing='adm': expected one of tensorflow, pytorch_fid"),
-    ("--config.eval.preprocessing=pytorch_fid", "config.eval.preprocessing=pytorch_fid is of the Inception network"),
-    ("--config.eval.metrics=fd,sfd", "sfd is of the spatial features that Inception has, and config.eval.features=cla"),
+    ("--config.eval.preprocessing=pytorch_fid", "config.eval.preprocessing=pytorch_fid is for features=inception only"),
+    ("--config.eval.metrics=fd,sfd", "sfd needs spatial features, which only Inception has"),
     ("--config.eval.features=classifier:OTHER", "was trained on images (16, 16, 1) (height, width, channels) and this"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_refused_before_training(override, sentence, tmp_path):

@@ -304,7 +304,7 @@ def test_a_map_resumes_to_the_same_bits_and_logs_its_errors(flow_run, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
-    (["--config.batch_size=7"], "config.batch_size=7: expected an even number a part"),
+    (["--config.batch_size=7"], "config.batch_size=7: expected an even number of examples in each part"),
     (["--config.model.patch_sizes=2,", "--config.model.depths=1,"], "a flow map needs two blocks"),
     (["--config.flow_map.guidance=0.5", "--config.label_dropout=0.0"], "expected 0 without label_dropout"),
     (["--config.flow_map.guidance=1.0"], "config.flow_map.guidance=1.0: expected at least 0 and below 1"),
@@ -337,7 +337,7 @@ def test_other_classes_have_new_embeddings_and_the_rest_is_taken(flow_run, capsy
             array = np.concatenate([drawn.parameters[table][:-1], array[-1:]])
         np.testing.assert_array_equal(state.parameters[name], array, err_msg=name)
         np.testing.assert_array_equal(state.ema_parameters[name], array, err_msg=name)
-    assert "has 10 classes, and this run 4: their embeddings start anew" in capsys.readouterr().out
+    assert "has 10 classes, and this run 4: the class embeddings are drawn anew" in capsys.readouterr().out
 
 
 @pytest.mark.slow

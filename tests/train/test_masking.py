@@ -124,7 +124,7 @@ def test_its_cost_is_what_xla_counts():
     ({"mask_ratio": 1.0}, {}, "config.mask_ratio=1.0: expected at least 0 and below 1"),
     ({"mask_ratio": -0.5}, {}, "config.mask_ratio=-0.5: expected at least 0 and below 1"),
     ({"mask_loss_weight": -1.0}, {}, "config.mask_loss_weight=-1.0: expected 0 or more"),
-    ({}, {"decoder_depth": 0}, "mask_ratio=0.75 with config.model.decoder_depth=0: masked training needs both"),
+    ({}, {"decoder_depth": 0}, "mask_ratio=0.75 with config.model.decoder_depth=0: set both for masked training"),
     ({"mask_ratio": 0.0}, {}, "mask_ratio=0.0 with config.model.decoder_depth=1"),
     ({}, {"patch_sizes": (4, 2), "depths": (2, 1)}, "random masking is for isotropic models"),
 ])  # fmt: skip
