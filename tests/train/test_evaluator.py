@@ -194,7 +194,7 @@ def test_settings_are_noted_where_they_change(tmp_path):
     one, other = {"steps": 25, "solver": "euler"}, {"steps": 50, "solver": "euler"}
     assert note_settings(path, 100, one) == ""
     assert note_settings(path, 200, one) == ""
-    assert note_settings(path, 300, other).endswith("though their names are the same: steps 50 instead of 25")
+    assert note_settings(path, 300, other).endswith("earlier ones of the same name: steps 50 instead of 25")
     assert note_settings(path, 400, other) == ""
     assert [entry["from_step"] for entry in json.loads(path.read_text())] == [100, 300]
     assert "steps 50 instead of 25" in note_settings(path, 200, other)  # from an older checkpoint
