@@ -233,7 +233,7 @@ def _check_input_scale(model: GuidedMap, scale: jax.Array | np.ndarray, negative
     """Raise InputError for guidance that a model with the scale as an input was not trained for."""
     if negatives:
         raise InputError(
-            "negative_labels: this model's guidance scale is an input, away from the null class alone; leave them out."
+            "negative_labels: the model takes its guidance scale as an input, for the null class alone; leave them out."
         )
     if not is_traced(scale):
         outside = np.atleast_1d(scale)[(np.atleast_1d(scale) < 1) | (np.atleast_1d(scale) > model.guidance_max)]

@@ -269,7 +269,7 @@ def test_bad_guidance_inputs():
         sampler(model, y, jax.random.key(0), guidance_scale=5.0)
     with pytest.raises(InputError, match=r"guidance_scale=0\.5: this model takes the scale"):
         sampler(model, y, jax.random.key(0), guidance_scale=0.5)
-    with pytest.raises(InputError, match="negative_labels: this model takes the guidance scale as an input"):
+    with pytest.raises(InputError, match="negative_labels: the model takes its guidance scale as an input"):
         sampler(model, y, jax.random.key(0), guidance_scale=2.0, negative_labels=3)
     with pytest.raises(InputError, match="w from 0 to 3: this model was trained with scales from 1 to 4"):
         model(x, t, y, t, jnp.arange(4.0))
